@@ -1,0 +1,286 @@
+"""Make the shipped base model again from scratch: ``python -m benchmarks.digits_vqa.pretrain``.
+
+Stage 1 trains vision and text tower together, contrastively, as CLIP is trained. Stage 2 freezes the vision
+tower and trains projector and language model on captions and multi-turn questions. Step counts and seeds are
+fixed; on two cores it takes about ten minutes. Only training scans are used.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import CLIPConfig, CLIPModel
+
+from .questions import QUESTION_TYPES, ask, ask_any, caption
+from .scenes import CELLS, COLOURS, DIGITS, EMPTY, GRID, POSITIONS, Scenes, render, sample_scenes
+from .vlm import (
+    BASE_DIR,
+    BOS,
+    EOS,
+    IMAGE,
+    PAD,
+    TOKEN_ID,
+    PooledLlava,
+    llava_config,
+    processor,
+    text_tower_config,
+    to_pixel_values,
+    vision_config,
+    word_tokenizer,
+)
+
+CONTRASTIVE_STEPS = 600
+CONTRASTIVE_BATCH = 160
+LANGUAGE_STEPS = 2000
+LANGUAGE_BATCH = 64
+LANGUAGE_SCENES = 24_000
+
+IGNORE = -100
+_EMPTY_PROMPT = len(DIGITS) * len(COLOURS)
+_POSITION_PHRASES = ("at the {}", "what digit is at the {} ?", "what colour is the digit at the {} ?")
+_OBJECT_PHRASES = (
+    "{}",
+    "{}",
+    "is there a {} ?",
+    "what digit is above the {} ?",
+    "what digit is below the {} ?",
+    "what digit is left of the {} ?",
+    "what digit is right of the {} ?",
+)
+
+
+def cosine(step: int, steps: int, warmup: int, floor: float) -> float:
+    return min(1, (step + 1) / warmup) * (0.5 * (1 + math.cos(math.pi * step / steps)) * (1 - floor) + floor)
+
+
+# ------------------------------------------------------------------------------------------ stage 1
+
+
+def _phrases(rng: np.random.Generator) -> list[str]:
+    """40 coloured digits, "empty", 4 positions: each in a random wording."""
+    objects = [
+        _OBJECT_PHRASES[rng.integers(len(_OBJECT_PHRASES))].format(f"{colour} {digit}")
+        for digit in DIGITS
+        for colour in COLOURS
+    ]
+    positions = [_POSITION_PHRASES[rng.integers(len(_POSITION_PHRASES))].format(position) for position in POSITIONS]
+    return [*objects, "empty", *positions]
+
+
+def _region_labels(scenes: Scenes) -> Tensor:
+    labels = np.where(scenes.digits == EMPTY, _EMPTY_PROMPT, scenes.digits * len(COLOURS) + scenes.colours)
+    return torch.as_tensor(labels)
+
+
+def _describe(scenes: Scenes, i: int, rng: np.random.Generator) -> str:
+    digits, colours = scenes.digits[i], scenes.colours[i]
+    if rng.random() < 0.4:
+        return caption(digits, colours)
+    turns = [ask_any(digits, colours, rng) for _ in range(2)]
+    return " ".join(f"{question} {answer}" for _, question, answer in turns)
+
+
+class Contrastive(nn.Module):
+    """CLIP with embeddings of the four regions beside that of the whole image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clip = CLIPModel(
+            CLIPConfig(text_config=text_tower_config().to_dict(), vision_config=vision_config().to_dict(), projection_dim=64)
+        )
+        nn.init.normal_(self.clip.vision_model.embeddings.patch_embedding.weight, std=0.05)
+        self.tokenizer = word_tokenizer(for_text_tower=True)
+
+    def text(self, texts: list[str]) -> Tensor:
+        ids = self.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        pooled = self.clip.text_model(input_ids=ids).pooler_output
+        return F.normalize(self.clip.text_projection(pooled), dim=-1)
+
+    def image(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """Regions ``[B, CELLS, 64]`` and whole images ``[B, 64]``, unit length."""
+        out = self.clip.vision_model(pixel_values=pixel_values)
+        patches = out.last_hidden_state[:, 1:]
+        side = math.isqrt(patches.shape[1]) // GRID
+        cells = rearrange(patches, "b (r h c w) d -> b (r c) (h w) d", r=GRID, c=GRID, h=side, w=side).mean(2)
+        regions = self.clip.visual_projection(self.clip.vision_model.post_layernorm(cells))
+        return F.normalize(regions, dim=-1), F.normalize(self.clip.visual_projection(out.pooler_output), dim=-1)
+
+
+@torch.no_grad()
+def region_accuracy(model: Contrastive, split: str, n: int = 500) -> float:
+    scenes = sample_scenes(n, split, np.random.default_rng(7))
+    prompts = [f"{colour} {digit}" for digit in DIGITS for colour in COLOURS] + ["empty"]
+    regions, _ = model.image(to_pixel_values(render(scenes)))
+    predicted = (regions @ model.text(prompts).T).argmax(-1)
+    labels = _region_labels(scenes)
+    return (predicted == labels)[labels != _EMPTY_PROMPT].float().mean().item()
+
+
+def train_towers(steps: int) -> CLIPModel:
+    torch.manual_seed(0)
+    rng = np.random.default_rng(1)
+    model = Contrastive()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.02)
+    pairs = torch.arange(CONTRASTIVE_BATCH)
+    progress = tqdm(range(steps), desc="towers", mininterval=5)
+    for step in progress:
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * cosine(step, steps, 60, 0.05)
+        scenes = sample_scenes(CONTRASTIVE_BATCH, "train", rng)
+        phrases = _phrases(rng)
+        texts = model.text(phrases + [_describe(scenes, i, rng) for i in range(len(scenes))])
+        objects, positions, captions = texts.split([_EMPTY_PROMPT + 1, CELLS, CONTRASTIVE_BATCH])
+        regions, images = model.image(to_pixel_values(render(scenes)))
+        scale = model.clip.logit_scale.exp().clamp(max=60)
+        object_loss = F.cross_entropy((scale * regions @ objects.T).flatten(0, 1), _region_labels(scenes).flatten())
+        where = torch.arange(CELLS).repeat(CONTRASTIVE_BATCH)
+        position_loss = F.cross_entropy((scale * regions @ positions.T).flatten(0, 1), where)
+        logits = scale * images @ captions.T
+        image_loss = (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.T, pairs)) / 2
+        loss = object_loss + 0.3 * position_loss + 0.3 * image_loss
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step % 50 == 49:
+            progress.set_postfix(region=f"{object_loss.item():.3f}", image=f"{image_loss.item():.3f}", refresh=False)
+    for split in ("train", "validation"):
+        print(f"coloured digit of a region, {split} scans: {region_accuracy(model, split):.3f}")
+    return model.clip.eval()
+
+
+# ------------------------------------------------------------------------------------------ stage 2
+
+
+@torch.no_grad()
+def visual_tokens(model: PooledLlava, scenes: Scenes, batch: int = 500) -> Tensor:
+    pixels = to_pixel_values(render(scenes))
+    tokens = [
+        model.model.vision_tower(pixel_values=chunk, output_hidden_states=True).hidden_states[-2][:, 1:]
+        for chunk in pixels.split(batch)
+    ]
+    return torch.cat(tokens)
+
+
+def _words(text: str) -> list[int]:
+    return [TOKEN_ID[word] for word in text.split()]
+
+
+def _conversation(digits: np.ndarray, colours: np.ndarray, rng: np.random.Generator) -> tuple[list[int], list[int]]:
+    """Token ids and labels of four turns about one scene, or of its caption."""
+    user, assistant = _words("USER:"), _words("ASSISTANT:")
+    ids, labels = [BOS, *user, IMAGE], [IGNORE, IGNORE, IGNORE]
+    turns = (
+        [("", caption(digits, colours))]
+        if rng.random() < 0.15
+        else [ask_any(digits, colours, rng)[1:] for _ in range(4)]
+    )
+    for number, (question, answer) in enumerate(turns):
+        prompt = (user if number else []) + _words(question) + assistant
+        reply = [*_words(answer), EOS]
+        ids += prompt + reply
+        labels += [IGNORE] * len(prompt) + reply
+    return ids, labels
+
+
+def _embed(model: PooledLlava, tokens: Tensor, ids: Tensor) -> Tensor:
+    """Input embeddings with the one image placeholder, at position 2, replaced by the projected image."""
+    embeddings = model.get_input_embeddings()(ids)
+    image = model.model.multi_modal_projector(tokens)
+    return torch.cat([embeddings[:, :2], image, embeddings[:, 3:]], dim=1)
+
+
+@torch.no_grad()
+def answer_accuracy(model: PooledLlava, split: str, n: int = 400) -> dict[str, float]:
+    rng = np.random.default_rng(11)
+    scenes = sample_scenes(n, split, rng)
+    tokens = visual_tokens(model, scenes)
+    accuracy = {}
+    for type in QUESTION_TYPES:
+        asked = [(i, ask(type, scenes.digits[i], scenes.colours[i], rng)) for i in range(n)]
+        correct = []
+        for i, question in asked:
+            if question is None:
+                continue
+            ids = torch.tensor([[BOS, *_words("USER:"), IMAGE, *_words(question[0]), *_words("ASSISTANT:")]])
+            hidden = model.model.language_model(inputs_embeds=_embed(model, tokens[i : i + 1], ids)).last_hidden_state
+            correct.append(model.lm_head(hidden[0, -1]).argmax().item() == TOKEN_ID[question[1]])
+        accuracy[type] = round(float(np.mean(correct)), 3)
+    return accuracy
+
+
+def train_language(clip: CLIPModel, steps: int) -> PooledLlava:
+    torch.manual_seed(0)
+    rng = np.random.default_rng(2)
+    model = PooledLlava(llava_config())
+    model.model.vision_tower.load_state_dict(
+        {key.removeprefix("vision_model."): value for key, value in clip.vision_model.state_dict().items()}
+    )
+    model.model.vision_tower.requires_grad_(False)
+    scenes = sample_scenes(LANGUAGE_SCENES, "train", rng)
+    tokens = visual_tokens(model, scenes)
+
+    trained = [p for p in model.parameters() if p.requires_grad]
+    embedding = model.get_input_embeddings().weight
+    matrices = [p for p in trained if p.ndim == 2 and p is not embedding]
+    others = [p for p in trained if p.ndim != 2 or p is embedding]
+    rate = 3e-3
+    optimizers = [
+        torch.optim.Muon(matrices, lr=rate, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=rate, weight_decay=0.0, betas=(0.9, 0.98)),
+    ]
+    average = None
+    progress = tqdm(range(steps), desc="language model", mininterval=5)
+    for step in progress:
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * cosine(step, steps, 80, 0.02)
+        chosen = rng.integers(0, len(scenes), LANGUAGE_BATCH)
+        talks = [_conversation(scenes.digits[i], scenes.colours[i], rng) for i in chosen]
+        longest = max(len(ids) for ids, _ in talks)
+        ids = torch.tensor([ids + [PAD] * (longest - len(ids)) for ids, _ in talks])
+        labels = torch.tensor([labels + [IGNORE] * (longest - len(labels)) for _, labels in talks])
+        hidden = model.model.language_model(inputs_embeds=_embed(model, tokens[chosen], ids)).last_hidden_state
+        supervised = labels[:, 1:] != IGNORE
+        loss = F.cross_entropy(model.lm_head(hidden[:, :-1][supervised]), labels[:, 1:][supervised])
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+        average = loss.item() if average is None else 0.98 * average + 0.02 * loss.item()
+        if step % 50 == 49:
+            progress.set_postfix(loss=f"{average:.3f}", refresh=False)
+    accuracy = answer_accuracy(model.eval(), "validation")
+    print(f"validation accuracy: {accuracy}, mean {np.mean(list(accuracy.values())):.3f}")
+    return model
+
+
+@click.command(help=__doc__)
+@click.option("--output", type=click.Path(path_type=Path), default=BASE_DIR, show_default=True)
+@click.option("--contrastive-steps", default=CONTRASTIVE_STEPS, show_default=True)
+@click.option("--language-steps", default=LANGUAGE_STEPS, show_default=True)
+def main(output: Path, contrastive_steps: int, language_steps: int) -> None:
+    # At this width one thread is faster than two.
+    torch.set_num_threads(1)
+    clip = train_towers(contrastive_steps)
+    model = train_language(clip, language_steps)
+    # Half precision halves the shipped file.
+    model.half().save_pretrained(output)
+    processor().save_pretrained(output)
+    tower = output / "text_tower"
+    clip.text_model.half().save_pretrained(tower)
+    word_tokenizer(for_text_tower=True).save_pretrained(tower)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""EMMA as a plug-in: instruction-aware visual tokens for vision-language models.
+
+The public interface; everything else may change between releases.
+"""
+
+from .alignment import EmmaAlignment
+from .config import EmmaConfig
+from .errors import (
+    CheckpointError,
+    ConfigError,
+    EmmaError,
+    EncoderError,
+    InstructionError,
+    PatchError,
+    RoutingError,
+    ShapeError,
+    UnsupportedModelError,
+)
+from .families import register_family
+from .fusion import Fusion, register_fusion
+from .instructions.cache import CacheInfo
+from .instructions.encoders import InstructionEncoder
+from .patching import EmmaAdapter, get_adapter, load_adapter, patch_model, unpatch_model
+from .version import __version__
+
+__all__ = [
+    "CacheInfo",
+    "CheckpointError",
+    "ConfigError",
+    "EmmaAdapter",
+    "EmmaAlignment",
+    "EmmaConfig",
+    "EmmaError",
+    "EncoderError",
+    "Fusion",
+    "InstructionEncoder",
+    "InstructionError",
+    "PatchError",
+    "RoutingError",
+    "ShapeError",
+    "UnsupportedModelError",
+    "__version__",
+    "get_adapter",
+    "load_adapter",
+    "patch_model",
+    "register_family",
+    "register_fusion",
+    "unpatch_model",
+]

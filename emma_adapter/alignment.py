@@ -1,0 +1,96 @@
+"""EmmaAlignment: the adapter's module, usable on its own."""
+
+from __future__ import annotations
+
+from os import PathLike
+
+import torch
+from torch import Tensor, nn
+
+from .config import EmmaConfig
+from .errors import ConfigError, ShapeError
+from .fusion import fusion_class
+from .official import read_official
+
+
+class EmmaAlignment(nn.Module):
+    """Mixes an instruction into visual tokens; the identity, bit for bit, until it is trained.
+
+    Weights are float32; the work is done in the dtype of the visual tokens.
+
+    Raises:
+        ConfigError: if ``config`` lacks a size that the fusion needs.
+    """
+
+    def __init__(self, config: EmmaConfig) -> None:
+        super().__init__()
+        for name in ("visual_dim", "instruction_dim"):
+            if getattr(config, name) is None:
+                raise ConfigError(f"EmmaConfig.{name} must be given to build an EmmaAlignment; patch_model infers it")
+        self.config = config
+        self.fusion = fusion_class(config.fusion)(config)
+
+    def forward(
+        self,
+        visual_tokens: Tensor,
+        instruction_tokens: Tensor,
+        instruction_mask: Tensor | None = None,
+        *,
+        grid: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """Align visual tokens with the instruction.
+
+        Args:
+            visual_tokens: ``[B, N, D]``, any floating dtype.
+            instruction_tokens: ``[B, T, Dt]``; cast to the dtype of the visual tokens.
+            instruction_mask: ``[B, T]``, true or 1 at valid tokens (a key padding mask in the sense of
+                transformers' ``attention_mask``); None if all are valid.
+            grid: ``(height, width)`` of the image in visual tokens, where it differs from the config's.
+
+        Returns:
+            ``[B, N, D]`` in the dtype of ``visual_tokens``.
+
+        Raises:
+            ShapeError: if the tensors don't fit each other or the config.
+        """
+        self._check(visual_tokens, instruction_tokens, instruction_mask)
+        if instruction_mask is not None:
+            instruction_mask = instruction_mask.to(visual_tokens.device, torch.bool)
+        instruction_tokens = instruction_tokens.to(visual_tokens.device, visual_tokens.dtype)
+        if instruction_tokens.shape[1] == 0 or visual_tokens.numel() == 0:
+            return visual_tokens
+        return self.fusion(visual_tokens, instruction_tokens, instruction_mask, grid).to(visual_tokens.dtype)
+
+    @classmethod
+    def from_official(cls, path: str | PathLike[str]) -> EmmaAlignment:
+        """The trained alignment from the authors' ``vision_tower.bin`` (github.com/SaraGhazanfari/EMMA).
+
+        The towers in that file are ignored; it is read without running any code in it.
+
+        Raises:
+            CheckpointError: if the file is not such a checkpoint.
+        """
+        config, state_dict = read_official(path)
+        alignment = cls(config)
+        alignment.load_state_dict(state_dict)
+        return alignment
+
+    def _check(self, visual_tokens: Tensor, instruction_tokens: Tensor, instruction_mask: Tensor | None) -> None:
+        config = self.config
+        if visual_tokens.ndim != 3 or visual_tokens.shape[-1] != config.visual_dim:
+            raise ShapeError(
+                f"visual_tokens must be [B, N, {config.visual_dim}]; got {list(visual_tokens.shape)}"
+            )
+        if instruction_tokens.ndim != 3 or instruction_tokens.shape[-1] != config.instruction_dim:
+            raise ShapeError(
+                f"instruction_tokens must be [B, T, {config.instruction_dim}]; got {list(instruction_tokens.shape)}"
+            )
+        if instruction_tokens.shape[0] != visual_tokens.shape[0]:
+            raise ShapeError(
+                f"visual_tokens and instruction_tokens must have the same batch size; got {visual_tokens.shape[0]} "
+                f"and {instruction_tokens.shape[0]}"
+            )
+        if instruction_mask is not None and instruction_mask.shape != instruction_tokens.shape[:2]:
+            raise ShapeError(
+                f"instruction_mask must be {list(instruction_tokens.shape[:2])}; got {list(instruction_mask.shape)}"
+            )

@@ -1,0 +1,88 @@
+"""What ``model.save_pretrained`` and Trainer checkpoints of a patched model hold.
+
+- ``model.save_pretrained(folder)`` writes the base model without the adapter, so that it reloads as the model it
+  was, and the adapter beside it in ``emma_adapter/``.
+- Trainer calls ``model.save_pretrained(folder, state_dict=...)`` and resumes from the ``model.safetensors`` it finds.
+  After ``adapter.train_only()`` that call writes the adapter folder, and a ``model.safetensors`` with the trained
+  tensors alone, under the model's names. Before, it writes everything, adapter included, so that resuming is exact.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import nn
+
+from . import checkpoint
+from .state import state_of
+from .training import alignment_of, projector_of, trained_projector
+
+_IGNORED_ON_SAVE = "_keys_to_ignore_on_save"
+_TRAINER_WEIGHTS = "model.safetensors"
+
+
+def guard_save_pretrained(model: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    directory = Path(args[0] if args else kwargs["save_directory"])
+    by_trainer = "state_dict" in kwargs
+    if by_trainer and state_of(model).adapter_only:
+        if kwargs.get("is_main_process", True):
+            _save_trained(model, directory)
+        return None
+    if not by_trainer:
+        kwargs["state_dict"] = _base_state_dict(model)
+    adapter_only = state_of(model).adapter_only
+    expect_everything(model)
+    try:
+        result = original(*args, **kwargs)
+    finally:
+        if adapter_only:
+            expect_adapter_only(model)
+    if kwargs.get("is_main_process", True):
+        checkpoint.save(model, directory / checkpoint.SUBFOLDER)
+    return result
+
+
+def expect_adapter_only(model: nn.Module) -> None:
+    """Trainer's checkpoints hold the adapter only. Trainer is told which keys are missing on purpose: on resuming
+    it compares the missing ones with this set, and warns if they differ."""
+    state = state_of(model)
+    if not state.adapter_only:
+        state.adapter_only = True
+        state.ignored_on_save = model.__dict__.get(_IGNORED_ON_SAVE)
+    model.__dict__[_IGNORED_ON_SAVE] = set(model.state_dict()) - set(_trained_names(model))
+
+
+def expect_everything(model: nn.Module) -> None:
+    """Undo :func:`expect_adapter_only`."""
+    state = state_of(model)
+    if state.adapter_only:
+        state.adapter_only = False
+        model.__dict__.pop(_IGNORED_ON_SAVE, None)
+        if state.ignored_on_save is not None:
+            model.__dict__[_IGNORED_ON_SAVE] = state.ignored_on_save
+
+
+def _base_state_dict(model: nn.Module) -> dict[str, Any]:
+    adapter = {id(parameter) for parameter in alignment_of(model).parameters()}
+    names = {name for name, parameter in model.named_parameters() if id(parameter) in adapter}
+    return {name: value for name, value in model.state_dict().items() if name not in names}
+
+
+def _trained_names(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The trained parameters by their name in the model."""
+    trained = {id(parameter) for parameter in alignment_of(model).parameters()}
+    if trained_projector(model):
+        trained |= {id(parameter) for parameter in projector_of(model).parameters()}
+    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in trained}
+
+
+def _save_trained(model: nn.Module, directory: Path) -> None:
+    checkpoint.save(model, directory)
+    tensors = {name: value.detach().cpu().contiguous() for name, value in _trained_names(model).items()}
+    scratch = directory / f".{_TRAINER_WEIGHTS}.tmp"
+    save_file(tensors, scratch, metadata={"format": "pt"})
+    os.replace(scratch, directory / _TRAINER_WEIGHTS)

@@ -1,0 +1,258 @@
+"""Adapter folders: ``adapter_config.json``, ``adapter_model.safetensors`` and a model card.
+
+The tensor file alone is a complete adapter, because its metadata repeats the config: replacing that one file is
+the moment at which a save takes effect. The config file carries the same ``save_id``; where the two differ, a
+save was interrupted after that moment, and the metadata is right.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .alignment import EmmaAlignment
+from .config import EmmaConfig
+from .errors import CheckpointError, ConfigError
+from .model_card import GENERATED_MARKER, model_card
+from .state import state_of
+from .training import alignment_of, trained_projector
+from .version import __version__
+
+FORMAT_VERSION = 1
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+CARD_NAME = "README.md"
+#: Where ``model.save_pretrained`` puts the adapter, beside the base model.
+SUBFOLDER = "emma_adapter"
+
+_FORMAT = "emma_adapter"
+_ALIGNMENT_PREFIX = "alignment."
+_PROJECTOR_PREFIX = "projector."
+_SCRATCH_PREFIX = ".emma-save-"
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """A checked adapter folder. ``projector`` is empty unless the projector was trained with the adapter."""
+
+    source: Path
+    config: EmmaConfig
+    model_type: str
+    alignment: dict[str, Tensor]
+    projector: dict[str, Tensor]
+
+
+# ---------------------------------------------------------------------------------------------- save
+
+
+def save(model: nn.Module, directory: str | PathLike[str]) -> None:
+    """Write the adapter of a patched model.
+
+    The new files are complete on disk before the first replaces its predecessor: whenever this is killed, the
+    folder holds the previous adapter or the new one.
+    """
+    directory = Path(directory)
+    if directory.exists() and not directory.is_dir():
+        raise NotADirectoryError(f"{directory} is a file; save_pretrained needs the name of a folder")
+    directory.mkdir(parents=True, exist_ok=True)
+    description = _describe(model)
+    text = json.dumps(description, indent=2, sort_keys=True) + "\n"
+    metadata = {"format": "pt", _FORMAT: json.dumps(description, sort_keys=True)}
+
+    for leftover in directory.glob(f"{_SCRATCH_PREFIX}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH_PREFIX, dir=directory))
+    try:
+        save_file(_tensors(model), scratch / WEIGHTS_NAME, metadata=metadata)
+        (scratch / CONFIG_NAME).write_text(text, encoding="utf-8")
+        names = [WEIGHTS_NAME, CONFIG_NAME]
+        if _may_write_card(directory / CARD_NAME):
+            (scratch / CARD_NAME).write_text(model_card(description, _count(model)), encoding="utf-8")
+            names.append(CARD_NAME)
+        for name in names:
+            # As readable as any file of this user; safetensors creates private ones.
+            os.chmod(scratch / name, 0o666 & ~_umask())
+            _flush(scratch / name)
+        for name in names:
+            os.replace(scratch / name, directory / name)
+        _flush(directory)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _describe(model: nn.Module) -> dict[str, Any]:
+    state = state_of(model)
+    base: Any = model.config
+    return {
+        "format": _FORMAT,
+        "format_version": FORMAT_VERSION,
+        "library_version": __version__,
+        "save_id": uuid.uuid4().hex,
+        "base_model_name_or_path": getattr(base, "_name_or_path", "") or None,
+        "model_type": base.model_type,
+        "projector_trained": state.original_projector is not None,
+        "config": state.config.to_dict(),
+    }
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    tensors = {_ALIGNMENT_PREFIX + name: value for name, value in alignment_of(model).state_dict().items()}
+    tensors |= {_PROJECTOR_PREFIX + name: value for name, value in trained_projector(model).items()}
+    return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+
+
+def _count(model: nn.Module) -> tuple[int, int]:
+    own = sum(parameter.numel() for parameter in alignment_of(model).parameters())
+    return own, sum(parameter.numel() for parameter in model.parameters())
+
+
+def _may_write_card(path: Path) -> bool:
+    """A card that somebody has written stays."""
+    return not path.exists() or GENERATED_MARKER in path.read_text(encoding="utf-8", errors="replace")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _flush(path: Path) -> None:
+    """Have the disk hold what was written: a rename must not survive a power cut that the content didn't."""
+    if path.is_dir() and os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ---------------------------------------------------------------------------------------------- read
+
+
+def read(directory: Path) -> SavedAdapter:
+    """Read and check an adapter folder; its tensors are on the CPU.
+
+    Raises:
+        CheckpointError: naming what is wrong with which file.
+    """
+    if not (directory / CONFIG_NAME).is_file() and (directory / SUBFOLDER / CONFIG_NAME).is_file():
+        directory = directory / SUBFOLDER
+    written = _read_description(directory / CONFIG_NAME)
+    tensors, embedded = _read_tensors(directory / WEIGHTS_NAME)
+    if embedded.get("save_id") != written.get("save_id"):
+        # Interrupted between the two replacements: the tensor file is the newer one.
+        written = embedded
+    _check_version(written, directory)
+    try:
+        config = EmmaConfig.from_dict(written.get("config", {}))
+    except (ConfigError, TypeError) as error:
+        raise CheckpointError(f"{directory / CONFIG_NAME}: {error}") from error
+    model_type = written.get("model_type")
+    if not isinstance(model_type, str):
+        raise CheckpointError(f"{directory / CONFIG_NAME}: model_type should be a text and is {model_type!r}")
+    alignment = _with_prefix(tensors, _ALIGNMENT_PREFIX)
+    projector = _with_prefix(tensors, _PROJECTOR_PREFIX)
+    if stray := sorted(set(tensors) - {_ALIGNMENT_PREFIX + n for n in alignment} - {_PROJECTOR_PREFIX + n for n in projector}):
+        raise CheckpointError(f"{directory / WEIGHTS_NAME}: unexpected tensor(s) {stray}")
+    if bool(projector) != bool(written.get("projector_trained")):
+        raise CheckpointError(
+            f"{directory}: the config says projector_trained={written.get('projector_trained')}, but the file holds "
+            f"{len(projector)} projector tensors"
+        )
+    check_tensors(alignment, _expected_alignment(config, directory), directory / WEIGHTS_NAME)
+    return SavedAdapter(directory, config, model_type, alignment, projector)
+
+
+def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path) -> None:
+    """Raises:
+    CheckpointError: naming missing, unexpected and misshapen tensors, or one that isn't finite.
+    """
+    problems = []
+    if missing := sorted(set(expected) - set(found)):
+        problems.append(f"missing tensor(s) {missing}")
+    if unexpected := sorted(set(found) - set(expected)):
+        problems.append(f"unexpected tensor(s) {unexpected}")
+    for name in sorted(set(found) & set(expected)):
+        tensor, wanted = found[name], expected[name]
+        if tensor.shape != wanted.shape:
+            problems.append(f"{name} is {list(tensor.shape)} and should be {list(wanted.shape)}")
+        elif not tensor.is_floating_point():
+            problems.append(f"{name} is {tensor.dtype} and should be a floating-point tensor")
+        elif not bool(torch.isfinite(tensor.float()).all()):
+            problems.append(f"{name} holds NaN or infinite values")
+    if problems:
+        raise CheckpointError(f"{path} doesn't fit its config or the model: {'; '.join(problems)}")
+
+
+def _read_description(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"there is no {path.name} in {path.parent}: give the folder that adapter.save_pretrained wrote"
+        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} can't be read: {error}") from error
+    return _parse_description(text, path)
+
+
+def _parse_description(text: str, path: Path) -> dict[str, Any]:
+    try:
+        description = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON (truncated?): {error}") from error
+    if not isinstance(description, dict) or description.get("format") != _FORMAT:
+        raise CheckpointError(f"{path} doesn't describe an emma_adapter; another tool's adapter?")
+    return description
+
+
+def _check_version(description: Mapping[str, Any], directory: Path) -> None:
+    version = description.get("format_version")
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise CheckpointError(f"{directory / CONFIG_NAME}: format_version should be an integer >= 1 and is {version!r}")
+    if version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{directory} has format_version {version}, written by emma_adapter {description.get('library_version')}; "
+            f"this is emma_adapter {__version__}, which reads up to {FORMAT_VERSION}: upgrade emma_adapter"
+        )
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    if not path.is_file():
+        raise CheckpointError(f"there is no {path.name} in {path.parent}: the adapter's weights are missing")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{path} is not a valid safetensors file (truncated or corrupted?): {error}") from error
+    if _FORMAT not in metadata:
+        raise CheckpointError(f"{path} was not written by emma_adapter: its metadata lacks {_FORMAT!r}")
+    return tensors, _parse_description(metadata[_FORMAT], path)
+
+
+def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _expected_alignment(config: EmmaConfig, directory: Path) -> dict[str, Tensor]:
+    try:
+        with torch.device("meta"):
+            return EmmaAlignment(config).state_dict()
+    except (ConfigError, RuntimeError, OverflowError, TypeError, AssertionError) as error:
+        raise CheckpointError(f"{directory / CONFIG_NAME} describes no adapter that can be built: {error}") from error

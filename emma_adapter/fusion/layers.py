@@ -1,0 +1,46 @@
+"""Linear and LayerNorm that compute in the dtype of their input.
+
+The adapter keeps float32 weights beside a half-precision model, because steps of 1e-3 vanish in bfloat16
+weights; the product itself is computed in the dtype of the visual tokens. They are no subclasses of
+``nn.Linear``: tools that rewrite every ``nn.Linear`` of a model (LoRA on "all-linear", quantisation)
+leave the adapter alone.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class CastingLinear(nn.Module):
+    """``x W^T + b``; weight ``[out, in]``, bias ``[out]``, initialised as ``nn.Linear`` is."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features))
+        bound = 1 / math.sqrt(in_features)
+        nn.init.uniform_(self.weight, -bound, bound)
+        nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.weight.shape[1]}, out_features={self.weight.shape[0]}"
+
+
+class CastingLayerNorm(nn.Module):
+    """LayerNorm over the last dimension with a learned scale and shift."""
+
+    def __init__(self, features: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(features))
+        self.bias = nn.Parameter(torch.zeros(features))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)

@@ -1,0 +1,70 @@
+"""The fusions there are, by name."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import TYPE_CHECKING, ClassVar, TypeVar
+
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+
+if TYPE_CHECKING:
+    from ..config import EmmaConfig
+
+
+class Fusion(nn.Module, ABC):
+    """How an instruction enters visual tokens.
+
+    A subclass takes the config as its only constructor argument, and must return ``visual_tokens`` bit for bit
+    at initialisation. Register it with :func:`register_fusion`.
+    """
+
+    #: True if the weights belong to positions of the instruction, so that the encoded padding of a text tower
+    #: counts as input (the paper's ``linear``) instead of being masked.
+    reads_padding: ClassVar[bool] = False
+    #: True if the number of visual tokens is fixed by the weights.
+    fixed_num_visual_tokens: ClassVar[bool] = False
+
+    def __init__(self, config: EmmaConfig) -> None:
+        super().__init__()
+
+    @abstractmethod
+    def forward(
+        self,
+        visual_tokens: Tensor,
+        instruction_tokens: Tensor,
+        instruction_mask: Tensor | None,
+        grid: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """``[B, N, D], [B, T, Dt], bool [B, T] or None (all valid), (height, width) -> [B, N, D]``."""
+
+
+_FUSIONS: dict[str, type[Fusion]] = {}
+FusionClass = TypeVar("FusionClass", bound=type[Fusion])
+
+
+def register_fusion(name: str) -> Callable[[FusionClass], FusionClass]:
+    """Class decorator: make a :class:`Fusion` known as ``EmmaConfig(fusion=name)``.
+
+    Raises:
+        ConfigError: if another class has that name already.
+    """
+
+    def register(cls: FusionClass) -> FusionClass:
+        if not (isinstance(cls, type) and issubclass(cls, Fusion)):
+            raise ConfigError(f"a fusion must be a subclass of emma_adapter.Fusion; got {cls!r}")
+        if _FUSIONS.setdefault(name, cls) is not cls:
+            raise ConfigError(f"a fusion named {name!r} is registered already: {_FUSIONS[name]!r}; choose another name")
+        return cls
+
+    return register
+
+
+def fusion_names() -> tuple[str, ...]:
+    return tuple(sorted(_FUSIONS))
+
+
+def fusion_class(name: str) -> type[Fusion]:
+    return _FUSIONS[name]

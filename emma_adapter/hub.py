@@ -1,0 +1,33 @@
+"""From a folder or a hub id to a local folder."""
+
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+
+from .checkpoint import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
+from .errors import CheckpointError
+
+
+def local_folder(source: str | PathLike[str], *, revision: str | None, local_files_only: bool) -> Path:
+    """``source`` if it is a folder; else the downloaded adapter files of that hub repository.
+
+    Raises:
+        CheckpointError: if it is neither.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = snapshot_download(
+            str(source),
+            revision=revision,
+            local_files_only=local_files_only,
+            allow_patterns=[CONFIG_NAME, WEIGHTS_NAME, CARD_NAME],
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(f"{source} is neither a folder nor an adapter that the hub gives: {error}") from error
+    return Path(folder)

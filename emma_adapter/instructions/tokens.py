@@ -1,0 +1,145 @@
+"""The instruction of a call as tokens for the adapter: explicit or read off the prompt, looked up or encoded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InstructionError
+from .encoders import CachedEncoder
+from .extraction import InstructionReader, Prompt
+
+LLM = "llm"
+#: What ``instruction=`` may be: one text for all rows, a text per row, token ids ``[B, T]``, or a tokenizer's output.
+Instruction = str | Sequence[str] | Tensor | Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class InstructionTokens:
+    """Encoded instructions of a batch: ``tokens [B, T, Dt]``, ``mask [B, T]`` or None if all positions count."""
+
+    tokens: Tensor
+    mask: Tensor | None
+
+    def of_rows(self, rows: Tensor) -> InstructionTokens:
+        rows = rows.to(self.tokens.device)
+        return InstructionTokens(self.tokens[rows], None if self.mask is None else self.mask[rows])
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+
+@dataclass(frozen=True)
+class InstructionPipeline:
+    """Turns what a call says into :class:`InstructionTokens`."""
+
+    reader: InstructionReader
+    encoder: CachedEncoder | None  # None: the language model's embeddings
+    max_instruction_tokens: int
+    reads_padding: bool
+
+    def explicit(
+        self,
+        instruction: Instruction,
+        mask: Tensor | None,
+        num_rows: int | None,
+        embed: Callable[[Tensor], Tensor],
+        device: torch.device,
+    ) -> InstructionTokens:
+        """Tokens of an ``instruction=`` argument.
+
+        Raises:
+            InstructionError: if it has another number of rows than the call, or another type than allowed.
+        """
+        if isinstance(instruction, str):
+            instruction = [instruction] * (1 if num_rows is None else num_rows)
+        if isinstance(instruction, Mapping):
+            mask = instruction.get("attention_mask") if mask is None else mask
+            instruction = instruction["input_ids"] if "input_ids" in instruction else None  # type: ignore[assignment]
+        texts: list[str] | None = None
+        ids: Tensor | None = None
+        if isinstance(instruction, Tensor):
+            ids, mask = _checked_ids(instruction, mask)
+        elif isinstance(instruction, Sequence) and all(isinstance(text, str) for text in instruction):
+            texts = list(instruction)
+        else:
+            raise InstructionError(
+                "instruction= must be a text, a list with one text per row, token ids [B, T] (with "
+                f"instruction_mask= if they are padded), or a tokenizer's output; got {type(instruction).__name__}"
+            )
+        given = len(texts) if texts is not None else ids.shape[0]  # type: ignore[union-attr]
+        if num_rows is not None and given != num_rows:
+            raise InstructionError(f"instruction= has {given} row(s) and the call has {num_rows}; give one per row")
+        if self.encoder is not None:
+            if texts is None:
+                assert ids is not None and mask is not None
+                texts = self.reader.decode([row[keep] for row, keep in zip(ids.cpu(), mask.cpu(), strict=True)])
+            return self._encode(texts, device)
+        if ids is None or mask is None:
+            assert texts is not None
+            ids, mask = self.reader.tokenize(texts)
+        return self._embed(ids.to(device), mask.to(device), embed)
+
+    def inferred(self, prompt: Prompt, embed: Callable[[Tensor], Tensor]) -> InstructionTokens:
+        """Tokens of the instruction that the prompt holds.
+
+        Raises:
+            InstructionError: if it can't be told from the answer, or can't be decoded for a text tower.
+        """
+        if self.encoder is not None:
+            return self._encode(self.reader.texts(prompt), prompt.input_ids.device)
+        selected = self.reader.select(prompt).to(prompt.input_ids.device)
+        return self._embed(*_left_aligned(prompt.input_ids, selected), embed)
+
+    def _encode(self, texts: list[str], device: torch.device) -> InstructionTokens:
+        assert self.encoder is not None
+        tokens, mask = self.encoder.encode(texts, device)
+        tokens, mask = tokens[:, : self.max_instruction_tokens], mask[:, : self.max_instruction_tokens]
+        if self.reads_padding and tokens.shape[1] == self.encoder.max_instruction_tokens:
+            return InstructionTokens(tokens, None)
+        # The towers are causal: what follows the longest text of the batch changes nothing before it.
+        longest = max(1, int(mask.sum(dim=1).max()))
+        if bool((mask.cumsum(dim=1) == torch.arange(1, mask.shape[1] + 1, device=device))[mask].all()):
+            tokens, mask = tokens[:, :longest], mask[:, :longest]
+        return InstructionTokens(tokens, mask)
+
+    def _embed(self, ids: Tensor, mask: Tensor, embed: Callable[[Tensor], Tensor]) -> InstructionTokens:
+        # The end is kept: where only the whole prompt is known, the question stands there.
+        ids, mask = _cut_to_last(ids, mask, self.max_instruction_tokens)
+        with torch.no_grad():
+            tokens = embed(ids)
+        return InstructionTokens(tokens.detach(), mask)
+
+
+def embedder(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The language model's input embeddings, called as a module so that offloading and sharding hooks run."""
+    return model.get_input_embeddings()  # type: ignore[operator, no-any-return]
+
+
+def _checked_ids(ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    if ids.ndim != 2 or ids.is_floating_point() or ids.is_complex():
+        raise InstructionError(f"token ids of instruction= must be integers [B, T]; got {ids.dtype} {list(ids.shape)}")
+    if mask is None:
+        return ids, torch.ones_like(ids, dtype=torch.bool)
+    if mask.shape != ids.shape:
+        raise InstructionError(f"instruction_mask= must be {list(ids.shape)} as the token ids; got {list(mask.shape)}")
+    return ids, mask.bool()
+
+
+def _left_aligned(ids: Tensor, selected: Tensor) -> tuple[Tensor, Tensor]:
+    """The selected ids of each row moved to its front, ``[B, T]``, T the most of a row, and their mask."""
+    longest = max(1, int(selected.sum(dim=1).max()))
+    order = torch.argsort(selected.int(), dim=1, descending=True, stable=True)[:, :longest]
+    return ids.gather(1, order), selected.gather(1, order)
+
+
+def _cut_to_last(ids: Tensor, mask: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """At most the last ``length`` valid ids of each row, moved to the front."""
+    if ids.shape[1] <= length:
+        return ids, mask
+    remaining = mask.int().flip(1).cumsum(1).flip(1)
+    return _left_aligned(ids, mask & (remaining <= length))
