@@ -16,7 +16,7 @@ from .errors import (
     ShapeError,
     UnsupportedModelError,
 )
-from .families import register_family
+from .families import MediaLayout, ModelFamily, register_family
 from .fusion import Fusion, register_fusion
 from .instructions.cache import CacheInfo
 from .instructions.encoders import InstructionEncoder
@@ -35,6 +35,8 @@ __all__ = [
     "Fusion",
     "InstructionEncoder",
     "InstructionError",
+    "MediaLayout",
+    "ModelFamily",
     "PatchError",
     "RoutingError",
     "ShapeError",

@@ -78,9 +78,7 @@ class EmmaAlignment(nn.Module):
     def _check(self, visual_tokens: Tensor, instruction_tokens: Tensor, instruction_mask: Tensor | None) -> None:
         config = self.config
         if visual_tokens.ndim != 3 or visual_tokens.shape[-1] != config.visual_dim:
-            raise ShapeError(
-                f"visual_tokens must be [B, N, {config.visual_dim}]; got {list(visual_tokens.shape)}"
-            )
+            raise ShapeError(f"visual_tokens must be [B, N, {config.visual_dim}]; got {list(visual_tokens.shape)}")
         if instruction_tokens.ndim != 3 or instruction_tokens.shape[-1] != config.instruction_dim:
             raise ShapeError(
                 f"instruction_tokens must be [B, T, {config.instruction_dim}]; got {list(instruction_tokens.shape)}"

@@ -167,7 +167,9 @@ def read(directory: Path) -> SavedAdapter:
         raise CheckpointError(f"{directory / CONFIG_NAME}: model_type should be a text and is {model_type!r}")
     alignment = _with_prefix(tensors, _ALIGNMENT_PREFIX)
     projector = _with_prefix(tensors, _PROJECTOR_PREFIX)
-    if stray := sorted(set(tensors) - {_ALIGNMENT_PREFIX + n for n in alignment} - {_PROJECTOR_PREFIX + n for n in projector}):
+    if stray := sorted(
+        set(tensors) - {_ALIGNMENT_PREFIX + n for n in alignment} - {_PROJECTOR_PREFIX + n for n in projector}
+    ):
         raise CheckpointError(f"{directory / WEIGHTS_NAME}: unexpected tensor(s) {stray}")
     if bool(projector) != bool(written.get("projector_trained")):
         raise CheckpointError(

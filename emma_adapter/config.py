@@ -37,7 +37,7 @@ class EmmaConfig:
         num_heads: heads of the cross-attention.
         rank: rank of the image-to-image update of ``linear``; ``None`` is a full matrix, as in the paper.
         instruction_encoder: ``"llm"`` (the language model's input embeddings), a hub id or local folder of a
-            CLIP text tower, ``"open_clip:MODEL[:PRETRAINED]"``, or ``"custom:..."`` for a module handed to
+            CLIP text tower, ``"open_clip:MODEL:PRETRAINED"``, or ``"custom:..."`` for a module handed to
             ``patch_model``.
         instruction_layer: which hidden state of a text tower is the instruction, counted as in
             ``hidden_states`` of transformers; the paper takes -2.
@@ -85,7 +85,7 @@ class EmmaConfig:
         if not isinstance(self.instruction_encoder, str) or not self.instruction_encoder.strip():
             raise self._error(
                 "instruction_encoder",
-                'a non-empty string: "llm", a hub id or folder of a text tower, or "open_clip:MODEL[:PRETRAINED]"',
+                'a non-empty string: "llm", a hub id or folder of a text tower, or "open_clip:MODEL:PRETRAINED"',
             )
         self._check_fusion_options()
 

@@ -145,12 +145,12 @@ def _first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tens
 def _by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     if not args:
         return dict(kwargs)
-    return {**dict(zip(_parameter_names(type(module)), args, strict=False)), **kwargs}
+    return {**dict(zip(_parameter_names(type(module).forward), args, strict=False)), **kwargs}
 
 
 @functools.cache
-def _parameter_names(module_class: type[nn.Module]) -> tuple[str, ...]:
-    return tuple(inspect.signature(module_class.forward).parameters)[1:]
+def _parameter_names(forward: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(forward).parameters)[1:]
 
 
 def _pop_instruction(kwargs: dict[str, Any]) -> tuple[Any, Tensor | None]:
@@ -210,6 +210,8 @@ class MethodGuard:
         copy.name, copy.guard, copy.previous = self.name, self.guard, self.previous
         # nn.Module registers its copy before it copies its attributes.
         model = self._model()
+        if model is None:
+            raise ReferenceError(f"the model of this {self.name} no longer exists")
         copy._model = weakref.ref(memo.get(id(model), model))
         return copy
 
@@ -232,7 +234,9 @@ def guard_generate(model: nn.Module, original: Callable[..., Any], *args: Any, *
     ids = args[0] if args else kwargs.get("inputs")
     ids = kwargs.get("input_ids") if ids is None else ids
     embeds = kwargs.get("inputs_embeds")
-    tokens = state.instruction_tokens(inner, OuterCall(None, instruction, mask), ids, embeds, kwargs.get("attention_mask"))
+    tokens = state.instruction_tokens(
+        inner, OuterCall(None, instruction, mask), ids, embeds, kwargs.get("attention_mask")
+    )
     # A continued conversation: the images of this call belong to what the cache doesn't hold yet.
     known = _cached_length(kwargs.get("past_key_values"))
     new_ids = None if ids is None else ids[:, known:]

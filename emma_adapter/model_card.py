@@ -62,7 +62,9 @@ def model_card(description: Mapping[str, Any], parameters: tuple[int, int]) -> s
         encoder=config["instruction_encoder"],
         own=f"{own:,}",
         share=f"{own / total:.3%}",
-        projector="trained with the adapter, and saved here" if description["projector_trained"] else "as in the base model",
+        projector="trained with the adapter, and saved here"
+        if description["projector_trained"]
+        else "as in the base model",
         version=description["library_version"],
         format_version=description["format_version"],
     )

@@ -34,7 +34,7 @@ def read_official(path: str | PathLike[str]) -> tuple[EmmaConfig, dict[str, Tens
     found = {name: _one_of(stored, name, path) for name in _TENSORS}
     if any(key.removeprefix(_PREFIX) == "learnable_tokens" for key in stored):
         raise CheckpointError(
-            f"{path} holds learnable tokens: it is the authors' variant v2 or v3; only the published EMMA (v1) is supported"
+            f"{path} holds learnable tokens: it is the authors' variant v2 or v3; only the published EMMA, v1, is read"
         )
     projection, infusion = found["text_projection.weight"], found["image_text_infusion.weight"]
     if projection.ndim != 2 or infusion.ndim != 2 or infusion.shape[1] <= infusion.shape[0]:

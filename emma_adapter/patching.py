@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from . import base_saves, checkpoint, hub, training
 from .alignment import EmmaAlignment
 from .config import EmmaConfig
 from .errors import CheckpointError, ConfigError, PatchError, UnsupportedModelError
-from .families import find_family
+from .families import ModelFamily, find_family
 from .fusion import fusion_class
 from .hooks import MethodGuard, guard_generate, install_hooks, remove_hooks
 from .instructions.cache import CacheInfo
@@ -22,9 +22,6 @@ from .instructions.encoders import CachedEncoder, build_encoder, check_protocol,
 from .instructions.extraction import InstructionReader
 from .instructions.tokens import LLM, Instruction, InstructionPipeline, embedder
 from .state import ALIGNMENT_NAME, STATE_ATTRIBUTE, AdapterState, CallPlan, state_of
-
-if TYPE_CHECKING:
-    from .integrations.pipeline import ModelFamily
 
 _LLM_MAX_INSTRUCTION_TOKENS = 128
 _GUARDED_METHODS = {"generate": guard_generate, "save_pretrained": base_saves.guard_save_pretrained}
@@ -278,7 +275,8 @@ def _check_fit(model: nn.Module, saved: checkpoint.SavedAdapter) -> None:
     number, _ = family.visual_size(inner)
     if family.has_fixed_size(inner) and saved.config.num_visual_tokens not in (None, number):
         raise CheckpointError(
-            f"{saved.source} was made for {saved.config.num_visual_tokens} visual tokens an image; this model has {number}"
+            f"{saved.source} was made for {saved.config.num_visual_tokens} visual tokens an image; "
+            f"this model has {number}"
         )
     if saved.projector:
         found = dict(saved.projector)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import threading
-import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +15,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from .alignment import EmmaAlignment
 from .config import EmmaConfig
 from .errors import InstructionError, PatchError, RoutingError
+from .families import MediaLayout, ModelFamily
 from .instructions.extraction import Prompt
 from .instructions.routing import rows_of_media
 from .instructions.tokens import Instruction, InstructionPipeline, InstructionTokens, embedder
-
-if TYPE_CHECKING:
-    from .integrations.pipeline import MediaLayout, ModelFamily
 
 #: Attribute of the outer model, the inner model and the projector of a patched model.
 STATE_ATTRIBUTE = "_emma"
@@ -65,7 +62,7 @@ class RoutedInstruction:
         if not self.layout.packed:
             repeats = torch.as_tensor(units, device=self.rows.device)
             entries = self.instruction.of_rows(self.rows.repeat_interleave(repeats, output_size=sum(units)))
-            return alignment(visual_tokens, entries.tokens, entries.mask)  # type: ignore[no-any-return]
+            return alignment(visual_tokens, entries.tokens, entries.mask)
         aligned = []
         for i, segment in enumerate(visual_tokens.split(units, dim=1)):
             own = self.instruction.of_rows(self.rows[i : i + 1])
@@ -145,7 +142,9 @@ class AdapterState:
     def sizes(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         return {name: arguments.get(name) for name in self.family.size_arguments}
 
-    def placeholders(self, inner: nn.Module, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> dict[str, Tensor]:
+    def placeholders(
+        self, inner: nn.Module, input_ids: Tensor | None, inputs_embeds: Tensor | None
+    ) -> dict[str, Tensor]:
         """Placeholder tokens per row ``[B]``, for each modality."""
         counts = {}
         for modality in self.family.pixel_arguments:
@@ -211,12 +210,14 @@ class AdapterState:
         return RoutedInstruction(layout, rows, plan.instruction)
 
     def _route_without_prompt(self, plan: CallPlan, visual_tokens: Tensor) -> RoutedInstruction:
-        from .integrations.pipeline import MediaLayout
-
         given, images = len(plan.instruction), visual_tokens.shape[0]
         if given not in (1, images):
             raise InstructionError(f"adapter.instruction() was given {given} instructions for {images} images")
-        rows = torch.arange(images, device=visual_tokens.device) if given == images else torch.zeros(images, dtype=torch.long)
+        rows = (
+            torch.arange(images, device=visual_tokens.device)
+            if given == images
+            else torch.zeros(images, dtype=torch.long)
+        )
         return RoutedInstruction(MediaLayout([1] * images, [1] * images), rows, plan.instruction)
 
     @contextmanager

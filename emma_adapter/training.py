@@ -29,9 +29,7 @@ def projector_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def projector_tensors(projector: nn.Module) -> dict[str, nn.Parameter]:
     """The projector's own parameters by name, without the adapter's."""
     return {
-        name: parameter
-        for name, parameter in projector.named_parameters()
-        if not name.startswith(f"{ALIGNMENT_NAME}.")
+        name: parameter for name, parameter in projector.named_parameters() if not name.startswith(f"{ALIGNMENT_NAME}.")
     }
 
 

@@ -8,9 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from emma_adapter.errors import RoutingError
-
-from .pipeline import MediaLayout, ModelFamily
+from emma_adapter import MediaLayout, ModelFamily, RoutingError
 
 # Pixtral has no native size; learned positions live on this grid and are resampled to each image's own.
 _DYNAMIC_GRID = (24, 24)

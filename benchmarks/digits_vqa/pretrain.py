@@ -94,7 +94,9 @@ class Contrastive(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.clip = CLIPModel(
-            CLIPConfig(text_config=text_tower_config().to_dict(), vision_config=vision_config().to_dict(), projection_dim=64)
+            CLIPConfig(
+                text_config=text_tower_config().to_dict(), vision_config=vision_config().to_dict(), projection_dim=64
+            )
         )
         nn.init.normal_(self.clip.vision_model.embeddings.patch_embedding.weight, std=0.05)
         self.tokenizer = word_tokenizer(for_text_tower=True)

@@ -111,7 +111,9 @@ def ask_any(digits: np.ndarray, colours: np.ndarray, rng: np.random.Generator) -
 
 
 def caption(digits: np.ndarray, colours: np.ndarray) -> str:
-    return " ".join("empty" if d == EMPTY else f"{COLOURS[c]} {DIGITS[d]}" for d, c in zip(digits, colours, strict=True))
+    return " ".join(
+        "empty" if d == EMPTY else f"{COLOURS[c]} {DIGITS[d]}" for d, c in zip(digits, colours, strict=True)
+    )
 
 
 def sample_questions(scenes: Scenes, per_scene: int, rng: np.random.Generator) -> list[Question]:
@@ -132,7 +134,9 @@ def every_question_type(scenes: Scenes, rng: np.random.Generator) -> list[Questi
     return questions
 
 
-def sample_pairs(n: int, split: str, rng: np.random.Generator) -> tuple[Scenes, Scenes, list[tuple[Question, Question]]]:
+def sample_pairs(
+    n: int, split: str, rng: np.random.Generator
+) -> tuple[Scenes, Scenes, list[tuple[Question, Question]]]:
     """Pairs in the manner of MMVP: two scenes that differ in one attribute of one digit, one question,
     two different answers. Both must be right for the pair to count.
 

@@ -103,10 +103,10 @@ def render(scenes: Scenes) -> np.ndarray:
             here = (shifts[:, 0] == dy) & (shifts[:, 1] == dx)
             ink[here, dy : dy + _GLYPH, dx : dx + _GLYPH] = glyphs[here]
     ink *= (scenes.digits.reshape(-1) != EMPTY)[:, None, None] * scenes.gains.reshape(-1)[:, None, None]
-    ink = ink.reshape(n, GRID, GRID, CELL, CELL).transpose(0, 1, 3, 2, 4).reshape(n, IMAGE_SIZE, IMAGE_SIZE, 1)
+    alpha = ink.reshape(n, GRID, GRID, CELL, CELL).transpose(0, 1, 3, 2, 4).reshape(n, IMAGE_SIZE, IMAGE_SIZE, 1)
     rgb = _RGB[np.clip(scenes.colours, 0, None)].reshape(n, GRID, GRID, 3)
     rgb = rgb.repeat(CELL, axis=1).repeat(CELL, axis=2)
-    picture = ink * rgb + (1 - ink) * scenes.backgrounds[:, None, None, :]
+    picture: np.ndarray = alpha * rgb + (1 - alpha) * scenes.backgrounds[:, None, None, :]
     for i, seed in enumerate(scenes.noise_seeds):
         picture[i] += _NOISE * np.random.default_rng(seed).standard_normal(picture[i].shape, dtype=np.float32)
     return np.rint(picture.clip(0, 1) * 255).astype(np.uint8)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from einops import rearrange
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -34,10 +35,33 @@ PIXEL_MEAN = PIXEL_STD = 0.3
 
 SPECIAL_TOKENS = ("<pad>", "<s>", "<unk>", "<image>", "</s>")
 PAD, BOS, UNK, IMAGE, EOS = range(len(SPECIAL_TOKENS))
-WORDS = (
-    "USER: ASSISTANT: ? what digit colour is at the top bottom left right of above below how many digits are "
-    "there a yes no empty"
-).split()
+WORDS = [
+    "USER:",
+    "ASSISTANT:",
+    "?",
+    "what",
+    "digit",
+    "colour",
+    "is",
+    "at",
+    "the",
+    "top",
+    "bottom",
+    "left",
+    "right",
+    "of",
+    "above",
+    "below",
+    "how",
+    "many",
+    "digits",
+    "are",
+    "there",
+    "a",
+    "yes",
+    "no",
+    "empty",
+]
 VOCABULARY = (*SPECIAL_TOKENS, *DIGITS, *COLOURS, *WORDS)
 TOKEN_ID = {word: i for i, word in enumerate(VOCABULARY)}
 
@@ -156,7 +180,7 @@ def processor() -> LlavaProcessor:
     )
 
 
-def to_pixel_values(pictures) -> torch.Tensor:
+def to_pixel_values(pictures: np.ndarray) -> torch.Tensor:
     """What the processor makes of uint8 pictures ``[n, H, W, 3]``: ``[n, 3, H, W]``, float32."""
     pixels = rearrange(torch.as_tensor(pictures), "n h w c -> n c h w").float() / 255
     return (pixels - PIXEL_MEAN) / PIXEL_STD

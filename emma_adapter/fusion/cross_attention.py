@@ -98,7 +98,7 @@ class CrossAttention(nn.Module):
         if self.native_grid is None:
             raise ShapeError(f"positions can't be resampled to grid={grid} without EmmaConfig.visual_grid")
         height, width = self.native_grid
-        table = rearrange(self.position, "(h w) c -> 1 c h w", h=height, w=width)
+        table: Tensor = rearrange(self.position, "(h w) c -> 1 c h w", h=height, w=width)
         table = F.interpolate(table, size=grid, mode="bilinear", align_corners=False)
         return rearrange(table, "1 c h w -> (h w) c")
 

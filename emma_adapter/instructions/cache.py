@@ -32,9 +32,7 @@ class LRUCache(Generic[Value]):
         self._lock = threading.Lock()
         self._hits = self._misses = 0
 
-    def get_or_compute(
-        self, keys: list[Hashable], compute: Callable[[list[Hashable]], list[Value]]
-    ) -> list[Value]:
+    def get_or_compute(self, keys: list[Hashable], compute: Callable[[list[Hashable]], list[Value]]) -> list[Value]:
         """The values of ``keys``; ``compute`` is called once, with the missing keys, each once."""
         wanted = list(dict.fromkeys(keys))
         with self._lock:

@@ -83,7 +83,7 @@ class TransformersTextTower(nn.Module):
 class OpenClipTextTower(nn.Module):
     """CLIP's text tower through open_clip, with its own tokenizer.
 
-    ``source`` is ``MODEL``, ``MODEL:PRETRAINED`` (a tag or a local weights file), ``hf-hub:ORG/REPO`` or
+    ``source`` is ``MODEL:PRETRAINED`` (a tag or a local weights file), ``hf-hub:ORG/REPO`` or
     ``local-dir:FOLDER``. Layers are counted as in transformers: -1 is the output of the last block.
     """
 
@@ -93,10 +93,9 @@ class OpenClipTextTower(nn.Module):
 
         name, pretrained = _split_open_clip_source(source)
         try:
-            # The custom-text form holds the text tower as a module of its own, whatever the model.
-            clip = open_clip.create_model(
-                name, pretrained=pretrained, force_custom_text=True, require_pretrained=pretrained is not None
-            )
+            # The custom-text form holds the text tower as a module of its own, whatever the model. Weights are
+            # required: open_clip's default is a tower of random ones.
+            clip = open_clip.create_model(name, pretrained=pretrained, force_custom_text=True, require_pretrained=True)
             self.tokenizer = open_clip.get_tokenizer(name)
         except Exception as error:
             raise EncoderError(
@@ -105,11 +104,15 @@ class OpenClipTextTower(nn.Module):
             ) from error
         self.tower = clip.text
         if not isinstance(self.tower, open_clip.transformer.TextTransformer):
-            raise EncoderError(f"open_clip's {source!r} has a {type(self.tower).__name__} as text tower; CLIP's is needed")
+            raise EncoderError(
+                f"open_clip's {source!r} has a {type(self.tower).__name__} as text tower; CLIP's is needed"
+            )
         # hidden_states of transformers starts with the embeddings, open_clip counts blocks.
         self.block = _checked_layer(layer, len(self.tower.transformer.resblocks), source) - 1
         if self.block < 0:
-            raise EncoderError(f"instruction_layer={layer} of {source!r} is its embedding layer; open_clip gives blocks only")
+            raise EncoderError(
+                f"instruction_layer={layer} of {source!r} is its embedding layer; open_clip gives blocks only"
+            )
         self.instruction_dim = int(self.tower.ln_final.weight.shape[0])
         self.max_instruction_tokens = int(self.tower.context_length)
         self.eos_id = getattr(self.tokenizer, "eot_token_id", None)
@@ -237,7 +240,7 @@ def check_protocol(encoder: object) -> nn.Module:
     """
     if not isinstance(encoder, nn.Module):
         raise EncoderError(
-            'instruction_encoder must be "llm", a hub id, a local folder, "open_clip:MODEL[:PRETRAINED]" or an '
+            'instruction_encoder must be "llm", a hub id, a local folder, "open_clip:MODEL:PRETRAINED" or an '
             f"nn.Module that follows emma_adapter.InstructionEncoder; got {type(encoder).__name__}"
         )
     for name in ("instruction_dim", "max_instruction_tokens"):
@@ -253,4 +256,3 @@ def check_protocol(encoder: object) -> nn.Module:
 def encoder_name(encoder: nn.Module) -> str:
     """How a module of the user's is recorded in a config."""
     return f"{CUSTOM_PREFIX}{type(encoder).__module__}.{type(encoder).__qualname__}"
-

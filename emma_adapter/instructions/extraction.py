@@ -59,7 +59,9 @@ class InstructionReader:
             )
         mask = prompt.attention_mask
         valid = (
-            mask.bool().cpu() if mask is not None and mask.shape == ids.shape else torch.ones(ids.shape, dtype=torch.bool)
+            mask.bool().cpu()
+            if mask is not None and mask.shape == ids.shape
+            else torch.ones(ids.shape, dtype=torch.bool)
         )
         answers = (labels != IGNORE_INDEX).cpu() if labels is not None else None
         selected = torch.zeros(ids.shape, dtype=torch.bool)
@@ -102,7 +104,9 @@ class InstructionReader:
             )
         return self.tokenizer
 
-    def _select_row(self, tokens: list[int], where: list[int], answers: list[bool] | None, *, trains: bool) -> list[int]:
+    def _select_row(
+        self, tokens: list[int], where: list[int], answers: list[bool] | None, *, trains: bool
+    ) -> list[int]:
         turns = self._user_turns(tokens, where)
         if turns is None:
             if trains and answers is None:

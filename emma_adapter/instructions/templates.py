@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from os.path import commonprefix
 from typing import Any
 
 # Unlikely in any template, and without spaces, which the search ignores.
@@ -73,10 +72,19 @@ def _markers_around_sentinels(text: str) -> TurnMarkers | None:
     if not end:
         return None
     # What precedes every user turn: what both have in common at their end.
-    shared = commonprefix([before_first[::-1], before_next[::-1]])[::-1]
+    shared = _common_suffix(before_first, before_next)
     starts = (shared,) if shared else tuple(start for start in (before_first, before_next) if start)
     return TurnMarkers(starts, end) if starts else None
 
 
 def _squeeze(text: str) -> str:
     return "".join(text.split())
+
+
+def _common_suffix(one: str, other: str) -> str:
+    length = 0
+    for a, b in zip(reversed(one), reversed(other), strict=False):
+        if a != b:
+            break
+        length += 1
+    return one[len(one) - length :]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +58,7 @@ class InstructionPipeline:
             instruction = [instruction] * (1 if num_rows is None else num_rows)
         if isinstance(instruction, Mapping):
             mask = instruction.get("attention_mask") if mask is None else mask
-            instruction = instruction["input_ids"] if "input_ids" in instruction else None  # type: ignore[assignment]
+            instruction = instruction.get("input_ids")  # type: ignore[assignment]
         texts: list[str] | None = None
         ids: Tensor | None = None
         if isinstance(instruction, Tensor):
@@ -117,7 +116,7 @@ class InstructionPipeline:
 
 def embedder(model: nn.Module) -> Callable[[Tensor], Tensor]:
     """The language model's input embeddings, called as a module so that offloading and sharding hooks run."""
-    return model.get_input_embeddings()  # type: ignore[operator, no-any-return]
+    return model.get_input_embeddings()  # type: ignore[operator]
 
 
 def _checked_ids(ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+# Nothing in the tests may look for a model on the hub, or be slowed down by looking.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+sys.path.insert(0, str(Path(__file__).parent))
+
+import pytest
+import tiny
+import torch
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("default", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+settings.load_profile("default")
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def model():
+    return tiny.llava()
+
+
+@pytest.fixture
+def processor():
+    return tiny.processor()
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory):
+    return tiny.clip_text_folder(tmp_path_factory.mktemp("clip-text"))

@@ -1,0 +1,825 @@
+"""The behaviour of a patched LLaVA: what every fusion and every kind of instruction encoder must keep to."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import inspect
+import pickle
+import threading
+import weakref
+
+import pytest
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from emma_adapter import (
+    EmmaConfig,
+    InstructionError,
+    PatchError,
+    RoutingError,
+    UnsupportedModelError,
+    get_adapter,
+    patch_model,
+    unpatch_model,
+)
+
+FUSIONS = ("attention", "linear", "modulation")
+ENCODERS = ("llm", "clip", "custom")
+EFFECT = 1e-3  # what a trained adapter changes at least, far above rounding
+SAME = 2e-5
+
+
+class WordHashEncoder(nn.Module):
+    """An instruction encoder of a user's own: a fixed random vector per character."""
+
+    instruction_dim = 12
+    max_instruction_tokens = 20
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(256, self.instruction_dim)
+
+    def forward(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        codes = [[ord(c) % 256 for c in text[: self.max_instruction_tokens]] for text in texts]
+        ids = torch.zeros(len(texts), max(1, *map(len, codes)), dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, code in enumerate(codes):
+            ids[row, : len(code)] = torch.tensor(code, dtype=torch.long)
+            mask[row, : len(code)] = 1
+        return self.table(ids.to(self.table.weight.device)), mask
+
+
+def patched(
+    fusion: str = "attention",
+    encoder: str = "llm",
+    *,
+    clip_folder=None,
+    with_processor: bool = True,
+    trained: bool = True,
+):
+    model = tiny.llava()
+    given = {"llm": "llm", "clip": str(clip_folder), "custom": WordHashEncoder()}[encoder]
+    config = EmmaConfig(fusion=fusion, inner_dim=16)
+    processor = tiny.processor() if with_processor else None
+    adapter = patch_model(model, config, processor=processor, instruction_encoder=given)
+    if trained:
+        tiny.train_randomly(adapter.alignment)
+    return model, adapter
+
+
+@pytest.fixture(params=FUSIONS)
+def fusion(request):
+    return request.param
+
+
+@pytest.fixture(params=ENCODERS)
+def encoder(request):
+    return request.param
+
+
+@torch.no_grad()
+def logits(model: nn.Module, inputs: dict[str, Tensor], **more) -> Tensor:
+    return model(**inputs, **more).logits
+
+
+@torch.no_grad()
+def image_features(model: nn.Module, inputs: dict[str, Tensor], **more) -> Tensor:
+    return model(**inputs, **more).image_hidden_states
+
+
+def last_logits(model: nn.Module, inputs: dict[str, Tensor], **more) -> Tensor:
+    return logits(model, inputs, **more)[:, -1]
+
+
+# ------------------------------------------------------------------------------------------ identity
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_untrained_and_unpatched_are_the_original_bit_for_bit(fusion, encoder, dtype, clip_folder):
+    model = tiny.llava().to(dtype)
+    inputs = tiny.token_inputs([1, 2, 0, 3])
+    inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
+    before, generated = logits(model, inputs), model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    given = {"llm": "llm", "clip": str(clip_folder), "custom": WordHashEncoder()}[encoder]
+    adapter = patch_model(model, EmmaConfig(fusion=fusion), processor=tiny.processor(), instruction_encoder=given)
+    assert torch.equal(logits(model, inputs), before)
+    assert torch.equal(model.generate(**inputs, max_new_tokens=4, do_sample=False), generated)
+    tiny.train_randomly(adapter.alignment)
+    assert not torch.equal(logits(model, inputs), before)
+    unpatch_model(model)
+    assert torch.equal(logits(model, inputs), before)
+    assert torch.equal(model.generate(**inputs, max_new_tokens=4, do_sample=False), generated)
+
+
+def test_changed_when_on_equal_when_off_same_when_on_again(fusion, encoder, clip_folder):
+    inputs = tiny.token_inputs([1, 2])
+    original = logits(tiny.llava(), inputs)
+    model, adapter = patched(fusion, encoder, clip_folder=clip_folder)
+    trained = logits(model, inputs)
+    assert (trained - original).abs().amax(dim=(1, 2)).min() > EFFECT
+    with adapter.disabled():
+        assert torch.equal(logits(model, inputs), original)
+        with adapter.disabled():
+            pass
+        assert torch.equal(logits(model, inputs), original)
+        assert torch.equal(
+            model.generate(**inputs, max_new_tokens=3, do_sample=False),
+            tiny.llava().generate(**inputs, max_new_tokens=3, do_sample=False),
+        )
+    assert torch.equal(logits(model, inputs), trained)
+
+
+def test_unpatching_leaves_nothing_behind(fusion):
+    model = tiny.llava()
+    inputs = tiny.token_inputs([1])
+    logits(model, inputs)
+    classes = [cls for module in model.modules() for cls in type(module).__mro__]
+    class_state = {cls: dict(vars(cls)) for cls in classes}
+    modules, keys = snapshot(model), list(model.state_dict())
+    adapter = patch_model(model, EmmaConfig(fusion=fusion), processor=tiny.processor()).train_only(projector=True)
+    tiny.train_randomly(adapter.alignment)
+    logits(model, inputs)
+    assert snapshot(model) != modules
+    unpatch_model(model)
+    assert snapshot(model) == modules
+    assert list(model.state_dict()) == keys
+    assert {cls: dict(vars(cls)) for cls in classes} == class_state
+    with pytest.raises(PatchError, match="not patched"):
+        unpatch_model(model)
+
+
+def snapshot(model: nn.Module) -> dict[str, dict]:
+    """Attributes and hooks of every module; tensors by value, because parameters are moved, not replaced."""
+
+    def simplified(value):
+        return list(value.items()) if isinstance(value, dict) else value
+
+    return {
+        name: {key: simplified(value) for key, value in vars(module).items() if key not in ("_parameters", "_buffers")}
+        for name, module in model.named_modules()
+    }
+
+
+def test_patching_one_model_leaves_its_twin_alone():
+    inputs = tiny.token_inputs([1, 1])
+    twin = tiny.llava()
+    before = logits(twin, inputs)
+    patched()
+    assert torch.equal(logits(twin, inputs), before)
+    with pytest.raises(PatchError):
+        get_adapter(twin)
+
+
+def test_base_state_dict_keys_stay():
+    model = tiny.llava()
+    keys = set(model.state_dict())
+    patch_model(model)
+    new = set(model.state_dict()) - keys
+    assert keys < set(model.state_dict())
+    assert all(".multi_modal_projector.emma." in key for key in new)
+
+
+def test_base_checkpoint_loads_into_a_patched_model():
+    model, _ = patched()
+    missing, unexpected = model.load_state_dict(tiny.llava(seed=3).state_dict(), strict=False)
+    assert not unexpected
+    assert all(".emma." in key for key in missing)
+
+
+# ------------------------------------------------------------------------------------------- routing
+
+
+def test_each_row_is_what_it_is_alone(fusion, encoder, clip_folder):
+    images = [1, 2, 0, 3]
+    model, _ = patched(fusion, encoder, clip_folder=clip_folder)
+    inputs = tiny.token_inputs(images)
+    together = last_logits(model, inputs)
+    for row in range(len(images)):
+        alone = last_logits(model, tiny.select_row(inputs, images, row))
+        torch.testing.assert_close(together[row : row + 1], alone, atol=SAME, rtol=0)
+
+
+@settings(max_examples=15)
+@given(
+    images=st.lists(st.integers(0, 3), min_size=1, max_size=5).filter(any),
+    padding_side=st.sampled_from(["left", "right"]),
+    data=st.data(),
+)
+def test_order_of_rows_does_not_matter(images, padding_side, data):
+    model, _ = shared_model()
+    order = data.draw(st.permutations(range(len(images))))
+    inputs = tiny.token_inputs(images, padding_side=padding_side)
+    firsts = [sum(images[:row]) for row in range(len(images))]
+    permuted = {name: inputs[name][list(order)] for name in ("input_ids", "attention_mask")}
+    pixels = [firsts[row] + i for row in order for i in range(images[row])]
+    permuted["pixel_values"] = inputs["pixel_values"][pixels]
+    expected, got = logits(model, inputs)[list(order)], logits(model, permuted)
+    valid = permuted["attention_mask"].bool()
+    torch.testing.assert_close(got[valid], expected[valid], atol=SAME, rtol=0)
+
+
+_SHARED = []
+
+
+def shared_model():
+    if not _SHARED:
+        _SHARED.append(patched(with_processor=False))
+    return _SHARED[0]
+
+
+def test_a_row_ignores_instruction_and_images_of_other_rows():
+    model, _ = patched()
+    talks = [[tiny.user("how many dogs are there?")], [tiny.user("is there a cat?", images=2)]]
+    before = last_logits(model, tiny.chat_inputs(talks))
+    changed = [talks[0], [tiny.user("describe the left bird in detail, in the image", images=1)]]
+    inputs = tiny.chat_inputs(changed)
+    inputs["pixel_values"][1:] = inputs["pixel_values"][1:].flip(0) + 1
+    after = last_logits(model, inputs)
+    torch.testing.assert_close(after[0], before[0], atol=SAME, rtol=0)
+    assert (after[1] - before[1]).abs().max() > EFFECT
+
+
+def test_the_instruction_reaches_the_images_of_its_row_only():
+    model, _ = patched(with_processor=False)
+    inputs = tiny.token_inputs([1, 2, 1])
+    before = image_features(model, inputs)
+    inputs["input_ids"] = inputs["input_ids"].clone()
+    inputs["input_ids"][1, -1] = 77
+    after = image_features(model, inputs)
+    moved = (after - before).abs().view(4, -1).amax(dim=1)
+    assert moved[[0, 3]].max() == 0
+    assert moved[[1, 2]].min() > EFFECT
+
+
+@pytest.mark.parametrize("images", [2, 4])
+def test_images_and_placeholders_that_do_not_match_are_an_error(images):
+    model, _ = patched(with_processor=False)
+    inputs = tiny.token_inputs([1, 2])
+    inputs["pixel_values"] = torch.randn(images, *inputs["pixel_values"].shape[1:])
+    with pytest.raises(RoutingError, match="placeholder"):
+        model(**inputs)
+    model(**tiny.token_inputs([1, 2]))
+
+
+def test_an_image_that_crosses_rows_is_an_error():
+    model, _ = patched(with_processor=False)
+    inputs = tiny.token_inputs([1, 1])
+    ids = inputs["input_ids"]
+    ids[0, (ids[0] == 4).nonzero()[0]] = 60
+    ids[1, -1] = 4
+    with pytest.raises(RoutingError, match="row"):
+        model(**inputs)
+
+
+def test_pixtral_tower_packs_images_of_different_sizes():
+    model = tiny.pixtral_llava()
+    adapter = patch_model(model)
+    sizes = torch.tensor([[28, 56], [56, 42]])
+    ids = torch.tensor([[3, 3, 3, 3, 1, 5, *[4] * 8, 6, 7], [1, *[4] * 12, 7, 8, 9]])
+    inputs = {"input_ids": ids, "attention_mask": (ids != 3).long()}
+    pixels = torch.randn(2, 3, 56, 56)
+    original = logits(model, inputs, pixel_values=pixels, image_sizes=sizes)
+    tiny.train_randomly(adapter.alignment)
+    together = last_logits(model, inputs, pixel_values=pixels, image_sizes=sizes)
+    assert (together - original[:, -1]).abs().max() > EFFECT
+    alone = last_logits(
+        model,
+        {"input_ids": ids[1:], "attention_mask": (ids[1:] != 3).long()},
+        pixel_values=pixels[1:],
+        image_sizes=sizes[1:],
+    )
+    torch.testing.assert_close(together[1:], alone, atol=SAME, rtol=0)
+    with pytest.raises(UnsupportedModelError, match="fixed number"):
+        patch_model(tiny.pixtral_llava(), EmmaConfig(fusion="linear"))
+
+
+# ------------------------------------------------------------------------------------------ generate
+
+
+def generate_logits(model, inputs, **more):
+    out = model.generate(
+        **inputs, **more, max_new_tokens=1, do_sample=False, output_logits=True, return_dict_in_generate=True
+    )
+    return out.logits[0]
+
+
+def test_generate_sees_what_forward_sees(fusion, encoder, clip_folder):
+    model, _ = patched(fusion, encoder, clip_folder=clip_folder)
+    for inputs in (
+        tiny.token_inputs([1, 2, 0]),
+        tiny.chat_inputs([[tiny.user("is there a cat?")], [tiny.user("why?")]]),
+    ):
+        torch.testing.assert_close(generate_logits(model, inputs), last_logits(model, inputs), atol=SAME, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"num_beams": 3},
+        {"num_beams": 4, "num_return_sequences": 2},
+        {"num_return_sequences": 2, "do_sample": True, "top_k": 1},
+        {"do_sample": True, "top_k": 1},
+        {"cache_implementation": "static"},
+        {"use_cache": False},
+    ],
+)
+def test_generation_modes_keep_rows_apart(how):
+    images = [1, 2, 0, 1]
+    model, _ = patched(with_processor=False)
+    model.generation_config.eos_token_id = None
+    inputs = tiny.token_inputs(images)
+    together = model.generate(**inputs, max_new_tokens=4, **how)
+    k = how.get("num_return_sequences", 1)
+    for row in range(len(images)):
+        alone = model.generate(**tiny.select_row(inputs, images, row), max_new_tokens=4, **how)
+        assert torch.equal(together[row * k : (row + 1) * k, -4:], alone[:, -4:])
+
+
+def test_generation_uses_the_instruction_of_the_prompt_not_of_what_it_writes():
+    model, _ = patched(with_processor=False)
+    model.generation_config.eos_token_id = None
+    inputs = tiny.token_inputs([1, 1])
+    cached = model.generate(**inputs, max_new_tokens=5, do_sample=False)
+    uncached = model.generate(**inputs, max_new_tokens=5, do_sample=False, use_cache=False)
+    assert torch.equal(cached, uncached)
+
+
+def test_decoding_steps_do_no_adapter_work():
+    model, adapter = patched(with_processor=False)
+    model.generation_config.eos_token_id = None
+    calls = []
+    adapter.alignment.register_forward_hook(lambda *_: calls.append(1))
+    model.generate(**tiny.token_inputs([1, 2]), max_new_tokens=6, do_sample=False)
+    assert len(calls) == 1
+
+
+def test_a_second_turn_with_a_cache_and_a_new_image():
+    model, _ = patched(with_processor=False)
+    model.generation_config.eos_token_id = None
+    first = tiny.token_inputs([1])
+    out = model.generate(**first, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+    second = tiny.token_inputs([1], seed=9)
+    ids = torch.cat([out.sequences, second["input_ids"]], dim=1)
+    told = {"instruction": torch.tensor([[31, 41]])}
+    continued = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        pixel_values=second["pixel_values"],
+        past_key_values=out.past_key_values,
+        max_new_tokens=3,
+        do_sample=False,
+        **told,
+    )
+    assert continued.shape[1] == ids.shape[1] + 3
+    # The cache holds the first image under its own instruction; only the second is encoded now.
+    features = []
+    handle = model.model.multi_modal_projector.register_forward_hook(lambda m, a, o: features.append(o))
+    alone = {**second, "attention_mask": torch.ones_like(second["input_ids"])}
+    expected = image_features(model, alone, **told)
+    handle.remove()
+    assert torch.equal(features[0][0], expected)
+
+
+# ------------------------------------------------------------------------------- explicit instruction
+
+
+def test_explicit_instruction_wins(fusion):
+    model, _ = patched(fusion)
+    asked = [[tiny.user("how many dogs are there?")], [tiny.user("is there a cat?")]]
+    other = [[tiny.user("what colour is it?")], [tiny.user("describe the image")]]
+    texts = ["how many dogs are there?", "is there a cat?"]
+    inferred = image_features(model, tiny.chat_inputs(asked))
+    told = image_features(model, tiny.chat_inputs(other), instruction=texts)
+    torch.testing.assert_close(told, inferred, atol=SAME, rtol=0)
+    assert (image_features(model, tiny.chat_inputs(other)) - inferred).abs().max() > EFFECT
+
+
+def test_explicit_instruction_takes_text_token_ids_or_a_tokenizer_output(processor):
+    model, _ = patched()
+    inputs = tiny.chat_inputs([[tiny.user("x")], [tiny.user("x")]])
+    texts = ["is there a cat?", "how many dogs are there, and what colour is the left one?"]
+    expected = logits(model, inputs, instruction=texts)
+    encoded = processor.tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt")
+    ids, mask = encoded["input_ids"], encoded["attention_mask"]
+    for form in (
+        {"instruction": ids, "instruction_mask": mask},
+        {"instruction": encoded},
+        {"instruction": tuple(texts)},
+    ):
+        torch.testing.assert_close(logits(model, inputs, **form), expected, atol=SAME, rtol=0)
+    torch.testing.assert_close(
+        generate_logits(model, inputs, instruction=ids, instruction_mask=mask), expected[:, -1], atol=SAME, rtol=0
+    )
+    one_for_all = logits(model, inputs, instruction=texts[0])
+    torch.testing.assert_close(one_for_all, logits(model, inputs, instruction=[texts[0]] * 2), atol=0, rtol=0)
+
+
+def test_token_ids_reach_a_text_tower_as_text(clip_folder, processor):
+    model, _ = patched("attention", "clip", clip_folder=clip_folder)
+    inputs = tiny.chat_inputs([[tiny.user("x")]])
+    ids = processor.tokenizer(["is there a cat?"], add_special_tokens=False, return_tensors="pt")["input_ids"]
+    assert torch.equal(logits(model, inputs, instruction=ids), logits(model, inputs, instruction=["is there a cat?"]))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"instruction": ["one", "two", "three"]},
+        {"instruction": 5},
+        {"instruction": ["one", 2]},
+        {"instruction": torch.zeros(2, 3)},
+        {"instruction": torch.zeros(3, dtype=torch.long)},
+        {"instruction": torch.ones(2, 3, dtype=torch.long), "instruction_mask": torch.ones(2, 2)},
+        {"instruction": {"attention_mask": torch.ones(2, 2)}},
+    ],
+)
+def test_an_instruction_that_does_not_fit_the_call_is_an_error(wrong):
+    model, _ = patched()
+    inputs = tiny.chat_inputs([[tiny.user("x")], [tiny.user("y")]])
+    for call in (model, model.generate):
+        with pytest.raises(InstructionError, match="instruction"):
+            call(**inputs, **wrong)
+    model(**inputs)
+
+
+def test_text_without_a_tokenizer_is_an_error_that_names_the_remedy(clip_folder):
+    model, _ = patched(with_processor=False)
+    with pytest.raises(InstructionError, match="processor="):
+        model(**tiny.token_inputs([1]), instruction=["how many?"])
+    model, _ = patched("attention", "clip", clip_folder=clip_folder, with_processor=False)
+    with pytest.raises(InstructionError, match="processor="):
+        model(**tiny.token_inputs([1]))
+    model(**tiny.token_inputs([1]), instruction=["how many?"])
+
+
+def test_empty_instruction_leaves_the_image_untouched():
+    inputs = tiny.chat_inputs([[tiny.user("x")]])
+    for fusion in ("attention", "modulation"):
+        model, adapter = patched(fusion)
+        with adapter.disabled():
+            original = logits(model, inputs)
+        assert torch.equal(logits(model, inputs, instruction=[""]), original)
+
+
+def test_inputs_embeds_need_an_explicit_instruction():
+    model, _ = patched(with_processor=False)
+    inputs = tiny.token_inputs([1, 2])
+    told = {"instruction": torch.tensor([[31], [32]])}
+    expected = logits(model, inputs, **told)
+    ids = inputs.pop("input_ids")
+    inputs["inputs_embeds"] = model.get_input_embeddings()(ids).detach()
+    torch.testing.assert_close(logits(model, inputs, **told), expected, atol=SAME, rtol=0)
+    with pytest.raises(InstructionError, match="inputs_embeds"):
+        model(**inputs)
+
+
+def test_calls_without_images_need_no_instruction():
+    model, _ = patched(with_processor=False)
+    inputs = tiny.token_inputs([0, 0])
+    assert torch.equal(logits(model, inputs), logits(tiny.llava(), inputs))
+    model.generate(**inputs, instruction=torch.tensor([[5], [6]]), max_new_tokens=2)
+
+
+# ------------------------------------------------------------------------------------------ training
+
+
+def labelled(answer: str) -> dict[str, Tensor]:
+    prompt = tiny.chat_inputs([[tiny.user("what is in the picture?")]])
+    whole = tiny.chat_inputs([[tiny.user("what is in the picture?"), tiny.assistant(answer)]], generate=False)
+    labels = whole["input_ids"].clone()
+    labels[:, : prompt["input_ids"].shape[1]] = -100
+    return {**whole, "labels": labels}
+
+
+@pytest.mark.parametrize("with_processor", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_answers_never_reach_the_visual_tokens(fusion, with_processor, training):
+    model, _ = patched(fusion, with_processor=with_processor)
+    model.train(training)
+    one, other = labelled("a red bird"), labelled("two dogs, and a tree")
+    assert one["input_ids"].shape != other["input_ids"].shape
+    features = [model(**inputs).image_hidden_states for inputs in (one, other)]
+    assert torch.equal(*features)
+
+
+def test_the_whole_conversation_without_labels_does_not_leak_with_a_template():
+    model, _ = patched()
+    one, other = labelled("a red bird"), labelled("two dogs")
+    assert torch.equal(
+        image_features(model, {k: v for k, v in one.items() if k != "labels"}),
+        image_features(model, {k: v for k, v in other.items() if k != "labels"}),
+    )
+
+
+def test_training_without_labels_or_template_is_an_error():
+    model, _ = patched(with_processor=False)
+    inputs = labelled("a red bird")
+    del inputs["labels"]
+    model.train()
+    with pytest.raises(InstructionError, match="labels"):
+        model(**inputs)
+    model(**inputs, instruction=torch.tensor([[5, 6]]))
+    with torch.no_grad():
+        model(**inputs)
+
+
+def test_labels_that_supervise_the_whole_prompt_are_an_error():
+    for with_processor in (True, False):
+        model, _ = patched(with_processor=with_processor)
+        inputs = labelled("a red bird")
+        inputs["labels"] = inputs["input_ids"].clone()
+        with pytest.raises(InstructionError, match="-100"):
+            model.train()(**inputs)
+
+
+@pytest.mark.parametrize("patch_first", [True, False])
+def test_answers_do_not_leak_through_a_peft_model(patch_first):
+    model = tiny.llava()
+    lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+    if patch_first:
+        adapter = patch_model(model)
+        wrapped = get_peft_model(model, lora)
+    else:
+        wrapped = get_peft_model(model, lora)
+        adapter = patch_model(wrapped)
+    tiny.train_randomly(adapter.alignment)
+    adapter.alignment.requires_grad_(True)
+    wrapped.train()
+    outputs = [wrapped(**labelled(answer)) for answer in ("a red bird", "two dogs")]
+    assert torch.equal(outputs[0].image_hidden_states, outputs[1].image_hidden_states)
+    outputs[0].loss.backward()
+    assert all(parameter.grad is not None for parameter in adapter.parameters())
+    assert any(p.grad is not None for n, p in wrapped.named_parameters() if "lora_" in n)
+    wrapped.eval()
+    prompt = tiny.chat_inputs([[tiny.user("is there a cat?")]])
+    torch.testing.assert_close(
+        wrapped.generate(**prompt, max_new_tokens=3, do_sample=False),
+        wrapped.base_model.model.generate(**prompt, max_new_tokens=3, do_sample=False),
+    )
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_recomputed_projector_finds_the_instruction_of_its_own_call(reentrant):
+    """A projector that the user checkpoints, with two forwards before one backward."""
+    batches = [tiny.token_inputs([1, 2], seed=1), tiny.token_inputs([2, 1], seed=2)]
+    gradients = []
+    for checkpointed in (False, True):
+        model, _ = patched(with_processor=False)
+        projector = model.model.multi_modal_projector
+        if checkpointed:
+            model.model.multi_modal_projector = CheckpointedProjector(projector, reentrant)
+        # Reentrant checkpoints need an input that requires a gradient.
+        model.model.vision_tower.requires_grad_(True)
+        loss = sum(model(**inputs, labels=all_but_last_ignored(inputs)).loss for inputs in batches)
+        loss.backward()
+        gradients.append([parameter.grad for parameter in adapter_parameters(projector)])
+    for plain, recomputed in zip(*gradients, strict=True):
+        assert torch.equal(plain, recomputed)
+
+
+class CheckpointedProjector(nn.Module):
+    def __init__(self, projector: nn.Module, reentrant: bool) -> None:
+        super().__init__()
+        self.projector, self.reentrant = projector, reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.projector, x, use_reentrant=self.reentrant)
+
+
+def adapter_parameters(projector: nn.Module):
+    return [parameter for name, parameter in projector.named_parameters() if name.startswith("emma.")]
+
+
+def all_but_last_ignored(inputs: dict[str, Tensor]) -> Tensor:
+    labels = torch.full_like(inputs["input_ids"], -100)
+    labels[:, -1] = inputs["input_ids"][:, -1]
+    return labels
+
+
+def test_transformers_gradient_checkpointing_gives_the_same_gradients():
+    gradients = []
+    for enabled in (False, True):
+        model, adapter = patched(with_processor=False)
+        adapter.train_only()
+        model.train()
+        if enabled:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        inputs = tiny.token_inputs([1, 2])
+        model(**inputs, labels=all_but_last_ignored(inputs)).loss.backward()
+        gradients.append([parameter.grad for parameter in adapter.parameters()])
+    for plain, recomputed in zip(*gradients, strict=True):
+        assert torch.equal(plain, recomputed)
+
+
+# --------------------------------------------------------------------------------------- life cycle
+
+
+def test_copies_are_patched_and_independent():
+    inputs = tiny.token_inputs([1, 2])
+    model, adapter = patched(with_processor=False)
+    expected = logits(model, inputs)
+    generated = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.zero_()
+    assert torch.equal(logits(twin, inputs), expected)
+    unpatch_model(model)
+    assert torch.equal(twin.generate(**inputs, max_new_tokens=3, do_sample=False), generated)
+    assert repr(get_adapter(twin))
+    unpatch_model(twin)
+    assert torch.equal(logits(twin, inputs), logits(model, inputs))
+
+
+def test_pickled_model_is_patched():
+    model, adapter = patched("attention", "custom")
+    restored = pickle.loads(pickle.dumps(model))
+    inputs = tiny.chat_inputs([[tiny.user("is there a cat?")]])
+    assert torch.equal(logits(restored, inputs), logits(model, inputs))
+    assert torch.equal(
+        restored.generate(**inputs, max_new_tokens=3, do_sample=False),
+        model.generate(**inputs, max_new_tokens=3, do_sample=False),
+    )
+    assert adapter.num_parameters() == get_adapter(restored).num_parameters()
+
+
+def test_a_patched_model_can_be_collected():
+    model, adapter = patched()
+    logits(model, tiny.token_inputs([1]))
+    alive = weakref.ref(model)
+    del model, adapter
+    gc.collect()
+    assert alive() is None
+
+
+def test_call_signatures_stay():
+    original = tiny.llava()
+    model, _ = patched()
+    assert inspect.signature(model.generate) == inspect.signature(original.generate)
+    assert inspect.signature(model.forward) == inspect.signature(original.forward)
+    assert inspect.signature(model.save_pretrained) == inspect.signature(original.save_pretrained)
+
+
+def test_another_tools_method_on_the_instance_is_kept():
+    model = tiny.llava()
+    calls = []
+    original = model.generate
+    model.generate = lambda *args, **kwargs: calls.append("tool") or original(*args, **kwargs)
+    tool = model.generate
+    patch_model(model)
+    inputs = tiny.token_inputs([1])
+    model.generate(**inputs, instruction=torch.tensor([[5]]), max_new_tokens=1)
+    assert calls == ["tool"]
+    unpatch_model(model)
+    assert model.generate is tool
+
+
+def test_patching_twice_is_an_error():
+    model, adapter = patched()
+    with pytest.raises(PatchError, match="unpatch_model"):
+        patch_model(model)
+    assert get_adapter(model).num_parameters() == adapter.num_parameters()
+
+
+def test_unknown_models_are_refused_with_the_list_of_supported_ones():
+    from transformers import LlamaForCausalLM
+
+    with pytest.raises(UnsupportedModelError, match=r"'llama'.*llava.*register_family"):
+        patch_model(LlamaForCausalLM(tiny.llama_config(50)))
+    with pytest.raises(UnsupportedModelError, match="wrapper"):
+        patch_model(nn.Linear(2, 2))
+    with pytest.raises(UnsupportedModelError, match="ForConditionalGeneration"):
+        patch_model(tiny.llava().model)
+
+
+def test_a_failed_patch_leaves_the_model_as_it_was():
+    model = tiny.llava()
+    before = snapshot(model)
+    for config in (EmmaConfig(visual_dim=7), EmmaConfig(num_visual_tokens=9), EmmaConfig(instruction_dim=5)):
+        with pytest.raises(ValueError, match="EmmaConfig"):
+            patch_model(model, config)
+    assert snapshot(model) == before
+
+
+def test_visual_features_outside_of_a_call_need_a_named_instruction():
+    model, adapter = patched(with_processor=False)
+    inputs = tiny.token_inputs([1, 1])
+    pixels = inputs["pixel_values"]
+    with pytest.raises(InstructionError, match=r"adapter\.instruction"):
+        model.get_image_features(pixel_values=pixels)
+    told = torch.tensor([[31, 41], [32, 42]])
+    expected = image_features(model, inputs, instruction=told)
+    with torch.no_grad(), adapter.instruction(told):
+        direct = torch.stack(tuple(model.get_image_features(pixel_values=pixels).pooler_output))
+    torch.testing.assert_close(direct.flatten(0, 1), expected.flatten(0, 1) if expected.ndim == 3 else expected)
+    with adapter.disabled():
+        model.get_image_features(pixel_values=pixels)
+    with (
+        pytest.raises(InstructionError, match="3 instructions"),
+        adapter.instruction(torch.ones(3, 1, dtype=torch.long)),
+    ):
+        model.get_image_features(pixel_values=pixels)
+
+
+def test_a_call_that_fails_leaves_nothing_for_the_next(monkeypatch):
+    model, _ = patched(with_processor=False)
+    inputs = tiny.token_inputs([1])
+
+    def fail(*args, **kwargs):
+        raise OSError("out of luck")
+
+    for call in (model, model.generate):
+        handle = model.model.vision_tower.register_forward_pre_hook(fail)
+        with pytest.raises(OSError, match="out of luck"):
+            call(**inputs, instruction=torch.tensor([[5, 6]]))
+        handle.remove()
+        with pytest.raises(InstructionError):
+            model.get_image_features(pixel_values=inputs["pixel_values"])
+    assert torch.equal(logits(model, inputs), logits(patched(with_processor=False)[0], inputs))
+
+
+def test_inner_model_can_be_called_directly():
+    model, _ = patched(with_processor=False)
+    inputs = tiny.token_inputs([1, 2])
+    with torch.no_grad():
+        hidden = model.model(**inputs).last_hidden_state
+        assert torch.equal(model.lm_head(hidden), logits(model, inputs))
+        told = {"instruction": torch.tensor([[5], [6]])}
+        assert torch.equal(
+            model.lm_head(model.model(**inputs, **told).last_hidden_state), logits(model, inputs, **told)
+        )
+
+
+def test_positional_arguments_work():
+    model, _ = patched(with_processor=False)
+    inputs = tiny.token_inputs([1, 2])
+    with torch.no_grad():
+        by_position = model(inputs["input_ids"], inputs["pixel_values"], inputs["attention_mask"]).logits
+    assert torch.equal(by_position, logits(model, inputs))
+    told = torch.tensor([[5], [6]])
+    rest = {name: value for name, value in inputs.items() if name != "input_ids"}
+    assert torch.equal(
+        model.generate(inputs["input_ids"], **rest, instruction=told, max_new_tokens=2, do_sample=False),
+        model.generate(**inputs, instruction=told, max_new_tokens=2, do_sample=False),
+    )
+
+
+def test_threads_do_not_mix_instructions():
+    model, adapter = patched(with_processor=False)
+    batches = [tiny.token_inputs(images, seed=number) for number, images in enumerate(([1, 2], [2], [1, 1, 0], [3]))]
+    expected = [logits(model, inputs) for inputs in batches]
+    with adapter.disabled():
+        plain = [logits(model, inputs) for inputs in batches]
+    wrong = []
+
+    def work(number: int) -> None:
+        for turn in range(8):
+            if (turn + number) % 3 == 0:
+                with adapter.disabled():
+                    same = torch.allclose(logits(model, batches[number]), plain[number], atol=1e-6)
+            else:
+                same = torch.allclose(logits(model, batches[number]), expected[number], atol=1e-6)
+            if not same:
+                wrong.append((number, turn))
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(len(batches))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_handle_tells_what_it_is(clip_folder):
+    model, adapter = patched("attention", "clip", clip_folder=clip_folder)
+    own = adapter.num_parameters()
+    assert own == sum(parameter.numel() for parameter in adapter.parameters())
+    total = sum(parameter.numel() for parameter in model.parameters())
+    text = repr(adapter)
+    for part in ("'llava'", "'attention'", str(clip_folder), f"{own:,}", f"{own / total:.3%} of the model"):
+        assert part in text
+
+
+def test_autocast_runs_and_keeps_dtypes(fusion):
+    model, adapter = patched(fusion, with_processor=False)
+    inputs = tiny.token_inputs([1, 2])
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(**inputs, labels=all_but_last_ignored(inputs)).loss
+    loss.backward()
+    assert all(p.grad is not None and p.grad.dtype == p.dtype == torch.float32 for p in adapter.parameters())
+
+
+def test_adapter_weights_stay_float32_beside_a_half_precision_model():
+    model = tiny.llava().to(torch.bfloat16)
+    adapter = patch_model(model)
+    assert {parameter.dtype for parameter in adapter.parameters()} == {torch.float32}
+    inputs = tiny.token_inputs([1])
+    inputs["pixel_values"] = inputs["pixel_values"].to(torch.bfloat16)
+    model(**inputs, labels=all_but_last_ignored(inputs)).loss.backward()
+    assert all(parameter.grad is not None for parameter in adapter.parameters())
