@@ -19,7 +19,7 @@ import safetensors.torch
 import tiny
 import torch
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import nn
@@ -601,6 +601,7 @@ def test_tensor_file_with_something_behind(folder, victims):
     victims.refuse(folder, match=WEIGHTS)
 
 
+@settings(max_examples=300)
 @given(data=st.data())
 def test_flipped_header_byte(data, intact, tmp_path_factory, pair, reference):
     """Refused, or what loads is an adapter of the saved kind. Values can't be told wrong without a checksum."""
@@ -695,6 +696,7 @@ OUTER_FIELDS = ["format", "format_version", "model_type", "projector_trained", "
 INNER_FIELDS = sorted(EmmaConfig().to_dict())
 
 
+@settings(max_examples=200)
 @given(field=st.sampled_from(OUTER_FIELDS + INNER_FIELDS), value=JSON_VALUES)
 def test_any_value_in_any_config_field(field, value, intact, tmp_path_factory, pair, reference):
     """Refused, or an adapter that works: no other exception, and nothing half done."""
@@ -709,10 +711,13 @@ def test_any_value_in_any_config_field(field, value, intact, tmp_path_factory, p
         try:
             adapter = load_adapter(model, folder)
         except (CheckpointError, PatchError, EncoderError) as error:
-            expected = PatchError if patched else EncoderError
-            assert isinstance(error, CheckpointError) or (field in INNER_FIELDS and isinstance(error, expected))
+            kind = type(error)
             assert same_values(model.state_dict(), before)
             assert is_untouched(model) != patched
+            if field in OUTER_FIELDS:
+                assert kind is CheckpointError
+            else:
+                assert kind in (CheckpointError, PatchError if patched else EncoderError)
         else:
             assert same_values(adapter.alignment.state_dict(), reference[0])
             assert torch.isfinite(logits(model)).all()
@@ -862,7 +867,7 @@ def test_adapter_of_another_language_model_into_a_patched_one(projector, tmp_pat
     model = other_model("language model")
     patch_model(model, ATTENTION)
     values = copied(model)
-    with pytest.raises((CheckpointError, PatchError), match="64|made for|another kind"):
+    with pytest.raises((CheckpointError, PatchError), match=r"64|another kind"):
         load_adapter(model, tmp_path)
     assert same_values(model.state_dict(), values)
 

@@ -520,6 +520,14 @@ def test_a_batch_of_no_rows(variant, masked, dtype):
     assert out.dtype == dtype
 
 
+@every_variant
+def test_a_batch_of_no_rows_reaches_every_parameter(variant):
+    """As with nn.Linear: else a rank without images has no gradients, and DDP waits for it forever."""
+    alignment = make(variant, trained=True)
+    alignment(*tokens(0)).sum().backward()
+    assert all(p.grad is not None and p.grad.eq(0).all() for p in alignment.parameters())
+
+
 @pytest.mark.parametrize("variant", BLIND)
 def test_images_of_no_tokens(variant):
     v, t = tokens(visual=0)

@@ -177,6 +177,7 @@ class Payload:
 @pytest.mark.parametrize("place", ["value", "key", "whole", "plain-pickle", "weight"])
 @pytest.mark.parametrize("forced", [False, True], ids=["default", "forced-unsafe"])
 @both_containers
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_payloads_never_run(tmp_path, monkeypatch, place, forced, as_zip):
     if forced:
         monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
@@ -253,7 +254,7 @@ def test_tensors_that_are_no_weights(tmp_path, name, dtype):
 )
 def test_wrong_shape(tmp_path, name, shape):
     tensors = {**stored(**SMALL), name: torch.zeros(shape)}
-    assert_refused(write(tmp_path, tensors), str(list(shape)))
+    assert_refused(write(tmp_path, tensors), name.split(".")[0])
 
 
 @pytest.mark.parametrize(
@@ -281,20 +282,20 @@ def test_truncated_file(tmp_path, as_zip):
         assert_refused(path)
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b"\0",
-        b"PK\x03\x04",
-        b"PK\x03\x04" + b"\0" * 100,
-        b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1232\n",
-        b"<!doctype html><title>404</title>",
-        b"\x80\x02.",
-        b"0" * 40,
-        pickle.dumps({"text_projection.weight": [1.0]}),
-    ],
-)
+NO_CHECKPOINTS = {
+    "empty": b"",
+    "zero": b"\0",
+    "zip-magic": b"PK\x03\x04",
+    "zip-of-zeros": b"PK\x03\x04" + b"\0" * 100,
+    "git-lfs-pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1232\n",
+    "html": b"<!doctype html><title>404</title>",
+    "pickle-of-nothing": b"\x80\x02.",
+    "digits": b"0" * 40,
+    "pickle-of-lists": pickle.dumps({"text_projection.weight": [1.0]}, protocol=2),
+}
+
+
+@pytest.mark.parametrize("content", NO_CHECKPOINTS.values(), ids=NO_CHECKPOINTS)
 def test_file_that_is_no_checkpoint(tmp_path, content):
     path = tmp_path / "vision_tower.bin"
     path.write_bytes(content)
@@ -316,7 +317,9 @@ def test_content_that_is_no_dict(tmp_path, content, as_zip):
 
 
 @pytest.mark.parametrize(
-    "nested", [{}, {"state_dict": stored(**SMALL)}, {1: torch.zeros(2)}], ids=["empty", "nested", "numbered"]
+    "content",
+    [{}, {"state_dict": {"text_projection.weight": torch.zeros(8, 6)}}, {1: torch.zeros(2)}],
+    ids=["empty", "nested", "numbered"],
 )
-def test_dict_that_is_no_state_dict(tmp_path, nested):
-    assert_refused(write(tmp_path, nested), "text_projection.weight")
+def test_dict_that_is_no_state_dict(tmp_path, content):
+    assert_refused(write(tmp_path, content), "text_projection.weight")

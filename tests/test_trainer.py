@@ -1,0 +1,540 @@
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from torch.utils.data import Dataset
+from transformers import LlavaForConditionalGeneration, Trainer, TrainingArguments
+
+import tiny
+from emma_adapter import EmmaConfig, InstructionError, get_adapter, load_adapter, patch_model, unpatch_model
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+FUSIONS = {
+    "attention": EmmaConfig(fusion="attention", inner_dim=8, num_heads=2),
+    "linear": EmmaConfig(fusion="linear", max_instruction_tokens=16),
+    "modulation": EmmaConfig(fusion="modulation", inner_dim=8, num_heads=2),
+}
+VOCABULARY = len(tiny.tokenizer())
+PROCESSOR = tiny.processor()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Models this small only wait for OpenMP's other threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class Questions(Dataset):
+    """Pictures with a question and an answer; the labels supervise the answer only."""
+
+    TEXTS = (
+        ("how many dogs are there?", "two"),
+        ("what colour is the left one?", "red"),
+        ("is there a cat?", "no, three"),
+        ("describe the image in detail.", "a red bird on a green tree."),
+        ("what is in the picture?", "a tree"),
+        ("is there a bird?", "yes"),
+        ("how many?", "three"),
+        ("what colour is the tree?", "green"),
+    )
+
+    def __init__(self):
+        talks = [[tiny.user(question), tiny.assistant(answer)] for question, answer in self.TEXTS]
+        self.batch = tiny.chat_inputs(talks, generate=False)
+        self.batch["labels"] = torch.full_like(self.batch["input_ids"], -100)
+        for row, talk in enumerate(talks):
+            alone = tiny.chat_inputs([talk], generate=False)["input_ids"].shape[1]
+            prompt = tiny.chat_inputs([talk[:1]], generate=True)["input_ids"].shape[1]
+            answer = slice(prompt - alone, None)  # padded on the left
+            self.batch["labels"][row, answer] = self.batch["input_ids"][row, answer]
+
+    def __len__(self):
+        return len(self.TEXTS)
+
+    def __getitem__(self, index):
+        return {name: values[index] for name, values in self.batch.items()}
+
+
+def collate(rows):
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+QUESTIONS = Questions()
+
+
+def base_model():
+    return tiny.llava(vocab_size=VOCABULARY, image_token=4)
+
+
+def patched(config=FUSIONS["attention"], processor=PROCESSOR):
+    model = base_model()
+    torch.manual_seed(3)  # the same initialisation of the adapter each time
+    patch_model(model, config, processor=processor)
+    return model
+
+
+def trainer_for(model, folder, **options):
+    settings = {
+        "max_steps": 6,
+        "save_steps": 3,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "optim": "adamw_torch",
+        "logging_steps": 1,
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "seed": 0,
+    }
+    arguments = TrainingArguments(output_dir=str(folder), **{**settings, **options})
+    return Trainer(model=model, args=arguments, train_dataset=QUESTIONS, eval_dataset=QUESTIONS, data_collator=collate)
+
+
+def losses(trainer):
+    return {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
+
+
+def logits(model):
+    model.eval()
+    inputs = {name: value for name, value in QUESTIONS.batch.items() if name != "labels"}
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
+def copied(model):
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def same_values(one, other):
+    return set(one) == set(other) and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def adapter_names(model):
+    return {name for name in model.state_dict() if ".emma." in name}
+
+
+def projector_names(model):
+    return {name for name in model.state_dict() if "multi_modal_projector.linear_" in name}
+
+
+def changed(before, model):
+    return {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+
+
+@pytest.fixture
+def warnings():
+    """What transformers' loggers say from warning level up; they don't propagate to pytest's."""
+    said = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())
+    logger = logging.getLogger("transformers")
+    logger.addHandler(handler)
+    yield said
+    logger.removeHandler(handler)
+
+
+# ---------------------------------------------------------------------------------------------- what is trainable
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("projector", [False, True])
+def test_train_only_freezes_everything_else(fusion, projector):
+    model = patched(FUSIONS[fusion])
+    adapter = get_adapter(model)
+    assert adapter.train_only(projector=projector).alignment is adapter.alignment
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trainable == adapter_names(model) | (projector_names(model) if projector else set())
+    assert adapter_names(model)
+
+
+def test_train_only_again_freezes_the_projector_again():
+    model = patched()
+    get_adapter(model).train_only(projector=True)
+    get_adapter(model).train_only()
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == adapter_names(model)
+
+
+def ids(parameters):
+    return [id(parameter) for parameter in parameters]
+
+
+def test_parameter_groups_of_the_adapter_alone():
+    model = patched()
+    adapter = get_adapter(model).train_only()
+    [group] = adapter.parameter_groups(1e-3, projector_lr=1e-5, weight_decay=0.1)
+    assert ids(group["params"]) == ids(adapter.parameters())
+    assert (group["lr"], group["weight_decay"]) == (1e-3, 0.1)
+
+
+@pytest.mark.parametrize(("given", "expected"), [(1e-5, 1e-5), (None, 1e-3), (0.0, 0.0)])
+def test_parameter_groups_with_the_projector(given, expected):
+    model = patched()
+    adapter = get_adapter(model).train_only(projector=True)
+    own, projector = adapter.parameter_groups(1e-3, projector_lr=given)
+    assert ids(own["params"]) == ids(adapter.parameters())
+    named = dict(model.named_parameters())
+    assert sorted(ids(projector["params"])) == sorted(id(named[name]) for name in projector_names(model))
+    assert (own["lr"], projector["lr"]) == (1e-3, expected)
+    assert own["weight_decay"] == projector["weight_decay"] == 0.0
+    torch.optim.AdamW([own, projector])
+
+
+# ---------------------------------------------------------------------------------------------- a loop of one's own
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("projector", [False, True])
+def test_plain_loop_trains_the_adapter_only(fusion, projector):
+    model = patched(FUSIONS[fusion]).train()
+    adapter = get_adapter(model).train_only(projector=projector)
+    before = copied(model)
+    optimizer = torch.optim.AdamW(adapter.parameter_groups(3e-2, projector_lr=1e-3))
+    history = []
+    for _ in range(12):
+        loss = model(**QUESTIONS.batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        history.append(loss.item())
+    assert changed(before, model) == adapter_names(model) | (projector_names(model) if projector else set())
+    assert all(parameter.grad is None for parameter in model.parameters() if not parameter.requires_grad)
+    assert history[-1] < history[0] - 0.01
+
+
+def test_first_step_has_the_loss_of_the_base():
+    model, base = patched().train(), base_model().train()
+    get_adapter(model).train_only()
+    assert model(**QUESTIONS.batch).loss.item() == base(**QUESTIONS.batch).loss.item()
+
+
+@pytest.mark.parametrize("projector", [False, True])
+def test_trained_model_goes_back_to_the_base(projector):
+    model, base = patched().train(), base_model()
+    adapter = get_adapter(model).train_only(projector=projector)
+    optimizer = torch.optim.AdamW(adapter.parameter_groups(1e-2))
+    for _ in range(2):
+        model(**QUESTIONS.batch).loss.backward()
+        optimizer.step()
+    assert not torch.equal(logits(model), logits(base))
+    with adapter.disabled():
+        assert torch.equal(logits(model), logits(base))
+    unpatch_model(model)
+    assert same_values(model.state_dict(), base.state_dict())
+
+
+# ---------------------------------------------------------------------------------------------- Trainer, adapter only
+
+
+def checkpoint_folder(folder, step):
+    return Path(folder) / f"checkpoint-{step}"
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("projector", [False, True])
+def test_checkpoint_holds_the_adapter_only(fusion, projector, tmp_path):
+    model = patched(FUSIONS[fusion])
+    adapter = get_adapter(model).train_only(projector=projector)
+    before = copied(model)
+    trainer_for(model, tmp_path, max_steps=2, save_steps=2).train()
+    expected = adapter_names(model) | (projector_names(model) if projector else set())
+    assert changed(before, model) == expected
+
+    folder = checkpoint_folder(tmp_path, 2)
+    size = sum(model.state_dict()[name].nbytes for name in expected)
+    files = list(folder.rglob("*.safetensors"))
+    assert {file.name for file in files} == {WEIGHTS, "model.safetensors"}
+    for file in files:
+        tensors = safetensors.torch.load_file(file)
+        assert sum(tensor.nbytes for tensor in tensors.values()) == size
+        assert file.stat().st_size < size + 8_000
+    assert set(safetensors.torch.load_file(folder / "model.safetensors")) == expected
+    names = set(safetensors.torch.load_file(folder / WEIGHTS))
+    assert all(name.startswith(("alignment.", "projector.")) for name in names)
+    assert not list(folder.rglob("*.bin"))
+    assert json.loads((folder / CONFIG).read_text())["config"] == adapter.config.to_dict()
+    # AdamW's two moments of each trained parameter, and none of a frozen one.
+    state = torch.load(folder / "optimizer.pt")["state"]
+    assert sum(entry[key].nbytes for entry in state.values() for key in ("exp_avg", "exp_avg_sq")) == 2 * size
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("projector", [False, True])
+def test_checkpoint_loads_into_a_fresh_model(fusion, projector, tmp_path):
+    model, base = patched(FUSIONS[fusion]), base_model()
+    get_adapter(model).train_only(projector=projector)
+    trainer = trainer_for(model, tmp_path, max_steps=2, save_steps=2)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "final"))
+    for folder in (checkpoint_folder(tmp_path, 2), tmp_path / "final"):
+        other = base_model()
+        adapter = load_adapter(other, folder, processor=PROCESSOR)
+        assert torch.equal(logits(other), logits(model))
+        assert not torch.equal(logits(other), logits(base))
+        with adapter.disabled():
+            assert torch.equal(logits(other), logits(base))
+
+
+def about_keys(said):
+    return [line for line in said if "missing keys" in line or "unexpected keys" in line]
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("projector", [False, True])
+def test_resume_is_exact(fusion, projector, tmp_path, warnings):
+    whole = patched(FUSIONS[fusion])
+    get_adapter(whole).train_only(projector=projector)
+    uninterrupted = trainer_for(whole, tmp_path)
+    uninterrupted.train()
+
+    resumed = patched(FUSIONS[fusion])
+    get_adapter(resumed).train_only(projector=projector)
+    tiny.train_randomly(get_adapter(resumed).alignment)  # all that counts must come from the checkpoint
+    continued = trainer_for(resumed, tmp_path / "again")
+    continued.train(resume_from_checkpoint=str(checkpoint_folder(tmp_path, 3)))
+
+    assert losses(continued) == losses(uninterrupted)
+    assert sorted(losses(continued)) == [1, 2, 3, 4, 5, 6]
+    assert same_values(resumed.state_dict(), whole.state_dict())
+    assert not about_keys(warnings)
+
+
+def test_resumed_steps_are_computed_again(tmp_path):
+    """Losses of the first steps come from the checkpoint's log; the later ones must not."""
+    whole = patched()
+    get_adapter(whole).train_only()
+    uninterrupted = trainer_for(whole, tmp_path)
+    uninterrupted.train()
+    resumed = patched()
+    get_adapter(resumed).train_only()
+    continued = trainer_for(resumed, tmp_path / "again", learning_rate=1e-1)
+    shutil.rmtree(checkpoint_folder(tmp_path, 6))
+    (checkpoint_folder(tmp_path, 3) / "optimizer.pt").unlink()
+    continued.train(resume_from_checkpoint=str(checkpoint_folder(tmp_path, 3)))
+    before, after = losses(uninterrupted), losses(continued)
+    assert before[4] == after[4], "the weights are those of step 3"
+    assert before[6] != after[6], "and are trained on"
+
+
+def test_resume_says_when_keys_are_missing(tmp_path, warnings):
+    """So that their absence elsewhere means something."""
+    model = patched()
+    get_adapter(model).train_only()
+    trainer_for(model, tmp_path).train()
+    file = checkpoint_folder(tmp_path, 3) / "model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    tensors.pop(next(iter(tensors)))
+    safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
+    trainer_for(model, tmp_path).train(resume_from_checkpoint=str(checkpoint_folder(tmp_path, 3)))
+    assert about_keys(warnings)
+
+
+def test_resume_after_loading_an_adapter_with_projector(tmp_path, warnings):
+    """A second run starts from a saved adapter that has a projector of its own."""
+    first = patched()
+    get_adapter(first).train_only(projector=True)
+    trainer_for(first, tmp_path / "first", max_steps=2).train()
+    get_adapter(first).save_pretrained(tmp_path / "adapter")
+
+    def second():
+        model = patched()
+        get_adapter(model).train_only()
+        load_adapter(model, tmp_path / "adapter")
+        return model
+
+    whole, resumed = second(), second()
+    uninterrupted = trainer_for(whole, tmp_path)
+    uninterrupted.train()
+    continued = trainer_for(resumed, tmp_path / "again")
+    continued.train(resume_from_checkpoint=str(checkpoint_folder(tmp_path, 3)))
+    assert losses(continued) == losses(uninterrupted)
+    assert same_values(resumed.state_dict(), whole.state_dict())
+    assert not about_keys(warnings)
+
+
+def test_load_best_model_at_end(tmp_path, warnings):
+    """The best is made to be the first checkpoint: the one with the highest loss."""
+    model = patched()
+    adapter = get_adapter(model).train_only()
+    trainer = trainer_for(
+        model,
+        tmp_path,
+        save_steps=2,
+        eval_strategy="steps",
+        eval_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=True,
+    )
+    trainer.train()
+    best, last = Path(trainer.state.best_model_checkpoint), checkpoint_folder(tmp_path, 6)
+    assert best != last
+
+    def loaded(folder):
+        other = base_model()
+        return load_adapter(other, folder, processor=PROCESSOR), logits(other)
+
+    assert same_values(adapter.alignment.state_dict(), loaded(best)[0].alignment.state_dict())
+    assert torch.equal(logits(model), loaded(best)[1])
+    assert not torch.equal(logits(model), loaded(last)[1])
+    assert not about_keys(warnings)
+
+
+# ---------------------------------------------------------------------------------------------- Trainer, everything
+
+
+def test_checkpoint_without_train_only_holds_everything(tmp_path):
+    model = patched()
+    before = copied(model)
+    trainer_for(model, tmp_path, max_steps=2, save_steps=2).train()
+    assert {name.split(".")[1] for name in changed(before, model)} > {"language_model", "multi_modal_projector"}
+    folder = checkpoint_folder(tmp_path, 2)
+    saved = safetensors.torch.load_file(folder / "model.safetensors")
+    assert len(saved) == len(model.state_dict())
+    assert sum(value.numel() for value in saved.values()) == sum(value.numel() for value in model.state_dict().values())
+    assert len([name for name in saved if "emma." in name]) == len(adapter_names(model))
+    other = base_model()
+    adapter = load_adapter(other, folder, processor=PROCESSOR)
+    assert same_values(adapter.alignment.state_dict(), get_adapter(model).alignment.state_dict())
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_resume_without_train_only_is_exact(fusion, tmp_path, warnings):
+    whole = patched(FUSIONS[fusion])
+    uninterrupted = trainer_for(whole, tmp_path)
+    uninterrupted.train()
+    resumed = patched(FUSIONS[fusion])
+    continued = trainer_for(resumed, tmp_path / "again")
+    continued.train(resume_from_checkpoint=str(checkpoint_folder(tmp_path, 3)))
+    assert losses(continued) == losses(uninterrupted)
+    assert same_values(resumed.state_dict(), whole.state_dict())
+    assert not about_keys(warnings)
+
+
+# ---------------------------------------------------------------------------------------------- model.save_pretrained
+
+
+def reload(folder):
+    model, info = LlavaForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")), info
+    return model.eval()
+
+
+@pytest.mark.parametrize("train_only", [None, False, True], ids=["untrained", "adapter", "projector"])
+@pytest.mark.parametrize("keyword", [False, True])
+def test_save_pretrained_writes_the_base(train_only, keyword, tmp_path):
+    """``train_only`` is its argument ``projector``; None for a model that was never told."""
+    model, base = patched(), base_model()
+    tiny.train_randomly(get_adapter(model).alignment)
+    if train_only is not None:
+        get_adapter(model).train_only(projector=train_only)
+    if train_only:
+        for layer in (model.model.multi_modal_projector.linear_1, model.model.multi_modal_projector.linear_2):
+            tiny.train_randomly(layer, scale=0.1)
+    if keyword:
+        model.save_pretrained(save_directory=str(tmp_path))
+    else:
+        model.save_pretrained(tmp_path)
+
+    other = reload(tmp_path)
+    assert same_values(other.state_dict(), base.state_dict())
+    assert torch.equal(logits(other), logits(base))
+
+    adapter = load_adapter(other, tmp_path, processor=PROCESSOR)
+    assert adapter.config == get_adapter(model).config
+    assert torch.equal(logits(other), logits(model))
+    with adapter.disabled():
+        assert torch.equal(logits(other), logits(base))
+    unpatch_model(other)
+    assert same_values(other.state_dict(), base.state_dict())
+
+
+def test_save_pretrained_changes_nothing(tmp_path):
+    model = patched()
+    get_adapter(model).train_only(projector=True)
+    before, output = copied(model), logits(model)
+    trainable = [parameter.requires_grad for parameter in model.parameters()]
+    model.save_pretrained(tmp_path)
+    assert same_values(model.state_dict(), before)
+    assert torch.equal(logits(model), output)
+    assert [parameter.requires_grad for parameter in model.parameters()] == trainable
+
+
+def test_trainer_still_saves_the_adapter_only_after_save_pretrained(tmp_path):
+    model = patched()
+    get_adapter(model).train_only()
+    model.save_pretrained(tmp_path / "base")
+    trainer_for(model, tmp_path, max_steps=2, save_steps=2).train()
+    assert set(safetensors.torch.load_file(checkpoint_folder(tmp_path, 2) / "model.safetensors")) == adapter_names(
+        model
+    )
+
+
+def test_save_pretrained_after_unpatching_is_the_stock_one(tmp_path):
+    model, base = patched(), base_model()
+    get_adapter(model).train_only(projector=True)
+    unpatch_model(model)
+    model.save_pretrained(tmp_path, state_dict=None)
+    assert same_values(reload(tmp_path).state_dict(), base.state_dict())
+    assert not (tmp_path / "emma_adapter").exists()
+    assert not (tmp_path / CONFIG).exists()
+
+
+def test_save_pretrained_in_shards(tmp_path):
+    model, base = patched(), base_model()
+    model.save_pretrained(tmp_path, max_shard_size="100KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    assert torch.equal(logits(reload(tmp_path)), logits(base))
+
+
+def test_only_the_main_process_writes(tmp_path):
+    model = patched()
+    model.save_pretrained(tmp_path / "base", is_main_process=False)
+    get_adapter(model).train_only()
+    model.save_pretrained(tmp_path / "trainer", is_main_process=False, state_dict=None)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+# ---------------------------------------------------------------------------------------------- labels taken away
+
+
+@pytest.mark.parametrize("taken_by", ["label smoothing", "custom loss"])
+@pytest.mark.parametrize("processor", [None, PROCESSOR], ids=["without", "with"])
+def test_trainer_that_takes_the_labels_away(taken_by, processor, tmp_path):
+    """Trainer pops them before forward; then only a chat template tells the question from the answer."""
+    model = patched(processor=processor)
+    get_adapter(model).train_only()
+    options = {"label_smoothing_factor": 0.1} if taken_by == "label smoothing" else {}
+    trainer = trainer_for(model, tmp_path, max_steps=2, save_strategy="no", **options)
+    if not options:
+        trainer.compute_loss_func = lambda outputs, labels, **_: torch.nn.functional.cross_entropy(
+            outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        )
+    before = copied(model)
+    if processor is None:
+        with pytest.raises(InstructionError, match=r"(?s)labels.*label smoothing"):
+            trainer.train()
+        assert changed(before, model) == set()
+    else:
+        trainer.train()
+        assert changed(before, model) == adapter_names(model)
+
+
+def test_answers_do_not_reach_the_adapter_without_labels():
+    """Two batches that differ in the answers only have the same instruction."""
+    model = patched().train()
+    seen = []
+    get_adapter(model).alignment.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1:]))
+    for answer in ("two", "red"):
+        inputs = tiny.chat_inputs([[tiny.user("how many dogs?"), tiny.assistant(answer)]], generate=False)
+        model(**inputs)
+    for one, other in zip(*seen, strict=True):
+        assert torch.equal(one, other)
