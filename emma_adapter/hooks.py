@@ -81,7 +81,7 @@ def before_inner(inner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         outer = context.outer
         if outer is None or instruction is not None:
             outer = OuterCall(None if outer is None else outer.labels, instruction, mask)
-        tokens = state.instruction_tokens(inner, outer, ids, embeds, kwargs.get("attention_mask"))
+        tokens = state.instruction_tokens(inner, outer, placeholders, ids, embeds, kwargs.get("attention_mask"))
     context.plan = CallPlan(inner, tokens, placeholders, state.sizes(kwargs), repeats)
     return (), kwargs
 
@@ -234,13 +234,12 @@ def guard_generate(model: nn.Module, original: Callable[..., Any], *args: Any, *
     ids = args[0] if args else kwargs.get("inputs")
     ids = kwargs.get("input_ids") if ids is None else ids
     embeds = kwargs.get("inputs_embeds")
-    tokens = state.instruction_tokens(
-        inner, OuterCall(None, instruction, mask), ids, embeds, kwargs.get("attention_mask")
-    )
     # A continued conversation: the images of this call belong to what the cache doesn't hold yet.
     known = _cached_length(kwargs.get("past_key_values"))
-    new_ids = None if ids is None else ids[:, known:]
-    plan = CallPlan(inner, tokens, state.placeholders(inner, new_ids, embeds), state.sizes(kwargs))
+    placeholders = state.placeholders(inner, None if ids is None else ids[:, known:], embeds)
+    outer = OuterCall(None, instruction, mask)
+    tokens = state.instruction_tokens(inner, outer, placeholders, ids, embeds, kwargs.get("attention_mask"))
+    plan = CallPlan(inner, tokens, placeholders, state.sizes(kwargs))
     with state.calling(plan, pinned=tokens):
         return original(*args, **kwargs)
 

@@ -68,12 +68,8 @@ def patch_model(
             f"the projector of {type(model).__name__} is a {type(projector).__name__}, which would run the adapter as "
             "one of its layers; give the family a projector that is a module of its own"
         )
-    pipeline = InstructionPipeline(
-        reader=InstructionReader(processor, _special_ids(model, family), config.instruction_policy),
-        encoder=encoder,
-        max_instruction_tokens=config.max_instruction_tokens or _LLM_MAX_INSTRUCTION_TOKENS,
-        reads_padding=fusion_class(config.fusion).reads_padding,
-    )
+    reader = InstructionReader(processor, _special_ids(model, family), config.instruction_policy)
+    pipeline = _pipeline(config, reader, encoder)
     alignment = EmmaAlignment(config).to(_execution_device(projector)).train(model.training)
     state = AdapterState(family, config, pipeline)
 
@@ -97,7 +93,7 @@ def unpatch_model(model: nn.Module) -> None:
     inner = state.family.inner(model)
     projector = state.family.projector(inner)
     base_saves.expect_everything(model)
-    training.restore_projector(model)
+    training.reset_projector(model)
     for name in _GUARDED_METHODS:
         guard = model.__dict__.get(name)
         if isinstance(guard, MethodGuard):
@@ -133,7 +129,7 @@ def load_adapter(
     Args:
         model: as for :func:`patch_model`.
         source: a folder that ``save_pretrained`` wrote, or a hub id.
-        processor: as for :func:`patch_model`; an already patched model keeps the one it has.
+        processor: as for :func:`patch_model`; an already patched model keeps the one it has, if none is given.
         instruction_encoder: where the adapter's instruction encoder is found now, if elsewhere than when it was
             saved; needed for an encoder module of your own.
         revision: branch, tag or commit on the hub.
@@ -151,13 +147,17 @@ def load_adapter(
     if not was_patched:
         _check_encoder_fit(model, saved)
         patch_model(model, saved.config, processor=processor, instruction_encoder=instruction_encoder)
-    elif not _same_build(state_of(model).config, saved.config):
+    elif not _same_build(state_of(model).config, saved.config, ignore_encoder=instruction_encoder is not None):
         raise PatchError(
             "the model is patched with another kind of adapter than the saved one; unpatch_model(model) first, and "
             f"load_adapter will patch it. Here: {state_of(model).config}; saved: {saved.config}"
         )
+    else:
+        _refit(model, processor, instruction_encoder)
     if saved.projector:
         training.keep_original_projector(model)
+    else:
+        training.reset_projector(model)
     training.assign(model, saved.alignment, saved.projector)
     return EmmaAdapter(model)
 
@@ -293,15 +293,37 @@ def _check_encoder_fit(model: nn.Module, saved: checkpoint.SavedAdapter) -> None
             )
 
 
-def _same_build(one: EmmaConfig, other: EmmaConfig) -> bool:
-    """True if both have the same weights and read the same instruction."""
-    ignored = {"cache_size": 0}
+def _same_build(one: EmmaConfig, other: EmmaConfig, *, ignore_encoder: bool) -> bool:
+    """True if both have the same weights and read the same instruction, wherever the encoder is found."""
+    ignored: dict[str, Any] = {"cache_size": 0}
+    if ignore_encoder:
+        ignored["instruction_encoder"] = "given"
     return one.replace(**ignored) == other.replace(**ignored)
 
 
 def _embedding_dim(inner: nn.Module) -> int:
     embeddings: Any = inner.get_input_embeddings()  # type: ignore[operator]
     return int(embeddings.weight.shape[1])
+
+
+def _pipeline(config: EmmaConfig, reader: InstructionReader, encoder: CachedEncoder | None) -> InstructionPipeline:
+    return InstructionPipeline(
+        reader=reader,
+        encoder=encoder,
+        max_instruction_tokens=config.max_instruction_tokens or _LLM_MAX_INSTRUCTION_TOKENS,
+        reads_padding=fusion_class(config.fusion).reads_padding,
+    )
+
+
+def _refit(model: nn.Module, processor: Any, instruction_encoder: str | nn.Module | None) -> None:
+    """Give a patched model another processor or encoder, where one is given."""
+    state = state_of(model)
+    reader, encoder = state.pipeline.reader, state.pipeline.encoder
+    if processor is not None:
+        reader = InstructionReader(processor, _special_ids(model, state.family), state.config.instruction_policy)
+    if instruction_encoder is not None:
+        state.config, encoder = _resolve_encoder(state.config, instruction_encoder, state.family.inner(model))
+    state.pipeline = _pipeline(state.config, reader, encoder)
 
 
 def _resolve_encoder(

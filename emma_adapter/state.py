@@ -163,6 +163,7 @@ class AdapterState:
         self,
         inner: nn.Module,
         outer: OuterCall,
+        placeholders: Mapping[str, Tensor],
         input_ids: Tensor | None,
         inputs_embeds: Tensor | None,
         attention_mask: Any,
@@ -188,6 +189,7 @@ class AdapterState:
             attention_mask=attention_mask if isinstance(attention_mask, Tensor) else None,
             labels=outer.labels,
             trains=inner.training and torch.is_grad_enabled(),
+            has_media=torch.stack(list(placeholders.values())).sum(dim=0) > 0,
         )
         return self.pipeline.inferred(prompt, embed)
 

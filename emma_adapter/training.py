@@ -86,11 +86,10 @@ def assign(model: nn.Module, alignment: Mapping[str, Tensor], projector: Mapping
         parameters[name].data.copy_(value)
 
 
-def restore_projector(model: nn.Module) -> None:
-    """Give the projector its original values again."""
+def reset_projector(model: nn.Module) -> None:
+    """Give the projector its original values again; it may go on being trained."""
     original = state_of(model).original_projector
     if original is not None:
         parameters = projector_parameters(model)
         for name, value in original.named_parameters():
             parameters[name].data.copy_(value)
-        state_of(model).original_projector = None

@@ -16,7 +16,6 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import safetensors.torch
-import tiny
 import torch
 import yaml
 from hypothesis import given, settings
@@ -24,6 +23,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import nn
 
+import tiny
 from emma_adapter import (
     CheckpointError,
     EmmaConfig,
@@ -362,7 +362,17 @@ def test_card_says_that_the_projector_was_trained(tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    ["llava-hf/llava-1.5-7b-hf", "/models/llava: my #1", "C:\\models\\llava", "@odd", "1e5", "null", "$base", "'a"],
+    [
+        "llava-hf/llava-1.5-7b-hf",
+        "/models/llava: my #1",
+        "C:\\models\\llava",
+        "@odd",
+        "1e5",
+        "null",
+        "$base",
+        "'a",
+        "模型/😀",
+    ],
 )
 def test_card_header_holds_any_base_name(name, tmp_path):
     model = trained()
@@ -601,7 +611,7 @@ def test_tensor_file_with_something_behind(folder, victims):
     victims.refuse(folder, match=WEIGHTS)
 
 
-@settings(max_examples=300)
+@settings(max_examples=200)
 @given(data=st.data())
 def test_flipped_header_byte(data, intact, tmp_path_factory, pair, reference):
     """Refused, or what loads is an adapter of the saved kind. Values can't be told wrong without a checksum."""
@@ -1017,6 +1027,22 @@ def test_text_tower_round_trips_and_may_move(fusion, clip_folder, tmp_path):
     with pytest.raises(EncoderError, match="gone"):
         load_adapter(other, tmp_path / "adapter", processor=tiny.processor())
     assert is_untouched(other)
+
+
+def test_second_load_with_a_text_tower_that_moved(clip_folder, tmp_path):
+    """A model into which adapters are loaded one after the other, all saved where the tower was elsewhere."""
+    models = []
+    for seed in (1, 2):
+        model = base_model()
+        adapter = patch_model(model, ATTENTION, processor=tiny.processor(), instruction_encoder=str(clip_folder))
+        tiny.train_randomly(adapter.alignment, seed=seed)
+        adapter.save_pretrained(tmp_path / str(seed))
+        models.append(model)
+    moved = str(shutil.copytree(clip_folder, tmp_path / "moved"))
+    other = base_model()
+    for seed, model in enumerate(models, 1):
+        load_adapter(other, tmp_path / str(seed), processor=tiny.processor(), instruction_encoder=moved)
+        assert torch.equal(logits(other, CHAT), logits(model, CHAT))
 
 
 # ---------------------------------------------------------------------------------------------- interrupted saves

@@ -223,7 +223,7 @@ def test_modules_without_the_protocol_are_refused():
     model = tiny.llava()
     with pytest.raises(EncoderError, match="instruction_dim"):
         patch_model(model, instruction_encoder=nn.Linear(2, 2))
-    with pytest.raises(EncoderError, match="nn.Module"):
+    with pytest.raises(EncoderError, match=r"nn\.Module"):
         patch_model(model, instruction_encoder=lambda texts: None)
     assert isinstance(Counting(), InstructionEncoder)
 

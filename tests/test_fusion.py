@@ -4,13 +4,13 @@ import itertools
 import math
 
 import pytest
-import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call
 
+import tiny
 from emma_adapter import ConfigError, EmmaAlignment, EmmaConfig, Fusion, ShapeError, register_fusion
 from emma_adapter.fusion import fusion_class, fusion_names
 from emma_adapter.fusion.registry import _FUSIONS

@@ -10,7 +10,6 @@ import threading
 import weakref
 
 import pytest
-import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,6 +17,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import tiny
 from emma_adapter import (
     EmmaConfig,
     InstructionError,
@@ -823,3 +823,23 @@ def test_adapter_weights_stay_float32_beside_a_half_precision_model():
     inputs["pixel_values"] = inputs["pixel_values"].to(torch.bfloat16)
     model(**inputs, labels=all_but_last_ignored(inputs)).loss.backward()
     assert all(parameter.grad is not None for parameter in adapter.parameters())
+
+
+def test_rows_without_images_may_supervise_everything():
+    """A text-only row of a mixed batch has no instruction to leak."""
+    for with_processor in (True, False):
+        model, _ = patched(with_processor=with_processor)
+        inputs = tiny.token_inputs([1, 0])
+        labels = all_but_last_ignored(inputs)
+        labels[1] = inputs["input_ids"][1]
+        model.train()(**inputs, labels=labels).loss.backward()
+
+
+def test_a_full_text_beside_a_short_one_changes_nothing_for_the_short_one():
+    """The padding of an encoder that doesn't encode padding stays masked for ``linear``, however long the batch."""
+    model, _ = patched("linear", "custom")
+    inputs = tiny.token_inputs([1, 1])
+    short, full = "why?", "x" * WordHashEncoder.max_instruction_tokens
+    together = last_logits(model, inputs, instruction=[short, full])
+    alone = last_logits(model, tiny.select_row(inputs, [1, 1], 0), instruction=[short])
+    torch.testing.assert_close(together[:1], alone, atol=SAME, rtol=0)

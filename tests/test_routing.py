@@ -15,7 +15,7 @@ batches = st.lists(st.lists(st.integers(1, 9), max_size=4), min_size=1, max_size
 def test_every_medium_goes_to_the_row_that_masked_scatter_fills_with_it(batch):
     """The batch as transformers sees it: placeholders row by row, filled in order by ``masked_scatter``."""
     lengths = [length for row in batch for length in row]
-    width = max(1, max(sum(row) for row in batch))
+    width = max(1, *(sum(row) for row in batch))
     is_placeholder = torch.zeros(len(batch), width, dtype=torch.bool)
     for row, media in enumerate(batch):
         is_placeholder[row, width - sum(media) :] = sum(media) > 0
@@ -25,7 +25,7 @@ def test_every_medium_goes_to_the_row_that_masked_scatter_fills_with_it(batch):
     assert rows_of_media(is_placeholder.sum(1), lengths).tolist() == expected
 
 
-@given(batches.filter(lambda batch: any(batch)), st.integers(-3, 3).filter(bool))
+@given(batches.filter(any), st.integers(-3, 3).filter(bool))
 def test_totals_that_differ_are_an_error(batch, difference):
     lengths = [length for row in batch for length in row]
     counts = torch.tensor([sum(row) for row in batch])

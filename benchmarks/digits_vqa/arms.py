@@ -13,7 +13,7 @@ from transformers import LlavaProcessor
 
 from emma_adapter import EmmaConfig, patch_model
 
-from .vlm import TEXT_TOWER_DIR, PooledLlava
+from .vlm import BASE_DIR, TEXT_TOWER_DIR, PooledLlava
 
 
 @dataclass
@@ -88,6 +88,4 @@ def lora_of_size(model: PooledLlava, num_parameters: int) -> int:
 
 
 def load_base() -> PooledLlava:
-    from .vlm import BASE_DIR
-
     return PooledLlava.from_pretrained(BASE_DIR, dtype=torch.float32).eval()

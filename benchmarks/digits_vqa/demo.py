@@ -21,12 +21,12 @@ from . import arms
 from .pictures import draw_answers, draw_movement
 from .questions import QUESTION_TYPES
 from .runs import Result, answer, make_data, run
-from .vlm import BASE_DIR
+from .vlm import BASE_DIR, TEXT_TOWER_DIR
 
 
 @click.command(help=__doc__)
 @click.option("--fusion", type=click.Choice(sorted(arms.LEARNING_RATES)), default="modulation", show_default=True)
-@click.option("--instruction-encoder", default=str(arms.TEXT_TOWER_DIR), help='A text tower, or "llm".')
+@click.option("--instruction-encoder", default=str(TEXT_TOWER_DIR), help='A text tower, or "llm".')
 @click.option("--steps", default=1000, show_default=True, help="Training steps of each arm.")
 @click.option("--batch-size", default=64, show_default=True)
 @click.option("--train-scenes", default=12_000, show_default=True)

@@ -36,8 +36,9 @@ class InstructionEncoder(Protocol):
     def __call__(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """``(tokens [B, T, Dt], mask [B, T])``: ``mask`` is true or 1 at tokens that stem from the text.
 
-        If T is always ``max_instruction_tokens`` and padded positions hold encodings too, as in CLIP, the
-        fusion ``linear`` reads those as well.
+        An encoder whose T is always ``max_instruction_tokens``, and whose other positions hold encodings too, may
+        say so with an attribute ``encodes_padding = True``: the fusion ``linear`` then reads those as well. CLIP's
+        text tower is such an encoder.
         """
         ...
 
@@ -48,6 +49,8 @@ class TransformersTextTower(nn.Module):
     The tokens are ``hidden_states[layer]`` at all positions of the context. Unused positions are padded with
     token id 0, as the authors' tokenizer does (transformers' own pads CLIP with the end token).
     """
+
+    encodes_padding = True
 
     def __init__(self, source: str, layer: int, *, revision: str | None = None, local_files_only: bool = False) -> None:
         super().__init__()
@@ -86,6 +89,8 @@ class OpenClipTextTower(nn.Module):
     ``source`` is ``MODEL:PRETRAINED`` (a tag or a local weights file), ``hf-hub:ORG/REPO`` or
     ``local-dir:FOLDER``. Layers are counted as in transformers: -1 is the output of the last block.
     """
+
+    encodes_padding = True
 
     def __init__(self, source: str, layer: int) -> None:
         super().__init__()
@@ -156,6 +161,7 @@ class CachedEncoder:
         self.module = encoder.eval().requires_grad_(False)
         self.instruction_dim: int = encoder.instruction_dim  # type: ignore[assignment]
         self.max_instruction_tokens: int = encoder.max_instruction_tokens  # type: ignore[assignment]
+        self.encodes_padding = bool(getattr(encoder, "encodes_padding", False))
         self._cache: LRUCache[tuple[Tensor, Tensor]] = LRUCache(cache_size)
         self._lock = threading.Lock()
 

@@ -27,6 +27,8 @@ class Prompt:
     labels: Tensor | None = None  # [B, L]
     #: True if the call trains the model: then its ids contain the answer.
     trains: bool = False
+    #: Bool ``[B]``: rows with images. The others need no instruction, and none is looked for.
+    has_media: Tensor | None = None
 
 
 class InstructionReader:
@@ -64,8 +66,11 @@ class InstructionReader:
             else torch.ones(ids.shape, dtype=torch.bool)
         )
         answers = (labels != IGNORE_INDEX).cpu() if labels is not None else None
+        wanted = [True] * len(ids) if prompt.has_media is None else prompt.has_media.tolist()
         selected = torch.zeros(ids.shape, dtype=torch.bool)
         for row, tokens in enumerate(ids.tolist()):
+            if not wanted[row]:
+                continue
             where = valid[row].nonzero().flatten().tolist()
             row_answers = None if answers is None else answers[row].tolist()
             chosen = self._select_row(tokens, where, row_answers, trains=prompt.trains)

@@ -98,7 +98,7 @@ class InstructionPipeline:
         assert self.encoder is not None
         tokens, mask = self.encoder.encode(texts, device)
         tokens, mask = tokens[:, : self.max_instruction_tokens], mask[:, : self.max_instruction_tokens]
-        if self.reads_padding and tokens.shape[1] == self.encoder.max_instruction_tokens:
+        if self.reads_padding and self.encoder.encodes_padding:
             return InstructionTokens(tokens, None)
         # The towers are causal: what follows the longest text of the batch changes nothing before it.
         longest = max(1, int(mask.sum(dim=1).max()))

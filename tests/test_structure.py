@@ -1,0 +1,130 @@
+"""Promises about the package itself."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+import torch
+
+import emma_adapter
+import tiny
+from emma_adapter import ModelFamily, UnsupportedModelError, families, patch_model, register_family
+from emma_adapter.integrations.llava import LlavaFamily
+
+ROOT = Path(__file__).parents[1]
+# Lower layers first: a file may import from its own layer or a lower one.
+LAYERS = (
+    *("errors", "version", "fusion", "config", "official", "alignment", "families", "instructions", "state", "hooks"),
+    *("training", "model_card", "checkpoint", "hub", "base_saves", "patching", "__init__"),
+)
+
+
+def imports_of(path: Path) -> set[str]:
+    """Modules imported at module level and inside functions, absolute names; type-only imports left out."""
+    tree = ast.parse(path.read_text())
+    found = set()
+
+    class Visitor(ast.NodeVisitor):
+        def visit_If(self, node: ast.If) -> None:
+            if not (isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"):
+                self.generic_visit(node)
+
+        def visit_Import(self, node: ast.Import) -> None:
+            found.update(alias.name for alias in node.names)
+
+        def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
+            package = ["emma_adapter", *path.relative_to(ROOT / "emma_adapter").parts[:-1]]
+            base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            name = f"{base}.{node.module}" if base and node.module else node.module or base
+            if base and not node.module:
+                found.update(f"{base}.{alias.name}" for alias in node.names)
+            else:
+                found.add(name)
+
+    Visitor().visit(tree)
+    return found
+
+
+CORE = sorted((ROOT / "emma_adapter").rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", CORE, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_one_way(path):
+    own = LAYERS.index(path.relative_to(ROOT / "emma_adapter").parts[0].removesuffix(".py"))
+    for name in imports_of(path):
+        assert not name.startswith("emma_adapter.integrations"), "the core must not import an integration"
+        if name.startswith("emma_adapter."):
+            assert LAYERS.index(name.split(".")[1]) <= own, f"{path.name} imports {name} from a higher layer"
+
+
+def test_importing_the_package_imports_no_heavy_third_party():
+    code = (
+        "import sys, emma_adapter; "
+        "print(sorted({'transformers', 'open_clip', 'peft', 'matplotlib', 'sklearn'} & set(sys.modules)))"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
+
+
+def test_public_names_exist_and_are_documented():
+    for name in emma_adapter.__all__:
+        value = getattr(emma_adapter, name)
+        assert name == "__version__" or (value.__doc__ or "").strip()
+
+
+def test_every_advertised_family_loads():
+    found = entry_points(group=families.ENTRY_POINT_GROUP)
+    assert {"llava"} <= set(found.names)
+    for entry in found:
+        family = entry.load()()
+        assert isinstance(family, ModelFamily)
+        assert entry.name in family.model_types
+
+
+@pytest.fixture
+def _registry(monkeypatch):
+    monkeypatch.setattr(families, "_FAMILIES", {})
+
+
+@pytest.mark.usefixtures("_registry")
+def test_a_user_can_register_a_family():
+    class Renamed(LlavaFamily):
+        model_types = ("my_llava",)
+
+    model = tiny.llava()
+    model.config.model_type = "my_llava"
+    with pytest.raises(UnsupportedModelError, match="my_llava"):
+        patch_model(model)
+    register_family(Renamed())
+    adapter = patch_model(model)
+    assert "my_llava" in repr(adapter)
+    with torch.no_grad():
+        model(**tiny.token_inputs([1]))
+
+
+@pytest.mark.usefixtures("_registry")
+def test_a_broken_third_party_integration_is_named_and_hurts_nobody_else(monkeypatch):
+    class Broken:
+        name, value, dist = "broken", "nowhere:Family", None
+
+        def load(self):
+            raise ImportError("no module named nowhere")
+
+    real = families.entry_points
+    monkeypatch.setattr(families, "entry_points", lambda group: [*real(group=group), Broken()])
+    model = tiny.llava()
+    model.config.model_type = "broken"
+    with pytest.raises(UnsupportedModelError, match=r"nowhere:Family.*no module named nowhere"):
+        patch_model(model)
+    model.config.model_type = "llava"
+    patch_model(model)
+
+
+def test_changelog_names_the_version():
+    assert f"[{emma_adapter.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
