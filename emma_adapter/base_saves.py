@@ -9,13 +9,14 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from . import checkpoint
 from .state import state_of
@@ -26,18 +27,22 @@ _TRAINER_WEIGHTS = "model.safetensors"
 
 
 def guard_save_pretrained(model: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    directory = Path(args[0] if args else kwargs["save_directory"])
+    kwargs = {**dict(zip(inspect.signature(original).parameters, args, strict=False)), **kwargs}
+    directory = Path(kwargs["save_directory"])
     by_trainer = "state_dict" in kwargs
     if by_trainer and state_of(model).adapter_only:
         if kwargs.get("is_main_process", True):
             _save_trained(model, directory)
         return None
-    if not by_trainer:
+    if by_trainer:
+        # Trainer loads what it finds under the names of the running model, and drops what has another name.
+        kwargs.setdefault("save_original_format", False)
+    else:
         kwargs["state_dict"] = _base_state_dict(model)
     adapter_only = state_of(model).adapter_only
     expect_everything(model)
     try:
-        result = original(*args, **kwargs)
+        result = original(**kwargs)
     finally:
         if adapter_only:
             expect_adapter_only(model)
@@ -66,18 +71,30 @@ def expect_everything(model: nn.Module) -> None:
             model.__dict__[_IGNORED_ON_SAVE] = state.ignored_on_save
 
 
-def _base_state_dict(model: nn.Module) -> dict[str, Any]:
-    adapter = {id(parameter) for parameter in alignment_of(model).parameters()}
-    names = {name for name, parameter in model.named_parameters() if id(parameter) in adapter}
-    return {name: value for name, value in model.state_dict().items() if name not in names}
+def _base_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The model as it was before it was patched: without the adapter, and with the original projector."""
+    adapter = _identities(alignment_of(model))
+    originals: dict[int, Tensor] = {}
+    if (original := state_of(model).original_projector) is not None:
+        trained = projector_of(model).state_dict(keep_vars=True)
+        originals = {id(trained[name]): value for name, value in original.state_dict().items()}
+    return {
+        name: originals.get(id(value), value.detach())
+        for name, value in model.state_dict(keep_vars=True).items()
+        if id(value) not in adapter
+    }
 
 
-def _trained_names(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The trained parameters by their name in the model."""
-    trained = {id(parameter) for parameter in alignment_of(model).parameters()}
+def _trained_names(model: nn.Module) -> dict[str, Tensor]:
+    """The trained tensors by their name in the model."""
+    trained = _identities(alignment_of(model))
     if trained_projector(model):
-        trained |= {id(parameter) for parameter in projector_of(model).parameters()}
-    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in trained}
+        trained |= _identities(projector_of(model))
+    return {name: value for name, value in model.state_dict(keep_vars=True).items() if id(value) in trained}
+
+
+def _identities(module: nn.Module) -> set[int]:
+    return {id(tensor) for tensor in module.state_dict(keep_vars=True).values()}
 
 
 def _save_trained(model: nn.Module, directory: Path) -> None:

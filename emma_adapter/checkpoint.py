@@ -153,6 +153,7 @@ def read(directory: Path) -> SavedAdapter:
     if not (directory / CONFIG_NAME).is_file() and (directory / SUBFOLDER / CONFIG_NAME).is_file():
         directory = directory / SUBFOLDER
     written = _read_description(directory / CONFIG_NAME)
+    _check_version(written, directory)
     tensors, embedded = _read_tensors(directory / WEIGHTS_NAME)
     if embedded.get("save_id") != written.get("save_id"):
         # Interrupted between the two replacements: the tensor file is the newer one.
@@ -160,7 +161,7 @@ def read(directory: Path) -> SavedAdapter:
     _check_version(written, directory)
     try:
         config = EmmaConfig.from_dict(written.get("config", {}))
-    except (ConfigError, TypeError) as error:
+    except (ConfigError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{directory / CONFIG_NAME}: {error}") from error
     model_type = written.get("model_type")
     if not isinstance(model_type, str):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from string import Template
 from typing import Any
@@ -55,7 +56,7 @@ def model_card(description: Mapping[str, Any], parameters: tuple[int, int]) -> s
     config = description["config"]
     return _CARD.substitute(
         marker=GENERATED_MARKER,
-        base_line=f"base_model: {base}\n" if base else "",
+        base_line=f"base_model: {json.dumps(base, ensure_ascii=False)}\n" if base else "",
         base=base or "your base model",
         model_type=description["model_type"],
         fusion=config["fusion"],

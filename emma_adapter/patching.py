@@ -159,6 +159,8 @@ def load_adapter(
     else:
         training.reset_projector(model)
     training.assign(model, saved.alignment, saved.projector)
+    if state_of(model).adapter_only:
+        base_saves.expect_adapter_only(model)
     return EmmaAdapter(model)
 
 

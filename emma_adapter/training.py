@@ -78,7 +78,7 @@ def trained_projector(model: nn.Module) -> dict[str, Tensor]:
 
 def assign(model: nn.Module, alignment: Mapping[str, Tensor], projector: Mapping[str, Tensor]) -> None:
     """Give adapter and projector these values. The adapter takes their dtype too: it is saved as it was used."""
-    own = dict(alignment_of(model).named_parameters())
+    own = alignment_of(model).state_dict(keep_vars=True)
     for name, value in alignment.items():
         own[name].data = value.to(own[name].device)
     parameters = projector_parameters(model)
