@@ -54,11 +54,17 @@ class EmmaAlignment(nn.Module):
             ShapeError: if the tensors don't fit each other or the config.
         """
         self._check(visual_tokens, instruction_tokens, instruction_mask)
+        if grid is not None and (len(grid) != 2 or min(grid) < 1 or grid[0] * grid[1] != visual_tokens.shape[1]):
+            raise ShapeError(
+                f"grid={grid} should be the (height, width) of an image of {visual_tokens.shape[1]} visual tokens"
+            )
         if instruction_mask is not None:
             instruction_mask = instruction_mask.to(visual_tokens.device, torch.bool)
         instruction_tokens = instruction_tokens.to(visual_tokens.device, visual_tokens.dtype)
-        if instruction_tokens.shape[1] == 0 or visual_tokens.numel() == 0:
-            return visual_tokens
+        if instruction_tokens.shape[1] == 0:
+            # No token means the same as one that is masked.
+            instruction_tokens = instruction_tokens.new_zeros(len(instruction_tokens), 1, instruction_tokens.shape[2])
+            instruction_mask = instruction_tokens.new_zeros(instruction_tokens.shape[:2], dtype=torch.bool)
         return self.fusion(visual_tokens, instruction_tokens, instruction_mask, grid).to(visual_tokens.dtype)
 
     @classmethod

@@ -117,7 +117,7 @@ class EmmaConfig:
         if not isinstance(values, Mapping):
             raise ConfigError(f"an adapter's config must be a JSON object, not {type(values).__name__}")
         known = {f.name for f in dataclasses.fields(cls)}
-        if unknown := sorted(set(values) - known):
+        if unknown := sorted(set(values) - known, key=repr):
             raise ConfigError(f"unknown config field(s) {unknown}; known are {sorted(known)}")
         return cls(**values)
 

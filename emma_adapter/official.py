@@ -37,9 +37,10 @@ def read_official(path: str | PathLike[str]) -> tuple[EmmaConfig, dict[str, Tens
             f"{path} holds learnable tokens: it is the authors' variant v2 or v3; only the published EMMA, v1, is read"
         )
     projection, infusion = found["text_projection.weight"], found["image_text_infusion.weight"]
-    if projection.ndim != 2 or infusion.ndim != 2 or infusion.shape[1] <= infusion.shape[0]:
+    matrices = projection.ndim == infusion.ndim == 2 and projection.numel() > 0 and infusion.numel() > 0
+    if not matrices or infusion.shape[1] <= infusion.shape[0]:
         raise CheckpointError(
-            f"{path}: expected text_projection.weight [D, Dt] and image_text_infusion.weight [N, N + T] with T > 0; "
+            f"{path}: expected text_projection.weight [D, Dt] and image_text_infusion.weight [N, N + T], none empty; "
             f"got {list(projection.shape)} and {list(infusion.shape)}"
         )
     visual_dim, instruction_dim = projection.shape
@@ -75,7 +76,7 @@ def _load(path: Path) -> dict[str, object]:
         raise CheckpointError(
             f"{path} is not a file of tensors, or holds objects beside tensors, which are never unpickled: {error}"
         ) from error
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:
         raise CheckpointError(f"{path} can't be read as a PyTorch checkpoint (truncated?): {error}") from error
     if not isinstance(stored, dict):
         raise CheckpointError(f"{path} holds a {type(stored).__name__} instead of a state dict")

@@ -177,7 +177,7 @@ class Payload:
 @pytest.mark.parametrize("place", ["value", "key", "whole", "plain-pickle", "weight"])
 @pytest.mark.parametrize("forced", [False, True], ids=["default", "forced-unsafe"])
 @both_containers
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_payloads_never_run(tmp_path, monkeypatch, place, forced, as_zip):
     if forced:
         monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")

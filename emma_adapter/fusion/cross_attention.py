@@ -37,7 +37,8 @@ class CrossAttention(nn.Module):
         self.visual_norm = CastingLayerNorm(config.visual_dim)
         self.instruction_norm = CastingLayerNorm(config.instruction_dim)
         self.query = CastingLinear(config.visual_dim, inner)
-        self.key = CastingLinear(config.instruction_dim, inner)
+        # A bias of the keys would shift all scores of a query alike, which softmax ignores.
+        self.key = CastingLinear(config.instruction_dim, inner, bias=False)
         self.value = CastingLinear(config.instruction_dim, inner)
         self.output = CastingLinear(inner, config.visual_dim)
         self.position: nn.Parameter | None = None
@@ -49,6 +50,7 @@ class CrossAttention(nn.Module):
         nn.init.normal_(self.query.weight, std=query_std / config.visual_dim**0.5)
         nn.init.normal_(self.key.weight, std=_SHARPNESS / config.instruction_dim**0.5)
         nn.init.zeros_(self.output.weight)
+        assert self.output.bias is not None
         nn.init.zeros_(self.output.bias)
 
     def forward(
@@ -93,8 +95,6 @@ class CrossAttention(nn.Module):
                     "for an adapter without positions"
                 )
             return self.position
-        if grid[0] * grid[1] != num_visual_tokens:
-            raise ShapeError(f"grid={grid} does not hold {num_visual_tokens} visual tokens")
         if self.native_grid is None:
             raise ShapeError(f"positions can't be resampled to grid={grid} without EmmaConfig.visual_grid")
         height, width = self.native_grid
