@@ -85,6 +85,8 @@ class EmmaAlignment(nn.Module):
         config = self.config
         if visual_tokens.ndim != 3 or visual_tokens.shape[-1] != config.visual_dim:
             raise ShapeError(f"visual_tokens must be [B, N, {config.visual_dim}]; got {list(visual_tokens.shape)}")
+        if not visual_tokens.is_floating_point():
+            raise ShapeError(f"visual_tokens must be floating-point; got {visual_tokens.dtype}")
         if instruction_tokens.ndim != 3 or instruction_tokens.shape[-1] != config.instruction_dim:
             raise ShapeError(
                 f"instruction_tokens must be [B, T, {config.instruction_dim}]; got {list(instruction_tokens.shape)}"

@@ -63,7 +63,7 @@ class EmmaConfig:
     instruction_layer: int = -2
     instruction_policy: InstructionPolicy = "last_turn"
     cache_size: int = 512
-    fusion_options: Mapping[str, Any] = field(default_factory=dict)
+    fusion_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.visual_grid, list):
@@ -161,7 +161,11 @@ class EmmaConfig:
         if not isinstance(options, Mapping) or not all(isinstance(key, str) for key in options):
             raise self._error("fusion_options", "a mapping from names to JSON values")
         # A private copy in JSON's own types, so that the round trip is exact and nobody changes it later.
-        object.__setattr__(self, "fusion_options", {key: self._json_value(value) for key, value in options.items()})
+        try:
+            private = {key: self._json_value(value) for key, value in options.items()}
+        except RecursionError:
+            raise ConfigError("EmmaConfig.fusion_options must be JSON values; got ones nested too deeply") from None
+        object.__setattr__(self, "fusion_options", private)
 
     def _json_value(self, value: Any) -> Any:
         if isinstance(value, float) and not math.isfinite(value):

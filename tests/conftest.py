@@ -15,6 +15,9 @@ from hypothesis import HealthCheck, settings
 
 import tiny
 
+# Everything here is tiny: more threads only wait for each other.
+torch.set_num_threads(1)
+
 settings.register_profile("default", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 settings.load_profile("default")
 

@@ -284,3 +284,14 @@ def test_paper_with_changes():
     assert config == EmmaConfig(fusion="linear", instruction_encoder="some/tower", rank=4, visual_dim=8)
     with pytest.raises(ConfigError, match=r"EmmaConfig.rank .*got 0"):
         EmmaConfig.paper(rank=0)
+
+
+def test_options_nested_without_end_are_refused():
+    endless: dict[str, Any] = {}
+    endless["again"] = endless
+    with pytest.raises(ConfigError, match="fusion_options"):
+        EmmaConfig(fusion_options=endless)
+
+
+def test_equal_configs_hash_alike():
+    assert hash(EmmaConfig(rank=2, fusion_options={"a": [1]})) == hash(EmmaConfig(rank=2, fusion_options={"a": [1]}))

@@ -777,3 +777,25 @@ def test_a_fusion_must_have_a_forward(registry):
 
     with pytest.raises(TypeError, match="forward"):
         EmmaAlignment(EmmaConfig(fusion="mine", visual_dim=D, instruction_dim=DT))
+
+
+@every_variant
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize("masked", [False, True], ids=["no-mask", "mask"])
+def test_negative_zeros_stay(variant, dtype, masked):
+    alignment = make(variant)
+    v, t = tokens(dtype=dtype)
+    v = torch.where(torch.rand(v.shape) < 0.5, torch.tensor(-0.0, dtype=dtype), v)
+    assert same_bits(alignment(v, t, ragged_mask() if masked else None), v)
+
+
+@every_variant
+def test_integer_visual_tokens_are_refused(variant):
+    with pytest.raises(ShapeError, match="floating-point"):
+        make(variant)(torch.ones(B, N, D, dtype=torch.long), torch.ones(B, T, DT))
+
+
+@pytest.mark.parametrize("name", [3, None, ""])
+def test_fusions_need_a_name(name):
+    with pytest.raises(ConfigError, match="name"):
+        register_fusion(name)(fusion_class("linear"))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from .cross_attention import CrossAttention, keep_uninstructed
+from .layers import add_update
 from .registry import Fusion, register_fusion
 
 if TYPE_CHECKING:
@@ -29,4 +30,4 @@ class AttentionFusion(Fusion):
         grid: tuple[int, int] | None = None,
     ) -> Tensor:
         update = self.cross_attention(visual_tokens, instruction_tokens, instruction_mask, grid)
-        return keep_uninstructed(visual_tokens + update, visual_tokens, instruction_mask)
+        return keep_uninstructed(add_update(visual_tokens, update), visual_tokens, instruction_mask)

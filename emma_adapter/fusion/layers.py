@@ -15,6 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def add_update(visual_tokens: Tensor, update: Tensor) -> Tensor:
+    """``visual_tokens + update``, bit for bit ``visual_tokens`` where the update is zero.
+
+    ``-0.0 + 0.0`` is ``+0.0``, but ``x - 0.0`` is ``x`` for every x; the negation is exact.
+    """
+    return visual_tokens - (0 - update)
+
+
 class CastingLinear(nn.Module):
     """``x W^T + b``; weight ``[out, in]``, bias ``[out]`` or none, initialised as ``nn.Linear`` is."""
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ConfigError, ShapeError
-from .layers import CastingLinear
+from .layers import CastingLinear, add_update
 from .registry import Fusion, register_fusion
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class LinearFusion(Fusion):
         dtype = visual_tokens.dtype
         text_weight = self.text_weight[:, :num_instruction].to(dtype)
         update = self._image_update(visual_tokens) + text_weight @ projected + self.bias.to(dtype)[:, None]
-        return visual_tokens + update
+        return add_update(visual_tokens, update)
 
     def _image_update(self, visual_tokens: Tensor) -> Tensor:
         dtype = visual_tokens.dtype

@@ -53,6 +53,8 @@ def register_fusion(name: str) -> Callable[[FusionClass], FusionClass]:
     """
 
     def register(cls: FusionClass) -> FusionClass:
+        if not isinstance(name, str) or not name:
+            raise ConfigError(f"the name of a fusion must be a non-empty text; got {name!r}")
         if not (isinstance(cls, type) and issubclass(cls, Fusion)):
             raise ConfigError(f"a fusion must be a subclass of emma_adapter.Fusion; got {cls!r}")
         if _FUSIONS.setdefault(name, cls) is not cls:

@@ -12,6 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import EncoderError
 from .cache import CacheInfo, LRUCache
@@ -168,9 +169,8 @@ class CachedEncoder:
     def encode(self, texts: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
         """``(tokens [B, T, Dt], mask bool [B, T])`` on ``device``."""
         encoded = self._cache.get_or_compute(list(texts), lambda missing: self._run(missing, device))
-        longest = max(tokens.shape[0] for tokens, _ in encoded)
-        tokens = torch.stack([nn.functional.pad(t, (0, 0, 0, longest - t.shape[0])) for t, _ in encoded])
-        mask = torch.stack([nn.functional.pad(m, (0, longest - m.shape[0])) for _, m in encoded])
+        tokens = pad_sequence([tokens for tokens, _ in encoded], batch_first=True)
+        mask = pad_sequence([mask for _, mask in encoded], batch_first=True)
         return tokens.to(device), mask.to(device)
 
     def info(self) -> CacheInfo:
