@@ -81,7 +81,7 @@ def draw_movement(
             axes[row, column].imshow(data.pictures[scene].mean(axis=-1), cmap="gray", interpolation="nearest")
             height, width = data.pictures.shape[1:3]
             image = axes[row, column].imshow(
-                maps[row][column - 1],
+                maps[row][column - 1].numpy(),
                 extent=(-0.5, width - 0.5, height - 0.5, -0.5),
                 cmap="viridis",
                 alpha=0.7,
