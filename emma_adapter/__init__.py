@@ -20,7 +20,8 @@ from .families import MediaLayout, ModelFamily, register_family
 from .fusion import Fusion, register_fusion
 from .instructions.cache import CacheInfo
 from .instructions.encoders import InstructionEncoder
-from .patching import EmmaAdapter, get_adapter, load_adapter, patch_model, unpatch_model
+from .loading import load_adapter
+from .patching import EmmaAdapter, get_adapter, patch_model, unpatch_model
 from .version import __version__
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""How a patched model is intercepted: hooks on three modules, and guards before two methods of one instance.
+"""How a call to a patched model is intercepted: hooks on the outer model, the inner model and the projector.
 
 Hooks are functions of this module and find everything through the module they run on: a copy or a pickle of a
 patched model is patched too, and independent. No class is changed.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import InstructionError
-from .state import ALIGNMENT_NAME, STATE_ATTRIBUTE, AdapterState, CallPlan, OuterCall, RoutedInstruction, state_of
+from .state import ALIGNMENT_NAME, AdapterState, CallPlan, OuterCall, RoutedInstruction, state_of
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -32,9 +31,9 @@ def install_hooks(model: nn.Module, inner: nn.Module, projector: nn.Module) -> N
 
 def remove_hooks(module: nn.Module) -> None:
     """Remove this library's hooks from ``module``, also from a copy of the module they were installed on."""
-    ours = {before_outer, after_outer, before_inner, after_inner, before_projector, after_projector}
+    ours = (before_outer, after_outer, before_inner, after_inner, before_projector, after_projector)
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
-        for key in [key for key, hook in hooks.items() if hook in ours]:
+        for key in [key for key, hook in hooks.items() if any(hook is our for our in ours)]:
             del hooks[key]
             for flags in (
                 module._forward_pre_hooks_with_kwargs,
@@ -44,13 +43,10 @@ def remove_hooks(module: nn.Module) -> None:
                 flags.pop(key, None)
 
 
-# ------------------------------------------------------------------------------------------- forward
-
-
 def before_outer(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
     """Take ``instruction=`` out of the call, and note the labels, which the inner model doesn't get."""
     kwargs = _by_name(model, args, kwargs)
-    instruction, mask = _pop_instruction(kwargs)
+    instruction, mask = pop_instruction(kwargs)
     context = state_of(model).context
     if context.pinned is None:
         context.outer = OuterCall(kwargs.get("labels"), instruction, mask)
@@ -65,7 +61,7 @@ def before_inner(inner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     """Know the instruction of every row before the vision tower runs."""
     kwargs = _by_name(inner, args, kwargs)
     # Present if the outer model's hooks were passed by, as by wrappers that call forward themselves.
-    instruction, mask = _pop_instruction(kwargs)
+    instruction, mask = pop_instruction(kwargs)
     state = state_of(inner)
     context = state.context
     if context.disabled or not state.has_pixels(kwargs):
@@ -153,96 +149,5 @@ def _parameter_names(forward: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(inspect.signature(forward).parameters)[1:]
 
 
-def _pop_instruction(kwargs: dict[str, Any]) -> tuple[Any, Tensor | None]:
+def pop_instruction(kwargs: dict[str, Any]) -> tuple[Any, Tensor | None]:
     return kwargs.pop("instruction", None), kwargs.pop("instruction_mask", None)
-
-
-# ------------------------------------------------------------------------------------------- methods
-
-
-class MethodGuard:
-    """Stands before a method of one model, as an attribute of that instance.
-
-    ``guard(model, original, *args, **kwargs)`` is called instead; ``original`` is the method as it was, bound.
-    The model is held weakly, and a copy or pickle of the model carries a guard of its own.
-    """
-
-    def __init__(self, model: nn.Module, name: str, guard: Callable[..., Any]) -> None:
-        self.name = name
-        self.guard = guard
-        #: What another tool had put on the instance under this name before.
-        self.previous = model.__dict__.get(name)
-        self._model = weakref.ref(model)
-
-    @classmethod
-    def install(cls, model: nn.Module, name: str, guard: Callable[..., Any]) -> None:
-        model.__dict__[name] = cls(model, name, guard)
-
-    def remove(self, model: nn.Module) -> None:
-        if model.__dict__.get(self.name) is not self:
-            return  # another tool wrapped us since; without state, the guard only passes calls on
-        if self.previous is None:
-            del model.__dict__[self.name]
-        else:
-            model.__dict__[self.name] = self.previous
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        model = self._model()
-        if model is None:
-            raise ReferenceError(f"the model of this {self.name} no longer exists")
-        original = self.previous or functools.partial(getattr(type(model), self.name), model)
-        if not hasattr(model, STATE_ATTRIBUTE):
-            return original(*args, **kwargs)
-        return self.guard(model, original, *args, **kwargs)
-
-    @property
-    def __wrapped__(self) -> Any:
-        model = self._model()
-        return self.previous or getattr(model if model is None else type(model), self.name)
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        signature = inspect.signature(self.__wrapped__)
-        return signature if self.previous else signature.replace(parameters=list(signature.parameters.values())[1:])
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> MethodGuard:
-        copy = object.__new__(type(self))
-        copy.name, copy.guard, copy.previous = self.name, self.guard, self.previous
-        # nn.Module registers its copy before it copies its attributes.
-        model = self._model()
-        if model is None:
-            raise ReferenceError(f"the model of this {self.name} no longer exists")
-        copy._model = weakref.ref(memo.get(id(model), model))
-        return copy
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"name": self.name, "guard": self.guard, "previous": self.previous, "model": self._model()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.name, self.guard, self.previous = state["name"], state["guard"], state["previous"]
-        self._model = weakref.ref(state["model"])
-
-
-def guard_generate(model: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Read the instruction from the prompt before ``generate`` starts: it may encode images before any forward,
-    and later calls of forward no longer see the prompt alone."""
-    state = state_of(model)
-    instruction, mask = _pop_instruction(kwargs)
-    if state.context.disabled or not state.has_pixels(kwargs):
-        return original(*args, **kwargs)
-    inner = state.family.inner(model)
-    ids = args[0] if args else kwargs.get("inputs")
-    ids = kwargs.get("input_ids") if ids is None else ids
-    embeds = kwargs.get("inputs_embeds")
-    # A continued conversation: the images of this call belong to what the cache doesn't hold yet.
-    known = _cached_length(kwargs.get("past_key_values"))
-    placeholders = state.placeholders(inner, None if ids is None else ids[:, known:], embeds)
-    outer = OuterCall(None, instruction, mask)
-    tokens = state.instruction_tokens(inner, outer, placeholders, ids, embeds, kwargs.get("attention_mask"))
-    plan = CallPlan(inner, tokens, placeholders, state.sizes(kwargs))
-    with state.calling(plan, pinned=tokens):
-        return original(*args, **kwargs)
-
-
-def _cached_length(cache: Any) -> int:
-    return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0

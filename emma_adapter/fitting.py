@@ -1,0 +1,111 @@
+"""Filling in a config from the model and the encoder it is for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from .config import EmmaConfig
+from .errors import ConfigError, UnsupportedModelError
+from .families import ModelFamily
+from .fusion import fusion_class
+from .instructions.encoders import CachedEncoder, build_encoder, check_protocol, encoder_name
+from .instructions.extraction import InstructionReader
+from .instructions.tokens import LLM, InstructionPipeline
+
+_LLM_MAX_INSTRUCTION_TOKENS = 128
+
+
+def resolve_encoder(
+    config: EmmaConfig, given: str | nn.Module | None, inner: nn.Module
+) -> tuple[EmmaConfig, CachedEncoder | None]:
+    """The config with the encoder's name and sizes, and the encoder; none for the language model's embeddings.
+
+    Raises:
+        ConfigError: if a size in ``config`` contradicts the encoder.
+        EncoderError: if the encoder can't be loaded.
+    """
+    if given is None:
+        given = config.instruction_encoder
+    if given == LLM:
+        return _with_encoder_sizes(config, LLM, embedding_dim(inner), None), None
+    if isinstance(given, str):
+        name, module = given, build_encoder(given, config.instruction_layer)
+    else:
+        module = check_protocol(given)
+        name = encoder_name(module)
+    encoder = CachedEncoder(module, config.cache_size)
+    return _with_encoder_sizes(config, name, encoder.instruction_dim, encoder.max_instruction_tokens), encoder
+
+
+def _with_encoder_sizes(config: EmmaConfig, name: str, dim: int, context: int | None) -> EmmaConfig:
+    _require_agreement("instruction_dim", config.instruction_dim, dim, f"the instruction encoder {name!r}")
+    longest = config.max_instruction_tokens
+    if longest is None:
+        longest = context or _LLM_MAX_INSTRUCTION_TOKENS
+    elif context is not None and longest > context:
+        raise ConfigError(
+            f"EmmaConfig.max_instruction_tokens is {longest}, but {name!r} reads at most {context} tokens"
+        )
+    return config.replace(instruction_encoder=name, instruction_dim=dim, max_instruction_tokens=longest)
+
+
+def resolve_sizes(config: EmmaConfig, family: ModelFamily, inner: nn.Module) -> EmmaConfig:
+    """The config with the vision tower's sizes.
+
+    Raises:
+        ConfigError: if a size in ``config`` contradicts the model.
+        UnsupportedModelError: if the fusion needs a fixed number of visual tokens and the tower has none.
+    """
+    visual_dim = family.visual_dim(inner)
+    _require_agreement("visual_dim", config.visual_dim, visual_dim, f"this {type(inner).__name__}")
+    fixed = family.has_fixed_size(inner)
+    if fusion_class(config.fusion).fixed_num_visual_tokens and not fixed:
+        raise UnsupportedModelError(
+            f"fusion={config.fusion!r} has weights for a fixed number of visual tokens, and this model's vision tower "
+            'gives each image its own; use fusion="attention" or "modulation"'
+        )
+    number, grid = family.visual_size(inner)
+    if config.num_visual_tokens is None:
+        return config.replace(visual_dim=visual_dim, num_visual_tokens=number, visual_grid=grid)
+    if fixed and number is not None:
+        _require_agreement("num_visual_tokens", config.num_visual_tokens, number, f"this {type(inner).__name__}")
+    return config.replace(visual_dim=visual_dim)
+
+
+def _require_agreement(name: str, given: int | None, actual: int, owner: str) -> None:
+    if given is not None and given != actual:
+        raise ConfigError(f"EmmaConfig.{name} is {given}, but {owner} has {actual}; leave it None to have it inferred")
+
+
+def _special_ids(model: nn.Module, family: ModelFamily) -> set[int]:
+    """Token ids that are never part of an instruction, as far as the model itself knows them."""
+    inner = family.inner(model)
+    ids: set[int] = {family.placeholder_id(inner, modality) for modality in family.pixel_arguments}
+    config: Any = model.config
+    for source in (config, config.get_text_config(), getattr(model, "generation_config", None)):
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            value = getattr(source, name, None)
+            if value is not None:
+                ids.update(value if isinstance(value, list) else [value])
+    return ids
+
+
+def make_reader(model: nn.Module, family: ModelFamily, config: EmmaConfig, processor: Any) -> InstructionReader:
+    return InstructionReader(processor, _special_ids(model, family), config.instruction_policy)
+
+
+def make_pipeline(config: EmmaConfig, reader: InstructionReader, encoder: CachedEncoder | None) -> InstructionPipeline:
+    assert config.max_instruction_tokens is not None
+    return InstructionPipeline(
+        reader=reader,
+        encoder=encoder,
+        max_instruction_tokens=config.max_instruction_tokens,
+        reads_padding=fusion_class(config.fusion).reads_padding,
+    )
+
+
+def embedding_dim(inner: nn.Module) -> int:
+    embeddings: Any = inner.get_input_embeddings()  # type: ignore[operator]
+    return int(embeddings.weight.shape[1])

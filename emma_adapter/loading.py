@@ -1,0 +1,119 @@
+"""load_adapter: from an adapter folder to a patched model."""
+
+from __future__ import annotations
+
+from os import PathLike
+from typing import Any
+
+from torch import nn
+
+from . import base_saves, checkpoint, hub, training
+from .config import EmmaConfig
+from .errors import CheckpointError, PatchError
+from .families import find_family
+from .fitting import embedding_dim, make_pipeline, make_reader, resolve_encoder
+from .instructions.tokens import LLM
+from .patching import EmmaAdapter, base_of, patch_model
+from .state import STATE_ATTRIBUTE, state_of
+
+
+def load_adapter(
+    model: nn.Module,
+    source: str | PathLike[str],
+    *,
+    processor: Any = None,
+    instruction_encoder: str | nn.Module | None = None,
+    revision: str | None = None,
+    local_files_only: bool = False,
+) -> EmmaAdapter:
+    """Load a saved adapter into a model, which is patched if it isn't yet.
+
+    Args:
+        model: as for :func:`patch_model`.
+        source: a folder that ``save_pretrained`` wrote, or a hub id.
+        processor: as for :func:`patch_model`; an already patched model keeps the one it has, if none is given.
+        instruction_encoder: where the adapter's instruction encoder is found now, if elsewhere than when it was
+            saved; needed for an encoder module of your own.
+        revision: branch, tag or commit on the hub.
+        local_files_only: don't ask the hub; use what was downloaded before.
+
+    Raises:
+        CheckpointError: if the files are incomplete, damaged, of a newer format, or made for another model. The
+            model is then as it was.
+        EncoderError: if the instruction encoder can't be loaded.
+    """
+    model = base_of(model)
+    saved = checkpoint.read(hub.local_folder(source, revision=revision, local_files_only=local_files_only))
+    _check_fit(model, saved)
+    if not hasattr(model, STATE_ATTRIBUTE):
+        _check_encoder_fit(model, saved)
+        patch_model(model, saved.config, processor=processor, instruction_encoder=instruction_encoder)
+    elif not _same_build(state_of(model).config, saved.config, ignore_encoder=instruction_encoder is not None):
+        raise PatchError(
+            "the model is patched with another kind of adapter than the saved one; unpatch_model(model) first, and "
+            f"load_adapter will patch it. Here: {state_of(model).config}; saved: {saved.config}"
+        )
+    else:
+        _refit(model, processor, instruction_encoder)
+    if saved.projector:
+        training.keep_original_projector(model)
+    else:
+        training.reset_projector(model)
+    training.assign(model, saved.alignment, saved.projector)
+    if state_of(model).adapter_only:
+        base_saves.expect_adapter_only(model)
+    return EmmaAdapter(model)
+
+
+def _check_fit(model: nn.Module, saved: checkpoint.SavedAdapter) -> None:
+    """That the saved adapter was made for a model like this one, before anything is changed."""
+    family = find_family(model)
+    inner = family.inner(model)
+    config: Any = model.config
+    if saved.model_type != config.model_type:
+        raise CheckpointError(
+            f"{saved.source} was made for model_type {saved.model_type!r}; this model is {config.model_type!r}"
+        )
+    if saved.config.visual_dim != family.visual_dim(inner):
+        raise CheckpointError(
+            f"{saved.source} was made for visual tokens of {saved.config.visual_dim} channels; this model's have "
+            f"{family.visual_dim(inner)}: it was trained on another vision tower"
+        )
+    number, _ = family.visual_size(inner)
+    if family.has_fixed_size(inner) and saved.config.num_visual_tokens not in (None, number):
+        raise CheckpointError(
+            f"{saved.source} was made for {saved.config.num_visual_tokens} visual tokens an image; "
+            f"this model has {number}"
+        )
+    if saved.projector:
+        found = dict(saved.projector)
+        checkpoint.check_tensors(found, training.projector_tensors(family.projector(inner)), saved.source)
+
+
+def _check_encoder_fit(model: nn.Module, saved: checkpoint.SavedAdapter) -> None:
+    if saved.config.instruction_encoder == LLM:
+        width = embedding_dim(find_family(model).inner(model))
+        if saved.config.instruction_dim != width:
+            raise CheckpointError(
+                f"{saved.source} was made for a language model with embeddings of {saved.config.instruction_dim} "
+                f"channels; this model's have {width}"
+            )
+
+
+def _same_build(one: EmmaConfig, other: EmmaConfig, *, ignore_encoder: bool) -> bool:
+    """True if both have the same weights and read the same instruction, wherever the encoder is found."""
+    ignored: dict[str, Any] = {"cache_size": 0}
+    if ignore_encoder:
+        ignored["instruction_encoder"] = "given"
+    return one.replace(**ignored) == other.replace(**ignored)
+
+
+def _refit(model: nn.Module, processor: Any, instruction_encoder: str | nn.Module | None) -> None:
+    """Give a patched model another processor or encoder, where one is given."""
+    state = state_of(model)
+    reader, encoder = state.pipeline.reader, state.pipeline.encoder
+    if processor is not None:
+        reader = make_reader(model, state.family, state.config, processor)
+    if instruction_encoder is not None:
+        state.config, encoder = resolve_encoder(state.config, instruction_encoder, state.family.inner(model))
+    state.pipeline = make_pipeline(state.config, reader, encoder)
