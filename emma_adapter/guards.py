@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import weakref
@@ -41,9 +42,7 @@ class MethodGuard:
             model.__dict__[self.name] = self.previous
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        model = self._model()
-        if model is None:
-            raise ReferenceError(f"the model of this {self.name} no longer exists")
+        model = self._living_model()
         original = self.previous or functools.partial(getattr(type(model), self.name), model)
         if not hasattr(model, STATE_ATTRIBUTE):
             return original(*args, **kwargs)
@@ -51,8 +50,7 @@ class MethodGuard:
 
     @property
     def __wrapped__(self) -> Any:
-        model = self._model()
-        return self.previous or getattr(model if model is None else type(model), self.name)
+        return self.previous or getattr(type(self._living_model()), self.name)
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -60,14 +58,18 @@ class MethodGuard:
         return signature if self.previous else signature.replace(parameters=list(signature.parameters.values())[1:])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MethodGuard:
-        copy = object.__new__(type(self))
-        copy.name, copy.guard, copy.previous = self.name, self.guard, self.previous
+        twin = object.__new__(type(self))
+        twin.name, twin.guard, twin.previous = self.name, self.guard, copy.deepcopy(self.previous, memo)
         # nn.Module registers its copy before it copies its attributes.
+        model = self._living_model()
+        twin._model = weakref.ref(memo.get(id(model), model))
+        return twin
+
+    def _living_model(self) -> nn.Module:
         model = self._model()
         if model is None:
             raise ReferenceError(f"the model of this {self.name} no longer exists")
-        copy._model = weakref.ref(memo.get(id(model), model))
-        return copy
+        return model
 
     def __getstate__(self) -> dict[str, Any]:
         return {"name": self.name, "guard": self.guard, "previous": self.previous, "model": self._model()}

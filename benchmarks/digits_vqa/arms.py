@@ -32,7 +32,7 @@ class Arm:
         return sum(parameter.numel() for parameter in self.parameters)
 
 
-LEARNING_RATES = {"linear": 1e-2, "attention": 3e-3, "modulation": 3e-3}
+LEARNING_RATES = {"linear": 1e-2, "attention": 6e-3, "modulation": 6e-3}
 
 Builder = Callable[[PooledLlava, LlavaProcessor], Arm]
 
