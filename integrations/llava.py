@@ -10,6 +10,10 @@ from torch import Tensor, nn
 
 from emma_adapter import MediaLayout, ModelFamily, RoutingError
 
+# Tokens before the patches in the output of vision towers seen in LLaVAs. Of another tower the number of visual tokens
+# isn't known beforehand, and the adapter learns no positions.
+_LEADING_TOKENS = {"clip_vision_model": 1, "dinov2": 1, "siglip_vision_model": 0, "vit": 1}
+
 # Pixtral has no native size; learned positions live on this grid and are resampled to each image's own.
 _DYNAMIC_GRID = (24, 24)
 
@@ -33,12 +37,12 @@ class LlavaFamily(ModelFamily):
             return _DYNAMIC_GRID[0] * _DYNAMIC_GRID[1], _DYNAMIC_GRID
         config: Any = inner.config
         vision = config.vision_config
-        if not all(isinstance(getattr(vision, name, None), int) for name in ("image_size", "patch_size")):
+        leading = _LEADING_TOKENS.get(vision.model_type)
+        if leading is None or not all(isinstance(value, int) for value in (vision.image_size, vision.patch_size)):
             return None, None
         side = vision.image_size // vision.patch_size
-        # The strategy "default" drops the first token: CLIP's class token. SigLIP has none, and is used with "full".
-        has_class_token = getattr(vision, "model_type", "").startswith("clip")
-        extra = int(has_class_token) - int(config.vision_feature_select_strategy == "default")
+        # The strategy "default" drops the first token; SigLIP, which has only patches, is used with "full".
+        extra = leading - int(config.vision_feature_select_strategy == "default")
         return side * side + extra, (side, side) if extra == 0 else None
 
     def has_fixed_size(self, inner: nn.Module) -> bool:

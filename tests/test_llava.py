@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import BeitConfig, Dinov2Config, LlamaForCausalLM, SiglipVisionConfig
 
 import tiny
 from emma_adapter import (
+    ConfigError,
     EmmaConfig,
     InstructionError,
     PatchError,
@@ -297,6 +299,45 @@ def test_pixtral_tower_packs_images_of_different_sizes():
     torch.testing.assert_close(together[1:], alone, atol=SAME, rtol=0)
     with pytest.raises(UnsupportedModelError, match="fixed number"):
         patch_model(tiny.pixtral_llava(), EmmaConfig(fusion="linear"))
+
+
+def other_vision_tower(name: str):
+    size = {
+        "hidden_size": tiny.WIDTH,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    if name == "siglip":
+        return SiglipVisionConfig(**size, intermediate_size=64), {"vision_feature_select_strategy": "full"}
+    if name == "dinov2":
+        return Dinov2Config(**size), {"vision_feature_select_strategy": "default"}
+    if name == "clip with its class token":
+        return tiny.vision_config(), {"vision_feature_select_strategy": "full", "image_seq_length": 5}
+    if name == "clip, two layers":
+        return tiny.vision_config(), {"vision_feature_layer": [-2, -1]}
+    return BeitConfig(**size, intermediate_size=64), {"vision_feature_select_strategy": "default"}
+
+
+@pytest.mark.parametrize("name", ["siglip", "dinov2", "clip with its class token", "clip, two layers", "beit"])
+@pytest.mark.parametrize("fusion", ["attention", "linear"])
+def test_other_vision_towers(name, fusion):
+    vision, changes = other_vision_tower(name)
+    model = tiny.llava(vision_config=vision, **changes)
+    per_image = changes.get("image_seq_length", tiny.TOKENS_PER_IMAGE)
+    ids = torch.tensor([[1, *[4] * per_image, 10, 11], [1, *[4] * per_image, 12, 13]])
+    inputs = {"input_ids": ids, "pixel_values": torch.randn(2, 3, 28, 28)}
+    before = logits(model, inputs)
+    if (name, fusion) == ("beit", "linear"):
+        with pytest.raises(ConfigError, match="num_visual_tokens"):
+            patch_model(model, EmmaConfig(fusion=fusion))
+        return
+    adapter = patch_model(model, EmmaConfig(fusion=fusion))
+    assert adapter.config.num_visual_tokens == (None if name == "beit" else per_image)
+    assert torch.equal(logits(model, inputs), before)
+    tiny.train_randomly(adapter.alignment)
+    assert (logits(model, inputs) - before).abs().amax(dim=(1, 2)).min() > EFFECT
 
 
 # ------------------------------------------------------------------------------------------ generate
@@ -688,8 +729,6 @@ def test_patching_twice_is_an_error():
 
 
 def test_unknown_models_are_refused_with_the_list_of_supported_ones():
-    from transformers import LlamaForCausalLM
-
     with pytest.raises(UnsupportedModelError, match=r"'llama'.*llava.*register_family"):
         patch_model(LlamaForCausalLM(tiny.llama_config(50)))
     with pytest.raises(UnsupportedModelError, match="wrapper"):
