@@ -27,7 +27,7 @@ from .vlm import BASE_DIR, TEXT_TOWER_DIR
 @click.command(help=__doc__)
 @click.option("--fusion", type=click.Choice(sorted(arms.LEARNING_RATES)), default="modulation", show_default=True)
 @click.option("--instruction-encoder", default=str(TEXT_TOWER_DIR), help='A text tower, or "llm".')
-@click.option("--steps", default=800, show_default=True, help="Training steps of each arm.")
+@click.option("--steps", default=700, show_default=True, help="Training steps of each arm.")
 @click.option("--batch-size", default=64, show_default=True)
 @click.option("--train-scenes", default=12_000, show_default=True)
 @click.option("--test-scenes", default=500, show_default=True)
