@@ -549,7 +549,6 @@ def test_intact_folder_is_not_refused(intact, victims):
         (lambda t: t.update({SOME: t[SOME][:0]}), r"query\.weight is \[0, 32\]"),
         (lambda t: t.update({SOME: t[SOME].int()}), "int32"),
         (lambda t: t.update({SOME: t[SOME] > 0}), "bool"),
-        (lambda t: t.update({SOME: t[SOME].to(torch.complex64)}), "complex64"),
         (lambda t: t[SOME].view(-1)[5:6].fill_(float("nan")), "NaN"),
         (lambda t: t[SOME].view(-1)[5:6].fill_(float("-inf")), "infinite"),
         (lambda t: t.update({SOME: t[SOME].half().fill_(float("nan"))}), "NaN"),
