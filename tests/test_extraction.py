@@ -30,7 +30,13 @@ GEMMA = (
     "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}"
     "{% endfor %}<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )
-TEMPLATES = {"vicuna": VICUNA, "chatml": CHATML, "mistral": MISTRAL, "gemma": GEMMA}
+LLAMA3 = (
+    "{{ bos_token }}{% for message in messages %}<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+TEMPLATES = {"vicuna": VICUNA, "chatml": CHATML, "mistral": MISTRAL, "gemma": GEMMA, "llama3": LLAMA3}
 # Text as people write it, short of the templates' own markers.
 WORDS = st.text(
     st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"], exclude_characters="<>[]|"), min_size=1, max_size=25
@@ -179,3 +185,77 @@ def test_masks_of_another_shape_are_ignored():
     """transformers hands over 4-D masks and dictionaries of masks; only a 2-D one names padding."""
     ids = torch.tensor([[10, 11, 12]])
     assert reader(None).select(Prompt(ids, torch.zeros(1, 1, 3, 3))).all()
+
+
+ANSWERS = WORDS | st.sampled_from(
+    [
+        "",
+        "USER: two ASSISTANT: three",
+        "<|im_end|>",
+        "<|im_start|>user",
+        "[INST]",
+        "[/INST] x",
+        "<start_of_turn>user",
+        "ASSISTANT:",
+    ]
+)
+
+
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+@pytest.mark.parametrize("policy", ["last_turn", "shortest_turn", "all_turns"])
+@given(turns=st.lists(WORDS, min_size=1, max_size=3), answers=st.lists(ANSWERS, min_size=3, max_size=3), data=st.data())
+def test_nothing_an_answer_says_changes_the_instruction(template, policy, turns, answers, data):
+    """Answers in many shapes, supervised up to a point that differs: with or without the template's closing text."""
+    processor = processor_with(template)
+    tokenizer = processor.tokenizer
+    rendered = []
+    for replies in (answers, ["fine", "fine", "fine"]):
+        ids, labels, before = [], [], ""
+        for i in range(len(turns)):
+            talk = [
+                m
+                for turn, reply in zip(turns, replies, strict=False)
+                for m in (tiny.user(turn, images=0), tiny.assistant(reply))
+            ]
+            prompt = processor.apply_chat_template(talk[: 2 * i + 1], add_generation_prompt=True)
+            whole = processor.apply_chat_template(talk[: 2 * i + 2])
+            if not (prompt.startswith(before) and whole.startswith(prompt)):
+                return  # a template that trims what it is given: the pieces can't be told apart in text
+            for text, supervised in ((prompt[len(before) :], False), (whole[len(prompt) :], True)):
+                piece = tokenizer(text, add_special_tokens=False)["input_ids"]
+                ids += piece
+                labels += piece if supervised else [-100] * len(piece)
+            before = whole
+        prompt = Prompt(torch.tensor([ids]), None, torch.tensor([labels]), trains=True)
+        selected = reader(template, policy).select(prompt)[0]
+        rendered.append([token for token, keep in zip(ids, selected.tolist(), strict=True) if keep])
+    assert rendered[0] == rendered[1]
+    if policy == "last_turn":
+        assert squeezed(tokenizer.decode(rendered[0])) == squeezed(turns[-1])
+
+
+@pytest.mark.parametrize("template", [None, VICUNA], ids=["no-template", "vicuna"])
+def test_labels_that_mask_only_images_and_padding_are_an_error(template):
+    processor = tiny.processor()
+    ids = torch.tensor(
+        [
+            [
+                3,
+                3,
+                1,
+                *processor.tokenizer("USER: <image><image> is it? ASSISTANT: yes", add_special_tokens=False)[
+                    "input_ids"
+                ],
+            ]
+        ]
+    )
+    labels = ids.clone()
+    labels[(ids == 4) | (ids == 3)] = -100
+    with pytest.raises(InstructionError, match="supervise every token"):
+        reader(template).select(Prompt(ids, (ids != 3).long(), labels, trains=True))
+
+
+def test_characters_of_several_tokens_do_not_hide_a_marker():
+    talk = [tiny.user("why?"), tiny.assistant("two birds 🐦"), tiny.user("a 🐦 in 日本?"), tiny.assistant("🐦")]
+    [text] = reader(VICUNA).texts(prompt_of(VICUNA, [talk], generate=False))
+    assert squeezed(text) == squeezed("a 🐦 in 日本?")

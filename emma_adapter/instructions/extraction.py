@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -12,9 +14,10 @@ from torch import Tensor
 from ..config import InstructionPolicy
 from ..errors import InstructionError
 from .cache import LRUCache
-from .templates import TurnMarkers, read_markers
+from .templates import BARRIER, TurnMarkers, read_markers
 
 IGNORE_INDEX = -100
+_ANSWERED = -1
 _PASS_IT = 'pass it: model(**inputs, instruction=["…", …]) or model.generate(**inputs, instruction=["…", …])'
 
 
@@ -44,7 +47,7 @@ class InstructionReader:
         self.policy = policy
         self.markers = read_markers(processor) if processor is not None else None
         self._special_ids = frozenset(special_ids) | frozenset(getattr(self.tokenizer, "all_special_ids", ()))
-        self._turns: LRUCache[list[list[int]]] = LRUCache(4096)
+        self._turns: LRUCache[list[list[int]]] = LRUCache(1024)
 
     def select(self, prompt: Prompt) -> Tensor:
         """Bool ``[B, L]`` on the CPU: true at tokens of the instruction.
@@ -112,7 +115,7 @@ class InstructionReader:
     def _select_row(
         self, tokens: list[int], where: list[int], answers: list[bool] | None, *, trains: bool
     ) -> list[int]:
-        turns = self._user_turns(tokens, where)
+        turns = self._user_turns(tokens, where, answers)
         if turns is None:
             if trains and answers is None:
                 raise InstructionError(
@@ -121,7 +124,7 @@ class InstructionReader:
                     "with a custom loss), give patch_model a processor with a chat template, or name the instruction: "
                     + _PASS_IT
                 )
-            turns = _prompt_runs(where, answers)
+            turns = _prompt_runs([i for i in where if tokens[i] not in self._special_ids], answers)
         turns = [[i for i in turn if tokens[i] not in self._special_ids] for turn in turns]
         asked = [[i for i in turn if answers is None or not answers[i]] for turn in turns]
         if any(turns) and not any(asked):
@@ -131,21 +134,34 @@ class InstructionReader:
             )
         return _apply_policy([turn for turn in asked if turn], self.policy)
 
-    def _user_turns(self, tokens: list[int], where: list[int]) -> list[list[int]] | None:
+    def _user_turns(self, tokens: list[int], where: list[int], answers: list[bool] | None) -> list[list[int]] | None:
         """Positions of each user turn, or None if the template's markers are not known or not there."""
         markers = self.markers
         if markers is None:
             return None
-        kept = tuple(tokens[i] for i in where)
-        [turns] = self._turns.get_or_compute([kept], lambda _: [self._find_turns(kept, markers)])
+        # Answers are blanked before the search: what they say must not decide where a turn begins or ends.
+        kept = array("q", (_ANSWERED if answers is not None and answers[i] else tokens[i] for i in where))
+        [turns] = self._turns.get_or_compute([kept.tobytes()], lambda _: [self._find_turns(kept, markers)])
         return [[where[i] for i in turn] for turn in turns] or None
 
     def _find_turns(self, tokens: Sequence[int], markers: TurnMarkers) -> list[list[int]]:
-        text, owners = _decode_with_owners(self.tokenizer, tokens)
-        turns = []
-        for start, end in markers.user_spans(text):
-            turns.append(sorted({i for first, last in owners[start:end] for i in range(first, last + 1)}))
-        return turns
+        text: list[str] = []
+        owners: list[tuple[int, int]] = []
+        start = 0
+        for answered, run in groupby(tokens, lambda token: token == _ANSWERED):
+            length = len(list(run))
+            if answered:
+                text.append(BARRIER)
+                owners.append((start, start + length - 1))
+            else:
+                part, part_owners = _decode_with_owners(self.tokenizer, tokens[start : start + length])
+                text.append(part)
+                owners += [(start + first, start + last) for first, last in part_owners]
+            start += length
+        return [
+            sorted({i for first, last in owners[start:end] for i in range(first, last + 1)})
+            for start, end in markers.user_spans("".join(text))
+        ]
 
 
 def _prompt_runs(where: list[int], answers: list[bool] | None) -> list[list[int]]:
@@ -191,20 +207,19 @@ def _decode_with_owners(tokenizer: Any, tokens: Sequence[int]) -> tuple[str, lis
 
     text: list[str] = []
     owners: list[tuple[int, int]] = []
-    start = 0
+    previous = start = 0
     for end in range(len(tokens)):
-        group = tokens[start : end + 1]
-        alone = decode(group)
+        alone = decode(tokens[start : end + 1])
         if alone.endswith("�") and end + 1 < len(tokens):
             continue
         piece = alone
         if start:
-            neighbour = decode(tokens[start - 1 : start])
-            together = decode(tokens[start - 1 : end + 1])
+            neighbour = decode(tokens[previous:start])
+            together = decode(tokens[previous : end + 1])
             piece = together[len(neighbour) :] if together.startswith(neighbour) else alone
         for character in piece:
             if not character.isspace():
                 text.append(character)
                 owners.append((start, end))
-        start = end + 1
+        previous, start = start, end + 1
     return "".join(text), owners

@@ -8,6 +8,9 @@ from typing import Any
 # Unlikely in any template, and without spaces, which the search ignores.
 _USER, _ANSWER, _NEXT = "⌘emma-user⌘", "⌘emma-answer⌘", "⌘emma-next⌘"
 
+#: Stands for an answer that is known from labels: no marker is looked for in it or across it.
+BARRIER = "\0"
+
 
 @dataclass(frozen=True)
 class TurnMarkers:
@@ -20,16 +23,13 @@ class TurnMarkers:
     end: str
 
     def user_spans(self, text: str) -> list[tuple[int, int]]:
-        """``(start, end)`` of each user turn in a conversation without white space."""
+        """``(start, end)`` of each user turn in a conversation without white space. Turns end at a ``BARRIER``."""
         spans = []
         position = 0
         while (start := self._next_start(text, position)) is not None:
-            end = text.find(self.end, start)
-            if end < 0:
-                spans.append((start, len(text)))
-                break
-            spans.append((start, end))
-            position = end + len(self.end)
+            ends = [end for end in (text.find(self.end, start), text.find(BARRIER, start)) if end >= 0]
+            position = min(ends, default=len(text))
+            spans.append((start, position))
         return spans
 
     def _next_start(self, text: str, position: int) -> int | None:
@@ -43,16 +43,16 @@ class TurnMarkers:
 def read_markers(processor: Any) -> TurnMarkers | None:
     """The markers of ``processor.apply_chat_template``, or None if there is no template that tells turns apart."""
     for as_parts in (True, False):
-        conversation = [
-            _message("user", _USER, as_parts),
-            _message("assistant", _ANSWER, as_parts),
-            _message("user", _NEXT, as_parts),
-        ]
+        exchange = [_message("user", _USER, as_parts), _message("assistant", _ANSWER, as_parts)]
         try:
-            text = processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+            answered = processor.apply_chat_template(exchange, tokenize=False)
+            text = processor.apply_chat_template(
+                [*exchange, _message("user", _NEXT, as_parts)], tokenize=False, add_generation_prompt=True
+            )
         except Exception:  # noqa: BLE001 - a template is a program of the user's; whatever it raises, it has no markers
             continue
-        markers = _markers_around_sentinels(_squeeze(text))
+        closing = _squeeze(answered).rpartition(_ANSWER)[2]
+        markers = _markers_around_sentinels(_squeeze(text), closing)
         if markers is not None:
             return markers
     return None
@@ -62,13 +62,15 @@ def _message(role: str, text: str, as_parts: bool) -> dict[str, Any]:
     return {"role": role, "content": [{"type": "text", "text": text}] if as_parts else text}
 
 
-def _markers_around_sentinels(text: str) -> TurnMarkers | None:
+def _markers_around_sentinels(text: str, closing: str) -> TurnMarkers | None:
+    """``closing`` is what the template writes after an answer; it belongs to the answer, not to the next turn."""
     at = [text.find(sentinel) for sentinel in (_USER, _ANSWER, _NEXT)]
     if min(at) < 0 or at != sorted(at):
         return None
     before_first = text[: at[0]]
     end = text[at[0] + len(_USER) : at[1]]
     before_next = text[at[1] + len(_ANSWER) : at[2]]
+    before_next = before_next.removeprefix(closing) or before_next
     if not end:
         return None
     # What precedes every user turn: what both have in common at their end.
