@@ -7,10 +7,13 @@ save was interrupted after that moment, and the metadata is right.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import platform
 import shutil
 import tempfile
+import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,7 +28,7 @@ from torch import Tensor, nn
 
 from .alignment import EmmaAlignment
 from .config import EmmaConfig
-from .errors import CheckpointError, ConfigError
+from .errors import CheckpointError, ConfigError, PatchError
 from .model_card import GENERATED_MARKER, model_card
 from .state import state_of
 from .training import alignment_of, trained_projector
@@ -42,6 +45,9 @@ _FORMAT = "emma_adapter"
 _ALIGNMENT_PREFIX = "alignment."
 _PROJECTOR_PREFIX = "projector."
 _SCRATCH_PREFIX = ".emma-save-"
+_ABANDONED_AFTER = 24 * 3600  # seconds
+#: Config fields that may be edited in a saved folder: they don't change what the weights compute.
+_EDITABLE = frozenset({"cache_size", "instruction_encoder", "instruction_policy"})
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,8 @@ class SavedAdapter:
     model_type: str
     alignment: dict[str, Tensor]
     projector: dict[str, Tensor]
+    #: False if the tensors aren't those that were saved.
+    intact: bool
 
 
 # ---------------------------------------------------------------------------------------------- save
@@ -68,15 +76,15 @@ def save(model: nn.Module, directory: str | PathLike[str]) -> None:
     if directory.exists() and not directory.is_dir():
         raise NotADirectoryError(f"{directory} is a file; save_pretrained needs the name of a folder")
     directory.mkdir(parents=True, exist_ok=True)
-    description = _describe(model)
+    tensors = _tensors(model)
+    description = _describe(model, tensors)
     text = json.dumps(description, indent=2, sort_keys=True) + "\n"
     metadata = {"format": "pt", _FORMAT: json.dumps(description, sort_keys=True)}
 
-    for leftover in directory.glob(f"{_SCRATCH_PREFIX}*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH_PREFIX, dir=directory))
+    _remove_leftovers(directory)
+    scratch = Path(tempfile.mkdtemp(prefix=f"{_SCRATCH_PREFIX}{platform.node()}-{os.getpid()}-", dir=directory))
     try:
-        save_file(_tensors(model), scratch / WEIGHTS_NAME, metadata=metadata)
+        save_file(tensors, scratch / WEIGHTS_NAME, metadata=metadata)
         (scratch / CONFIG_NAME).write_text(text, encoding="utf-8")
         names = [WEIGHTS_NAME, CONFIG_NAME]
         if _may_write_card(directory / CARD_NAME):
@@ -93,7 +101,7 @@ def save(model: nn.Module, directory: str | PathLike[str]) -> None:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _describe(model: nn.Module) -> dict[str, Any]:
+def _describe(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     state = state_of(model)
     base: Any = model.config
     return {
@@ -101,6 +109,7 @@ def _describe(model: nn.Module) -> dict[str, Any]:
         "format_version": FORMAT_VERSION,
         "library_version": __version__,
         "save_id": uuid.uuid4().hex,
+        "sha256": _digest(tensors),
         "base_model_name_or_path": getattr(base, "_name_or_path", "") or None,
         "model_type": base.model_type,
         "projector_trained": state.original_projector is not None,
@@ -111,12 +120,49 @@ def _describe(model: nn.Module) -> dict[str, Any]:
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     tensors = {_ALIGNMENT_PREFIX + name: value for name, value in alignment_of(model).state_dict().items()}
     tensors |= {_PROJECTOR_PREFIX + name: value for name, value in trained_projector(model).items()}
+    if offloaded := sorted(name for name, value in tensors.items() if value.is_meta):
+        raise PatchError(
+            f"the adapter's weights {offloaded} are offloaded, so that there is nothing to save; take accelerate's "
+            "hooks off first (accelerate.hooks.remove_hook_from_submodules), or patch the model after dispatching it"
+        )
     return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes: safetensors itself doesn't notice changed values."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)};".encode())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _count(model: nn.Module) -> tuple[int, int]:
     own = sum(parameter.numel() for parameter in alignment_of(model).parameters())
     return own, sum(parameter.numel() for parameter in model.parameters())
+
+
+def _remove_leftovers(directory: Path) -> None:
+    """Remove what killed saves left; the scratch folder of a save that still runs, here or elsewhere, stays."""
+    for leftover in directory.glob(f"{_SCRATCH_PREFIX}*"):
+        host, _, process = leftover.name.removeprefix(_SCRATCH_PREFIX).rpartition("-")[0].rpartition("-")
+        if host == platform.node() and process.isdigit() and _is_running(int(process)):
+            continue
+        if host == platform.node() or time.time() - leftover.stat().st_mtime > _ABANDONED_AFTER:
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _is_running(process: int) -> bool:
+    if os.name == "nt":
+        return True  # a signal 0 would end it there
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _may_write_card(path: Path) -> bool:
@@ -158,6 +204,11 @@ def read(directory: Path) -> SavedAdapter:
     if embedded.get("save_id") != written.get("save_id"):
         # Interrupted between the two replacements: the tensor file is the newer one.
         written = embedded
+    if edited := _edited_fields(written.get("config"), embedded.get("config")):
+        raise CheckpointError(
+            f"{directory / CONFIG_NAME} was changed since the adapter was saved, in {edited}: the weights were made "
+            "for the config they were saved with"
+        )
     _check_version(written, directory)
     try:
         config = EmmaConfig.from_dict(written.get("config", {}))
@@ -178,7 +229,8 @@ def read(directory: Path) -> SavedAdapter:
             f"{len(projector)} projector tensors"
         )
     check_tensors(alignment, _expected_alignment(config, directory), directory / WEIGHTS_NAME)
-    return SavedAdapter(directory, config, model_type, alignment, projector)
+    intact = _digest(tensors) == embedded.get("sha256")
+    return SavedAdapter(directory, config, model_type, alignment, projector, intact)
 
 
 def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path) -> None:
@@ -233,6 +285,13 @@ def _check_version(description: Mapping[str, Any], directory: Path) -> None:
             f"{directory} has format_version {version}, written by emma_adapter {description.get('library_version')}; "
             f"this is emma_adapter {__version__}, which reads up to {FORMAT_VERSION}: upgrade emma_adapter"
         )
+
+
+def _edited_fields(written: object, embedded: object) -> list[str]:
+    if not isinstance(written, dict) or not isinstance(embedded, dict):
+        return [] if written == embedded else ["config"]
+    names = (set(written) | set(embedded)) - _EDITABLE
+    return sorted(str(name) for name in names if written.get(name) != embedded.get(name))
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

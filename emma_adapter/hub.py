@@ -29,5 +29,8 @@ def local_folder(source: str | PathLike[str], *, revision: str | None, local_fil
             allow_patterns=[CONFIG_NAME, WEIGHTS_NAME, CARD_NAME],
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(f"{source} is neither a folder nor an adapter that the hub gives: {error}") from error
+        raise CheckpointError(
+            f"{source} is neither a folder here nor an adapter that the hub gives: check the path, or the name and "
+            f"whether it was downloaded before ({error})"
+        ) from error
     return Path(folder)

@@ -86,8 +86,12 @@ def _check_fit(model: nn.Module, saved: checkpoint.SavedAdapter) -> None:
             f"this model has {number}"
         )
     if saved.projector:
-        found = dict(saved.projector)
-        checkpoint.check_tensors(found, training.projector_tensors(family.projector(inner)), saved.source)
+        checkpoint.check_tensors(saved.projector, training.projector_tensors(family.projector(inner)), saved.source)
+    if not saved.intact:
+        raise CheckpointError(
+            f"{saved.source / checkpoint.WEIGHTS_NAME} is damaged: its tensors don't match the checksum they were "
+            "saved with; take another copy"
+        )
 
 
 def _check_encoder_fit(model: nn.Module, saved: checkpoint.SavedAdapter) -> None:

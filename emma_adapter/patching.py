@@ -68,7 +68,7 @@ def patch_model(
         )
     pipeline = make_pipeline(config, make_reader(model, family, config, processor), encoder)
     alignment = EmmaAlignment(config).to(_execution_device(projector)).train(model.training)
-    state = AdapterState(family, config, pipeline)
+    state = AdapterState(family, config, pipeline, model)
 
     projector.add_module(ALIGNMENT_NAME, alignment)
     for module in (model, inner, projector):
@@ -87,18 +87,19 @@ def unpatch_model(model: nn.Module) -> None:
     """
     model = base_of(model)
     state = state_of(model)
-    inner = state.family.inner(model)
-    projector = state.family.projector(inner)
     base_saves.expect_everything(model)
-    training.reset_projector(model)
+    training.undo_train_only(model)
     for name in _GUARDED_METHODS:
         guard = model.__dict__.get(name)
         if isinstance(guard, MethodGuard):
             guard.remove(model)
-    for module in (model, inner, projector):
-        remove_hooks(module)
-        delattr(module, STATE_ATTRIBUTE)
-    delattr(projector, ALIGNMENT_NAME)
+    # Every module, not just the three: other tools copy projectors, hooks and all.
+    for module in list(model.modules()):
+        if module.__dict__.get(STATE_ATTRIBUTE) is state:
+            remove_hooks(module)
+            delattr(module, STATE_ATTRIBUTE)
+            if isinstance(module._modules.get(ALIGNMENT_NAME), EmmaAlignment):
+                delattr(module, ALIGNMENT_NAME)
 
 
 def get_adapter(model: nn.Module) -> EmmaAdapter:

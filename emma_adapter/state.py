@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import threading
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -113,11 +115,13 @@ class RecomputationMemory:
 class AdapterState:
     """One per patched model; shared by its outer model, inner model and projector.
 
-    Holds no reference to the model, so that nothing keeps a deleted model alive. Copies and pickles carry the
+    Holds the model weakly, so that nothing keeps a deleted model alive. Copies and pickles carry the
     adapter's parts, never a call.
     """
 
-    def __init__(self, family: ModelFamily, config: EmmaConfig, pipeline: InstructionPipeline) -> None:
+    def __init__(
+        self, family: ModelFamily, config: EmmaConfig, pipeline: InstructionPipeline, model: nn.Module
+    ) -> None:
         self.family = family
         self.config = config
         self.pipeline = pipeline
@@ -127,14 +131,29 @@ class AdapterState:
         self.adapter_only = False
         #: What transformers itself leaves out of saves, while ``adapter_only`` replaces it.
         self.ignored_on_save: set[str] | None = None
+        #: Which parameters of the model were trainable before ``train_only``.
+        self.trainable_before: dict[str, bool] | None = None
         self.context = CallContext()
         self.memory = RecomputationMemory()
+        self._model = weakref.ref(model)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("context", "memory")}
+        kept = {key: value for key, value in self.__dict__.items() if key not in ("context", "memory")}
+        return {**kept, "_model": self._model()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, context=CallContext(), memory=RecomputationMemory())
+        self.__dict__.update(
+            state, context=CallContext(), memory=RecomputationMemory(), _model=weakref.ref(state["_model"])
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AdapterState:
+        if id(self._model()) not in memo:
+            # A part of the model is copied, as PEFT copies a projector that it trains: it stays part of this model.
+            return self
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        twin.__setstate__({key: copy.deepcopy(value, memo) for key, value in self.__getstate__().items()})
+        return twin
 
     def has_pixels(self, arguments: Mapping[str, Any]) -> bool:
         return any(arguments.get(name) is not None for names in self.family.pixel_arguments.values() for name in names)

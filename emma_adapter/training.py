@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .alignment import EmmaAlignment
+from .errors import PatchError
 from .hooks import remove_hooks
 from .state import ALIGNMENT_NAME, STATE_ATTRIBUTE, state_of
 
@@ -35,12 +36,30 @@ def projector_tensors(projector: nn.Module) -> dict[str, nn.Parameter]:
 
 def train_only(model: nn.Module, *, projector: bool) -> None:
     """Freeze everything but the adapter, and optionally the projector."""
+    state = state_of(model)
+    if projector and any(".base_layer." in f".{name}" for name in projector_parameters(model)):
+        raise PatchError(
+            "the projector is wrapped by another adapter (LoRA?), so that it can't be saved as one; merge that "
+            "adapter first, or train_only() without projector=True"
+        )
+    if state.trainable_before is None:
+        adapter = {id(parameter) for parameter in alignment_of(model).parameters()}
+        state.trainable_before = {n: p.requires_grad for n, p in model.named_parameters() if id(p) not in adapter}
     model.requires_grad_(False)
     alignment_of(model).requires_grad_(True)
     if projector:
         keep_original_projector(model)
         for parameter in projector_parameters(model).values():
             parameter.requires_grad_(True)
+
+
+def undo_train_only(model: nn.Module) -> None:
+    """Make trainable again what was, and give the projector its original values."""
+    reset_projector(model)
+    before = state_of(model).trainable_before or {}
+    for name, parameter in model.named_parameters():
+        if name in before:
+            parameter.requires_grad_(before[name])
 
 
 def parameter_groups(

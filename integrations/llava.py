@@ -60,7 +60,7 @@ class LlavaFamily(ModelFamily):
             return self._packed_layout(inner, visual_tokens, sizes)
         num_images = visual_tokens.shape[0]
         # Divided rather than taken from the shape: a projector may pool an image to fewer tokens.
-        if num_images == 0 or placeholders % num_images:
+        if num_images == 0 or placeholders == 0 or placeholders % num_images:
             raise RoutingError(
                 f"{num_images} images can't share {placeholders} placeholder tokens evenly: let the model's processor "
                 "make text and images together"

@@ -160,11 +160,11 @@ def test_encoders_are_frozen_outside_of_the_model_and_not_saved(tmp_path):
 def test_answers_from_inference_mode_can_be_trained_with():
     model = tiny.llava()
     adapter = patch_model(model, processor=tiny.processor(), instruction_encoder=Counting()).train_only()
-    inputs = tiny.chat_inputs([[tiny.user("is there a cat?")]])
+    inputs = tiny.chat_inputs([[tiny.user("is there a cat?"), tiny.assistant("no")]], generate=False)
     with torch.inference_mode():
         model(**inputs)
     labels = torch.full_like(inputs["input_ids"], -100)
-    labels[:, -1] = 7
+    labels[:, -1] = inputs["input_ids"][:, -1]
     model(**inputs, labels=labels).loss.backward()
     assert adapter.cache_info().hits == 1
     assert adapter.alignment.fusion.cross_attention.output.weight.grad.abs().max() > 0

@@ -269,6 +269,13 @@ def test_images_and_placeholders_that_do_not_match_are_an_error(images):
     model(**tiny.token_inputs([1, 2]))
 
 
+def test_a_picture_without_a_placeholder_is_an_error():
+    model, _ = patched(with_processor=False)
+    inputs = tiny.token_inputs([0, 0])
+    with pytest.raises(RoutingError, match="1 images can't share 0 placeholder tokens"):
+        model(**inputs, pixel_values=torch.randn(1, 3, 28, 28))
+
+
 def test_an_image_that_crosses_rows_is_an_error():
     model, _ = patched(with_processor=False)
     inputs = tiny.token_inputs([1, 1])
@@ -474,6 +481,7 @@ def test_token_ids_reach_a_text_tower_as_text(clip_folder, processor):
         {"instruction": ["one", "two", "three"]},
         {"instruction": 5},
         {"instruction": ["one", 2]},
+        {"instruction": []},
         {"instruction": torch.zeros(2, 3)},
         {"instruction": torch.zeros(3, dtype=torch.long)},
         {"instruction": torch.ones(2, 3, dtype=torch.long), "instruction_mask": torch.ones(2, 2)},
@@ -658,7 +666,49 @@ def test_transformers_gradient_checkpointing_gives_the_same_gradients():
         assert torch.equal(plain, recomputed)
 
 
+@pytest.mark.parametrize("patch_first", [True, False])
+def test_a_projector_that_peft_trains_too(patch_first):
+    """PEFT trains a copy of the projector, hooks and adapter included."""
+    model = tiny.llava()
+    inputs = labelled("a red bird")
+    original = logits(model, inputs)
+    lora = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["multi_modal_projector"])
+    if patch_first:
+        patch_model(model)
+    wrapped = get_peft_model(model, lora)
+    if not patch_first:
+        patch_model(wrapped)
+    adapter = get_adapter(wrapped)
+    assert torch.equal(logits(wrapped, inputs), original)
+    tiny.train_randomly(adapter.alignment)
+    assert (logits(wrapped, inputs) - original).abs().max() > EFFECT
+    with adapter.disabled():
+        assert torch.equal(logits(wrapped, inputs), original)
+    other = labelled("two dogs, and a tree")
+    assert torch.equal(image_features(wrapped, inputs), image_features(wrapped, other))
+    unpatch_model(wrapped)
+    assert torch.equal(logits(wrapped, inputs), original)
+
+
 # --------------------------------------------------------------------------------------- life cycle
+
+
+@pytest.mark.parametrize("projector", [True, False])
+def test_unpatching_makes_trainable_again_what_was(projector):
+    model = tiny.llava()
+    model.model.vision_tower.requires_grad_(False)
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    patch_model(model).train_only(projector=projector).train_only()
+    unpatch_model(model)
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
+
+
+def test_a_projector_with_lora_cannot_be_saved_as_a_projector():
+    model = tiny.llava()
+    adapter = patch_model(get_peft_model(model, LoraConfig(r=2, target_modules=["linear_1"])))
+    with pytest.raises(PatchError, match="projector"):
+        adapter.train_only(projector=True)
+    adapter.train_only()
 
 
 def test_copies_are_patched_and_independent():

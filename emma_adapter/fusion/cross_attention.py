@@ -91,8 +91,8 @@ class CrossAttention(nn.Module):
             if num_visual_tokens != native:
                 raise ShapeError(
                     f"the adapter has learned positions for {native} visual tokens an image and got "
-                    f"{num_visual_tokens}; pass grid=(height, width), or leave EmmaConfig.num_visual_tokens None "
-                    "for an adapter without positions"
+                    f"{num_visual_tokens}. The image or the features selected from the vision tower are other than "
+                    "the adapter was made for; with EmmaConfig.visual_grid, grid=(height, width) resamples positions"
                 )
             return self.position
         if self.native_grid is None:

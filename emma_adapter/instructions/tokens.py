@@ -70,6 +70,8 @@ class InstructionPipeline:
                 "instruction= must be a text, a list with one text per row, token ids [B, T] (with "
                 f"instruction_mask= if they are padded), or a tokenizer's output; got {type(instruction).__name__}"
             )
+        if texts is not None and not texts:
+            raise InstructionError("instruction= is an empty list; give one text per row, or one text for all")
         given = len(texts) if texts is not None else ids.shape[0]  # type: ignore[union-attr]
         if num_rows is not None and given != num_rows:
             raise InstructionError(f"instruction= has {given} row(s) and the call has {num_rows}; give one per row")
