@@ -59,6 +59,8 @@ class SavedAdapter:
     model_type: str
     alignment: dict[str, Tensor]
     projector: dict[str, Tensor]
+    #: True if the instruction was found by a processor's chat template.
+    reads_turns: bool
     #: False if the tensors aren't those that were saved.
     intact: bool
 
@@ -112,6 +114,7 @@ def _describe(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Any]
         "sha256": _digest(tensors),
         "base_model_name_or_path": getattr(base, "_name_or_path", "") or None,
         "model_type": base.model_type,
+        "reads_turns": state.pipeline.reader.markers is not None,
         "projector_trained": state.original_projector is not None,
         "config": state.config.to_dict(),
     }
@@ -229,8 +232,15 @@ def read(directory: Path) -> SavedAdapter:
             f"{len(projector)} projector tensors"
         )
     check_tensors(alignment, _expected_alignment(config, directory), directory / WEIGHTS_NAME)
-    intact = _digest(tensors) == embedded.get("sha256")
-    return SavedAdapter(directory, config, model_type, alignment, projector, intact)
+    return SavedAdapter(
+        source=directory,
+        config=config,
+        model_type=model_type,
+        alignment=alignment,
+        projector=projector,
+        reads_turns=written.get("reads_turns") is True,
+        intact=_digest(tensors) == embedded.get("sha256"),
+    )
 
 
 def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path) -> None:

@@ -118,14 +118,16 @@ def _routed(state: AdapterState, visual_tokens: Tensor) -> RoutedInstruction | N
             return routed
     if context.disabled:
         routed = None
-    elif context.plan is None:
+    elif context.plan is not None:
+        routed = state.route(context.plan, visual_tokens)
+    elif context.named is not None:
+        routed = state.route_without_prompt(context.named, visual_tokens)
+    else:
         raise InstructionError(
             "visual features were asked for outside of a call that has an instruction. Call model(**inputs) or "
             'model.generate(**inputs), or say which instruction: with adapter.instruction("…"): …, or want none: '
             "with adapter.disabled(): …"
         )
-    else:
-        routed = state.route(context.plan, visual_tokens)
     if not compiling:
         state.memory.remember(visual_tokens, routed)
     return routed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from os import PathLike
 from typing import Any
 
@@ -47,6 +48,12 @@ def load_adapter(
     _check_fit(model, saved)
     if not hasattr(model, STATE_ATTRIBUTE):
         _check_encoder_fit(model, saved)
+        if saved.reads_turns and processor is None:
+            warnings.warn(
+                f"{saved.source} was used with a processor, which tells the user's turns from the rest of the prompt; "
+                "without one, the whole prompt is the instruction: load_adapter(model, …, processor=processor)",
+                stacklevel=2,
+            )
         patch_model(model, saved.config, processor=processor, instruction_encoder=instruction_encoder)
     elif not _same_build(state_of(model).config, saved.config, ignore_encoder=instruction_encoder is not None):
         raise PatchError(

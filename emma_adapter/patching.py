@@ -20,7 +20,7 @@ from .guards import MethodGuard, guard_generate
 from .hooks import install_hooks, remove_hooks
 from .instructions.cache import CacheInfo
 from .instructions.tokens import Instruction, embedder
-from .state import ALIGNMENT_NAME, STATE_ATTRIBUTE, AdapterState, CallPlan, state_of
+from .state import ALIGNMENT_NAME, STATE_ATTRIBUTE, AdapterState, state_of
 
 _GUARDED_METHODS = {"generate": guard_generate, "save_pretrained": base_saves.guard_save_pretrained}
 
@@ -136,13 +136,14 @@ class EmmaAdapter:
     def instruction(
         self, instruction: Instruction, instruction_mask: Tensor | None = None
     ) -> AbstractContextManager[None]:
-        """``with adapter.instruction("…"): model.get_image_features(…)``: the instruction of direct calls to the
-        vision side, which have no prompt. One for all images, or one for each."""
+        """``with adapter.instruction("…"): …``: the instruction of every call in the block that names none itself, in
+        this thread: one for all rows, or one for each. Also for direct calls to the vision side, as
+        ``model.get_image_features``, which have no prompt: one for all images, or one for each."""
         state = self._state
         inner = state.family.inner(self.model)
         device = next(self.alignment.parameters()).device
         tokens = state.pipeline.explicit(instruction, instruction_mask, None, embedder(inner), device)
-        return state.calling(CallPlan(inner, tokens, None, {}), pinned=None)
+        return state.naming(tokens)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         return self.alignment.parameters()

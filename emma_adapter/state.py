@@ -43,8 +43,8 @@ class CallPlan:
 
     inner: nn.Module
     instruction: InstructionTokens
-    #: For each modality, placeholder tokens per row ``[B]``. None: no prompt, one instruction per medium or for all.
-    placeholders: Mapping[str, Tensor] | None
+    #: For each modality, placeholder tokens per row ``[B]``.
+    placeholders: Mapping[str, Tensor]
     sizes: Mapping[str, Any]
     #: Rows of the call for each row of the instruction: generation repeats rows for beams.
     repeats: int = 1
@@ -81,6 +81,8 @@ class CallContext(threading.local):
         self.plan: CallPlan | None = None
         #: The instruction of a running ``generate``, read from its prompt.
         self.pinned: InstructionTokens | None = None
+        #: The instruction of a running ``with adapter.instruction(...)``.
+        self.named: InstructionTokens | None = None
         self.disabled = 0
 
 
@@ -193,10 +195,12 @@ class AdapterState:
             InstructionError: if it can't be known.
         """
         embed = embedder(inner)
+        reference = input_ids if input_ids is not None else inputs_embeds
+        assert reference is not None
+        rows = reference.shape[0]
+        if outer.instruction is None and self.context.named is not None:
+            return self.context.named.for_each(rows, "rows")
         if outer.instruction is not None:
-            reference = input_ids if input_ids is not None else inputs_embeds
-            assert reference is not None
-            rows = reference.shape[0]
             return self.pipeline.explicit(outer.instruction, outer.instruction_mask, rows, embed, reference.device)
         if input_ids is None:
             raise InstructionError(
@@ -218,8 +222,6 @@ class AdapterState:
         Raises:
             RoutingError: if images, visual tokens and placeholders don't match.
         """
-        if plan.placeholders is None:
-            return self._route_without_prompt(plan, visual_tokens)
         placeholders = plan.placeholders[plan.modality]
         layout = self.family.layout(plan.inner, plan.modality, visual_tokens, plan.sizes, int(placeholders.sum()))
         expected = visual_tokens.shape[1 if layout.packed else 0]
@@ -230,16 +232,12 @@ class AdapterState:
         rows = rows_of_media(placeholders, layout.tokens) // plan.repeats
         return RoutedInstruction(layout, rows, plan.instruction)
 
-    def _route_without_prompt(self, plan: CallPlan, visual_tokens: Tensor) -> RoutedInstruction:
-        given, images = len(plan.instruction), visual_tokens.shape[0]
-        if given not in (1, images):
-            raise InstructionError(f"adapter.instruction() was given {given} instructions for {images} images")
-        rows = (
-            torch.arange(images, device=visual_tokens.device)
-            if given == images
-            else torch.zeros(images, dtype=torch.long)
-        )
-        return RoutedInstruction(MediaLayout([1] * images, [1] * images), rows, plan.instruction)
+    def route_without_prompt(self, instruction: InstructionTokens, visual_tokens: Tensor) -> RoutedInstruction:
+        """One instruction for all images, or one for each, outside of any call."""
+        images = visual_tokens.shape[0]
+        rows = torch.arange(images, device=visual_tokens.device)
+        layout = MediaLayout(tokens=[1] * images, units=[1] * images)
+        return RoutedInstruction(layout, rows, instruction.for_each(images, "images"))
 
     @contextmanager
     def calling(self, plan: CallPlan | None, pinned: InstructionTokens | None) -> Iterator[None]:
@@ -251,6 +249,14 @@ class AdapterState:
             yield
         finally:
             context.outer, context.plan, context.pinned = before
+
+    @contextmanager
+    def naming(self, instruction: InstructionTokens) -> Iterator[None]:
+        before, self.context.named = self.context.named, instruction
+        try:
+            yield
+        finally:
+            self.context.named = before
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -814,6 +815,16 @@ def test_a_config_that_was_edited_is_refused_unless_it_changes_no_function(folde
     (folder / CONFIG).write_text(original)
     edit_json(folder, lambda description: description["config"].update(cache_size=3, instruction_policy="all_turns"))
     assert load_adapter(tiny.llava(), folder).config.instruction_policy == "all_turns"
+
+
+def test_a_processor_that_was_forgotten_is_missed(tmp_path):
+    model = base_model()
+    patch_model(model, ATTENTION, processor=tiny.processor()).save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="processor=processor"):
+        load_adapter(base_model(), tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_adapter(base_model(), tmp_path, processor=tiny.processor())
 
 
 def test_saves_at_the_same_time_leave_each_other_alone(tmp_path):

@@ -153,7 +153,7 @@ def test_encoders_are_frozen_outside_of_the_model_and_not_saved(tmp_path):
     adapter.save_pretrained(tmp_path)
     assert adapter.config.instruction_encoder.startswith("custom:")
     with pytest.raises(EncoderError, match="instruction_encoder="):
-        load_adapter(tiny.llava(), tmp_path)
+        load_adapter(tiny.llava(), tmp_path, processor=tiny.processor())
     load_adapter(tiny.llava(), tmp_path, instruction_encoder=Counting(), processor=tiny.processor())
 
 

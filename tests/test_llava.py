@@ -816,6 +816,24 @@ def test_visual_features_outside_of_a_call_need_a_named_instruction():
         model.get_image_features(pixel_values=pixels)
 
 
+def test_a_named_instruction_is_that_of_every_call_in_the_block():
+    model, adapter = patched(with_processor=False)
+    inputs = tiny.token_inputs([1, 2])
+    told, other = torch.tensor([[31, 41], [32, 42]]), torch.tensor([[33], [34]])
+    expected, overridden = logits(model, inputs, instruction=told), logits(model, inputs, instruction=other)
+    inferred = logits(model, inputs)
+    with adapter.instruction(told):
+        for _ in range(2):
+            assert torch.equal(logits(model, inputs), expected)
+        assert torch.equal(logits(model, inputs, instruction=other), overridden)
+        torch.testing.assert_close(generate_logits(model, inputs), expected[:, -1], atol=SAME, rtol=0)
+    with adapter.instruction(told[:1]):
+        assert torch.equal(logits(model, inputs), logits(model, inputs, instruction=told[[0, 0]]))
+    with adapter.instruction(told[[0, 1, 0]]), pytest.raises(InstructionError, match="3 instructions for 2 rows"):
+        model(**inputs)
+    assert torch.equal(logits(model, inputs), inferred)
+
+
 def test_a_call_that_fails_leaves_nothing_for_the_next(monkeypatch):
     model, _ = patched(with_processor=False)
     inputs = tiny.token_inputs([1])

@@ -28,6 +28,18 @@ class InstructionTokens:
         rows = rows.to(self.tokens.device)
         return InstructionTokens(self.tokens[rows], None if self.mask is None else self.mask[rows])
 
+    def for_each(self, number: int, what: str) -> InstructionTokens:
+        """``number`` rows: these, or the only one repeated.
+
+        Raises:
+            InstructionError: if there are several, but not ``number``.
+        """
+        if len(self) not in (1, number):
+            raise InstructionError(f"adapter.instruction() was given {len(self)} instructions for {number} {what}")
+        if len(self) == number:
+            return self
+        return self.of_rows(torch.zeros(number, dtype=torch.long))
+
     def __len__(self) -> int:
         return self.tokens.shape[0]
 
