@@ -146,6 +146,7 @@ class EmmaAdapter:
         return state.naming(tokens)
 
     def parameters(self) -> Iterator[nn.Parameter]:
+        """The adapter's parameters, float32 unless the model was cast after patching."""
         return self.alignment.parameters()
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -153,6 +154,7 @@ class EmmaAdapter:
         return self.alignment.named_parameters()
 
     def num_parameters(self) -> int:
+        """How many numbers the adapter has learned or can learn."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def train_only(self, *, projector: bool = False) -> EmmaAdapter:
@@ -184,6 +186,7 @@ class EmmaAdapter:
         return CacheInfo(0, 0, 0, 0) if encoder is None else encoder.info()
 
     def clear_cache(self) -> None:
+        """Forget all encoded instructions, and count hits and misses from zero."""
         encoder = self._state.pipeline.encoder
         if encoder is not None:
             encoder.clear_cache()

@@ -80,8 +80,7 @@ def keep_original_projector(model: nn.Module) -> None:
     state = state_of(model)
     if state.original_projector is not None:
         return
-    # The memo keeps the copy from copying tokenizer and encoder along.
-    original = copy.deepcopy(projector_of(model), {id(state): state})
+    original = copy.deepcopy(projector_of(model))
     remove_hooks(original)
     delattr(original, ALIGNMENT_NAME)
     delattr(original, STATE_ATTRIBUTE)

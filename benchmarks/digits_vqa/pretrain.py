@@ -2,7 +2,7 @@
 
 Stage 1 trains vision and text tower together, contrastively, as CLIP is trained. Stage 2 freezes the vision
 tower and trains projector and language model on captions and multi-turn questions. Step counts and seeds are
-fixed; on two cores it takes about ten minutes. Only training scans are used.
+fixed; it takes ten to fifteen minutes. Only training scans are used.
 """
 
 from __future__ import annotations
