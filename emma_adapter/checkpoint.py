@@ -31,7 +31,7 @@ from .config import EmmaConfig
 from .errors import CheckpointError, ConfigError, PatchError
 from .model_card import GENERATED_MARKER, model_card
 from .state import state_of
-from .training import alignment_of, trained_projector
+from .training import alignment_of, count_parameters, trained_projector
 from .version import __version__
 
 FORMAT_VERSION = 1
@@ -90,7 +90,7 @@ def save(model: nn.Module, directory: str | PathLike[str]) -> None:
         (scratch / CONFIG_NAME).write_text(text, encoding="utf-8")
         names = [WEIGHTS_NAME, CONFIG_NAME]
         if _may_write_card(directory / CARD_NAME):
-            (scratch / CARD_NAME).write_text(model_card(description, _count(model)), encoding="utf-8")
+            (scratch / CARD_NAME).write_text(model_card(description, count_parameters(model)), encoding="utf-8")
             names.append(CARD_NAME)
         for name in names:
             # As readable as any file of this user; safetensors creates private ones.
@@ -139,11 +139,6 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)};".encode())
         digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _count(model: nn.Module) -> tuple[int, int]:
-    own = sum(parameter.numel() for parameter in alignment_of(model).parameters())
-    return own, sum(parameter.numel() for parameter in model.parameters())
 
 
 def _remove_leftovers(directory: Path) -> None:

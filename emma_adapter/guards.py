@@ -96,7 +96,7 @@ def guard_generate(model: nn.Module, original: Callable[..., Any], *args: Any, *
     outer = OuterCall(None, instruction, mask)
     tokens = state.instruction_tokens(inner, outer, placeholders, ids, embeds, kwargs.get("attention_mask"))
     plan = CallPlan(inner, tokens, placeholders, state.sizes(kwargs))
-    with state.calling(plan, pinned=tokens):
+    with state.generating(plan):
         return original(*args, **kwargs)
 
 

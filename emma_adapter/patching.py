@@ -58,8 +58,9 @@ def patch_model(
         )
     inner = family.inner(model)
     config = EmmaConfig() if config is None else config
-    config, encoder = resolve_encoder(config, instruction_encoder, inner)
+    # The encoder last: it may be large, and what is wrong with the sizes shows without it.
     config = resolve_sizes(config, family, inner)
+    config, encoder = resolve_encoder(config, instruction_encoder, inner)
     projector = family.projector(inner)
     if isinstance(projector, (nn.Sequential, nn.ModuleList)):
         raise UnsupportedModelError(
@@ -155,7 +156,7 @@ class EmmaAdapter:
 
     def num_parameters(self) -> int:
         """How many numbers the adapter has learned or can learn."""
-        return sum(parameter.numel() for parameter in self.parameters())
+        return training.count_parameters(self.model)[0]
 
     def train_only(self, *, projector: bool = False) -> EmmaAdapter:
         """Freeze everything but the adapter, and with ``projector=True`` but the projector.
@@ -196,8 +197,7 @@ class EmmaAdapter:
         return state_of(self.model)
 
     def __repr__(self) -> str:
-        own = self.num_parameters()
-        total = sum(parameter.numel() for parameter in self.model.parameters())
+        own, total = training.count_parameters(self.model)
         config: Any = self.model.config
         info = self.cache_info()
         return (

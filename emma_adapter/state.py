@@ -240,11 +240,11 @@ class AdapterState:
         return RoutedInstruction(layout, rows, instruction.for_each(images, "images"))
 
     @contextmanager
-    def calling(self, plan: CallPlan | None, pinned: InstructionTokens | None) -> Iterator[None]:
-        """The context of a call, and afterwards the one before it again."""
+    def generating(self, plan: CallPlan) -> Iterator[None]:
+        """The context of a ``generate`` whose prompt gave this plan, and afterwards the one before it again."""
         context = self.context
         before = (context.outer, context.plan, context.pinned)
-        context.outer, context.plan, context.pinned = None, plan, pinned
+        context.outer, context.plan, context.pinned = None, plan, plan.instruction
         try:
             yield
         finally:

@@ -23,6 +23,12 @@ def alignment_of(model: nn.Module) -> EmmaAlignment:
     return projector_of(model).get_submodule(ALIGNMENT_NAME)  # type: ignore[return-value]
 
 
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """The numbers in the adapter, and in the whole model with it."""
+    own = sum(parameter.numel() for parameter in alignment_of(model).parameters())
+    return own, sum(parameter.numel() for parameter in model.parameters())
+
+
 def projector_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return projector_tensors(projector_of(model))
 

@@ -34,7 +34,6 @@ from emma_adapter import (
     EmmaConfig,
     EmmaError,
     EncoderError,
-    Fusion,
     PatchError,
     checkpoint,
     get_adapter,
@@ -296,17 +295,7 @@ def test_loading_does_not_change_the_base(intact):
 
 def test_a_fusion_of_the_users_own_with_buffers_round_trips(tmp_path, monkeypatch):
     monkeypatch.setattr(registry, "_FUSIONS", dict(registry._FUSIONS))
-
-    @register_fusion("test-buffered")
-    class Buffered(Fusion):
-        def __init__(self, config):
-            super().__init__(config)
-            self.shift = nn.Parameter(torch.zeros(config.visual_dim))
-            self.register_buffer("scale", torch.ones(config.visual_dim))
-
-        def forward(self, visual_tokens, instruction_tokens, instruction_mask, grid=None):
-            return visual_tokens * self.scale + self.shift
-
+    register_fusion("test-buffered")(tiny.BufferedFusion)
     model = trained(EmmaConfig(fusion="test-buffered"))
     get_adapter(model).alignment.fusion.scale.uniform_(0.5, 2)
     get_adapter(model).save_pretrained(tmp_path)

@@ -9,14 +9,12 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from torch import nn
 from torch.utils.data import Dataset
 from transformers import LlavaForConditionalGeneration, Trainer, TrainingArguments
 
 import tiny
 from emma_adapter import (
     EmmaConfig,
-    Fusion,
     InstructionError,
     get_adapter,
     load_adapter,
@@ -539,17 +537,7 @@ def test_only_the_main_process_writes(tmp_path):
 def test_buffers_of_a_fusion_of_ones_own(tmp_path, monkeypatch, warnings):
     """They belong to the adapter as its parameters do: not in the base, but in Trainer's checkpoints."""
     monkeypatch.setattr(registry, "_FUSIONS", dict(registry._FUSIONS))
-
-    @register_fusion("test-buffered")
-    class Buffered(Fusion):
-        def __init__(self, config):
-            super().__init__(config)
-            self.shift = nn.Parameter(torch.zeros(config.visual_dim))
-            self.register_buffer("scale", torch.ones(config.visual_dim))
-
-        def forward(self, visual_tokens, instruction_tokens, instruction_mask, grid=None):
-            return visual_tokens * self.scale + self.shift
-
+    register_fusion("test-buffered")(tiny.BufferedFusion)
     model, base = patched(EmmaConfig(fusion="test-buffered")), base_model()
     get_adapter(model).alignment.fusion.scale.uniform_(0.5, 2)
     model.save_pretrained(tmp_path / "base")

@@ -24,6 +24,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from emma_adapter import EmmaConfig, Fusion
+
 PATCH = 14
 GRID = 2
 TOKENS_PER_IMAGE = GRID * GRID
@@ -199,6 +201,18 @@ def select_row(inputs: dict[str, Tensor], images_per_row: list[int], row: int) -
     if images_per_row[row]:
         alone["pixel_values"] = inputs["pixel_values"][first : first + images_per_row[row]]
     return alone
+
+
+class BufferedFusion(Fusion):
+    """A fusion as a user may write one, with a buffer beside its parameter."""
+
+    def __init__(self, config: EmmaConfig) -> None:
+        super().__init__(config)
+        self.shift = nn.Parameter(torch.zeros(config.visual_dim))
+        self.register_buffer("scale", torch.ones(config.visual_dim))
+
+    def forward(self, visual_tokens, instruction_tokens, instruction_mask, grid=None):
+        return visual_tokens * self.scale + self.shift
 
 
 def train_randomly(module: nn.Module, scale: float = 0.5, seed: int = 0) -> None:

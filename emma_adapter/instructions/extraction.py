@@ -125,7 +125,6 @@ class InstructionReader:
                     + _PASS_IT
                 )
             turns = _prompt_runs([i for i in where if tokens[i] not in self._special_ids], answers)
-        turns = [[i for i in turn if tokens[i] not in self._special_ids] for turn in turns]
         asked = [[i for i in turn if answers is None or not answers[i]] for turn in turns]
         if any(turns) and not any(asked):
             raise InstructionError(
@@ -135,14 +134,14 @@ class InstructionReader:
         return _apply_policy([turn for turn in asked if turn], self.policy)
 
     def _user_turns(self, tokens: list[int], where: list[int], answers: list[bool] | None) -> list[list[int]] | None:
-        """Positions of each user turn, or None if the template's markers are not known or not there."""
+        """Positions of each user turn's words, or None if the template's markers are not known or not there."""
         markers = self.markers
         if markers is None:
             return None
         # Answers are blanked before the search: what they say must not decide where a turn begins or ends.
         kept = array("q", (_ANSWERED if answers is not None and answers[i] else tokens[i] for i in where))
         [turns] = self._turns.get_or_compute([kept.tobytes()], lambda _: [self._find_turns(kept, markers)])
-        return [[where[i] for i in turn] for turn in turns] or None
+        return [[where[i] for i in turn if kept[i] not in self._special_ids] for turn in turns] or None
 
     def _find_turns(self, tokens: Sequence[int], markers: TurnMarkers) -> list[list[int]]:
         text: list[str] = []
