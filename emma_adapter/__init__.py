@@ -16,7 +16,7 @@ from .errors import (
     ShapeError,
     UnsupportedModelError,
 )
-from .families import MediaLayout, ModelFamily, register_family
+from .families import MediaLayout, ModelFamily, ProjectorCall, register_family, share_evenly
 from .fusion import Fusion, register_fusion
 from .instructions.cache import CacheInfo
 from .instructions.encoders import InstructionEncoder
@@ -39,6 +39,7 @@ __all__ = [
     "MediaLayout",
     "ModelFamily",
     "PatchError",
+    "ProjectorCall",
     "RoutingError",
     "ShapeError",
     "UnsupportedModelError",
@@ -48,5 +49,6 @@ __all__ = [
     "patch_model",
     "register_family",
     "register_fusion",
+    "share_evenly",
     "unpatch_model",
 ]

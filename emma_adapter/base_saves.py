@@ -11,16 +11,16 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from . import checkpoint
+from . import attachment, checkpoint
 from .state import state_of
-from .training import alignment_of, projector_of, trained_projector
+from .training import original_projectors, projector_parameters, trained_projectors
 
 _IGNORED_ON_SAVE = "_keys_to_ignore_on_save"
 _TRAINER_WEIGHTS = "model.safetensors"
@@ -72,12 +72,10 @@ def expect_everything(model: nn.Module) -> None:
 
 
 def _base_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The model as it was before it was patched: without the adapter, and with the original projector."""
-    adapter = _identities(alignment_of(model))
-    originals: dict[int, Tensor] = {}
-    if (original := state_of(model).original_projector) is not None:
-        trained = projector_of(model).state_dict(keep_vars=True)
-        originals = {id(trained[name]): value for name, value in original.state_dict().items()}
+    """The model as it was before it was patched: without the adapter, and with the original projectors."""
+    adapter = _identities(attachment.state_dict(model, keep_vars=True))
+    trained = projector_parameters(model)
+    originals = {id(trained[name]): value for name, value in original_projectors(model).items()}
     return {
         name: originals.get(id(value), value.detach())
         for name, value in model.state_dict(keep_vars=True).items()
@@ -87,14 +85,14 @@ def _base_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 def _trained_names(model: nn.Module) -> dict[str, Tensor]:
     """The trained tensors by their name in the model."""
-    trained = _identities(alignment_of(model))
-    if trained_projector(model):
-        trained |= _identities(projector_of(model))
+    trained = _identities(attachment.state_dict(model, keep_vars=True))
+    if trained_projectors(model):
+        trained |= _identities(projector_parameters(model))
     return {name: value for name, value in model.state_dict(keep_vars=True).items() if id(value) in trained}
 
 
-def _identities(module: nn.Module) -> set[int]:
-    return {id(tensor) for tensor in module.state_dict(keep_vars=True).values()}
+def _identities(tensors: Mapping[str, Tensor]) -> set[int]:
+    return {id(tensor) for tensor in tensors.values()}
 
 
 def _save_trained(model: nn.Module, directory: Path) -> None:

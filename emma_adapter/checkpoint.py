@@ -15,7 +15,7 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -26,12 +26,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from . import attachment
 from .alignment import EmmaAlignment
 from .config import EmmaConfig
 from .errors import CheckpointError, ConfigError, PatchError
 from .model_card import GENERATED_MARKER, model_card
 from .state import state_of
-from .training import alignment_of, count_parameters, trained_projector
+from .training import count_parameters, trained_projectors
 from .version import __version__
 
 FORMAT_VERSION = 1
@@ -115,14 +116,14 @@ def _describe(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Any]
         "base_model_name_or_path": getattr(base, "_name_or_path", "") or None,
         "model_type": base.model_type,
         "reads_turns": state.pipeline.reader.markers is not None,
-        "projector_trained": state.original_projector is not None,
+        "projector_trained": bool(state.original_projectors),
         "config": state.config.to_dict(),
     }
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    tensors = {_ALIGNMENT_PREFIX + name: value for name, value in alignment_of(model).state_dict().items()}
-    tensors |= {_PROJECTOR_PREFIX + name: value for name, value in trained_projector(model).items()}
+    tensors = {_ALIGNMENT_PREFIX + name: value for name, value in attachment.state_dict(model).items()}
+    tensors |= {_PROJECTOR_PREFIX + name: value for name, value in trained_projectors(model).items()}
     if offloaded := sorted(name for name, value in tensors.items() if value.is_meta):
         raise PatchError(
             f"the adapter's weights {offloaded} are offloaded, so that there is nothing to save; take accelerate's "
@@ -226,7 +227,7 @@ def read(directory: Path) -> SavedAdapter:
             f"{directory}: the config says projector_trained={written.get('projector_trained')}, but the file holds "
             f"{len(projector)} projector tensors"
         )
-    check_tensors(alignment, _expected_alignment(config, directory), directory / WEIGHTS_NAME)
+    check_tensors(alignment, _expected_alignment(config, alignment, directory), directory / WEIGHTS_NAME)
     return SavedAdapter(
         source=directory,
         config=config,
@@ -317,9 +318,14 @@ def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
-def _expected_alignment(config: EmmaConfig, directory: Path) -> dict[str, Tensor]:
+def _expected_alignment(config: EmmaConfig, found: Iterable[str], directory: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter with this config; how many deepstack projectors it sits at, ``found`` tells."""
     try:
         with torch.device("meta"):
-            return EmmaAlignment(config).state_dict()
+            expected = EmmaAlignment(config).state_dict()
     except (ConfigError, RuntimeError, OverflowError, TypeError, AssertionError) as error:
         raise CheckpointError(f"{directory / CONFIG_NAME} describes no adapter that can be built: {error}") from error
+    places = [attachment.MAIN_PLACE]
+    if config.align_deepstack:
+        places += sorted({match[0] for name in found if (match := attachment.DEEPSTACK_PLACE.match(name))})
+    return {place + name: tensor for place in places for name, tensor in expected.items()}

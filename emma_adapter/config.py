@@ -44,6 +44,10 @@ class EmmaConfig:
         instruction_policy: which user turns of a conversation are the instruction: ``"last_turn"``,
             ``"shortest_turn"`` (the authors' training rule), or ``"all_turns"``.
         cache_size: how many encoded instructions are kept; 0 turns the cache off.
+        align_deepstack: Qwen3-VL also feeds features of lower vision layers into the language model, through
+            projectors of their own. True aligns these too, each with its own weights. By default they stay as they
+            are: the paper aligns what *the* projector reads, lower layers have other statistics and would multiply the
+            adapter's parameters, and what they carry is a path on which nothing an instruction hides is lost.
         fusion_options: JSON values for a fusion you registered yourself.
 
     Raises:
@@ -63,6 +67,7 @@ class EmmaConfig:
     instruction_layer: int = -2
     instruction_policy: InstructionPolicy = "last_turn"
     cache_size: int = 512
+    align_deepstack: bool = False
     fusion_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
@@ -81,6 +86,8 @@ class EmmaConfig:
         self._check_grid()
         if self.rank is not None and self.num_visual_tokens is not None and self.rank > self.num_visual_tokens:
             raise self._error("rank", f"at most num_visual_tokens={self.num_visual_tokens}")
+        if not isinstance(self.align_deepstack, bool):
+            raise self._error("align_deepstack", "True or False")
         self._require_text("instruction_policy", get_args(InstructionPolicy))
         if not isinstance(self.instruction_encoder, str) or not self.instruction_encoder.strip():
             raise self._error(

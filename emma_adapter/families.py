@@ -15,35 +15,84 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from .errors import UnsupportedModelError
+from .errors import RoutingError, UnsupportedModelError
 
 ENTRY_POINT_GROUP = "emma_adapter.integrations"
+
+
+@dataclass(frozen=True)
+class ProjectorCall:
+    """One call of a projector: what the division of its input into media can depend on."""
+
+    #: The module whose ``forward`` takes pixels and token ids.
+    inner: nn.Module
+    #: ``"image"`` or ``"video"``.
+    modality: str
+    #: The projector's first argument.
+    visual_tokens: Tensor
+    #: The call's ``size_arguments``; those that were not given are None.
+    sizes: Mapping[str, Any]
+    #: Shapes of the pixels, by argument.
+    pixel_shapes: Mapping[str, tuple[int, ...]]
+    #: Placeholder tokens of this modality in each row ``[B]``; None where there is no prompt to count in.
+    placeholders: Tensor | None
+
+    def size(self, name: str) -> Any:
+        """Raises:
+        RoutingError: if this size argument was not given.
+        """
+        value = self.sizes.get(name)
+        if value is None:
+            raise RoutingError(
+                f"{type(self.inner).__name__} was given pixels without {name}=, which says how large its images are: "
+                "pass on everything that the model's processor returns"
+            )
+        return value
 
 
 @dataclass(frozen=True)
 class MediaLayout:
     """How the first argument of a projector call divides into media (images or videos), in order."""
 
-    #: Tokens that each medium takes in the language model.
+    #: Tokens that each medium takes in the language model. 0 is a medium that no prompt shows.
     tokens: Sequence[int]
-    #: Entries of the projector's first argument that belong to each medium: along its first dimension, or
-    #: visual tokens if it is ``packed``.
-    units: Sequence[int]
-    #: True if all media stand one after another in one sequence ``[1, sum(units), D]``.
-    packed: bool = False
-    #: ``(height, width)`` of each packed medium in visual tokens.
+    #: Entries (tiles, frames or whole images) that make up each medium. Unless ``packed``, an entry is a row of the
+    #: projector's input.
+    entries: Sequence[int]
+    #: ``(height, width)`` of each entry in visual tokens. None if all have the model's native size.
     grids: Sequence[tuple[int, int]] | None = None
+    #: True if all entries stand one after another in one sequence, ``[sum(N), D]`` or ``[1, sum(N), D]``. Needs
+    #: ``grids``.
+    packed: bool = False
+    #: Where tokens don't come row by row: for each grid, ``[N]``, the place ``y * width + x`` of each token.
+    orders: Mapping[tuple[int, int], Tensor] | None = None
 
 
 class ModelFamily(ABC):
-    """Where the vision features of a family of models meet their projector."""
+    """Where the vision features of a family of models meet their projector.
+
+    The defaults fit models whose images (or tiles) are the rows of the projector's input, ``[images, N, D]``.
+    """
 
     #: The ``config.model_type`` values this family is for.
     model_types: ClassVar[tuple[str, ...]]
-    #: For each modality, the arguments of a call that hold its pixels.
-    pixel_arguments: ClassVar[Mapping[str, tuple[str, ...]]] = {"image": ("pixel_values",)}
+    #: Path of the projector from the inner model. Its first argument is what EMMA aligns.
+    projector_path: ClassVar[str] = "multi_modal_projector"
+    #: ``"image"``, ``"video"``, or both.
+    modalities: ClassVar[tuple[str, ...]] = ("image",)
+    #: For each modality, the argument of a call that holds its pixels.
+    pixel_arguments: ClassVar[Mapping[str, str]] = {"image": "pixel_values", "video": "pixel_values_videos"}
+    #: For each modality, the method of the inner model that encodes it. Where there is none, pixels are of the first
+    #: modality.
+    feature_methods: ClassVar[Mapping[str, str]] = {"image": "get_image_features", "video": "get_video_features"}
     #: Arguments of a call that ``layout`` needs: sizes only, never pixels, because they are kept for the call.
     size_arguments: ClassVar[tuple[str, ...]] = ()
+    #: True if an image may be cut into several tiles.
+    tiles: ClassVar[bool] = False
+
+    def for_model(self, model: nn.Module) -> ModelFamily:
+        """The family to use for this very model: another one, where classes of several kinds share a model type."""
+        return self
 
     def inner(self, model: nn.Module) -> nn.Module:
         """The module whose ``forward`` takes pixels and token ids, inside the one with the language-model head."""
@@ -55,38 +104,56 @@ class ModelFamily(ABC):
             )
         return inner
 
-    @abstractmethod
     def projector(self, inner: nn.Module) -> nn.Module:
         """The module between vision features and language model; its first argument is what EMMA aligns."""
+        return inner.get_submodule(self.projector_path)
+
+    def deepstack_projectors(self, inner: nn.Module) -> Sequence[nn.Module]:
+        """Further projectors, for features of lower vision layers that enter the language model on their own."""
+        return ()
 
     @abstractmethod
     def visual_dim(self, inner: nn.Module) -> int:
         """Channels of a visual token before the projector."""
 
     def visual_size(self, inner: nn.Module) -> tuple[int | None, tuple[int, int] | None]:
-        """``(N, (height, width))`` of an image in visual tokens: what learned positions are made for. N is None
+        """``(N, (height, width))`` of an entry in visual tokens: what learned positions are made for. N is None
         where a model has no native size; the grid is None where the tokens don't form one."""
         return None, None
 
     def has_fixed_size(self, inner: nn.Module) -> bool:
-        """True if every image becomes the same number of visual tokens."""
+        """True if every entry has the same number of visual tokens."""
         return True
 
-    @abstractmethod
     def placeholder_id(self, inner: nn.Module, modality: str) -> int:
         """The token id that stands for visual tokens of this modality in ``input_ids``."""
+        return int(getattr(inner.config, f"{modality}_token_id"))
 
-    @abstractmethod
-    def layout(
-        self, inner: nn.Module, modality: str, visual_tokens: Tensor, sizes: Mapping[str, Any], placeholders: int
-    ) -> MediaLayout:
-        """How ``visual_tokens``, the projector's first argument, divides into media.
-
-        ``sizes`` are the call's ``size_arguments``, ``placeholders`` the placeholder tokens in the whole call.
+    def layout(self, call: ProjectorCall) -> MediaLayout:
+        """How ``call.visual_tokens`` divides into media.
 
         Raises:
-            RoutingError: if they don't fit together.
+            RoutingError: if sizes, visual tokens and placeholders don't fit together.
         """
+        entries = call.visual_tokens.shape[0]
+        return MediaLayout(tokens=share_evenly(call, entries), entries=[1] * entries)
+
+
+def share_evenly(call: ProjectorCall, media: int) -> list[int]:
+    """The placeholders divided by the media, where all take the same number: also right if a projector pools.
+
+    Raises:
+        RoutingError: if they can't be divided.
+    """
+    if call.placeholders is None:
+        return [1] * media
+    total = int(call.placeholders.sum())
+    if media == 0 or total == 0 or total % media:
+        raise RoutingError(
+            f"{media} {call.modality}s can't share {total} placeholder tokens evenly: let the model's processor "
+            "make text and images together"
+        )
+    return [total // media] * media
 
 
 _FAMILIES: dict[str, ModelFamily] = {}
@@ -124,7 +191,7 @@ def find_family(model: Any) -> ModelFamily:
                 "subclass emma_adapter.ModelFamily and call emma_adapter.register_family(YourFamily())"
             )
         _FAMILIES[model_type] = _load(entry)
-    return _FAMILIES[model_type]
+    return _FAMILIES[model_type].for_model(model)
 
 
 def _advertised() -> dict[str, EntryPoint]:

@@ -66,9 +66,18 @@ def resolve_sizes(config: EmmaConfig, family: ModelFamily, inner: nn.Module) -> 
             f"fusion={config.fusion!r} has weights for a fixed number of visual tokens, and this model's vision tower "
             'gives each image its own; use fusion="attention" or "modulation"'
         )
+    if config.align_deepstack and not family.deepstack_projectors(inner):
+        raise ConfigError(
+            f"EmmaConfig.align_deepstack is True, but this {type(inner).__name__} has no deepstack projectors"
+        )
     number, grid = family.visual_size(inner)
     if config.num_visual_tokens is None:
         return config.replace(visual_dim=visual_dim, num_visual_tokens=number, visual_grid=grid)
+    if not fixed and config.visual_grid is None:
+        raise ConfigError(
+            f"EmmaConfig.num_visual_tokens is {config.num_visual_tokens}, but this {type(inner).__name__} gives each "
+            "image its own number; name the grid that learned positions live on: EmmaConfig.visual_grid"
+        )
     if fixed and number is not None:
         _require_agreement("num_visual_tokens", config.num_visual_tokens, number, f"this {type(inner).__name__}")
     return config.replace(visual_dim=visual_dim)
@@ -82,7 +91,7 @@ def _require_agreement(name: str, given: int | None, actual: int, owner: str) ->
 def _special_ids(model: nn.Module, family: ModelFamily) -> set[int]:
     """Token ids that are never part of an instruction, as far as the model itself knows them."""
     inner = family.inner(model)
-    ids: set[int] = {family.placeholder_id(inner, modality) for modality in family.pixel_arguments}
+    ids: set[int] = {family.placeholder_id(inner, modality) for modality in family.modalities}
     config: Any = model.config
     for source in (config, config.get_text_config(), getattr(model, "generation_config", None)):
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):

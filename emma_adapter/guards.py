@@ -1,4 +1,4 @@
-"""Guards: what stands before two methods of one patched model, as attributes of that instance."""
+"""Guards: what stands before a few methods of one patched model, as attributes of that instance."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from typing import Any
 
 from torch import nn
 
-from .hooks import pop_instruction
-from .state import STATE_ATTRIBUTE, CallPlan, OuterCall, state_of
+from .calls import FeatureCall, VisualArguments
+from .hooks import pop_outer_call
+from .planning import has_pixels, plan_call
+from .state import STATE_ATTRIBUTE, state_of
 
 
 class MethodGuard:
@@ -83,21 +85,29 @@ def guard_generate(model: nn.Module, original: Callable[..., Any], *args: Any, *
     """Read the instruction from the prompt before ``generate`` starts: it may encode images before any forward,
     and later calls of forward no longer see the prompt alone."""
     state = state_of(model)
-    instruction, mask = pop_instruction(kwargs)
-    if state.context.disabled or not state.has_pixels(kwargs):
+    own = pop_outer_call(kwargs)
+    arguments = _by_name(original, args, kwargs)
+    if state.context.disabled or not has_pixels(state.family, arguments):
         return original(*args, **kwargs)
+    if arguments.get("inputs") is not None:
+        arguments["input_ids"] = arguments["inputs"]
     inner = state.family.inner(model)
-    ids = args[0] if args else kwargs.get("inputs")
-    ids = kwargs.get("input_ids") if ids is None else ids
-    embeds = kwargs.get("inputs_embeds")
     # A continued conversation: the images of this call belong to what the cache doesn't hold yet.
-    known = _cached_length(kwargs.get("past_key_values"))
-    placeholders = state.placeholders(inner, None if ids is None else ids[:, known:], embeds)
-    outer = OuterCall(None, instruction, mask)
-    tokens = state.instruction_tokens(inner, outer, placeholders, ids, embeds, kwargs.get("attention_mask"))
-    plan = CallPlan(inner, tokens, placeholders, state.sizes(kwargs))
+    plan = plan_call(state, inner, own, arguments, cached=_cached_length(arguments.get("past_key_values")))
     with state.generating(plan):
         return original(*args, **kwargs)
+
+
+def guard_features(modality: str, inner: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Note which modality is being encoded, and in what sizes."""
+    state = state_of(inner)
+    arguments = VisualArguments.of(state.family, _by_name(original, args, kwargs))
+    with state.encoding(FeatureCall(modality, arguments)):
+        return original(*args, **kwargs)
+
+
+def _by_name(method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {**dict(zip(inspect.signature(method).parameters, args, strict=False)), **kwargs}
 
 
 def _cached_length(cache: Any) -> int:

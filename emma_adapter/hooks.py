@@ -1,4 +1,4 @@
-"""How a call to a patched model is intercepted: hooks on the outer model, the inner model and the projector.
+"""How a call to a patched model is intercepted: hooks on the outer model, the inner model and the projectors.
 
 Hooks are functions of this module and find everything through the module they run on: a copy or a pickle of a
 patched model is patched too, and independent. No class is changed.
@@ -14,17 +14,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .attachment import PLACE_ATTRIBUTE, alignment_at, projector_parameters
+from .calls import OuterCall, RoutedInstruction, route, route_without_prompt
 from .errors import InstructionError
-from .state import ALIGNMENT_NAME, AdapterState, CallPlan, OuterCall, RoutedInstruction, state_of
+from .planning import has_pixels, pinned_plan, plan_call
+from .state import AdapterState, state_of
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def install_hooks(model: nn.Module, inner: nn.Module, projector: nn.Module) -> None:
+def install_call_hooks(model: nn.Module, inner: nn.Module) -> None:
     model.register_forward_pre_hook(before_outer, with_kwargs=True)
-    model.register_forward_hook(after_outer, with_kwargs=True, always_call=True)
     inner.register_forward_pre_hook(before_inner, with_kwargs=True)
     inner.register_forward_hook(after_inner, with_kwargs=True, always_call=True)
+    model.register_forward_hook(after_outer, with_kwargs=True, always_call=True)
+
+
+def install_projector_hooks(projector: nn.Module) -> None:
     projector.register_forward_pre_hook(before_projector, with_kwargs=True)
     projector.register_forward_hook(after_projector, with_kwargs=True)
 
@@ -44,12 +50,12 @@ def remove_hooks(module: nn.Module) -> None:
 
 
 def before_outer(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
-    """Take ``instruction=`` out of the call, and note the labels, which the inner model doesn't get."""
+    """Take out of the call what is for the adapter, and note the labels, which the inner model doesn't get."""
     kwargs = _by_name(model, args, kwargs)
-    instruction, mask = pop_instruction(kwargs)
+    outer = pop_outer_call(kwargs)
     context = state_of(model).context
     if context.pinned is None:
-        context.outer = OuterCall(kwargs.get("labels"), instruction, mask)
+        context.outer = outer
     return (), kwargs
 
 
@@ -61,24 +67,18 @@ def before_inner(inner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     """Know the instruction of every row before the vision tower runs."""
     kwargs = _by_name(inner, args, kwargs)
     # Present if the outer model's hooks were passed by, as by wrappers that call forward themselves.
-    instruction, mask = pop_instruction(kwargs)
+    own = pop_outer_call(kwargs)
     state = state_of(inner)
     context = state.context
-    if context.disabled or not state.has_pixels(kwargs):
+    if context.disabled or not has_pixels(state.family, kwargs):
         return (), kwargs
-    ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
-    placeholders = state.placeholders(inner, ids, embeds)
-    repeats = 1
     if context.pinned is not None:
-        tokens = context.pinned
-        # transformers < 5.18 repeats prompts and pixels for beams before it encodes the images.
-        repeats = next(iter(placeholders.values())).shape[0] // len(tokens)
-    else:
-        outer = context.outer
-        if outer is None or instruction is not None:
-            outer = OuterCall(None if outer is None else outer.labels, instruction, mask)
-        tokens = state.instruction_tokens(inner, outer, placeholders, ids, embeds, kwargs.get("attention_mask"))
-    context.plan = CallPlan(inner, tokens, placeholders, state.sizes(kwargs), repeats)
+        context.plan = pinned_plan(state, inner, context.pinned, kwargs)
+        return (), kwargs
+    outer = own if context.outer is None else context.outer
+    if own.instruction is not None:
+        outer = OuterCall(outer.labels, outer.assistant_mask, own.instruction, own.instruction_mask)
+    context.plan = plan_call(state, inner, outer, kwargs)
     return (), kwargs
 
 
@@ -95,17 +95,17 @@ def before_projector(projector: nn.Module, args: tuple[Any, ...], kwargs: dict[s
     routed = _routed(state, visual_tokens)
     if routed is None:
         return None
-    alignment = projector.get_submodule(ALIGNMENT_NAME)
-    return put_back(routed.align(alignment, visual_tokens))  # type: ignore[arg-type]
+    return put_back(routed.align(alignment_at(projector), visual_tokens))
 
 
 def after_projector(projector: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
     """While the adapter is disabled, a projector that was trained with it gives way to the original."""
     state = state_of(projector)
-    if not state.context.disabled or state.original_projector is None:
+    original = state.original_projectors.get(getattr(projector, PLACE_ATTRIBUTE))
+    if not state.context.disabled or original is None:
         return None
-    trained = next(projector.parameters())
-    return state.original_projector.to(trained.device, trained.dtype)(*args, **kwargs)
+    trained = next(iter(projector_parameters(projector).values()))
+    return original.to(trained.device, trained.dtype)(*args, **kwargs)
 
 
 def _routed(state: AdapterState, visual_tokens: Tensor) -> RoutedInstruction | None:
@@ -119,9 +119,10 @@ def _routed(state: AdapterState, visual_tokens: Tensor) -> RoutedInstruction | N
     if context.disabled:
         routed = None
     elif context.plan is not None:
-        routed = state.route(context.plan, visual_tokens)
+        routed = route(state.family, context.plan, context.feature_call, visual_tokens)
     elif context.named is not None:
-        routed = state.route_without_prompt(context.named, visual_tokens)
+        inner = state.family.inner(state.model)
+        routed = route_without_prompt(state.family, inner, context.named, context.feature_call, visual_tokens)
     else:
         raise InstructionError(
             "visual features were asked for outside of a call that has an instruction. Call model(**inputs) or "
@@ -151,5 +152,11 @@ def _parameter_names(forward: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(inspect.signature(forward).parameters)[1:]
 
 
-def pop_instruction(kwargs: dict[str, Any]) -> tuple[Any, Tensor | None]:
-    return kwargs.pop("instruction", None), kwargs.pop("instruction_mask", None)
+def pop_outer_call(kwargs: dict[str, Any]) -> OuterCall:
+    """What a call says to the adapter, taken out of its arguments; ``labels`` stay, they are the model's too."""
+    return OuterCall(
+        labels=kwargs.get("labels"),
+        assistant_mask=kwargs.pop("assistant_masks", None),
+        instruction=kwargs.pop("instruction", None),
+        instruction_mask=kwargs.pop("instruction_mask", None),
+    )

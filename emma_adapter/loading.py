@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from . import base_saves, checkpoint, hub, training
+from . import attachment, base_saves, checkpoint, hub, training
 from .config import EmmaConfig
 from .errors import CheckpointError, PatchError
 from .families import find_family
@@ -63,9 +63,9 @@ def load_adapter(
     else:
         _refit(model, processor, instruction_encoder)
     if saved.projector:
-        training.keep_original_projector(model)
+        training.keep_original_projectors(model)
     else:
-        training.reset_projector(model)
+        training.reset_projectors(model)
     training.assign(model, saved.alignment, saved.projector)
     if state_of(model).adapter_only:
         base_saves.expect_adapter_only(model)
@@ -92,13 +92,29 @@ def _check_fit(model: nn.Module, saved: checkpoint.SavedAdapter) -> None:
             f"{saved.source} was made for {saved.config.num_visual_tokens} visual tokens an image; "
             f"this model has {number}"
         )
+    places = attachment.places(family, saved.config, model)
+    if set(places) != {_place_of(name) for name in saved.alignment}:
+        raise CheckpointError(
+            f"{saved.source} was made for a model with {len({_place_of(name) for name in saved.alignment}) - 1} "
+            f"deepstack projectors; this model has {len(places) - 1}"
+        )
     if saved.projector:
-        checkpoint.check_tensors(saved.projector, training.projector_tensors(family.projector(inner)), saved.source)
+        own = {
+            place + name: parameter
+            for place, projector in places.items()
+            for name, parameter in attachment.projector_parameters(projector).items()
+        }
+        checkpoint.check_tensors(saved.projector, own, saved.source)
     if not saved.intact:
         raise CheckpointError(
             f"{saved.source / checkpoint.WEIGHTS_NAME} is damaged: its tensors don't match the checksum they were "
             "saved with; take another copy"
         )
+
+
+def _place_of(name: str) -> str:
+    match = attachment.DEEPSTACK_PLACE.match(name)
+    return match[0] if match else attachment.MAIN_PLACE
 
 
 def _check_encoder_fit(model: nn.Module, saved: checkpoint.SavedAdapter) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from os import PathLike
@@ -10,19 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import base_saves, checkpoint, training
+from . import attachment, base_saves, checkpoint, training
 from .alignment import EmmaAlignment
 from .config import EmmaConfig
-from .errors import PatchError, UnsupportedModelError
+from .errors import PatchError
 from .families import find_family
 from .fitting import make_pipeline, make_reader, resolve_encoder, resolve_sizes
-from .guards import MethodGuard, guard_generate
-from .hooks import install_hooks, remove_hooks
+from .guards import MethodGuard, guard_features, guard_generate
+from .hooks import install_call_hooks, install_projector_hooks, remove_hooks
 from .instructions.cache import CacheInfo
 from .instructions.tokens import Instruction, embedder
-from .state import ALIGNMENT_NAME, STATE_ATTRIBUTE, AdapterState, state_of
-
-_GUARDED_METHODS = {"generate": guard_generate, "save_pretrained": base_saves.guard_save_pretrained}
+from .state import STATE_ATTRIBUTE, AdapterState, state_of
 
 
 def patch_model(
@@ -61,22 +60,26 @@ def patch_model(
     # The encoder last: it may be large, and what is wrong with the sizes shows without it.
     config = resolve_sizes(config, family, inner)
     config, encoder = resolve_encoder(config, instruction_encoder, inner)
-    projector = family.projector(inner)
-    if isinstance(projector, (nn.Sequential, nn.ModuleList)):
-        raise UnsupportedModelError(
-            f"the projector of {type(model).__name__} is a {type(projector).__name__}, which would run the adapter as "
-            "one of its layers; give the family a projector that is a module of its own"
-        )
     pipeline = make_pipeline(config, make_reader(model, family, config, processor), encoder)
-    alignment = EmmaAlignment(config).to(_execution_device(projector)).train(model.training)
     state = AdapterState(family, config, pipeline, model)
 
-    projector.add_module(ALIGNMENT_NAME, alignment)
-    for module in (model, inner, projector):
+    alignments = {
+        place: EmmaAlignment(config).to(_execution_device(projector, inner)).train(model.training)
+        for place, projector in attachment.places(family, config, model).items()
+    }
+
+    for module in (model, inner):
         setattr(module, STATE_ATTRIBUTE, state)
-    install_hooks(model, inner, projector)
-    for name, guard in _GUARDED_METHODS.items():
-        MethodGuard.install(model, name, guard)
+    for place, projector in attachment.projectors(model).items():
+        attachment.attach(projector, place, alignments[place], state)
+        install_projector_hooks(projector)
+    install_call_hooks(model, inner)
+    MethodGuard.install(model, "generate", guard_generate)
+    MethodGuard.install(model, "save_pretrained", base_saves.guard_save_pretrained)
+    for modality in family.modalities:
+        method = family.feature_methods.get(modality)
+        if method is not None and hasattr(inner, method):
+            MethodGuard.install(inner, method, functools.partial(guard_features, modality))
     return EmmaAdapter(model)
 
 
@@ -90,17 +93,12 @@ def unpatch_model(model: nn.Module) -> None:
     state = state_of(model)
     base_saves.expect_everything(model)
     training.undo_train_only(model)
-    for name in _GUARDED_METHODS:
-        guard = model.__dict__.get(name)
-        if isinstance(guard, MethodGuard):
-            guard.remove(model)
-    # Every module, not just the three: other tools copy projectors, hooks and all.
-    for module in list(model.modules()):
-        if module.__dict__.get(STATE_ATTRIBUTE) is state:
-            remove_hooks(module)
-            delattr(module, STATE_ATTRIBUTE)
-            if isinstance(module._modules.get(ALIGNMENT_NAME), EmmaAlignment):
-                delattr(module, ALIGNMENT_NAME)
+    # Every module, not just the patched ones: other tools copy projectors, hooks and all.
+    for module in [module for module in model.modules() if module.__dict__.get(STATE_ATTRIBUTE) is state]:
+        for guard in [value for value in module.__dict__.values() if isinstance(value, MethodGuard)]:
+            guard.remove(module)
+        remove_hooks(module)
+        attachment.detach(module)
 
 
 def get_adapter(model: nn.Module) -> EmmaAdapter:
@@ -127,8 +125,8 @@ class EmmaAdapter:
 
     @property
     def alignment(self) -> EmmaAlignment:
-        """The trainable module."""
-        return training.alignment_of(self.model)
+        """The trainable module at the projector."""
+        return attachment.alignments(self.model)[attachment.MAIN_PLACE]
 
     def disabled(self) -> AbstractContextManager[None]:
         """``with adapter.disabled(): …`` is the original model, bit for bit, in this thread."""
@@ -142,17 +140,17 @@ class EmmaAdapter:
         ``model.get_image_features``, which have no prompt: one for all images, or one for each."""
         state = self._state
         inner = state.family.inner(self.model)
-        device = next(self.alignment.parameters()).device
+        device = next(self.parameters()).device
         tokens = state.pipeline.explicit(instruction, instruction_mask, None, embedder(inner), device)
         return state.naming(tokens)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The adapter's parameters, float32 unless the model was cast after patching."""
-        return self.alignment.parameters()
+        return iter(attachment.named_parameters(self.model).values())
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Parameters by their name in the adapter, which doesn't depend on where it sits in the model."""
-        return self.alignment.named_parameters()
+        return iter(attachment.named_parameters(self.model).items())
 
     def num_parameters(self) -> int:
         """How many numbers the adapter has learned or can learn."""
@@ -213,8 +211,11 @@ def base_of(model: nn.Module) -> nn.Module:
     return get_base_model() if callable(get_base_model) else model
 
 
-def _execution_device(module: nn.Module) -> torch.device:
-    parameter = next(module.parameters())
+def _execution_device(module: nn.Module, inner: nn.Module) -> torch.device:
+    # A projector may have no parameter: LLaVA's "identity".
+    parameter = next(module.parameters(), None)
+    if parameter is None:
+        parameter = next(inner.parameters())
     if parameter.device.type != "meta":
         return parameter.device
     # Offloaded by accelerate: its hook knows where the module runs.

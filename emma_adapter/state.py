@@ -5,72 +5,21 @@ from __future__ import annotations
 import copy
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from .alignment import EmmaAlignment
+from .calls import CallPlan, FeatureCall, OuterCall, RoutedInstruction
 from .config import EmmaConfig
-from .errors import InstructionError, PatchError, RoutingError
-from .families import MediaLayout, ModelFamily
-from .instructions.extraction import Prompt
-from .instructions.routing import rows_of_media
-from .instructions.tokens import Instruction, InstructionPipeline, InstructionTokens, embedder
+from .errors import PatchError
+from .families import ModelFamily
+from .instructions.tokens import InstructionPipeline, InstructionTokens
 
-#: Attribute of the outer model, the inner model and the projector of a patched model.
+#: Attribute of the outer model, the inner model and the projectors of a patched model.
 STATE_ATTRIBUTE = "_emma"
-#: Name of the adapter as a submodule of the projector.
-ALIGNMENT_NAME = "emma"
-
-
-@dataclass(frozen=True)
-class OuterCall:
-    """What only the outer model's call tells."""
-
-    labels: Tensor | None = None
-    instruction: Instruction | None = None
-    instruction_mask: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class CallPlan:
-    """What the projector's hook needs to know of the call it is in. Sizes only: pixels must not be kept alive."""
-
-    inner: nn.Module
-    instruction: InstructionTokens
-    #: For each modality, placeholder tokens per row ``[B]``.
-    placeholders: Mapping[str, Tensor]
-    sizes: Mapping[str, Any]
-    #: Rows of the call for each row of the instruction: generation repeats rows for beams.
-    repeats: int = 1
-    modality: str = "image"
-
-
-@dataclass(frozen=True)
-class RoutedInstruction:
-    """The instruction for every part of one projector input."""
-
-    layout: MediaLayout
-    rows: Tensor  # [media], rows of the instruction
-    instruction: InstructionTokens
-
-    def align(self, alignment: EmmaAlignment, visual_tokens: Tensor) -> Tensor:
-        units = list(self.layout.units)
-        if not self.layout.packed:
-            repeats = torch.as_tensor(units, device=self.rows.device)
-            entries = self.instruction.of_rows(self.rows.repeat_interleave(repeats, output_size=sum(units)))
-            return alignment(visual_tokens, entries.tokens, entries.mask)
-        aligned = []
-        for i, segment in enumerate(visual_tokens.split(units, dim=1)):
-            own = self.instruction.of_rows(self.rows[i : i + 1])
-            grid = None if self.layout.grids is None else self.layout.grids[i]
-            aligned.append(alignment(segment, own.tokens, own.mask, grid=grid))
-        return torch.cat(aligned, dim=1)
 
 
 class CallContext(threading.local):
@@ -79,6 +28,7 @@ class CallContext(threading.local):
     def __init__(self) -> None:
         self.outer: OuterCall | None = None
         self.plan: CallPlan | None = None
+        self.feature_call: FeatureCall | None = None
         #: The instruction of a running ``generate``, read from its prompt.
         self.pinned: InstructionTokens | None = None
         #: The instruction of a running ``with adapter.instruction(...)``.
@@ -115,7 +65,7 @@ class RecomputationMemory:
 
 
 class AdapterState:
-    """One per patched model; shared by its outer model, inner model and projector.
+    """One per patched model; shared by its outer model, inner model and projectors.
 
     Holds the model weakly, so that nothing keeps a deleted model alive. Copies and pickles carry the
     adapter's parts, never a call.
@@ -127,8 +77,8 @@ class AdapterState:
         self.family = family
         self.config = config
         self.pipeline = pipeline
-        #: A copy of the projector as it was before training, once the projector is trained with the adapter.
-        self.original_projector: nn.Module | None = None
+        #: Copies of the projectors as they were before training, once they are trained with the adapter.
+        self.original_projectors: dict[str, nn.Module] = {}
         #: True once everything but the adapter is frozen: checkpoints then hold the adapter only.
         self.adapter_only = False
         #: What transformers itself leaves out of saves, while ``adapter_only`` replaces it.
@@ -157,87 +107,12 @@ class AdapterState:
         twin.__setstate__({key: copy.deepcopy(value, memo) for key, value in self.__getstate__().items()})
         return twin
 
-    def has_pixels(self, arguments: Mapping[str, Any]) -> bool:
-        return any(arguments.get(name) is not None for names in self.family.pixel_arguments.values() for name in names)
-
-    def sizes(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: arguments.get(name) for name in self.family.size_arguments}
-
-    def placeholders(
-        self, inner: nn.Module, input_ids: Tensor | None, inputs_embeds: Tensor | None
-    ) -> dict[str, Tensor]:
-        """Placeholder tokens per row ``[B]``, for each modality."""
-        counts = {}
-        for modality in self.family.pixel_arguments:
-            token_id = self.family.placeholder_id(inner, modality)
-            if input_ids is not None:
-                counts[modality] = (input_ids == token_id).sum(dim=1)
-            elif inputs_embeds is not None:
-                # As transformers does it: a placeholder is where the embedding equals the placeholder's.
-                one = embedder(inner)(torch.tensor([token_id], device=inputs_embeds.device))
-                counts[modality] = (inputs_embeds == one).all(dim=-1).sum(dim=1)
-            else:
-                raise RoutingError("a call with images needs input_ids or inputs_embeds")
-        return counts
-
-    def instruction_tokens(
-        self,
-        inner: nn.Module,
-        outer: OuterCall,
-        placeholders: Mapping[str, Tensor],
-        input_ids: Tensor | None,
-        inputs_embeds: Tensor | None,
-        attention_mask: Any,
-    ) -> InstructionTokens:
-        """The call's instruction, explicit or inferred: one row per row of the call.
-
-        Raises:
-            InstructionError: if it can't be known.
-        """
-        embed = embedder(inner)
-        reference = input_ids if input_ids is not None else inputs_embeds
-        assert reference is not None
-        rows = reference.shape[0]
-        if outer.instruction is None and self.context.named is not None:
-            return self.context.named.for_each(rows, "rows")
-        if outer.instruction is not None:
-            return self.pipeline.explicit(outer.instruction, outer.instruction_mask, rows, embed, reference.device)
-        if input_ids is None:
-            raise InstructionError(
-                "the instruction can't be read from inputs_embeds; pass it: "
-                'model(**inputs, instruction=["…", …]), or the same with generate'
-            )
-        prompt = Prompt(
-            input_ids=input_ids,
-            attention_mask=attention_mask if isinstance(attention_mask, Tensor) else None,
-            labels=outer.labels,
-            trains=inner.training and torch.is_grad_enabled(),
-            has_media=torch.stack(list(placeholders.values())).sum(dim=0) > 0,
-        )
-        return self.pipeline.inferred(prompt, embed)
-
-    def route(self, plan: CallPlan, visual_tokens: Tensor) -> RoutedInstruction:
-        """Which instruction each part of a projector input meets.
-
-        Raises:
-            RoutingError: if images, visual tokens and placeholders don't match.
-        """
-        placeholders = plan.placeholders[plan.modality]
-        layout = self.family.layout(plan.inner, plan.modality, visual_tokens, plan.sizes, int(placeholders.sum()))
-        expected = visual_tokens.shape[1 if layout.packed else 0]
-        if sum(layout.units) != expected:
-            raise RoutingError(
-                f"the call announces {sum(layout.units)} entries of visual tokens, but the projector got {expected}"
-            )
-        rows = rows_of_media(placeholders, layout.tokens) // plan.repeats
-        return RoutedInstruction(layout, rows, plan.instruction)
-
-    def route_without_prompt(self, instruction: InstructionTokens, visual_tokens: Tensor) -> RoutedInstruction:
-        """One instruction for all images, or one for each, outside of any call."""
-        images = visual_tokens.shape[0]
-        rows = torch.arange(images, device=visual_tokens.device)
-        layout = MediaLayout(tokens=[1] * images, units=[1] * images)
-        return RoutedInstruction(layout, rows, instruction.for_each(images, "images"))
+    @property
+    def model(self) -> nn.Module:
+        """The patched model: whoever asks is running in a part of it."""
+        model = self._model()
+        assert model is not None
+        return model
 
     @contextmanager
     def generating(self, plan: CallPlan) -> Iterator[None]:
@@ -249,6 +124,19 @@ class AdapterState:
             yield
         finally:
             context.outer, context.plan, context.pinned = before
+
+    @contextmanager
+    def encoding(self, feature_call: FeatureCall) -> Iterator[None]:
+        """The context of a running feature method. The outermost counts: some models encode videos as images."""
+        context = self.context
+        if context.feature_call is not None:
+            yield
+            return
+        context.feature_call = feature_call
+        try:
+            yield
+        finally:
+            context.feature_call = None
 
     @contextmanager
     def naming(self, instruction: InstructionTokens) -> Iterator[None]:

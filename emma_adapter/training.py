@@ -8,35 +8,24 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .alignment import EmmaAlignment
+from . import attachment
 from .errors import PatchError
 from .hooks import remove_hooks
-from .state import ALIGNMENT_NAME, STATE_ATTRIBUTE, state_of
-
-
-def projector_of(model: nn.Module) -> nn.Module:
-    family = state_of(model).family
-    return family.projector(family.inner(model))
-
-
-def alignment_of(model: nn.Module) -> EmmaAlignment:
-    return projector_of(model).get_submodule(ALIGNMENT_NAME)  # type: ignore[return-value]
+from .state import state_of
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """The numbers in the adapter, and in the whole model with it."""
-    own = sum(parameter.numel() for parameter in alignment_of(model).parameters())
+    own = sum(parameter.numel() for parameter in attachment.named_parameters(model).values())
     return own, sum(parameter.numel() for parameter in model.parameters())
 
 
 def projector_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    return projector_tensors(projector_of(model))
-
-
-def projector_tensors(projector: nn.Module) -> dict[str, nn.Parameter]:
-    """The projector's own parameters by name, without the adapter's."""
+    """The parameters of the projectors themselves, by place and name."""
     return {
-        name: parameter for name, parameter in projector.named_parameters() if not name.startswith(f"{ALIGNMENT_NAME}.")
+        place + name: parameter
+        for place, projector in attachment.projectors(model).items()
+        for name, parameter in attachment.projector_parameters(projector).items()
     }
 
 
@@ -49,19 +38,20 @@ def train_only(model: nn.Module, *, projector: bool) -> None:
             "adapter first, or train_only() without projector=True"
         )
     if state.trainable_before is None:
-        adapter = {id(parameter) for parameter in alignment_of(model).parameters()}
+        adapter = {id(parameter) for parameter in attachment.named_parameters(model).values()}
         state.trainable_before = {n: p.requires_grad for n, p in model.named_parameters() if id(p) not in adapter}
     model.requires_grad_(False)
-    alignment_of(model).requires_grad_(True)
+    for parameter in attachment.named_parameters(model).values():
+        parameter.requires_grad_(True)
     if projector:
-        keep_original_projector(model)
+        keep_original_projectors(model)
         for parameter in projector_parameters(model).values():
             parameter.requires_grad_(True)
 
 
 def undo_train_only(model: nn.Module) -> None:
     """Make trainable again what was, and give the projector its original values."""
-    reset_projector(model)
+    reset_projectors(model)
     before = state_of(model).trainable_before or {}
     for name, parameter in model.named_parameters():
         if name in before:
@@ -72,7 +62,7 @@ def parameter_groups(
     model: nn.Module, lr: float, *, projector_lr: float | None, weight_decay: float
 ) -> list[dict[str, Any]]:
     """One group for the adapter, and one for the projector if it is trained."""
-    adapter = [parameter for parameter in alignment_of(model).parameters() if parameter.requires_grad]
+    adapter = [parameter for parameter in attachment.named_parameters(model).values() if parameter.requires_grad]
     projector = [parameter for parameter in projector_parameters(model).values() if parameter.requires_grad]
     groups: list[dict[str, Any]] = [{"params": adapter, "lr": lr, "weight_decay": weight_decay}]
     if projector:
@@ -81,28 +71,37 @@ def parameter_groups(
     return groups
 
 
-def keep_original_projector(model: nn.Module) -> None:
-    """Remember the projector as it is, so that ``disabled()`` and ``unpatch_model`` can go back to it."""
-    state = state_of(model)
-    if state.original_projector is not None:
+def keep_original_projectors(model: nn.Module) -> None:
+    """Remember the projectors as they are, so that ``disabled()`` and ``unpatch_model`` can go back to them."""
+    originals = state_of(model).original_projectors
+    if originals:
         return
-    original = copy.deepcopy(projector_of(model))
-    remove_hooks(original)
-    delattr(original, ALIGNMENT_NAME)
-    delattr(original, STATE_ATTRIBUTE)
-    state.original_projector = original.requires_grad_(False)
+    for place, projector in attachment.projectors(model).items():
+        original = copy.deepcopy(projector)
+        remove_hooks(original)
+        attachment.detach(original)
+        originals[place] = original.requires_grad_(False)
 
 
-def trained_projector(model: nn.Module) -> dict[str, Tensor]:
-    """The projector's tensors if it belongs to the adapter; else none."""
-    if state_of(model).original_projector is None:
+def trained_projectors(model: nn.Module) -> dict[str, Tensor]:
+    """The projectors' tensors, by place and name, if they belong to the adapter; else none."""
+    if not state_of(model).original_projectors:
         return {}
     return {name: parameter.detach() for name, parameter in projector_parameters(model).items()}
 
 
+def original_projectors(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors that :func:`trained_projectors` had before training."""
+    return {
+        place + name: parameter
+        for place, original in state_of(model).original_projectors.items()
+        for name, parameter in original.named_parameters()
+    }
+
+
 def assign(model: nn.Module, alignment: Mapping[str, Tensor], projector: Mapping[str, Tensor]) -> None:
-    """Give adapter and projector these values. The adapter takes their dtype too: it is saved as it was used."""
-    own = alignment_of(model).state_dict(keep_vars=True)
+    """Give adapter and projectors these values. The adapter takes their dtype too: it is saved as it was used."""
+    own = attachment.state_dict(model, keep_vars=True)
     for name, value in alignment.items():
         own[name].data = value.to(own[name].device)
     parameters = projector_parameters(model)
@@ -110,10 +109,8 @@ def assign(model: nn.Module, alignment: Mapping[str, Tensor], projector: Mapping
         parameters[name].data.copy_(value)
 
 
-def reset_projector(model: nn.Module) -> None:
-    """Give the projector its original values again; it may go on being trained."""
-    original = state_of(model).original_projector
-    if original is not None:
-        parameters = projector_parameters(model)
-        for name, value in original.named_parameters():
-            parameters[name].data.copy_(value)
+def reset_projectors(model: nn.Module) -> None:
+    """Give the projectors their original values again; they may go on being trained."""
+    parameters = projector_parameters(model)
+    for name, value in original_projectors(model).items():
+        parameters[name].data.copy_(value)

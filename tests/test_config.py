@@ -32,6 +32,7 @@ WRONG: list[tuple[str, Any, str, dict[str, Any]]] = [
     ("inner_dim", 2, "a multiple of num_heads=4", {}),
     *[("instruction_layer", value, "an integer", {}) for value in (True, None, -2.0, "-2", [])],
     *[("cache_size", value, "an integer >= 0", {}) for value in (-1, True, None, 1.0, "512")],
+    *[("align_deepstack", value, "True or False", {}) for value in (None, 1, "yes")],
     *[
         ("visual_grid", value, "two integers (height, width) >= 1", {})
         for value in (4, "22", (), (4,), (1, 2, 2), (0, 4), (-2, -2), (2.0, 2), (True, 4), (None, 4), {2: 2}, {2, 3})
@@ -147,6 +148,7 @@ VALID: dict[str, st.SearchStrategy[Any]] = {
     "instruction_layer": st.integers(),
     "instruction_policy": st.sampled_from(get_args(InstructionPolicy)),
     "cache_size": st.integers(min_value=0),
+    "align_deepstack": st.booleans(),
     "fusion_options": st.dictionaries(st.text(), json_values(), max_size=4),
 }
 

@@ -304,8 +304,6 @@ def test_pixtral_tower_packs_images_of_different_sizes():
         image_sizes=sizes[1:],
     )
     torch.testing.assert_close(together[1:], alone, atol=SAME, rtol=0)
-    with pytest.raises(UnsupportedModelError, match="fixed number"):
-        patch_model(tiny.pixtral_llava(), EmmaConfig(fusion="linear"))
 
 
 def other_vision_tower(name: str):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import ShapeError
 from .layers import CastingLayerNorm, CastingLinear
+from .resampling import resample
 
 if TYPE_CHECKING:
     from ..config import EmmaConfig
@@ -97,10 +98,7 @@ class CrossAttention(nn.Module):
             return self.position
         if self.native_grid is None:
             raise ShapeError(f"positions can't be resampled to grid={grid} without EmmaConfig.visual_grid")
-        height, width = self.native_grid
-        table: Tensor = rearrange(self.position, "(h w) c -> 1 c h w", h=height, w=width)
-        table = F.interpolate(table, size=grid, mode="bilinear", align_corners=False)
-        return rearrange(table, "1 c h w -> (h w) c")
+        return resample(self.position, self.native_grid, grid)
 
 
 def keep_uninstructed(aligned: Tensor, visual_tokens: Tensor, instruction_mask: Tensor | None) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError, ShapeError
 from .layers import CastingLinear, add_update
 from .registry import Fusion, register_fusion
+from .resampling import resample
 
 if TYPE_CHECKING:
     from ..config import EmmaConfig
@@ -27,10 +28,13 @@ class LinearFusion(Fusion):
 
     A masked instruction position contributes nothing. Without a mask every position counts, padding included,
     as in the paper.
+
+    The weights live on the native grid, ``config.visual_grid``. For an image on another grid its visual tokens are
+    resampled to the native one, and the update, ``dW_img V + W_txt T' + b``, back to the image's own; which is the
+    same as resampling the rows of ``W_txt`` and ``b``. V itself is never resampled.
     """
 
     reads_padding = True
-    fixed_num_visual_tokens = True
 
     def __init__(self, config: EmmaConfig) -> None:
         super().__init__(config)
@@ -41,6 +45,7 @@ class LinearFusion(Fusion):
         assert config.num_visual_tokens and config.max_instruction_tokens
         n = config.num_visual_tokens
         self.instruction_projection = CastingLinear(config.instruction_dim, config.visual_dim)
+        self.native_grid = config.visual_grid
         self.text_weight = nn.Parameter(torch.zeros(n, config.max_instruction_tokens))
         self.bias = nn.Parameter(torch.zeros(n))
         if config.rank is None:
@@ -56,12 +61,8 @@ class LinearFusion(Fusion):
         instruction_mask: Tensor | None,
         grid: tuple[int, int] | None = None,
     ) -> Tensor:
-        num_visual, num_columns = self.text_weight.shape
-        if visual_tokens.shape[1] != num_visual:
-            raise ShapeError(
-                f'fusion="linear" was made for {num_visual} visual tokens an image and got {visual_tokens.shape[1]}; '
-                'use fusion="attention" or "modulation" for images of any size'
-            )
+        num_columns = self.text_weight.shape[1]
+        own_grid = self._own_grid(visual_tokens.shape[1], grid)
         num_instruction = instruction_tokens.shape[1]
         if num_instruction > num_columns:
             raise ShapeError(
@@ -74,8 +75,27 @@ class LinearFusion(Fusion):
         projected = _blank(projected, instruction_mask)
         dtype = visual_tokens.dtype
         text_weight = self.text_weight[:, :num_instruction].to(dtype)
-        update = self._image_update(visual_tokens) + text_weight @ projected + self.bias.to(dtype)[:, None]
+        native_tokens = visual_tokens
+        if own_grid is not None and self.native_grid is not None:
+            native_tokens = resample(visual_tokens, own_grid, self.native_grid, antialias=True)
+        update = self._image_update(native_tokens) + text_weight @ projected + self.bias.to(dtype)[:, None]
+        if own_grid is not None and self.native_grid is not None:
+            update = resample(update, self.native_grid, own_grid)
         return add_update(visual_tokens, update)
+
+    def _own_grid(self, num_visual_tokens: int, grid: tuple[int, int] | None) -> tuple[int, int] | None:
+        """The grid of these visual tokens, or None if it is the native one."""
+        if grid is not None and grid != self.native_grid:
+            if self.native_grid is None:
+                raise ShapeError(f"weights can't be resampled to grid={grid} without EmmaConfig.visual_grid")
+            return grid
+        native = self.text_weight.shape[0]
+        if num_visual_tokens != native:
+            raise ShapeError(
+                f'fusion="linear" was made for {native} visual tokens an image and got {num_visual_tokens}; with '
+                "EmmaConfig.visual_grid, grid=(height, width) resamples its weights"
+            )
+        return None
 
     def _image_update(self, visual_tokens: Tensor) -> Tensor:
         dtype = visual_tokens.dtype

@@ -10,17 +10,19 @@ from torch import Tensor
 from ..errors import RoutingError
 
 
-def rows_of_media(placeholders: Tensor, tokens_per_medium: Sequence[int]) -> Tensor:
+def rows_of_media(placeholders: Tensor, tokens_per_medium: Sequence[int], *, repeats: int = 1) -> Tensor:
     """The row of each image (or video) of a batch.
 
     Media fill the placeholder tokens in the order of the batch, first row first, as transformers scatters them.
 
     Args:
         placeholders: ``[B]``, placeholder tokens in each row.
-        tokens_per_medium: tokens that each medium takes in the language model, in order.
+        tokens_per_medium: tokens that each medium takes in the language model, in order. A medium of 0 tokens, which
+            no prompt shows, gets some row.
+        repeats: how many times in succession each row stands in ``placeholders``.
 
     Returns:
-        ``[len(tokens_per_medium)]``, int64, on the device of ``placeholders``.
+        ``[len(tokens_per_medium)]``, int64, on the device of ``placeholders``: rows before they were repeated.
 
     Raises:
         RoutingError: if totals differ, or a medium would cross from one row into the next.
@@ -28,16 +30,16 @@ def rows_of_media(placeholders: Tensor, tokens_per_medium: Sequence[int]) -> Ten
     lengths = torch.as_tensor(tokens_per_medium, device=placeholders.device)
     ends = lengths.cumsum(0)
     row_ends = placeholders.cumsum(0)
-    rows = torch.searchsorted(row_ends, ends - lengths, right=True)
+    rows = torch.searchsorted(row_ends, ends - lengths, right=True).clamp(max=len(placeholders) - 1) // repeats
     if not torch.compiler.is_compiling():
-        last_rows = torch.searchsorted(row_ends, ends - 1, right=True)
+        last_rows = torch.searchsorted(row_ends, ends - 1, right=True) // repeats
         expected, found = int(lengths.sum()), int(placeholders.sum())
         if expected != found:
             raise RoutingError(
-                f"{len(tokens_per_medium)} images take {expected} tokens, but the prompts hold {found} placeholder "
-                "tokens: let the model's processor make text and images together"
+                f"{len(tokens_per_medium)} images or videos take {expected} tokens, but the prompts hold {found} "
+                "placeholder tokens: let the model's processor make text and images together"
             )
-        if not torch.equal(rows, last_rows):
+        if bool(((rows != last_rows) & (lengths > 0)).any()):
             raise RoutingError(
                 "an image would begin in one row of the batch and end in another "
                 f"(placeholder tokens per row: {placeholders.tolist()}, tokens per image: {list(tokens_per_medium)})"

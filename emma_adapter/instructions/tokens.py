@@ -114,7 +114,7 @@ class InstructionPipeline:
         tokens, mask = tokens[:, : self.max_instruction_tokens], mask[:, : self.max_instruction_tokens]
         if self.reads_padding and self.encoder.encodes_padding:
             return InstructionTokens(tokens, None)
-        # The towers are causal: what follows the longest text of the batch changes nothing before it.
+        # Nothing reads masked positions, so those after the longest text of the batch can go.
         longest = max(1, int(mask.sum(dim=1).max()))
         if bool((mask.cumsum(dim=1) == torch.arange(1, mask.shape[1] + 1, device=device))[mask].all()):
             tokens, mask = tokens[:, :longest], mask[:, :longest]
@@ -124,7 +124,8 @@ class InstructionPipeline:
         # The end is kept: where only the whole prompt is known, the question stands there.
         ids, mask = _cut_to_last(ids, mask, self.max_instruction_tokens)
         with torch.no_grad():
-            tokens = embed(ids)
+            # What is masked may be a placeholder's id, which need not be in the vocabulary.
+            tokens = embed(ids.masked_fill(~mask, 0))
         return InstructionTokens(tokens.detach(), mask)
 
 

@@ -1,0 +1,103 @@
+"""Where an adapter sits in a model: at the projector, and if asked for at each deepstack projector."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch import Tensor, nn
+
+from .alignment import EmmaAlignment
+from .config import EmmaConfig
+from .families import ModelFamily
+from .state import STATE_ATTRIBUTE, AdapterState, state_of
+
+#: Name of an alignment as a submodule of its projector.
+ALIGNMENT_NAME = "emma"
+#: Attribute of a projector: which of the model's projectors it is.
+PLACE_ATTRIBUTE = "_emma_place"
+#: The projector itself; others are named "deepstack.0." and so on. Saved tensors begin with these names.
+MAIN_PLACE = ""
+DEEPSTACK_PLACE = re.compile(r"deepstack\.\d+\.")
+
+
+def attach(projector: nn.Module, place: str, alignment: EmmaAlignment, state: AdapterState) -> None:
+    setattr(projector, STATE_ATTRIBUTE, state)
+    setattr(projector, PLACE_ATTRIBUTE, place)
+    holder = projector
+    while isinstance(holder, nn.Sequential):
+        # It would run the alignment as one of its layers; a layer's own submodules it leaves alone.
+        holder = next(iter(holder.children()))
+    holder.add_module(ALIGNMENT_NAME, alignment)
+
+
+def detach(module: nn.Module) -> None:
+    """Take off what :func:`attach` put on a projector, or patching on another module."""
+    if PLACE_ATTRIBUTE in module.__dict__:
+        delattr(module, PLACE_ATTRIBUTE)
+        for holder in list(module.modules()):
+            if isinstance(holder._modules.get(ALIGNMENT_NAME), EmmaAlignment):
+                delattr(holder, ALIGNMENT_NAME)
+    delattr(module, STATE_ATTRIBUTE)
+
+
+def alignment_at(projector: nn.Module) -> EmmaAlignment:
+    """The alignment of a projector, also of one that another tool has wrapped."""
+    module: Any = projector
+    while module is not None:
+        alignment = getattr(module, ALIGNMENT_NAME, None)
+        if isinstance(alignment, EmmaAlignment):
+            return alignment
+        wrapped = getattr(module, "base_layer", None)
+        module = getattr(module, "0", None) if wrapped is None else wrapped
+    raise RuntimeError(f"this {type(projector).__name__} has lost its alignment")
+
+
+def projectors(model: nn.Module) -> dict[str, nn.Module]:
+    """The projectors that the adapter of a patched model sits at, by place."""
+    state = state_of(model)
+    return places(state.family, state.config, model)
+
+
+def places(family: ModelFamily, config: EmmaConfig, model: nn.Module) -> dict[str, nn.Module]:
+    """The projectors that an adapter with this config sits at, by place."""
+    inner = family.inner(model)
+    found = {MAIN_PLACE: family.projector(inner)}
+    if config.align_deepstack:
+        further = family.deepstack_projectors(inner)
+        found |= {f"deepstack.{number}.": projector for number, projector in enumerate(further)}
+    return found
+
+
+def alignments(model: nn.Module) -> dict[str, EmmaAlignment]:
+    """The adapter's modules, by place."""
+    return {place: alignment_at(projector) for place, projector in projectors(model).items()}
+
+
+def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The adapter's parameters, by their name in the adapter."""
+    return {
+        place + name: parameter
+        for place, alignment in alignments(model).items()
+        for name, parameter in alignment.named_parameters()
+    }
+
+
+def state_dict(model: nn.Module, *, keep_vars: bool = False) -> dict[str, Tensor]:
+    """The adapter's tensors, by their name in the adapter."""
+    return {
+        place + name: tensor
+        for place, alignment in alignments(model).items()
+        for name, tensor in alignment.state_dict(keep_vars=keep_vars).items()
+    }
+
+
+def projector_parameters(projector: nn.Module) -> dict[str, nn.Parameter]:
+    """A projector's own parameters by name, without the adapter's."""
+    adapter = {
+        id(parameter)
+        for module in projector.modules()
+        if isinstance(module, EmmaAlignment)
+        for parameter in module.parameters()
+    }
+    return {name: parameter for name, parameter in projector.named_parameters() if id(parameter) not in adapter}

@@ -1,0 +1,171 @@
+"""One call of a patched model: what is known of it, and which instruction each of its visual tokens meets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .alignment import EmmaAlignment
+from .errors import RoutingError
+from .families import MediaLayout, ModelFamily, ProjectorCall
+from .instructions.routing import rows_of_media
+from .instructions.tokens import Instruction, InstructionTokens
+
+
+@dataclass(frozen=True)
+class OuterCall:
+    """What only the outer model's call tells."""
+
+    labels: Tensor | None = None
+    assistant_mask: Tensor | None = None
+    instruction: Instruction | None = None
+    instruction_mask: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class VisualArguments:
+    """What the arguments of a call say about its images. Sizes only: pixels must not be kept alive."""
+
+    sizes: Mapping[str, Any]
+    pixel_shapes: Mapping[str, tuple[int, ...]]
+
+    @classmethod
+    def of(cls, family: ModelFamily, arguments: Mapping[str, Any]) -> VisualArguments:
+        pixels = [family.pixel_arguments[modality] for modality in family.modalities]
+        return cls(
+            sizes={name: arguments.get(name) for name in family.size_arguments},
+            pixel_shapes={
+                name: tuple(arguments[name].shape) for name in pixels if hasattr(arguments.get(name), "shape")
+            },
+        )
+
+
+@dataclass(frozen=True)
+class FeatureCall:
+    """A running ``get_image_features`` or ``get_video_features``."""
+
+    modality: str
+    arguments: VisualArguments
+
+
+@dataclass(frozen=True)
+class CallPlan:
+    """What the projector's hook needs to know of the call it is in.
+
+    Its rows are those of the batch, or the samples that are packed in them.
+    """
+
+    inner: nn.Module
+    instruction: InstructionTokens
+    #: For each modality, placeholder tokens per row ``[B]``.
+    placeholders: Mapping[str, Tensor]
+    arguments: VisualArguments
+    #: Rows of the call for each row of the instruction: generation repeats rows for beams.
+    repeats: int = 1
+
+
+@dataclass(frozen=True)
+class RoutedInstruction:
+    """The instruction for every part of one projector input."""
+
+    layout: MediaLayout
+    rows: Tensor  # [media], rows of the instruction
+    instruction: InstructionTokens
+
+    def align(self, alignment: EmmaAlignment, visual_tokens: Tensor) -> Tensor:
+        layout = self.layout
+        per_medium = torch.as_tensor(layout.entries, device=self.rows.device)
+        rows = self.rows.repeat_interleave(per_medium, output_size=sum(layout.entries))
+        if layout.grids is None:
+            own = self.instruction.of_rows(rows)
+            return alignment(visual_tokens, own.tokens, own.mask)
+        return self._align_grids(alignment, visual_tokens, layout.grids, rows)
+
+    def _align_grids(
+        self, alignment: EmmaAlignment, visual_tokens: Tensor, grids: Sequence[tuple[int, int]], rows: Tensor
+    ) -> Tensor:
+        """Entries of the same grid are aligned together."""
+        flat = visual_tokens.reshape(-1, visual_tokens.shape[-1])
+        pieces = list(flat.split([height * width for height, width in grids]))
+        members: dict[tuple[int, int], list[int]] = {}
+        for entry, grid in enumerate(grids):
+            members.setdefault(grid, []).append(entry)
+        for grid, entries in members.items():
+            own = self.instruction.of_rows(rows[torch.as_tensor(entries, device=rows.device)])
+            batch = torch.stack([pieces[entry] for entry in entries])
+            order = None if self.layout.orders is None else self.layout.orders[grid].to(batch.device)
+            if order is not None:
+                batch = batch[:, order.argsort()]
+            aligned = alignment(batch, own.tokens, own.mask, grid=grid)
+            if order is not None:
+                aligned = aligned[:, order]
+            for entry, piece in zip(entries, aligned.unbind(0), strict=True):
+                pieces[entry] = piece
+        return torch.cat(pieces).reshape(visual_tokens.shape) if pieces else visual_tokens
+
+
+def route(
+    family: ModelFamily, plan: CallPlan, feature_call: FeatureCall | None, visual_tokens: Tensor
+) -> RoutedInstruction:
+    """Which instruction each part of a projector input meets.
+
+    Raises:
+        RoutingError: if images, visual tokens and placeholders don't match.
+    """
+    modality = next(iter(plan.placeholders)) if feature_call is None else feature_call.modality
+    arguments = plan.arguments if feature_call is None else feature_call.arguments
+    call = ProjectorCall(
+        inner=plan.inner,
+        modality=modality,
+        visual_tokens=visual_tokens,
+        sizes=arguments.sizes,
+        pixel_shapes=arguments.pixel_shapes,
+        placeholders=plan.placeholders[modality],
+    )
+    layout = _checked_layout(family, call)
+    rows = rows_of_media(plan.placeholders[modality], layout.tokens, repeats=plan.repeats)
+    return RoutedInstruction(layout, rows, plan.instruction)
+
+
+def route_without_prompt(
+    family: ModelFamily,
+    inner: nn.Module,
+    instruction: InstructionTokens,
+    feature_call: FeatureCall | None,
+    visual_tokens: Tensor,
+) -> RoutedInstruction:
+    """One instruction for all images, or one for each, outside of any call."""
+    arguments = VisualArguments.of(family, {}) if feature_call is None else feature_call.arguments
+    call = ProjectorCall(
+        inner=inner,
+        modality=family.modalities[0] if feature_call is None else feature_call.modality,
+        visual_tokens=visual_tokens,
+        sizes=arguments.sizes,
+        pixel_shapes=arguments.pixel_shapes,
+        placeholders=None,
+    )
+    layout = _checked_layout(family, call)
+    media = len(layout.tokens)
+    rows = torch.arange(media, device=visual_tokens.device)
+    return RoutedInstruction(layout, rows, instruction.for_each(media, f"{call.modality}s"))
+
+
+def _checked_layout(family: ModelFamily, call: ProjectorCall) -> MediaLayout:
+    layout = family.layout(call)
+    shape = call.visual_tokens.shape
+    grids = layout.grids
+    announced, found = sum(layout.entries), shape[0]
+    if layout.packed:
+        if grids is None or len(grids) != announced:
+            raise RoutingError(f"the layout of {type(family).__name__} is packed and must name the grid of each entry")
+        announced, found = sum(height * width for height, width in grids), shape[:-1].numel()
+    if announced != found:
+        raise RoutingError(
+            f"the call announces {announced} {'visual tokens' if layout.packed else 'images, tiles or frames'}, but "
+            f"the projector got {found}: pass on everything that the model's processor returns"
+        )
+    return layout

@@ -1,0 +1,130 @@
+"""From the arguments of a call to its plan: the instruction of each row, and how many placeholders it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .calls import CallPlan, OuterCall, VisualArguments
+from .errors import InstructionError, RoutingError
+from .families import ModelFamily
+from .instructions.extraction import Prompt
+from .instructions.packing import Samples, find_samples
+from .instructions.tokens import InstructionTokens, embedder
+from .state import AdapterState
+
+
+def has_pixels(family: ModelFamily, arguments: Mapping[str, Any]) -> bool:
+    return any(arguments.get(family.pixel_arguments[modality]) is not None for modality in family.modalities)
+
+
+def plan_call(
+    state: AdapterState, inner: nn.Module, outer: OuterCall, arguments: Mapping[str, Any], *, cached: int = 0
+) -> CallPlan:
+    """The plan of a call with pixels.
+
+    Args:
+        state: of the patched model.
+        inner: the module whose ``forward`` takes pixels and token ids.
+        outer: what the outer model's call told.
+        arguments: of the call, by name.
+        cached: how many of the ids came with earlier calls: this call's images are not among them.
+
+    Raises:
+        InstructionError: if the instruction can't be known.
+        RoutingError: if the placeholders can't be found.
+    """
+    is_placeholder = _is_placeholder(state.family, inner, arguments)
+    explicit = outer.instruction is not None or state.context.named is not None
+    samples = find_samples(arguments, next(iter(is_placeholder.values())).shape, required=not explicit)
+    if samples is not None:
+        is_placeholder = {modality: samples.unpack(where, False) for modality, where in is_placeholder.items()}
+    placeholders = {modality: where[:, cached:].sum(dim=1) for modality, where in is_placeholder.items()}
+    instruction = _instruction_tokens(state, inner, outer, placeholders, arguments, samples)
+    return CallPlan(inner, instruction, placeholders, VisualArguments.of(state.family, arguments))
+
+
+def pinned_plan(
+    state: AdapterState, inner: nn.Module, pinned: InstructionTokens, arguments: Mapping[str, Any]
+) -> CallPlan:
+    """The plan of a forward inside ``generate``, whose prompt told the instruction."""
+    placeholders = {
+        modality: where.sum(dim=1) for modality, where in _is_placeholder(state.family, inner, arguments).items()
+    }
+    # transformers < 5.18 repeats prompts and pixels for beams before it encodes the images.
+    repeats = next(iter(placeholders.values())).shape[0] // len(pinned)
+    return CallPlan(inner, pinned, placeholders, VisualArguments.of(state.family, arguments), repeats)
+
+
+def _is_placeholder(family: ModelFamily, inner: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Bool ``[B, L]`` for each modality."""
+    ids, embeds = arguments.get("input_ids"), arguments.get("inputs_embeds")
+    found = {}
+    for modality in family.modalities:
+        token_id = family.placeholder_id(inner, modality)
+        if ids is not None:
+            found[modality] = ids == token_id
+        elif embeds is not None:
+            found[modality] = _equals_embedding(inner, token_id, embeds)
+        else:
+            raise RoutingError("a call with images needs input_ids or inputs_embeds")
+    return found
+
+
+def _equals_embedding(inner: nn.Module, token_id: int, embeds: Tensor) -> Tensor:
+    """As transformers does it: a placeholder is where the embedding equals the placeholder's."""
+    embed = embedder(inner)
+    vocabulary = embed.weight.shape[0]  # type: ignore[attr-defined]
+    if not 0 <= token_id < vocabulary:
+        raise RoutingError(
+            f"the placeholder token {token_id} has no embedding (the vocabulary ends at {vocabulary}), so that images "
+            "can't be found in inputs_embeds; pass input_ids"
+        )
+    one = embed(torch.tensor([token_id], device=embeds.device)).to(embeds.dtype)
+    return (embeds == one).all(dim=-1)
+
+
+def _instruction_tokens(
+    state: AdapterState,
+    inner: nn.Module,
+    outer: OuterCall,
+    placeholders: Mapping[str, Tensor],
+    arguments: Mapping[str, Any],
+    samples: Samples | None,
+) -> InstructionTokens:
+    """The call's instruction, explicit or inferred: one row per row (or packed sample) of the call."""
+    embed = embedder(inner)
+    rows = next(iter(placeholders.values())).shape[0]
+    device = next(iter(placeholders.values())).device
+    if outer.instruction is not None:
+        return state.pipeline.explicit(outer.instruction, outer.instruction_mask, rows, embed, device)
+    if state.context.named is not None:
+        return state.context.named.for_each(rows, "rows")
+    ids, mask = arguments.get("input_ids"), arguments.get("attention_mask")
+    if ids is None:
+        raise InstructionError(
+            "the instruction can't be read from inputs_embeds; pass it: "
+            'model(**inputs, instruction=["…", …]), or the same with generate'
+        )
+    labels, assistant_mask = outer.labels, outer.assistant_mask
+    if not isinstance(mask, Tensor) or mask.shape != ids.shape:
+        mask = None
+    if samples is not None:
+        # What isn't shaped like the ids stays as it is: the reader says what is wrong with it.
+        mask = samples.valid(mask)
+        labels = labels if labels is None or labels.shape != ids.shape else samples.unpack(labels, -100)
+        if assistant_mask is not None and assistant_mask.shape == ids.shape:
+            assistant_mask = samples.unpack(assistant_mask, 0)
+        ids = samples.unpack(ids, 0)
+    prompt = Prompt(
+        input_ids=ids,
+        attention_mask=mask,
+        labels=labels,
+        assistant_mask=assistant_mask,
+        trains=inner.training and torch.is_grad_enabled(),
+        has_media=torch.stack(list(placeholders.values())).sum(dim=0) > 0,
+    )
+    return state.pipeline.inferred(prompt, embed)

@@ -1,0 +1,24 @@
+"""Gemma 3 and PaliGemma: SigLIP vision towers, one entry an image (or a crop of pan-and-scan)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from emma_adapter import ModelFamily
+
+
+class GemmaFamily(ModelFamily):
+    """Features ``[images, N, D]``; Gemma 3 pools them in the projector, after they are aligned."""
+
+    model_types = ("gemma3", "paligemma")
+
+    def visual_dim(self, inner: nn.Module) -> int:
+        config: Any = inner.config
+        return int(config.vision_config.hidden_size)
+
+    def visual_size(self, inner: nn.Module) -> tuple[int | None, tuple[int, int] | None]:
+        config: Any = inner.config
+        side = config.vision_config.image_size // config.vision_config.patch_size
+        return side * side, (side, side)

@@ -1,0 +1,76 @@
+"""LLaVA-NeXT and LLaVA-NeXT-Video: images cut into tiles, and videos whose frames are pooled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import isqrt
+from typing import Any
+
+import torch
+
+from emma_adapter import MediaLayout, ProjectorCall
+
+from .llava import LlavaFamily
+
+
+class LlavaNextFamily(LlavaFamily):
+    """Features ``[tiles, N, D]``; of each image the whole picture comes first, then its tiles."""
+
+    model_types = ("llava_next",)
+    size_arguments = ("image_sizes", "vision_feature_select_strategy")
+    tiles = True
+
+    def layout(self, call: ProjectorCall) -> MediaLayout:
+        config: Any = call.inner.config
+        strategy = call.sizes["vision_feature_select_strategy"] or config.vision_feature_select_strategy
+        tiles = tiles_of(call)
+        return MediaLayout(tokens=packed_lengths(call, tiles, vision_feature_select_strategy=strategy), entries=tiles)
+
+
+class LlavaNextVideoFamily(LlavaNextFamily):
+    """As LLaVA-NeXT, and videos: frames ``[videos * T, N / pooling, D]``, pooled before they are projected."""
+
+    model_types = ("llava_next_video",)
+    modalities = ("image", "video")
+
+    def layout(self, call: ProjectorCall) -> MediaLayout:
+        if call.modality == "image":
+            return super().layout(call)
+        videos, frames = frames_of(call)
+        per_frame = call.visual_tokens.shape[1]
+        side = isqrt(per_frame)
+        return MediaLayout(
+            tokens=[frames * per_frame] * videos,
+            entries=[frames] * videos,
+            grids=[(side, side)] * (videos * frames),
+        )
+
+
+def tiles_of(call: ProjectorCall, whole: Sequence[bool] | None = None) -> list[int]:
+    """How many tiles each image was cut into; ``whole`` are images that were not cut."""
+    from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+    config: Any = call.inner.config
+    sizes = call.size("image_sizes")
+    return [
+        1
+        if whole is not None and whole[number]
+        else int(image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size))
+        for number, size in enumerate(sizes)
+    ]
+
+
+def packed_lengths(call: ProjectorCall, tiles: Sequence[int], **options: Any) -> list[int]:
+    """Tokens of each image in the language model, by running the model's own packing on tensors without data."""
+    inner: Any = call.inner
+    per_tile = call.visual_tokens.shape[1]
+    features = [torch.empty(number, per_tile, 1, device="meta") for number in tiles]
+    newline = torch.empty(1, device="meta")
+    packed, _ = inner.pack_image_features(features, call.size("image_sizes"), image_newline=newline, **options)
+    return [len(image) for image in packed]
+
+
+def frames_of(call: ProjectorCall) -> tuple[int, int]:
+    """The number of videos, and of the frames of each."""
+    videos, frames = call.pixel_shapes["pixel_values_videos"][:2]
+    return videos, frames

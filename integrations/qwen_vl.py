@@ -1,0 +1,99 @@
+"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen3-VL-MoE: images and videos of any size, all in one sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from emma_adapter import MediaLayout, ModelFamily, ProjectorCall
+
+# There is no native size; learned positions live on this grid and are resampled to each image's own.
+_GRID = (24, 24)
+
+
+class Qwen2VLFamily(ModelFamily):
+    """Features ``[sum(t * h * w), D]`` of the patches of all images, or of all videos.
+
+    Patches come in the blocks that the merger makes one token of, ``merge x merge`` each, and the blocks row by row.
+    """
+
+    model_types: ClassVar[tuple[str, ...]] = ("qwen2_vl",)
+    projector_path = "visual.merger"
+    modalities = ("image", "video")
+    size_arguments = ("image_grid_thw", "video_grid_thw")
+
+    def visual_dim(self, inner: nn.Module) -> int:
+        config: Any = inner.config
+        return int(config.vision_config.embed_dim)
+
+    def visual_size(self, inner: nn.Module) -> tuple[int | None, tuple[int, int] | None]:
+        return _GRID[0] * _GRID[1], _GRID
+
+    def has_fixed_size(self, inner: nn.Module) -> bool:
+        return False
+
+    def layout(self, call: ProjectorCall) -> MediaLayout:
+        config: Any = call.inner.config
+        merge = int(config.vision_config.spatial_merge_size)
+        sizes = torch.as_tensor(call.size(f"{call.modality}_grid_thw")).tolist()
+        grids = [(height, width) for frames, height, width in sizes for _ in range(frames)]
+        return MediaLayout(
+            tokens=[frames * height * width // merge**2 for frames, height, width in sizes],
+            entries=[frames for frames, _, _ in sizes],
+            grids=grids,
+            packed=True,
+            orders={grid: self.order(config.vision_config, grid) for grid in set(grids)},
+        )
+
+    def order(self, vision_config: Any, grid: tuple[int, int]) -> Tensor:
+        """``[h * w]``, the place ``y * w + x`` of each patch of a frame, in the order of the projector's input."""
+        return block_order(grid, vision_config.spatial_merge_size)
+
+
+class Qwen25VLFamily(Qwen2VLFamily):
+    """As Qwen2-VL, but the blocks are sorted by the attention window they are in."""
+
+    model_types = ("qwen2_5_vl",)
+
+    def visual_dim(self, inner: nn.Module) -> int:
+        config: Any = inner.config
+        return int(config.vision_config.hidden_size)
+
+    def order(self, vision_config: Any, grid: tuple[int, int]) -> Tensor:
+        merge = vision_config.spatial_merge_size
+        return window_order(grid, merge, vision_config.window_size // merge // vision_config.patch_size)
+
+
+class Qwen3VLFamily(Qwen2VLFamily):
+    """As Qwen2-VL, with deepstack: features of lower layers, too, are projected into the language model."""
+
+    model_types = ("qwen3_vl", "qwen3_vl_moe")
+
+    def visual_dim(self, inner: nn.Module) -> int:
+        config: Any = inner.config
+        return int(config.vision_config.hidden_size)
+
+    def deepstack_projectors(self, inner: nn.Module) -> Sequence[nn.Module]:
+        return list(inner.get_submodule("visual.deepstack_merger_list").children())
+
+
+@lru_cache(maxsize=1024)
+def block_order(grid: tuple[int, int], merge: int) -> Tensor:
+    height, width = grid
+    places = torch.arange(height * width).view(height // merge, merge, width // merge, merge)
+    return places.transpose(1, 2).reshape(-1)
+
+
+@lru_cache(maxsize=1024)
+def window_order(grid: tuple[int, int], merge: int, window: int) -> Tensor:
+    """``window`` is the side of an attention window in blocks."""
+    rows, columns = grid[0] // merge, grid[1] // merge
+    window_row = torch.arange(rows)[:, None] // window
+    window_column = torch.arange(columns)[None, :] // window
+    windows_per_row = -(-columns // window)
+    sorted_blocks = torch.argsort((window_row * windows_per_row + window_column).flatten(), stable=True)
+    return block_order(grid, merge).view(-1, merge**2)[sorted_blocks].flatten()
