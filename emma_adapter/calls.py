@@ -27,29 +27,23 @@ class OuterCall:
 
 
 @dataclass(frozen=True)
-class VisualArguments:
-    """What the arguments of a call say about its images. Sizes only: pixels must not be kept alive."""
-
-    sizes: Mapping[str, Any]
-    pixel_shapes: Mapping[str, tuple[int, ...]]
-
-    @classmethod
-    def of(cls, family: ModelFamily, arguments: Mapping[str, Any]) -> VisualArguments:
-        pixels = [family.pixel_arguments[modality] for modality in family.modalities]
-        return cls(
-            sizes={name: arguments.get(name) for name in family.size_arguments},
-            pixel_shapes={
-                name: tuple(arguments[name].shape) for name in pixels if hasattr(arguments.get(name), "shape")
-            },
-        )
-
-
-@dataclass(frozen=True)
 class FeatureCall:
-    """A running ``get_image_features`` or ``get_video_features``."""
+    """What is known of the images that are being encoded. Sizes only: pixels must not be kept alive."""
 
     modality: str
-    arguments: VisualArguments
+    sizes: Mapping[str, Any]
+    pixel_shape: tuple[Any, ...] | None
+
+    @classmethod
+    def of(cls, family: ModelFamily, modality: str, pixels: Any, arguments: Mapping[str, Any]) -> FeatureCall:
+        sizes = {name: arguments.get(name) for name in family.size_arguments}
+        return cls(modality, sizes, _shape_of(pixels))
+
+
+def _shape_of(pixels: Any) -> tuple[Any, ...] | None:
+    if isinstance(pixels, (list, tuple)):
+        return tuple(tuple(part.shape) for part in pixels)
+    return tuple(pixels.shape) if isinstance(pixels, Tensor) else None
 
 
 @dataclass(frozen=True)
@@ -63,7 +57,8 @@ class CallPlan:
     instruction: InstructionTokens
     #: For each modality, placeholder tokens per row ``[B]``.
     placeholders: Mapping[str, Tensor]
-    arguments: VisualArguments
+    #: What the call itself says of its images, where no feature method does.
+    feature_call: FeatureCall
     #: Rows of the call for each row of the instruction: generation repeats rows for beams.
     repeats: int = 1
 
@@ -116,18 +111,10 @@ def route(
     Raises:
         RoutingError: if images, visual tokens and placeholders don't match.
     """
-    modality = next(iter(plan.placeholders)) if feature_call is None else feature_call.modality
-    arguments = plan.arguments if feature_call is None else feature_call.arguments
-    call = ProjectorCall(
-        inner=plan.inner,
-        modality=modality,
-        visual_tokens=visual_tokens,
-        sizes=arguments.sizes,
-        pixel_shapes=arguments.pixel_shapes,
-        placeholders=plan.placeholders[modality],
-    )
-    layout = _checked_layout(family, call)
-    rows = rows_of_media(plan.placeholders[modality], layout.tokens, repeats=plan.repeats)
+    running = plan.feature_call if feature_call is None else feature_call
+    placeholders = plan.placeholders[running.modality]
+    layout = _checked_layout(family, _projector_call(plan.inner, running, visual_tokens, placeholders))
+    rows = rows_of_media(placeholders, layout.tokens, repeats=plan.repeats)
     return RoutedInstruction(layout, rows, plan.instruction)
 
 
@@ -139,19 +126,24 @@ def route_without_prompt(
     visual_tokens: Tensor,
 ) -> RoutedInstruction:
     """One instruction for all images, or one for each, outside of any call."""
-    arguments = VisualArguments.of(family, {}) if feature_call is None else feature_call.arguments
-    call = ProjectorCall(
-        inner=inner,
-        modality=family.modalities[0] if feature_call is None else feature_call.modality,
-        visual_tokens=visual_tokens,
-        sizes=arguments.sizes,
-        pixel_shapes=arguments.pixel_shapes,
-        placeholders=None,
-    )
-    layout = _checked_layout(family, call)
+    running = feature_call or FeatureCall.of(family, family.modalities[0], None, {})
+    layout = _checked_layout(family, _projector_call(inner, running, visual_tokens, None))
     media = len(layout.tokens)
     rows = torch.arange(media, device=visual_tokens.device)
-    return RoutedInstruction(layout, rows, instruction.for_each(media, f"{call.modality}s"))
+    return RoutedInstruction(layout, rows, instruction.for_each(media, f"{running.modality}s"))
+
+
+def _projector_call(
+    inner: nn.Module, running: FeatureCall, visual_tokens: Tensor, placeholders: Tensor | None
+) -> ProjectorCall:
+    return ProjectorCall(
+        inner=inner,
+        modality=running.modality,
+        visual_tokens=visual_tokens,
+        sizes=running.sizes,
+        pixel_shape=running.pixel_shape,
+        placeholders=placeholders,
+    )
 
 
 def _checked_layout(family: ModelFamily, call: ProjectorCall) -> MediaLayout:

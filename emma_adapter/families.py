@@ -32,8 +32,8 @@ class ProjectorCall:
     visual_tokens: Tensor
     #: The call's ``size_arguments``; those that were not given are None.
     sizes: Mapping[str, Any]
-    #: Shapes of the pixels, by argument.
-    pixel_shapes: Mapping[str, tuple[int, ...]]
+    #: Of the pixels of this modality; a tuple of shapes if they are a list of tensors.
+    pixel_shape: tuple[Any, ...] | None
     #: Placeholder tokens of this modality in each row ``[B]``; None where there is no prompt to count in.
     placeholders: Tensor | None
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from .calls import FeatureCall, VisualArguments
+from .calls import FeatureCall
 from .hooks import pop_outer_call
 from .planning import has_pixels, plan_call
 from .state import STATE_ATTRIBUTE, state_of
@@ -101,8 +101,10 @@ def guard_generate(model: nn.Module, original: Callable[..., Any], *args: Any, *
 def guard_features(modality: str, inner: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Note which modality is being encoded, and in what sizes."""
     state = state_of(inner)
-    arguments = VisualArguments.of(state.family, _by_name(original, args, kwargs))
-    with state.encoding(FeatureCall(modality, arguments)):
+    arguments = _by_name(original, args, kwargs)
+    # The first parameter, whatever a release of transformers calls it.
+    pixels = arguments.get(next(iter(inspect.signature(original).parameters)))
+    with state.encoding(FeatureCall.of(state.family, modality, pixels, arguments)):
         return original(*args, **kwargs)
 
 

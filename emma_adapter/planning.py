@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .calls import CallPlan, OuterCall, VisualArguments
+from .calls import CallPlan, FeatureCall, OuterCall
 from .errors import InstructionError, RoutingError
 from .families import ModelFamily
 from .instructions.extraction import Prompt
@@ -44,7 +44,7 @@ def plan_call(
         is_placeholder = {modality: samples.unpack(where, False) for modality, where in is_placeholder.items()}
     placeholders = {modality: where[:, cached:].sum(dim=1) for modality, where in is_placeholder.items()}
     instruction = _instruction_tokens(state, inner, outer, placeholders, arguments, samples)
-    return CallPlan(inner, instruction, placeholders, VisualArguments.of(state.family, arguments))
+    return CallPlan(inner, instruction, placeholders, _own_feature_call(state.family, arguments))
 
 
 def pinned_plan(
@@ -56,7 +56,12 @@ def pinned_plan(
     }
     # transformers < 5.18 repeats prompts and pixels for beams before it encodes the images.
     repeats = next(iter(placeholders.values())).shape[0] // len(pinned)
-    return CallPlan(inner, pinned, placeholders, VisualArguments.of(state.family, arguments), repeats)
+    return CallPlan(inner, pinned, placeholders, _own_feature_call(state.family, arguments), repeats)
+
+
+def _own_feature_call(family: ModelFamily, arguments: Mapping[str, Any]) -> FeatureCall:
+    modality = family.modalities[0]
+    return FeatureCall.of(family, modality, arguments.get(family.pixel_arguments[modality]), arguments)
 
 
 def _is_placeholder(family: ModelFamily, inner: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -9,6 +9,8 @@ from torch import nn
 
 from emma_adapter import MediaLayout, ModelFamily, ProjectorCall
 
+from .llava_original import LlavaOriginalFamily
+
 # Tokens before the patches in the output of vision towers seen in LLaVAs. Of another tower the number of visual tokens
 # isn't known beforehand, and the adapter learns no positions.
 _LEADING_TOKENS = {"clip_vision_model": 1, "dinov2": 1, "siglip_vision_model": 0, "vit": 1}
@@ -22,6 +24,11 @@ class LlavaFamily(ModelFamily):
 
     model_types: ClassVar[tuple[str, ...]] = ("llava",)
     size_arguments: ClassVar[tuple[str, ...]] = ("image_sizes",)
+
+    def for_model(self, model: nn.Module) -> ModelFamily:
+        # LLaVA's own classes had this model type before transformers had a LLaVA.
+        is_original = hasattr(getattr(model, "model", None), "mm_projector")
+        return LlavaOriginalFamily() if is_original else self
 
     def visual_dim(self, inner: nn.Module) -> int:
         config: Any = inner.config

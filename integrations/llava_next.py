@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from emma_adapter import MediaLayout, ProjectorCall
+from emma_adapter import MediaLayout, ProjectorCall, RoutingError
 
 from .llava import LlavaFamily
 
@@ -72,5 +72,8 @@ def packed_lengths(call: ProjectorCall, tiles: Sequence[int], **options: Any) ->
 
 def frames_of(call: ProjectorCall) -> tuple[int, int]:
     """The number of videos, and of the frames of each."""
-    videos, frames = call.pixel_shapes["pixel_values_videos"][:2]
-    return videos, frames
+    if call.pixel_shape is None or len(call.pixel_shape) != 5:
+        raise RoutingError(
+            f"videos must come as one tensor [videos, frames, channels, height, width]; got {call.pixel_shape}"
+        )
+    return call.pixel_shape[0], call.pixel_shape[1]
