@@ -88,21 +88,20 @@ def _require_agreement(name: str, given: int | None, actual: int, owner: str) ->
         raise ConfigError(f"EmmaConfig.{name} is {given}, but {owner} has {actual}; leave it None to have it inferred")
 
 
-def _special_ids(model: nn.Module, family: ModelFamily) -> set[int]:
-    """Token ids that are never part of an instruction, as far as the model itself knows them."""
-    inner = family.inner(model)
-    ids: set[int] = {family.placeholder_id(inner, modality) for modality in family.modalities}
+def _special_ids(model: nn.Module) -> set[int]:
+    """Token ids that are never part of an instruction, as far as the model's configs name them: padding, beginning and
+    end, and what frames images, as ``vision_start_token_id``."""
     config: Any = model.config
+    ids: set[int] = set()
     for source in (config, config.get_text_config(), getattr(model, "generation_config", None)):
-        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-            value = getattr(source, name, None)
-            if value is not None:
+        for name, value in source.to_dict().items() if source is not None else ():
+            if name.endswith(("_token_id", "_token_index")) and value is not None:
                 ids.update(value if isinstance(value, list) else [value])
     return ids
 
 
-def make_reader(model: nn.Module, family: ModelFamily, config: EmmaConfig, processor: Any) -> InstructionReader:
-    return InstructionReader(processor, _special_ids(model, family), config.instruction_policy)
+def make_reader(model: nn.Module, config: EmmaConfig, processor: Any) -> InstructionReader:
+    return InstructionReader(processor, _special_ids(model), config.instruction_policy)
 
 
 def make_pipeline(config: EmmaConfig, reader: InstructionReader, encoder: CachedEncoder | None) -> InstructionPipeline:

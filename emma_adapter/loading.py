@@ -140,7 +140,7 @@ def _refit(model: nn.Module, processor: Any, instruction_encoder: str | nn.Modul
     state = state_of(model)
     reader, encoder = state.pipeline.reader, state.pipeline.encoder
     if processor is not None:
-        reader = make_reader(model, state.family, state.config, processor)
+        reader = make_reader(model, state.config, processor)
     if instruction_encoder is not None:
         state.config, encoder = resolve_encoder(state.config, instruction_encoder, state.family.inner(model))
     state.pipeline = make_pipeline(state.config, reader, encoder)

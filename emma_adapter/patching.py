@@ -60,7 +60,7 @@ def patch_model(
     # The encoder last: it may be large, and what is wrong with the sizes shows without it.
     config = resolve_sizes(config, family, inner)
     config, encoder = resolve_encoder(config, instruction_encoder, inner)
-    pipeline = make_pipeline(config, make_reader(model, family, config, processor), encoder)
+    pipeline = make_pipeline(config, make_reader(model, config, processor), encoder)
     state = AdapterState(family, config, pipeline, model)
 
     alignments = {

@@ -43,7 +43,9 @@ def plan_call(
     if samples is not None:
         is_placeholder = {modality: samples.unpack(where, False) for modality, where in is_placeholder.items()}
     placeholders = {modality: where[:, cached:].sum(dim=1) for modality, where in is_placeholder.items()}
-    instruction = _instruction_tokens(state, inner, outer, placeholders, arguments, samples)
+    any_placeholder = torch.stack(list(is_placeholder.values())).any(dim=0)
+    has_media = any_placeholder[:, cached:].any(dim=1)
+    instruction = _instruction_tokens(state, inner, outer, any_placeholder, has_media, arguments, samples)
     return CallPlan(inner, instruction, placeholders, _own_feature_call(state.family, arguments))
 
 
@@ -96,14 +98,14 @@ def _instruction_tokens(
     state: AdapterState,
     inner: nn.Module,
     outer: OuterCall,
-    placeholders: Mapping[str, Tensor],
+    is_placeholder: Tensor,
+    has_media: Tensor,
     arguments: Mapping[str, Any],
     samples: Samples | None,
 ) -> InstructionTokens:
     """The call's instruction, explicit or inferred: one row per row (or packed sample) of the call."""
     embed = embedder(inner)
-    rows = next(iter(placeholders.values())).shape[0]
-    device = next(iter(placeholders.values())).device
+    rows, device = len(has_media), has_media.device
     if outer.instruction is not None:
         return state.pipeline.explicit(outer.instruction, outer.instruction_mask, rows, embed, device)
     if state.context.named is not None:
@@ -124,12 +126,13 @@ def _instruction_tokens(
         if assistant_mask is not None and assistant_mask.shape == ids.shape:
             assistant_mask = samples.unpack(assistant_mask, 0)
         ids = samples.unpack(ids, 0)
+    words = ~is_placeholder
     prompt = Prompt(
         input_ids=ids,
-        attention_mask=mask,
+        attention_mask=words if mask is None else words & mask.to(words.device, torch.bool),
         labels=labels,
         assistant_mask=assistant_mask,
         trains=inner.training and torch.is_grad_enabled(),
-        has_media=torch.stack(list(placeholders.values())).sum(dim=0) > 0,
+        has_media=has_media,
     )
     return state.pipeline.inferred(prompt, embed)

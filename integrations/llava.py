@@ -32,7 +32,8 @@ class LlavaFamily(ModelFamily):
 
     def visual_dim(self, inner: nn.Module) -> int:
         config: Any = inner.config
-        layers = config.vision_feature_layer
+        # transformers < 5.18 says vision_feature_layers for VipLLaVA.
+        layers = getattr(config, "vision_feature_layer", None) or config.vision_feature_layers
         return int(config.vision_config.hidden_size) * (1 if isinstance(layers, int) else len(layers))
 
     def visual_size(self, inner: nn.Module) -> tuple[int | None, tuple[int, int] | None]:

@@ -32,7 +32,7 @@ class LlavaOriginalFamily(ModelFamily):
         return int(config.mm_hidden_size)
 
     def visual_size(self, inner: nn.Module) -> tuple[int | None, tuple[int, int] | None]:
-        tower: Any = inner.get_submodule("model.vision_tower")
+        tower: Any = inner.get_vision_tower()  # type: ignore[operator]
         number = getattr(tower, "num_patches", None)
         if number is None:
             return None, None
