@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import EncoderError
 from .cache import CacheInfo, LRUCache
+from .text_towers import OpenClipTextTower, TransformersTextTower
 
 OPEN_CLIP_PREFIX = "open_clip:"
 CUSTOM_PREFIX = "custom:"
@@ -38,121 +39,10 @@ class InstructionEncoder(Protocol):
         """``(tokens [B, T, Dt], mask [B, T])``: ``mask`` is true or 1 at tokens that stem from the text.
 
         An encoder whose T is always ``max_instruction_tokens``, and whose other positions hold encodings too, may
-        say so with an attribute ``encodes_padding = True``: the fusion ``linear`` then reads those as well. CLIP's
-        text tower is such an encoder.
+        say so with an attribute ``encodes_padding = True``: the fusion ``linear`` then reads those as well. The text
+        towers of CLIP and SigLIP are such encoders.
         """
         ...
-
-
-class TransformersTextTower(nn.Module):
-    """CLIP's text tower through transformers: a hub id or a local folder with weights and tokenizer.
-
-    The tokens are ``hidden_states[layer]`` at all positions of the context. Unused positions are padded with
-    token id 0, as the authors' tokenizer does (transformers' own pads CLIP with the end token).
-    """
-
-    encodes_padding = True
-
-    def __init__(self, source: str, layer: int, *, revision: str | None = None, local_files_only: bool = False) -> None:
-        super().__init__()
-        from transformers import AutoTokenizer, CLIPTextModel
-
-        options: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only}
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(source, **options)
-            self.tower = CLIPTextModel.from_pretrained(source, **options)
-        except Exception as error:
-            raise EncoderError(
-                f"the CLIP text tower {source!r} can't be loaded ({type(error).__name__}: {error}). Give a hub id or "
-                'a local folder that holds a CLIP checkpoint and its tokenizer, or use instruction_encoder="llm"'
-            ) from error
-        config = self.tower.config
-        self.layer = _checked_layer(layer, config.num_hidden_layers, source)
-        self.instruction_dim = config.hidden_size
-        self.max_instruction_tokens = config.max_position_embeddings
-
-    def forward(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        encoded = self.tokenizer(texts, truncation=True, max_length=self.max_instruction_tokens)["input_ids"]
-        ids = torch.zeros(len(texts), self.max_instruction_tokens, dtype=torch.long)
-        mask = torch.zeros(len(texts), self.max_instruction_tokens, dtype=torch.bool)
-        for row, tokens in enumerate(encoded):
-            ids[row, : len(tokens)] = torch.tensor(tokens)
-            mask[row, : len(tokens)] = True
-        device = self.tower.device
-        # No attention mask: the tower is causal, so that padding can't reach the text, and the authors give none.
-        hidden_states = self.tower(input_ids=ids.to(device), output_hidden_states=True).hidden_states
-        return hidden_states[self.layer], mask.to(device)
-
-
-class OpenClipTextTower(nn.Module):
-    """CLIP's text tower through open_clip, with its own tokenizer.
-
-    ``source`` is ``MODEL:PRETRAINED`` (a tag or a local weights file), ``hf-hub:ORG/REPO`` or
-    ``local-dir:FOLDER``. Layers are counted as in transformers: -1 is the output of the last block.
-    """
-
-    encodes_padding = True
-
-    def __init__(self, source: str, layer: int) -> None:
-        super().__init__()
-        import open_clip
-
-        name, pretrained = _split_open_clip_source(source)
-        try:
-            # The custom-text form holds the text tower as a module of its own, whatever the model. Weights are
-            # required: open_clip's default is a tower of random ones.
-            clip = open_clip.create_model(name, pretrained=pretrained, force_custom_text=True, require_pretrained=True)
-            self.tokenizer = open_clip.get_tokenizer(name)
-        except Exception as error:
-            raise EncoderError(
-                f"open_clip can't load {source!r} ({type(error).__name__}: {error}). See open_clip.list_pretrained(), "
-                "or give MODEL:PATH with a local weights file"
-            ) from error
-        self.tower = clip.text
-        if not isinstance(self.tower, open_clip.transformer.TextTransformer):
-            raise EncoderError(
-                f"open_clip's {source!r} has a {type(self.tower).__name__} as text tower; CLIP's is needed"
-            )
-        # hidden_states of transformers starts with the embeddings, open_clip counts blocks.
-        self.block = _checked_layer(layer, len(self.tower.transformer.resblocks), source) - 1
-        if self.block < 0:
-            raise EncoderError(
-                f"instruction_layer={layer} of {source!r} is its embedding layer; open_clip gives blocks only"
-            )
-        self.instruction_dim = int(self.tower.ln_final.weight.shape[0])
-        self.max_instruction_tokens = int(self.tower.context_length)
-        self.eos_id = getattr(self.tokenizer, "eot_token_id", None)
-
-    def forward(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        device = self.tower.positional_embedding.device
-        ids = self.tokenizer(texts, context_length=self.max_instruction_tokens).to(device)
-        out = self.tower.forward_intermediates(ids, indices=[self.block], output_fmt="NLC", intermediates_only=True)
-        return out["text_intermediates"][0], _through_first(ids, self.eos_id)
-
-
-def _split_open_clip_source(source: str) -> tuple[str, str | None]:
-    if source.startswith(("hf-hub:", "local-dir:")):
-        return source, None
-    name, _, pretrained = source.partition(":")
-    return name, pretrained or None
-
-
-def _checked_layer(layer: int, num_layers: int, source: str) -> int:
-    """``layer`` as an index from the front into the ``num_layers + 1`` hidden states."""
-    if not -(num_layers + 1) <= layer <= num_layers:
-        raise EncoderError(
-            f"instruction_layer={layer} doesn't exist in {source!r}, which has hidden states "
-            f"{-(num_layers + 1)} to {num_layers}"
-        )
-    return layer % (num_layers + 1)
-
-
-def _through_first(ids: Tensor, eos_id: int | None) -> Tensor:
-    """True up to and with the first end token; everywhere if the tokenizer has none."""
-    if eos_id is None:
-        return torch.ones_like(ids, dtype=torch.bool)
-    ends = (ids == eos_id).int()
-    return ends.cumsum(dim=1) - ends == 0
 
 
 class CachedEncoder:
