@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .alignment import EmmaAlignment
 from .config import EmmaConfig
+from .errors import PatchError
 from .families import ModelFamily
 from .state import STATE_ATTRIBUTE, AdapterState, state_of
 
@@ -67,6 +68,19 @@ def places(family: ModelFamily, config: EmmaConfig, model: nn.Module) -> dict[st
         further = family.deepstack_projectors(inner)
         found |= {f"deepstack.{number}.": projector for number, projector in enumerate(further)}
     return found
+
+
+def check_not_wrapped(model: nn.Module) -> None:
+    """Raises:
+    PatchError: if PEFT has wrapped a projector itself since it was patched: the part it adds, a LoRA, would read visual
+        tokens that are not aligned.
+    """
+    for projector in projectors(model).values():
+        if hasattr(getattr(projector, "base_layer", None), PLACE_ATTRIBUTE):
+            raise PatchError(
+                f"the projector was wrapped in a {type(projector).__name__} after patch_model, whose own weights would "
+                "read visual tokens without the instruction; wrap first (get_peft_model), then patch_model"
+            )
 
 
 def alignments(model: nn.Module) -> dict[str, EmmaAlignment]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .attachment import check_not_wrapped
 from .calls import CallPlan, FeatureCall, OuterCall
 from .errors import InstructionError, RoutingError
 from .families import ModelFamily
@@ -36,7 +37,9 @@ def plan_call(
     Raises:
         InstructionError: if the instruction can't be known.
         RoutingError: if the placeholders can't be found.
+        PatchError: if another tool has wrapped the projector in a way that goes round the adapter.
     """
+    check_not_wrapped(state.model)
     is_placeholder = _is_placeholder(state.family, inner, arguments)
     explicit = outer.instruction is not None or state.context.named is not None
     samples = find_samples(arguments, next(iter(is_placeholder.values())).shape, required=not explicit)
