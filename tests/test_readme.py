@@ -1,0 +1,111 @@
+"""The README is true: its table of models, and the snippet that adds one."""
+
+from __future__ import annotations
+
+import re
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AyaVisionConfig, AyaVisionForConditionalGeneration, Cohere2Config, SiglipVisionConfig
+from zoo import ZOO
+
+import emma_adapter
+import tiny
+from emma_adapter import EmmaConfig, families, patch_model
+from emma_adapter.fusion import fusion_names
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+# Classes that are not part of transformers, and the tests that hold them to the contract.
+ORIGINAL_CLASSES = {"internvl_chat", "llava_llama", "llava_mistral", "llava_qwen"}
+
+
+def support_table() -> tuple[list[str], dict[str, list[str]]]:
+    """The columns, and the cells of each model type."""
+    lines = README.split("<!-- support table")[1].split("\n\n")[0].splitlines()[1:]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return cells[0], {re.match(r"`(\w+)`", row[0])[1]: row[1:] for row in cells[2:]}
+
+
+def families_of_this_package() -> dict[str, families.ModelFamily]:
+    entries = entry_points(group=families.ENTRY_POINT_GROUP)
+    return {entry.name: entry.load()() for entry in entries if entry.value.startswith("emma_adapter.")}
+
+
+def test_every_registered_family_has_a_row_and_a_contract():
+    registered = set(families_of_this_package())
+    assert set(support_table()[1]) == registered
+    assert {entry.model().config.model_type for entry in ZOO.values()} | ORIGINAL_CLASSES == registered
+
+
+def test_the_table_has_a_column_for_every_fusion():
+    columns = support_table()[0]
+    assert columns == ["`config.model_type`", "images", "tiles", "video", "`attention`", "`modulation`", "`linear`"]
+    assert {column.strip("`") for column in columns[4:]} == set(fusion_names())
+
+
+@pytest.mark.parametrize("name", families_of_this_package())
+def test_a_row_says_what_the_family_says(name):
+    family = families_of_this_package()[name]
+    images, tiles, video, attention, modulation, linear = support_table()[1][name]
+    assert (images == "✓") == ("image" in family.modalities)
+    assert (tiles == "✓") == family.tiles
+    assert (video == "✓") == ("video" in family.modalities)
+    assert attention == modulation == "✓"
+    if name in ZOO:
+        model = ZOO[name].model()
+        assert (linear == "resampled") == (not family.has_fixed_size(family.inner(model)))
+        assert ZOO[name].videos == ("video" in family.modalities)
+    else:
+        assert linear == "✓"
+
+
+def snippet_after(comment: str) -> str:
+    return README.split(comment)[1].split("```python\n")[1].split("```")[0]
+
+
+def aya_vision() -> AyaVisionForConditionalGeneration:
+    torch.manual_seed(0)
+    text = tiny.llama_config(120).to_dict()
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    config = AyaVisionConfig(
+        vision_config=SiglipVisionConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            image_size=56,
+            patch_size=14,
+        ),
+        text_config=Cohere2Config(**{name: text[name] for name in names}, num_key_value_heads=2, pad_token_id=3),
+        image_token_index=4,
+        downsample_factor=2,
+        adapter_layer_norm_eps=1e-6,
+    )
+    return AyaVisionForConditionalGeneration(config).eval()
+
+
+@pytest.mark.parametrize("fusion", ["attention", "linear"])
+def test_the_snippet_that_adds_a_family(fusion, monkeypatch):
+    monkeypatch.setattr(families, "_FAMILIES", {})
+    snippet = snippet_after("<!-- tests/test_readme.py runs this -->")
+    assert len([line for line in snippet.splitlines() if line.strip()]) <= 12
+    model = aya_vision()
+    with pytest.raises(emma_adapter.UnsupportedModelError, match="aya_vision"):
+        patch_model(model)
+    exec(snippet, namespace := {"model": model})
+    adapter = namespace["adapter"]
+    if fusion != "attention":
+        emma_adapter.unpatch_model(model)
+        adapter = patch_model(model, EmmaConfig(fusion=fusion))
+    tokens_per_image = 4
+    ids = torch.tensor([[1, *[4] * tokens_per_image, 10, 11], [1, *[4] * tokens_per_image, 12, 13]])
+    inputs = {"input_ids": ids, "pixel_values": torch.randn(2, 3, 56, 56)}
+    with torch.no_grad():
+        before = model(**inputs).logits
+        tiny.train_randomly(adapter.alignment)
+        after = model(**inputs).logits
+        alone = model(input_ids=ids[1:], pixel_values=inputs["pixel_values"][1:]).logits
+    assert (after - before).abs().amax(dim=(1, 2)).min() > 1e-3
+    torch.testing.assert_close(after[1:], alone, atol=2e-5, rtol=0)
