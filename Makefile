@@ -1,15 +1,22 @@
-# Both commands work on a fresh machine: they make the virtual environment they run in.
+# Every command works on a fresh machine: it makes the virtual environment it runs in.
 PYTHON ?= python3
 VENV ?= .venv
+OLDEST_VENV ?= .venv-oldest
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint types clean
+.PHONY: demo test test-oldest lint types clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.digits_vqa.demo
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
+
+# What a patched model promises, on the oldest transformers and torch that are supported.
+test-oldest: $(OLDEST_VENV)/.installed
+	$(OLDEST_VENV)/bin/python -m pytest -n auto tests/test_families.py tests/test_original_classes.py \
+		tests/test_qwen_vl.py tests/test_packing.py tests/test_llava.py tests/test_extraction.py \
+		tests/test_encoders.py tests/test_zoo.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -24,5 +31,11 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/pip install --quiet --editable ".[dev]"
 	touch $@
 
+$(OLDEST_VENV)/.installed: pyproject.toml tests/oldest.txt
+	$(PYTHON) -m venv $(OLDEST_VENV)
+	$(OLDEST_VENV)/bin/pip install --quiet --upgrade pip
+	$(OLDEST_VENV)/bin/pip install --quiet --editable ".[test]" --constraint tests/oldest.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) demo-output
+	rm -rf $(VENV) $(OLDEST_VENV) demo-output

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from packaging.version import Version
 from test_llava import WordHashEncoder, snapshot
 from torch import Tensor, nn
-from zoo import ZOO, Entry, Row, answered
 
 import tiny
 from emma_adapter import EmmaConfig, InstructionError, RoutingError, load_adapter, patch_model, unpatch_model
+from zoo import ZOO, Entry, Row, answered
 
 EFFECT = 5e-4  # what a trained adapter changes at least, far above rounding
 SAME = 3e-5
@@ -450,6 +450,31 @@ def test_the_inner_model_called_directly(entry):
         told = model.model(**batch, instruction=["is there a cat?"] * 4).last_hidden_state
     torch.testing.assert_close(hidden, outer, atol=SAME, rtol=0)
     assert (told - hidden)[WITH_IMAGES].abs().amax() > EFFECT
+
+
+@entries
+def test_pipelines_ask_the_question_of_their_chat(entry):
+    """``pipeline("image-text-to-text")`` takes pictures and a chat, and calls processor and ``generate`` itself."""
+    model, adapter = trained(entry)
+    row = ROWS[0]
+    talk = row.messages()
+    for part in talk[-1]["content"]:
+        if part["type"] == "image":
+            part["image"] = row.pictures()[0]
+
+    def ask(asked: nn.Module) -> list[dict[str, Any]]:
+        pipe = transformers.pipeline("image-text-to-text", model=asked, processor=entry.processor())
+        return pipe(text=talk, max_new_tokens=2, generate_kwargs={"do_sample": False})
+
+    try:
+        ask(entry.model())
+    except Exception as error:  # noqa: BLE001 - whatever this release of transformers raises for this family
+        pytest.skip(f"transformers itself can't: {type(error).__name__}: {error}")
+    piped = aligned(model, adapter, lambda: ask(model))
+    direct = aligned(model, adapter, lambda: last_logits(model, batch_of(entry, (row,))))
+    assert len(piped) == len(direct) > 0
+    for one, other in zip(piped, direct, strict=True):
+        torch.testing.assert_close(one, other, atol=SAME, rtol=0)
 
 
 @entries

@@ -7,14 +7,6 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from remote_internvl import (
-    internvl_chat,
-    internvl_generate_inputs,
-    internvl_inputs,
-    internvl_row,
-    internvl_tokenizer,
-)
-from remote_llava import llava_generate_inputs, llava_inputs, llava_original, llava_row
 from torch import Tensor, nn
 
 import tiny
@@ -27,6 +19,14 @@ from emma_adapter import (
     patch_model,
     unpatch_model,
 )
+from remote_internvl import (
+    internvl_chat,
+    internvl_generate_inputs,
+    internvl_inputs,
+    internvl_row,
+    internvl_tokenizer,
+)
+from remote_llava import llava_generate_inputs, llava_inputs, llava_original, llava_row
 
 EFFECT, SAME = 5e-3, 1e-4
 FUSIONS = ("attention", "linear", "modulation")

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
-from zoo import ZOO, Row
 
 import tiny
 from emma_adapter import (
@@ -27,6 +26,7 @@ from emma_adapter import (
 from emma_adapter.calls import RoutedInstruction
 from emma_adapter.instructions.tokens import InstructionTokens
 from emma_adapter.integrations.qwen_vl import block_order, window_order
+from zoo import ZOO, Row
 
 DEEPSTACK = ("qwen3_vl", "qwen3_vl_moe")
 ROWS = (Row(("is there a cat?",), images=((56, 56), (28, 84)), seed=1), Row(("how many?",), videos=(3,), seed=2))

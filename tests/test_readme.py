@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AyaVisionConfig, AyaVisionForConditionalGeneration, Cohere2Config, SiglipVisionConfig
-from zoo import ZOO
 
 import emma_adapter
 import tiny
 from emma_adapter import EmmaConfig, families, patch_model
 from emma_adapter.fusion import fusion_names
+from zoo import ZOO
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 # Classes that are not part of transformers, and the tests that hold them to the contract.

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import remote_internvl as internvl
-import remote_llava as llava
 import torch
 from torch import Tensor, nn
+
+import remote_internvl as internvl
+import remote_llava as llava
 
 TILES = [[2, 1], [], [1]]
 IMAGES = [2, 0, 1]

@@ -18,11 +18,10 @@ from emma_adapter.integrations.llava import LlavaFamily
 
 ROOT = Path(__file__).parents[1]
 # Lower layers first: a file may import from its own layer or a lower one.
-LAYERS = tuple(
-    """
-    errors version fusion config official alignment families instructions fitting calls state attachment planning hooks
-    guards training model_card checkpoint hub base_saves patching loading __init__
-    """.split()
+LAYERS = (
+    *("errors", "version", "fusion", "config", "official", "alignment", "families", "instructions", "fitting"),
+    *("calls", "state", "attachment", "planning", "hooks", "guards", "training", "model_card", "checkpoint", "hub"),
+    *("base_saves", "patching", "loading", "__init__"),
 )
 
 

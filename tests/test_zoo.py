@@ -8,6 +8,7 @@ from functools import cache
 
 import pytest
 import torch
+
 from zoo import ZOO, Entry, Row, answered
 
 TOLERANCE = 2e-5
