@@ -46,9 +46,8 @@ def plan_call(
     if samples is not None:
         is_placeholder = {modality: samples.unpack(where, False) for modality, where in is_placeholder.items()}
     placeholders = {modality: where[:, cached:].sum(dim=1) for modality, where in is_placeholder.items()}
-    any_placeholder = torch.stack(list(is_placeholder.values())).any(dim=0)
-    has_media = any_placeholder[:, cached:].any(dim=1)
-    instruction = _instruction_tokens(state, inner, outer, any_placeholder, has_media, arguments, samples)
+    has_media = torch.stack(list(placeholders.values())).sum(dim=0) > 0
+    instruction = _instruction_tokens(state, inner, outer, has_media, arguments, samples)
     return CallPlan(inner, instruction, placeholders, _own_feature_call(state.family, arguments))
 
 
@@ -101,7 +100,6 @@ def _instruction_tokens(
     state: AdapterState,
     inner: nn.Module,
     outer: OuterCall,
-    is_placeholder: Tensor,
     has_media: Tensor,
     arguments: Mapping[str, Any],
     samples: Samples | None,
@@ -129,13 +127,13 @@ def _instruction_tokens(
         if assistant_mask is not None and assistant_mask.shape == ids.shape:
             assistant_mask = samples.unpack(assistant_mask, 0)
         ids = samples.unpack(ids, 0)
-    words = ~is_placeholder
     prompt = Prompt(
         input_ids=ids,
-        attention_mask=words if mask is None else words & mask.to(words.device, torch.bool),
+        attention_mask=mask,
         labels=labels,
         assistant_mask=assistant_mask,
         trains=inner.training and torch.is_grad_enabled(),
         has_media=has_media,
+        placeholder_ids=frozenset(state.family.placeholder_id(inner, modality) for modality in state.family.modalities),
     )
     return state.pipeline.inferred(prompt, embed)

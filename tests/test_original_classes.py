@@ -209,3 +209,16 @@ def test_lora_on_the_projector_sees_aligned_tokens(projector, patch_first):
     with torch.no_grad():
         wrapped.base_model.model(**inputs)
     assert torch.equal(seen["base"], seen["lora"])
+
+
+@pytest.mark.parametrize("with_processor", [True, False])
+def test_placeholders_are_no_words(with_processor):
+    """How large the image is must not be part of the question, whatever the vocabulary knows of the placeholder."""
+    model = internvl_chat()
+    adapter = patch_model(model, processor=internvl_tokenizer() if with_processor else None)
+    train(adapter)
+    lengths = []
+    adapter.alignment.register_forward_pre_hook(lambda module, args: lengths.append(args[1].shape[1]))
+    for tiles in (1, 3):
+        logits(model, internvl_inputs([[tiles]]))
+    assert lengths[0] == lengths[1]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -14,40 +13,74 @@ from torch import Tensor
 from ..config import InstructionPolicy
 from ..errors import InstructionError
 from .cache import LRUCache
-from .templates import BARRIER, TurnMarkers, read_markers
+from .decoding import ANSWERED, TokenTexts
+from .markers import TurnMarkers
+from .templates import read_markers
 
 IGNORE_INDEX = -100
-_ANSWERED = -1
+_SAYS_NOTHING = -1
 _PASS_IT = 'pass it: model(**inputs, instruction=["…", …]) or model.generate(**inputs, instruction=["…", …])'
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """The text side of one call. ``labels`` are the call's, if it has any."""
+    """The text side of one call. ``labels`` and ``assistant_mask`` are the call's, if it has any."""
 
     input_ids: Tensor  # [B, L]
     attention_mask: Tensor | None = None  # [B, L]; ignored if it has another shape
-    labels: Tensor | None = None  # [B, L]
+    labels: Tensor | None = None  # [B, L]; -100 at what is not an answer
+    assistant_mask: Tensor | None = None  # [B, L]; 1 at what the assistant said
     #: True if the call trains the model: then its ids contain the answer.
     trains: bool = False
     #: Bool ``[B]``: rows with images. The others need no instruction, and none is looked for.
     has_media: Tensor | None = None
+    #: Token ids that stand for images and videos, which not every vocabulary knows.
+    placeholder_ids: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """``words``: positions in a row's tokens; none if only an image was sent, or if labels supervise the words."""
+
+    words: list[int]
+    supervised: bool = False
 
 
 class InstructionReader:
     """Finds the instruction in a prompt.
 
-    With a processor whose chat template tells turns apart: the text of user turns. Without: every token of
-    the prompt except special, placeholder and padding tokens (system text and role words included). Tokens
-    that ``labels`` supervise are answers and are never read.
+    With a processor whose chat template tells turns apart: what users wrote, without system prompts, tools' results,
+    placeholders and special tokens. Without, or where the template's markers are not in the prompt: every token
+    of it except special, placeholder and padding tokens (system text and role words included). Answers, which
+    ``labels`` supervise or ``assistant_mask`` marks, are never read.
+
+    A turn without words is a turn: as the last one its instruction is empty. ``shortest_turn`` is the shortest of
+    those with words.
+
+    Limits: typed text that tokenizes to the template's own markers ends or begins a turn there. A token that
+    holds the end of a marker and the start of a user's word is read whole. System text that a template joins to the
+    user's words by white space alone is read, unless it is one of ``system_prompts``.
+
+    Args:
+        processor: a processor or tokenizer; None if there is none.
+        special_ids: token ids that are never part of an instruction, beside the tokenizer's own special tokens.
+        policy: which turns of a conversation are the instruction.
+        system_prompts: known system prompts.
     """
 
-    def __init__(self, processor: Any, special_ids: Iterable[int], policy: InstructionPolicy) -> None:
+    def __init__(
+        self,
+        processor: Any,
+        special_ids: Iterable[int],
+        policy: InstructionPolicy,
+        *,
+        system_prompts: Sequence[str] = (),
+    ) -> None:
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.policy = policy
-        self.markers = read_markers(processor) if processor is not None else None
-        self._special_ids = frozenset(special_ids) | frozenset(getattr(self.tokenizer, "all_special_ids", ()))
-        self._turns: LRUCache[list[list[int]]] = LRUCache(1024)
+        self._texts = TokenTexts(self.tokenizer, special_ids)
+        self.markers = read_markers(processor, self._texts, system_prompts) if processor is not None else None
+        self._turns: LRUCache[list[_Turn]] = LRUCache(1024)
 
     def select(self, prompt: Prompt) -> Tensor:
         """Bool ``[B, L]`` on the CPU: true at tokens of the instruction.
@@ -55,39 +88,38 @@ class InstructionReader:
         Raises:
             InstructionError: if answers can't be told from the prompt.
         """
-        ids = prompt.input_ids
-        labels = prompt.labels
-        if labels is not None and labels.shape != ids.shape:
-            raise InstructionError(
-                f"labels {list(labels.shape)} and input_ids {list(ids.shape)} differ in shape, so that answers can't "
-                f"be told from the instruction; {_PASS_IT}"
-            )
-        mask = prompt.attention_mask
-        valid = (
-            mask.bool().cpu()
-            if mask is not None and mask.shape == ids.shape
-            else torch.ones(ids.shape, dtype=torch.bool)
-        )
-        answers = (labels != IGNORE_INDEX).cpu() if labels is not None else None
+        ids, mask = prompt.input_ids, prompt.attention_mask
+        answers = _answers(prompt)
+        valid = torch.ones(ids.shape, dtype=torch.bool)
+        if mask is not None and mask.shape == ids.shape:
+            valid = mask.bool().cpu()
         wanted = [True] * len(ids) if prompt.has_media is None else prompt.has_media.tolist()
         selected = torch.zeros(ids.shape, dtype=torch.bool)
+        unknown_placeholders = prompt.placeholder_ids - self._texts.special_ids
+        for placeholder in unknown_placeholders:
+            ids = ids.masked_fill(ids == placeholder, _SAYS_NOTHING)
         for row, tokens in enumerate(ids.tolist()):
             if not wanted[row]:
                 continue
             where = valid[row].nonzero().flatten().tolist()
             row_answers = None if answers is None else answers[row].tolist()
-            chosen = self._select_row(tokens, where, row_answers, trains=prompt.trains)
-            selected[row, chosen] = True
+            # Labels without any answer train nothing; without labels the loss is somebody else's, who knows the answer.
+            unknown = prompt.trains and prompt.labels is None and not (row_answers and any(row_answers))
+            selected[row, self._select_row(tokens, where, row_answers, answer_unknown=unknown)] = True
         return selected
 
     def texts(self, prompt: Prompt) -> list[str]:
-        """The instruction of each row as text.
+        """The instruction of each row as text, with a space where an image or another turn's end was.
 
         Raises:
             InstructionError: if there is no tokenizer to decode with.
         """
-        selected = self.select(prompt)
-        return self.decode([ids[keep] for ids, keep in zip(prompt.input_ids.cpu(), selected, strict=True)])
+        texts = []
+        for ids, keep in zip(prompt.input_ids.cpu(), self.select(prompt), strict=True):
+            chosen = keep.nonzero().flatten()
+            gaps = (chosen.diff() > 1).nonzero().flatten() + 1
+            texts.append(" ".join(filter(None, self.decode([ids[run] for run in chosen.tensor_split(gaps)]))))
+        return texts
 
     def decode(self, rows: Sequence[Tensor]) -> list[str]:
         return [str(self._need_tokenizer("read token ids").decode(row.tolist())).strip() for row in rows]
@@ -113,60 +145,72 @@ class InstructionReader:
         return self.tokenizer
 
     def _select_row(
-        self, tokens: list[int], where: list[int], answers: list[bool] | None, *, trains: bool
+        self, tokens: list[int], where: list[int], answers: list[bool] | None, *, answer_unknown: bool
     ) -> list[int]:
         turns = self._user_turns(tokens, where, answers)
-        if turns is None:
-            if trains and answers is None:
+        if not turns:
+            if answer_unknown:
                 raise InstructionError(
                     "a training step without labels: the answer can't be told from the instruction, and would leak "
                     "through the image. Pass labels to the model (Trainer takes them away with label smoothing and "
                     "with a custom loss), give patch_model a processor with a chat template, or name the instruction: "
                     + _PASS_IT
                 )
-            turns = _prompt_runs([i for i in where if tokens[i] not in self._special_ids], answers)
-        asked = [[i for i in turn if answers is None or not answers[i]] for turn in turns]
-        if any(turns) and not any(asked):
+            turns = _prompt_runs([i for i in where if self._is_word(tokens[i])], answers)
+        if all(turn.supervised for turn in turns):
             raise InstructionError(
                 "labels supervise every token of the prompt, so that nothing is left that is not an answer. Set "
                 f"labels to {IGNORE_INDEX} at the prompt's tokens, or name the instruction: {_PASS_IT}"
             )
-        return _apply_policy([turn for turn in asked if turn], self.policy)
+        return _apply_policy([turn.words for turn in turns if not turn.supervised], self.policy)
 
-    def _user_turns(self, tokens: list[int], where: list[int], answers: list[bool] | None) -> list[list[int]] | None:
-        """Positions of each user turn's words, or None if the template's markers are not known or not there."""
+    def _user_turns(self, tokens: list[int], where: list[int], answers: list[bool] | None) -> list[_Turn]:
+        """The turns between the template's markers; none if the markers are not known or not there."""
         markers = self.markers
         if markers is None:
-            return None
+            return []
         # Answers are blanked before the search: what they say must not decide where a turn begins or ends.
-        kept = array("q", (_ANSWERED if answers is not None and answers[i] else tokens[i] for i in where))
+        kept = array("q", (ANSWERED if answers is not None and answers[i] else tokens[i] for i in where))
         [turns] = self._turns.get_or_compute([kept.tobytes()], lambda _: [self._find_turns(kept, markers)])
-        return [[where[i] for i in turn if kept[i] not in self._special_ids] for turn in turns] or None
+        return [_Turn([where[i] for i in turn.words], turn.supervised) for turn in turns]
 
-    def _find_turns(self, tokens: Sequence[int], markers: TurnMarkers) -> list[list[int]]:
-        text: list[str] = []
-        owners: list[tuple[int, int]] = []
-        start = 0
-        for answered, run in groupby(tokens, lambda token: token == _ANSWERED):
-            length = len(list(run))
-            if answered:
-                text.append(BARRIER)
-                owners.append((start, start + length - 1))
-            else:
-                part, part_owners = _decode_with_owners(self.tokenizer, tokens[start : start + length])
-                text.append(part)
-                owners += [(start + first, start + last) for first, last in part_owners]
-            start += length
-        return [
-            sorted({i for first, last in owners[start:end] for i in range(first, last + 1)})
-            for start, end in markers.user_spans("".join(text))
-        ]
+    def _find_turns(self, tokens: Sequence[int], markers: TurnMarkers) -> list[_Turn]:
+        row = self._texts.row(tokens)
+        turns = []
+        for turn in markers.user_turns(row.text):
+            words = [i for i in row.tokens(turn.parts) if self._is_word(tokens[i])]
+            said = [number for number, i in enumerate(words) if self._texts(tokens[i])]
+            words = words[said[0] : said[-1] + 1] if said else []
+            turns.append(_Turn(words, supervised=turn.interrupted and not words))
+        return turns
+
+    def _is_word(self, token: int) -> bool:
+        return token >= 0 and token not in self._texts.special_ids
 
 
-def _prompt_runs(where: list[int], answers: list[bool] | None) -> list[list[int]]:
+def _answers(prompt: Prompt) -> Tensor | None:
+    """Bool ``[B, L]`` on the CPU: true where labels or the assistant mask say that an answer is. None without both."""
+    answers = None
+    for name, given, ignored in (
+        ("labels", prompt.labels, IGNORE_INDEX),
+        ("the assistant mask", prompt.assistant_mask, 0),
+    ):
+        if given is None:
+            continue
+        if given.shape != prompt.input_ids.shape:
+            raise InstructionError(
+                f"{name} {list(given.shape)} and input_ids {list(prompt.input_ids.shape)} differ in shape, so that "
+                f"answers can't be told from the instruction; {_PASS_IT}"
+            )
+        marked = (given != ignored).cpu()
+        answers = marked if answers is None else answers | marked
+    return answers
+
+
+def _prompt_runs(where: list[int], answers: list[bool] | None) -> list[_Turn]:
     """The prompt, cut where answers stand: without a template, labels are what tells turns apart."""
     if answers is None:
-        return [where]
+        return [_Turn(where)]
     runs: list[list[int]] = [[]]
     answered = 0
     for i in where:
@@ -176,49 +220,15 @@ def _prompt_runs(where: list[int], answers: list[bool] | None) -> list[list[int]
             answered = len(runs) - 1
         else:
             runs[-1].append(i)
-    if answered == 0:
-        # No answer, or nothing before the first: the row is all prompt, or all answer.
-        return [where]
-    # What follows the last answer is the template's end of the conversation, not a question.
-    return runs[:answered]
+    # What follows the last answer is the template's end of the conversation, not a question; but without any
+    # answer, or with nothing before the first, the row is all prompt, or all answer.
+    turns = runs[:answered] or [run for run in runs if run]
+    return [_Turn(run) for run in turns] or [_Turn([], supervised=bool(where))]
 
 
 def _apply_policy(turns: list[list[int]], policy: InstructionPolicy) -> list[int]:
-    if not turns:
-        return []
     if policy == "all_turns":
         return [i for turn in turns for i in turn]
     if policy == "shortest_turn":
-        return min(turns, key=len)
+        return min(filter(None, turns), key=len, default=[])
     return turns[-1]
-
-
-def _decode_with_owners(tokenizer: Any, tokens: Sequence[int]) -> tuple[str, list[tuple[int, int]]]:
-    """The decoded text without white space, and for each character the first and last token it stems from.
-
-    Byte-level tokenizers spread a character over several tokens, and sentencepiece-like ones write a space or
-    not depending on the neighbour: hence groups of tokens that decode to whole characters, decoded after
-    their neighbour.
-    """
-
-    def decode(part: Sequence[int]) -> str:
-        return str(tokenizer.decode(list(part), skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
-    text: list[str] = []
-    owners: list[tuple[int, int]] = []
-    previous = start = 0
-    for end in range(len(tokens)):
-        alone = decode(tokens[start : end + 1])
-        if alone.endswith("�") and end + 1 < len(tokens):
-            continue
-        piece = alone
-        if start:
-            neighbour = decode(tokens[previous:start])
-            together = decode(tokens[previous : end + 1])
-            piece = together[len(neighbour) :] if together.startswith(neighbour) else alone
-        for character in piece:
-            if not character.isspace():
-                text.append(character)
-                owners.append((start, end))
-        previous, start = start, end + 1
-    return "".join(text), owners

@@ -1,0 +1,124 @@
+"""Token ids as text that a template's markers can be searched in, and from that text back to the tokens."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+#: As a token id: an answer that is known from labels. Every other negative id says nothing.
+ANSWERED = -(2**63)
+#: Stands for a run of :data:`ANSWERED`: no marker is looked for in it or across it.
+BARRIER = "\0"
+#: Stands before what a special token says, so that the same characters typed as plain text are not taken for it.
+SPECIAL = "\1"
+_CONTROL = str.maketrans("", "", BARRIER + SPECIAL)
+# No template writes a special token this often in a row, but placeholders come by the thousand.
+_SHORTEST_RUN = 4
+# A character has at most four bytes; a token may hold the end of one and the start of the next.
+_MOST_TOKENS_OF_CHARACTERS = 16
+_BROKEN = "\N{REPLACEMENT CHARACTER}"
+
+
+@dataclass(frozen=True)
+class DecodedRow:
+    """A row of tokens as text without white space, which tokenizers add and drop.
+
+    Consecutive tokens are grouped where they only make sense together: the bytes of one character, a run of
+    placeholders, an answer. ``first[g]`` is the first token of group g and ``offset[g]`` its first character; both
+    have one entry more, for the end.
+    """
+
+    text: str
+    first: list[int]
+    offset: list[int]
+
+    def tokens(self, parts: Sequence[tuple[int, int]]) -> list[int]:
+        """Positions of the tokens in which any character of ``parts`` lies, and of white space in between.
+
+        Args:
+            parts: ``(start, end)`` in ``text``, in order, none of them empty.
+        """
+        groups = {
+            group
+            for start, end in parts
+            for group in range(bisect_right(self.offset, start) - 1, bisect_left(self.offset, end))
+        }
+        return [
+            i
+            for group in range(min(groups, default=0), max(groups, default=-1) + 1)
+            if group in groups or self.offset[group] == self.offset[group + 1]
+            for i in range(self.first[group], self.first[group + 1])
+        ]
+
+
+class TokenTexts:
+    """What each token of a tokenizer says.
+
+    Decoding is one call per distinct token, not per position: white space is the only thing in which a token's text
+    depends on its neighbours, and it doesn't count.
+    """
+
+    def __init__(self, tokenizer: Any, special_ids: Iterable[int] = ()) -> None:
+        self.tokenizer = tokenizer
+        self.special_ids = frozenset(special_ids) | _special_ids(tokenizer)
+        self._texts: dict[int, str] = {ANSWERED: BARRIER}
+
+    def __call__(self, token: int) -> str:
+        """The token's characters, without white space; a special token's are marked as such."""
+        text = self._texts.get(token)
+        if text is None:
+            text = self._decode([token])
+            if text and token in self.special_ids:
+                text = SPECIAL + text
+            self._texts[token] = text
+        return text
+
+    def row(self, tokens: Sequence[int]) -> DecodedRow:
+        first, texts = [], []
+        start, length = 0, len(tokens)
+        while start < length:
+            token = tokens[start]
+            text = self(token)
+            end = start + 1
+            if token == ANSWERED or token in self.special_ids:
+                while end < length and tokens[end] == token:
+                    end += 1
+                if token != ANSWERED and end - start < _SHORTEST_RUN:
+                    end = start + 1
+            elif _BROKEN in text:
+                text, end = self._whole_characters(tokens, start)
+            first.append(start)
+            texts.append(text)
+            start = end
+        return DecodedRow("".join(texts), [*first, length], [0, *accumulate(map(len, texts))])
+
+    def of_text(self, text: str) -> str:
+        """``text`` as it is found in a row, once the tokenizer has been at it."""
+        return self.row(self.tokenizer(text, add_special_tokens=False)["input_ids"]).text
+
+    def _whole_characters(self, tokens: Sequence[int], start: int) -> tuple[str, int]:
+        """The text of the fewest tokens from ``start`` on that hold whole characters, and where they end."""
+        text, end = "", start
+        while end < min(len(tokens), start + _MOST_TOKENS_OF_CHARACTERS) and _BROKEN in self(tokens[end]):
+            end += 1
+            text = self._decode(tokens[start:end])
+            if _BROKEN not in text:
+                break
+        return text, end
+
+    def _decode(self, tokens: Sequence[int]) -> str:
+        known = [token for token in tokens if token >= 0]
+        if not known:
+            return ""
+        text = str(self.tokenizer.decode(known, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        return "".join(text.split()).translate(_CONTROL)
+
+
+def _special_ids(tokenizer: Any) -> frozenset[int]:
+    # A template's own tokens are flagged in the vocabulary, but often have no name such as eos_token.
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    flagged = {token_id for token_id, token in added.items() if getattr(token, "special", False)}
+    return frozenset(getattr(tokenizer, "all_special_ids", ())) | flagged
