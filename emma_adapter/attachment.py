@@ -70,12 +70,20 @@ def places(family: ModelFamily, config: EmmaConfig, model: nn.Module) -> dict[st
     return found
 
 
-def check_not_wrapped(model: nn.Module) -> None:
-    """Raises:
-    PatchError: if PEFT has wrapped a projector itself since it was patched: the part it adds, a LoRA, would read visual
-        tokens that are not aligned.
+def check_in_place(model: nn.Module) -> None:
+    """That the projectors which the model will call are those that were patched.
+
+    Raises:
+        PatchError: if another tool has replaced a projector, or wrapped it so that its own weights would read visual
+            tokens that are not aligned, as PEFT's LoRA on a projector that is a single layer.
     """
     for projector in projectors(model).values():
+        if not any(PLACE_ATTRIBUTE in module.__dict__ for module in projector.modules()):
+            raise PatchError(
+                f"the model's projector, a {type(projector).__name__}, is another one than was patched, and the adapter "
+                "is gone with it (merge_and_unload() replaces projectors): change the model first, then patch it and "
+                "load_adapter"
+            )
         if hasattr(getattr(projector, "base_layer", None), PLACE_ATTRIBUTE):
             raise PatchError(
                 f"the projector was wrapped in a {type(projector).__name__} after patch_model, whose own weights would "
