@@ -80,9 +80,9 @@ def check_in_place(model: nn.Module) -> None:
     for projector in projectors(model).values():
         if not any(PLACE_ATTRIBUTE in module.__dict__ for module in projector.modules()):
             raise PatchError(
-                f"the model's projector, a {type(projector).__name__}, is another one than was patched, and the adapter "
-                "is gone with it (merge_and_unload() replaces projectors): change the model first, then patch it and "
-                "load_adapter"
+                f"the model's projector, a {type(projector).__name__}, is another one than was patched, and the "
+                "adapter is gone with it (merge_and_unload() replaces projectors): change the model first, then patch "
+                "it and load_adapter"
             )
         if hasattr(getattr(projector, "base_layer", None), PLACE_ATTRIBUTE):
             raise PatchError(
