@@ -43,7 +43,11 @@ def detach(module: nn.Module) -> None:
 
 
 def alignment_at(projector: nn.Module) -> EmmaAlignment:
-    """The alignment of a projector, also of one that another tool has wrapped."""
+    """The alignment of a projector, also of one that another tool has wrapped.
+
+    Raises:
+        PatchError: if another tool has replaced the part of the projector that held it.
+    """
     module: Any = projector
     while module is not None:
         alignment = getattr(module, ALIGNMENT_NAME, None)
@@ -51,18 +55,20 @@ def alignment_at(projector: nn.Module) -> EmmaAlignment:
             return alignment
         wrapped = getattr(module, "base_layer", None)
         module = getattr(module, "0", None) if wrapped is None else wrapped
-    raise RuntimeError(f"this {type(projector).__name__} has lost its alignment")
+    raise PatchError(
+        f"a part of the projector, a {type(projector).__name__}, was replaced after patch_model, and the adapter is "
+        "gone with it (merge_and_unload() does that): change the model first, then patch it and load_adapter"
+    )
 
 
 def projectors(model: nn.Module) -> dict[str, nn.Module]:
     """The projectors that the adapter of a patched model sits at, by place."""
     state = state_of(model)
-    return places(state.family, state.config, model)
+    return places(state.family, state.config, state.family.inner(model))
 
 
-def places(family: ModelFamily, config: EmmaConfig, model: nn.Module) -> dict[str, nn.Module]:
+def places(family: ModelFamily, config: EmmaConfig, inner: nn.Module) -> dict[str, nn.Module]:
     """The projectors that an adapter with this config sits at, by place."""
-    inner = family.inner(model)
     found = {MAIN_PLACE: family.projector(inner)}
     if config.align_deepstack:
         further = family.deepstack_projectors(inner)
@@ -70,14 +76,14 @@ def places(family: ModelFamily, config: EmmaConfig, model: nn.Module) -> dict[st
     return found
 
 
-def check_in_place(model: nn.Module) -> None:
+def check_in_place(state: AdapterState, inner: nn.Module) -> None:
     """That the projectors which the model will call are those that were patched.
 
     Raises:
         PatchError: if another tool has replaced a projector, or wrapped it so that its own weights would read visual
             tokens that are not aligned, as PEFT's LoRA on a projector that is a single layer.
     """
-    for projector in projectors(model).values():
+    for projector in places(state.family, state.config, inner).values():
         if not any(PLACE_ATTRIBUTE in module.__dict__ for module in projector.modules()):
             raise PatchError(
                 f"the model's projector, a {type(projector).__name__}, is another one than was patched, and the "

@@ -64,6 +64,25 @@ class CallPlan:
 
 
 @dataclass(frozen=True)
+class PinnedPrompt:
+    """What a ``generate`` was asked, for the calls of forward that it makes."""
+
+    instruction: InstructionTokens
+    #: ``[B, L]``, without what a cache holds; None if the prompt was given as embeddings.
+    input_ids: Tensor | None
+
+    def is_prompt_of(self, arguments: Mapping[str, Any]) -> bool:
+        """False if the user calls forward while ``generate`` runs, as from a logits processor, about something else."""
+        ids, own = arguments.get("input_ids"), self.input_ids
+        if ids is None or own is None:
+            return True
+        rows, length = len(own), min(own.shape[1], ids.shape[1])
+        if len(ids) % rows:
+            return False
+        return bool((ids[:: len(ids) // rows, :length].to(own.device) == own[:, :length]).all())
+
+
+@dataclass(frozen=True)
 class RoutedInstruction:
     """The instruction for every part of one projector input."""
 

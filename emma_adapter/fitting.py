@@ -80,7 +80,7 @@ def resolve_sizes(config: EmmaConfig, family: ModelFamily, inner: nn.Module) -> 
         )
     if fixed and number is not None:
         _require_agreement("num_visual_tokens", config.num_visual_tokens, number, f"this {type(inner).__name__}")
-    return config.replace(visual_dim=visual_dim)
+    return config.replace(visual_dim=visual_dim, visual_grid=grid if config.visual_grid is None else config.visual_grid)
 
 
 def _require_agreement(name: str, given: int | None, actual: int, owner: str) -> None:

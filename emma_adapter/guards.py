@@ -93,8 +93,10 @@ def guard_generate(model: nn.Module, original: Callable[..., Any], *args: Any, *
         arguments["input_ids"] = arguments["inputs"]
     inner = state.family.inner(model)
     # A continued conversation: the images of this call belong to what the cache doesn't hold yet.
-    plan = plan_call(state, inner, own, arguments, cached=_cached_length(arguments.get("past_key_values")))
-    with state.generating(plan):
+    cached = _cached_length(arguments.get("past_key_values"))
+    plan = plan_call(state, inner, own, arguments, cached=cached)
+    prompt = arguments.get("input_ids")
+    with state.generating(plan, None if prompt is None else prompt[:, cached:]):
         return original(*args, **kwargs)
 
 

@@ -52,10 +52,8 @@ def remove_hooks(module: nn.Module) -> None:
 def before_outer(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
     """Take out of the call what is for the adapter, and note the labels, which the inner model doesn't get."""
     kwargs = _by_name(model, args, kwargs)
-    outer = pop_outer_call(kwargs)
     context = state_of(model).context
-    if context.pinned is None:
-        context.outer = outer
+    context.outer = pop_outer_call(kwargs)
     return (), kwargs
 
 
@@ -70,12 +68,14 @@ def before_inner(inner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     own = pop_outer_call(kwargs)
     state = state_of(inner)
     context = state.context
+    # Taken, not read: after an interrupted call, whose later hooks never ran, it must not be there for the next.
+    outer, context.outer = own if context.outer is None else context.outer, None
     if context.disabled or not has_pixels(state.family, kwargs):
         return (), kwargs
-    if context.pinned is not None:
-        context.plan = pinned_plan(state, inner, context.pinned, kwargs)
+    explicit = outer.instruction is not None or own.instruction is not None
+    if context.pinned is not None and not explicit and context.pinned.is_prompt_of(kwargs):
+        context.plan = pinned_plan(state, inner, context.pinned.instruction, kwargs)
         return (), kwargs
-    outer = own if context.outer is None else context.outer
     if own.instruction is not None:
         outer = OuterCall(outer.labels, outer.assistant_mask, own.instruction, own.instruction_mask)
     context.plan = plan_call(state, inner, outer, kwargs)
@@ -102,10 +102,21 @@ def after_projector(projector: nn.Module, args: Any, kwargs: Any, output: Any) -
     """While the adapter is disabled, a projector that was trained with it gives way to the original."""
     state = state_of(projector)
     original = state.original_projectors.get(getattr(projector, PLACE_ATTRIBUTE))
-    if not state.context.disabled or original is None:
+    if original is None or not _is_disabled(state, _first_argument(args, kwargs)[0]):
         return None
-    trained = next(iter(projector_parameters(projector).values()))
-    return original.to(trained.device, trained.dtype)(*args, **kwargs)
+    trained = next(iter(projector_parameters(projector).values()), None)
+    if trained is not None:
+        original.to(trained.device, trained.dtype)
+    return original(*args, **kwargs)
+
+
+def _is_disabled(state: AdapterState, visual_tokens: Tensor) -> bool:
+    """Whether the adapter is, or in the call that is recomputed was, disabled."""
+    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        seen, routed = state.memory.recall(visual_tokens)
+        # Aligned visual tokens, which the projector got if it was not, are not what is remembered.
+        return seen and routed is None
+    return bool(state.context.disabled)
 
 
 def _routed(state: AdapterState, visual_tokens: Tensor) -> RoutedInstruction | None:

@@ -92,7 +92,7 @@ def _check_fit(model: nn.Module, saved: checkpoint.SavedAdapter) -> None:
             f"{saved.source} was made for {saved.config.num_visual_tokens} visual tokens an image; "
             f"this model has {number}"
         )
-    places = attachment.places(family, saved.config, model)
+    places = attachment.places(family, saved.config, inner)
     if set(places) != {_place_of(name) for name in saved.alignment}:
         raise CheckpointError(
             f"{saved.source} was made for a model with {len({_place_of(name) for name in saved.alignment}) - 1} "

@@ -65,7 +65,7 @@ def patch_model(
 
     alignments = {
         place: EmmaAlignment(config).to(_execution_device(projector, inner)).train(model.training)
-        for place, projector in attachment.places(family, config, model).items()
+        for place, projector in attachment.places(family, config, inner).items()
     }
 
     for module in (model, inner):

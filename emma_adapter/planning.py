@@ -39,7 +39,7 @@ def plan_call(
         RoutingError: if the placeholders can't be found.
         PatchError: if another tool has wrapped the projector in a way that goes round the adapter.
     """
-    check_in_place(state.model)
+    check_in_place(state, inner)
     is_placeholder = _is_placeholder(state.family, inner, arguments)
     explicit = outer.instruction is not None or state.context.named is not None
     samples = find_samples(arguments, next(iter(is_placeholder.values())).shape, required=not explicit)

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from .calls import CallPlan, FeatureCall, OuterCall, RoutedInstruction
+from .calls import CallPlan, FeatureCall, OuterCall, PinnedPrompt, RoutedInstruction
 from .config import EmmaConfig
 from .errors import PatchError
 from .families import ModelFamily
@@ -29,11 +29,16 @@ class CallContext(threading.local):
         self.outer: OuterCall | None = None
         self.plan: CallPlan | None = None
         self.feature_call: FeatureCall | None = None
-        #: The instruction of a running ``generate``, read from its prompt.
-        self.pinned: InstructionTokens | None = None
-        #: The instruction of a running ``with adapter.instruction(...)``.
-        self.named: InstructionTokens | None = None
+        #: The prompt of a running ``generate`` and its instruction.
+        self.pinned: PinnedPrompt | None = None
+        #: The instructions of running ``with adapter.instruction(...)``, the innermost last. Asynchronous code may
+        #: leave them in another order than it entered them.
+        self.all_named: list[InstructionTokens] = []
         self.disabled = 0
+
+    @property
+    def named(self) -> InstructionTokens | None:
+        return self.all_named[-1] if self.all_named else None
 
 
 class RecomputationMemory:
@@ -109,17 +114,20 @@ class AdapterState:
 
     @property
     def model(self) -> nn.Module:
-        """The patched model: whoever asks is running in a part of it."""
+        """Raises:
+        PatchError: if only a part of the patched model still exists.
+        """
         model = self._model()
-        assert model is not None
+        if model is None:
+            raise PatchError("the patched model was deleted, and only a part of it was kept; keep the model itself")
         return model
 
     @contextmanager
-    def generating(self, plan: CallPlan) -> Iterator[None]:
+    def generating(self, plan: CallPlan, prompt: Tensor | None) -> Iterator[None]:
         """The context of a ``generate`` whose prompt gave this plan, and afterwards the one before it again."""
         context = self.context
         before = (context.outer, context.plan, context.pinned)
-        context.outer, context.plan, context.pinned = None, plan, plan.instruction
+        context.outer, context.plan, context.pinned = None, plan, PinnedPrompt(plan.instruction, prompt)
         try:
             yield
         finally:
@@ -140,11 +148,12 @@ class AdapterState:
 
     @contextmanager
     def naming(self, instruction: InstructionTokens) -> Iterator[None]:
-        before, self.context.named = self.context.named, instruction
+        named = self.context.all_named
+        named.append(instruction)
         try:
             yield
         finally:
-            self.context.named = before
+            del named[next(i for i, other in enumerate(named) if other is instruction)]
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

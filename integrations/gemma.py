@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from emma_adapter import ModelFamily
+from emma_adapter import MediaLayout, ModelFamily, ProjectorCall
 
 
 class GemmaFamily(ModelFamily):
@@ -22,3 +22,8 @@ class GemmaFamily(ModelFamily):
         config: Any = inner.config
         side = config.vision_config.image_size // config.vision_config.patch_size
         return side * side, (side, side)
+
+    def layout(self, call: ProjectorCall) -> MediaLayout:
+        images, per_image = call.visual_tokens.shape[:2]
+        tokens = getattr(call.inner.config, "mm_tokens_per_image", per_image)
+        return MediaLayout(tokens=[tokens] * images, entries=[1] * images)

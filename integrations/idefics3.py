@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from emma_adapter import MediaLayout, ModelFamily, ProjectorCall, share_evenly
+from emma_adapter import MediaLayout, ModelFamily, ProjectorCall
 
 
 class Idefics3Family(ModelFamily):
@@ -30,4 +30,7 @@ class Idefics3Family(ModelFamily):
         tiles, per_tile = call.visual_tokens.shape[:2]
         # Processors may make larger tiles than the vision tower was trained on; the pixel shuffle takes squares only.
         grid = (isqrt(per_tile), isqrt(per_tile))
-        return MediaLayout(tokens=share_evenly(call, tiles), entries=[1] * tiles, grids=[grid] * tiles)
+        config: Any = call.inner.config
+        return MediaLayout(
+            tokens=[per_tile // config.scale_factor**2] * tiles, entries=[1] * tiles, grids=[grid] * tiles
+        )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from math import isqrt
 from typing import Any
 
 from torch import nn
 
-from emma_adapter import ModelFamily
+from emma_adapter import MediaLayout, ModelFamily, ProjectorCall
 
 
 class InternVLFamily(ModelFamily):
@@ -24,3 +25,9 @@ class InternVLFamily(ModelFamily):
         image, patch = config.vision_config.image_size, config.vision_config.patch_size
         height, width = (int(side // edge * config.downsample_ratio) for side, edge in zip(image, patch, strict=True))
         return height * width, (height, width)
+
+    def layout(self, call: ProjectorCall) -> MediaLayout:
+        tiles, per_tile = call.visual_tokens.shape[:2]
+        # Tiles may be larger than the vision tower was trained on; the pixel shuffle takes squares only.
+        grid = (isqrt(per_tile), isqrt(per_tile))
+        return MediaLayout(tokens=[per_tile] * tiles, entries=[1] * tiles, grids=[grid] * tiles)

@@ -33,7 +33,8 @@ class LlavaFamily(ModelFamily):
     def visual_dim(self, inner: nn.Module) -> int:
         config: Any = inner.config
         # transformers < 5.18 says vision_feature_layers for VipLLaVA.
-        layers = getattr(config, "vision_feature_layer", None) or config.vision_feature_layers
+        layers = getattr(config, "vision_feature_layer", None)
+        layers = config.vision_feature_layers if layers is None else layers
         return int(config.vision_config.hidden_size) * (1 if isinstance(layers, int) else len(layers))
 
     def visual_size(self, inner: nn.Module) -> tuple[int | None, tuple[int, int] | None]:

@@ -81,7 +81,9 @@ class Qwen3VLFamily(Qwen2VLFamily):
         return list(inner.get_submodule("visual.deepstack_merger_list").children())
 
 
+# Kept for later calls, which may train: a tensor made in inference mode can't.
 @lru_cache(maxsize=1024)
+@torch.inference_mode(False)
 def block_order(grid: tuple[int, int], merge: int) -> Tensor:
     height, width = grid
     places = torch.arange(height * width).view(height // merge, merge, width // merge, merge)
@@ -89,6 +91,7 @@ def block_order(grid: tuple[int, int], merge: int) -> Tensor:
 
 
 @lru_cache(maxsize=1024)
+@torch.inference_mode(False)
 def window_order(grid: tuple[int, int], merge: int, window: int) -> Tensor:
     """``window`` is the side of an attention window in blocks."""
     rows, columns = grid[0] // merge, grid[1] // merge

@@ -490,6 +490,53 @@ def test_a_call_never_uses_the_instruction_of_another(entry):
         model.model.get_image_features(**feature_arguments(model, batch))
 
 
+@pytest.mark.parametrize("told", [None, ["is there a cat?"]])
+def test_a_call_inside_of_generate_has_its_own_instruction(told):
+    """As a logits processor may make one, with other images, and fewer rows than ``generate`` has."""
+    entry = ZOO["llava"]
+    model, _ = trained(entry)
+    other = batch_of(entry, ROWS[1:2])
+    more = {} if told is None else {"instruction": told}
+    expected, seen = last_logits(model, other, **more), []
+
+    class Curious(transformers.LogitsProcessor):
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+            seen.append(last_logits(model, other, **more))
+            return scores
+
+    for rows in (ROWS[:1], ROWS[:2]):
+        batch = batch_of(entry, rows)
+        before = generated(model, batch)
+        after = generated(model, batch, logits_processor=[Curious()])
+        assert torch.equal(before, after)
+    assert len(seen) == 2
+    for logits in seen:
+        torch.testing.assert_close(logits, expected, atol=SAME, rtol=0)
+
+
+@entries
+def test_training_after_inference_mode(entry):
+    """What is kept from one call to the next must not be made of tensors that can't be trained with."""
+    model, adapter = patched(entry)
+    train(adapter)
+    rows = (Row(("how many dogs are there?",), images=((84, 112),), seed=1),)
+    with torch.inference_mode():
+        model(**batch_of(entry, rows))
+    model.train()
+    model(**answered(entry, rows, "a red bird.")).loss.backward()
+    assert all(parameter.grad is not None for parameter in adapter.parameters())
+
+
+@entries
+def test_a_number_of_visual_tokens_that_is_right_is_right(entry):
+    number = patched(entry)[1].config.num_visual_tokens
+    grid = patched(entry)[1].config.visual_grid
+    family_is_fixed = not entry.name.startswith(("qwen", "mistral3", "llava_pixtral"))
+    model, adapter = patched(entry, num_visual_tokens=number, visual_grid=None if family_is_fixed else grid)
+    assert adapter.config.visual_grid == grid
+    last_logits(model, batch_of(entry, ROWS))
+
+
 # -------------------------------------------------------------------------------------------------------- training
 
 

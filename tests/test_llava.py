@@ -851,6 +851,44 @@ def test_a_named_instruction_is_that_of_every_call_in_the_block():
     assert torch.equal(logits(model, inputs), inferred)
 
 
+def test_named_instructions_may_end_in_another_order_than_they_began():
+    """As those of asynchronous tasks do."""
+    model, adapter = patched(with_processor=False)
+    inputs = tiny.token_inputs([1])
+    inferred = logits(model, inputs)
+    first, second = (adapter.instruction(torch.tensor([[token]])) for token in (31, 32))
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert torch.equal(logits(model, inputs), logits(model, inputs, instruction=torch.tensor([[32]])))
+    second.__exit__(None, None, None)
+    assert torch.equal(logits(model, inputs), inferred)
+
+
+def test_an_interrupted_call_leaves_no_instruction_for_the_next():
+    """PyTorch runs no hooks after an interrupt."""
+    model, _ = patched(with_processor=False)
+    inputs = tiny.token_inputs([1])
+    with torch.no_grad():
+        before = model.model(**inputs).last_hidden_state
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    handle = model.model.language_model.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(**inputs, instruction=torch.tensor([[31]]))
+    handle.remove()
+    with torch.no_grad():
+        assert torch.equal(model.model(**inputs).last_hidden_state, before)
+
+
+def test_token_ids_beyond_the_vocabulary_are_an_error():
+    model, _ = patched(with_processor=False)
+    with pytest.raises(InstructionError, match="vocabulary"):
+        model(**tiny.token_inputs([1]), instruction=torch.tensor([[10**6]]))
+
+
 def test_a_call_that_fails_leaves_nothing_for_the_next(monkeypatch):
     model, _ = patched(with_processor=False)
     inputs = tiny.token_inputs([1])

@@ -175,6 +175,16 @@ def test_llava_forks_and_old_model_types(llm):
     assert (moved > EFFECT).tolist() == [False, True, False, False]
 
 
+def test_a_projector_without_weights_can_be_trained_and_disabled():
+    model = left_padded_llava(projector="identity")
+    inputs = llava_inputs(IMAGES, padding_side="left")
+    before = logits(model, inputs)
+    adapter = patch_model(model).train_only(projector=True)
+    train(adapter)
+    with adapter.disabled():
+        assert torch.equal(logits(model, inputs), before)
+
+
 def test_llava_with_images_missing_is_an_error():
     model = left_padded_llava()
     patch_model(model)

@@ -36,7 +36,7 @@ class DecodedRow:
     offset: list[int]
 
     def tokens(self, parts: Sequence[tuple[int, int]]) -> list[int]:
-        """Positions of the tokens in which any character of ``parts`` lies, and of white space in between.
+        """Positions of the tokens in which any character of ``parts`` lies, and of white space inside a part.
 
         Args:
             parts: ``(start, end)`` in ``text``, in order, none of them empty.
@@ -46,12 +46,7 @@ class DecodedRow:
             for start, end in parts
             for group in range(bisect_right(self.offset, start) - 1, bisect_left(self.offset, end))
         }
-        return [
-            i
-            for group in range(min(groups, default=0), max(groups, default=-1) + 1)
-            if group in groups or self.offset[group] == self.offset[group + 1]
-            for i in range(self.first[group], self.first[group + 1])
-        ]
+        return [i for group in sorted(groups) for i in range(self.first[group], self.first[group + 1])]
 
 
 class TokenTexts:

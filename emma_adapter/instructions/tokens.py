@@ -95,6 +95,8 @@ class InstructionPipeline:
         if ids is None or mask is None:
             assert texts is not None
             ids, mask = self.reader.tokenize(texts)
+        else:
+            _check_vocabulary(ids.masked_fill(~mask, 0), embed)
         return self._embed(ids.to(device), mask.to(device), embed)
 
     def inferred(self, prompt: Prompt, embed: Callable[[Tensor], Tensor]) -> InstructionTokens:
@@ -142,6 +144,15 @@ def _checked_ids(ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     if mask.shape != ids.shape:
         raise InstructionError(f"instruction_mask= must be {list(ids.shape)} as the token ids; got {list(mask.shape)}")
     return ids, mask.bool()
+
+
+def _check_vocabulary(ids: Tensor, embed: Callable[[Tensor], Tensor]) -> None:
+    vocabulary = getattr(getattr(embed, "weight", None), "shape", (None,))[0]
+    if vocabulary and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
+        raise InstructionError(
+            f"instruction= holds token ids from {int(ids.min())} to {int(ids.max())}, and the language model's "
+            f"vocabulary ends at {vocabulary}: tokenize with the model's own tokenizer"
+        )
 
 
 def _left_aligned(ids: Tensor, selected: Tensor) -> tuple[Tensor, Tensor]:
