@@ -79,7 +79,9 @@ def generated(model: nn.Module, batch: dict[str, Any], **more: Any) -> Tensor:
 
 
 def feature_arguments(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
-    return {name: batch[name] for name in inspect.signature(model.model.get_image_features).parameters if name in batch}
+    """Of a batch, what ``get_image_features`` takes; older transformers don't name ``image_sizes`` in every family."""
+    names = [*inspect.signature(model.model.get_image_features).parameters, "image_sizes"]
+    return {name: batch[name] for name in names if name in batch}
 
 
 def aligned(model: nn.Module, adapter, run) -> list[Tensor]:
