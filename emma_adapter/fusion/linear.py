@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -73,15 +73,12 @@ class LinearFusion(Fusion):
         # weight gradient; after, because the projection has a bias.
         projected = F.gelu(self.instruction_projection(_blank(instruction_tokens, instruction_mask)))
         projected = _blank(projected, instruction_mask)
-        text_weight = self.text_weight[:, :num_instruction]
-        if own_grid is None and hasattr(self, "image_weight") and _Alignment.takes(visual_tokens, projected):
-            aligned: Tensor = _Alignment.apply(visual_tokens, projected, self.image_weight, text_weight, self.bias)
-            return aligned
         dtype = visual_tokens.dtype
+        text_weight = self.text_weight[:, :num_instruction].to(dtype)
         native_tokens = visual_tokens
         if own_grid is not None and self.native_grid is not None:
             native_tokens = resample(visual_tokens, own_grid, self.native_grid, antialias=True)
-        update = self._image_update(native_tokens) + text_weight.to(dtype) @ projected + self.bias.to(dtype)[:, None]
+        update = self._image_update(native_tokens) + text_weight @ projected + self.bias.to(dtype)[:, None]
         if own_grid is not None and self.native_grid is not None:
             update = resample(update, self.native_grid, own_grid)
         return add_update(visual_tokens, update)
@@ -105,79 +102,6 @@ class LinearFusion(Fusion):
         if hasattr(self, "image_weight"):
             return self.image_weight.to(dtype) @ visual_tokens
         return self.image_up.to(dtype) @ (self.image_down.to(dtype) @ visual_tokens)
-
-
-class _Alignment(torch.autograd.Function):
-    """``add_update(x, image_weight x + text_weight projected + bias)`` on the CPU, where fresh memory is what costs.
-
-    Forward writes one tensor, in place; matrix products of a batch don't copy x or its transpose, as ``weight @ x``
-    does. Backward leaves out the gradient of x if it is not needed, and adds the weight gradients of the images in
-    place. Differentiable twice: backward consists of differentiable operations on saved inputs.
-    """
-
-    @staticmethod
-    def takes(x: Tensor, projected: Tensor) -> bool:
-        """A compiler finds its own way, and autocast mixes dtypes; other devices allocate from a cache."""
-        return (
-            x.device.type == "cpu"
-            and x.dtype == projected.dtype
-            and not torch.is_autocast_enabled("cpu")
-            and not torch.compiler.is_compiling()
-        )
-
-    @staticmethod
-    def forward(x: Tensor, projected: Tensor, image_weight: Tensor, text_weight: Tensor, bias: Tensor) -> Tensor:
-        image_weight, text_weight, bias = (weight.to(x.dtype) for weight in (image_weight, text_weight, bias))
-        update = torch.bmm(_repeated(image_weight, x), x)
-        update.baddbmm_(_repeated(text_weight, x), projected)
-        # x - ((0 - bias) - update): each subtraction keeps a zero positive, so that the last one keeps every x.
-        torch.sub((0 - bias)[:, None], update, out=update)
-        return torch.sub(x, update, out=update)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        *saved, bias = inputs
-        ctx.bias_dtype = bias.dtype
-        ctx.save_for_backward(*saved)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, projected, image_weight, text_weight = ctx.saved_tensors
-        need_x, need_projected, need_image_weight, need_text_weight, need_bias = ctx.needs_input_grad
-        dx = dprojected = dimage_weight = dtext_weight = dbias = None
-        if need_x:
-            dx = torch.bmm(_repeated(image_weight.to(dy.dtype).mT, dy), dy).add_(dy)
-        if need_projected:
-            dprojected = torch.bmm(_repeated(text_weight.to(dy.dtype).mT, dy), dy)
-        if need_image_weight:
-            dimage_weight = _sum_of_products(dy, x).to(image_weight.dtype)
-        if need_text_weight:
-            # Short times long is faster than long times short.
-            dtext_weight = _sum_of_products(projected, dy).mT.to(text_weight.dtype)
-        if need_bias:
-            dbias = dy.sum((0, 2)).to(ctx.bias_dtype)
-        return dx, dprojected, dimage_weight, dtext_weight, dbias
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *tensors: Tensor) -> tuple[Tensor, int]:
-        def plain(x: Tensor, projected: Tensor, image_weight: Tensor, text_weight: Tensor, bias: Tensor) -> Tensor:
-            image_weight, text_weight, bias = (weight.to(x.dtype) for weight in (image_weight, text_weight, bias))
-            return add_update(x, image_weight @ x + text_weight @ projected + bias[:, None])
-
-        return torch.vmap(plain, in_dims)(*tensors), 0
-
-
-def _repeated(weight: Tensor, batch: Tensor) -> Tensor:
-    """One view of the matrix an image."""
-    return weight.expand(len(batch), -1, -1)
-
-
-def _sum_of_products(left: Tensor, right: Tensor) -> Tensor:
-    """``sum_b left[b] right[b]^T``, added up in float32 at least."""
-    if left.dtype in (torch.float32, torch.float64):
-        unread = left.new_empty(left.shape[1], right.shape[1])
-        return torch.addbmm(unread, left, right.mT, beta=0)
-    return torch.bmm(left, right.mT).sum(0, dtype=torch.float32)
 
 
 def _blank(tokens: Tensor, mask: Tensor | None) -> Tensor:
