@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import pytest
@@ -239,6 +239,11 @@ STYLES = {
         markers=("Answer:",),
     ),
 }
+STYLES["qwen3-vl-tools-by-name"] = replace(
+    STYLES["qwen3-vl"],
+    template=STYLES["qwen3-vl"].template.replace("<tool_response>\n", "<tool_response>\n{{ m['name'] }}: "),
+)
+
 
 KINDS = ["bpe-special", "bpe-plain", "unigram-special", "unigram-plain"]
 POLICIES = ["last_turn", "shortest_turn", "all_turns"]
@@ -372,8 +377,12 @@ def test_user_turns_are_read_exactly(name, kind, turns, answer, images, instruct
 @every_kind
 def test_words_before_and_after_an_image_are_one_instruction(name, kind):
     talk = [user("why?"), message("assistant", "so"), user("is", None, "like\n", None, None, "or not?")]
-    [text] = reader(name, kind).texts(prompt_of(name, kind, talk))
-    assert text.split() == ["is", "like", "or", "not?"]
+    prompt = prompt_of(name, kind, talk)
+    assert reader(name, kind).texts(prompt)[0].split() == ["is", "like", "or", "not?"]
+    talk[-1] = user(None, "\n\n", "what?", "\n\n", None)
+    ids = prompt_of(name, kind, talk).input_ids
+    first, *_, last = ids[reader(name, kind).select(Prompt(ids))].tolist()
+    assert all(tokenizer(name, kind).decode([token]).strip() for token in (first, last))
 
 
 @pytest.mark.parametrize("name", ["qwen2-vl", "qwen3-vl"])

@@ -88,15 +88,15 @@ class _Template:
         if not answers or not header:
             return None
         instructed = self._with_system()
-        starts = _Starts(header, _first_header(first, header, instructed))
+        starts = _Starts(header, first)
         system = starts.learn_system(instructed)
         if header == answered.rest:
             starts.texts += [BARRIER, BARRIER + header]
         closing = _common_prefix(asked.rest, *answers, generating.rest)
-        # Less than all of it must be whole tags: the first letter of two words closes nothing.
-        closes = closing and (closing == asked.rest or _units(closing)[-1] != closing[-1])
+        if closing and closing != asked.rest and len(_units(closing)[-1]) == 1:
+            closing = ""  # Two words happen to begin alike; a whole tag would close the turn.
         # Nobody can type a special token, so that a user's second message in a row begins a turn of its own.
-        ends = [closing] if closes else [*answers, *(text for text in starts.texts if SPECIAL in text)]
+        ends = [closing] if closing else [*answers, *(text for text in starts.texts if SPECIAL in text)]
         for prompt in system_prompts:
             starts.learn_known_system(self._with_system(prompt))
         tools = self._tool_starts(starts.texts)
@@ -247,13 +247,6 @@ class _Starts:
         return tuple(sorted(found - {""}))
 
 
-def _first_header(first: str, header: str, instructed: _Rendered | None) -> str:
-    """``first`` without what a template may write before it: a bos token, a default system message."""
-    if first.endswith(header) or header in first or instructed is None or instructed.order[:2] != [_SYSTEM, 0]:
-        return first
-    return _common_suffix(first, instructed.before[1]) or first
-
-
 def _sentinel(number: int) -> str:
     # Letters and digits, which every tokenizer knows and none changes; without spaces, which don't count.
     return f"zqemma{number}qz"
@@ -281,9 +274,3 @@ def _units(text: str) -> list[str]:
 def _common_prefix(*texts: str) -> str:
     together = zip(*map(_units, texts), strict=False)
     return "".join(units[0] for units in takewhile(lambda units: len({*units}) == 1, together))
-
-
-def _common_suffix(one: str, other: str) -> str:
-    together = zip(reversed(_units(one)), reversed(_units(other)), strict=False)
-    same = [unit for unit, _ in takewhile(lambda pair: pair[0] == pair[1], together)]
-    return "".join(reversed(same))
