@@ -11,6 +11,7 @@ from .errors import (
     EmmaError,
     EncoderError,
     InstructionError,
+    KernelError,
     PatchError,
     RoutingError,
     ShapeError,
@@ -18,6 +19,8 @@ from .errors import (
 )
 from .families import MediaLayout, ModelFamily, ProjectorCall, register_family, share_evenly
 from .fusion import Fusion, register_fusion
+from .fusion.dispatch import KernelUse
+from .fusion.packing import Packing
 from .instructions.cache import CacheInfo
 from .instructions.encoders import InstructionEncoder
 from .loading import load_adapter
@@ -36,8 +39,11 @@ __all__ = [
     "Fusion",
     "InstructionEncoder",
     "InstructionError",
+    "KernelError",
+    "KernelUse",
     "MediaLayout",
     "ModelFamily",
+    "Packing",
     "PatchError",
     "ProjectorCall",
     "RoutingError",

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from .config import EmmaConfig
 from .errors import ConfigError, ShapeError
 from .fusion import fusion_class
+from .fusion.dispatch import Dispatch, Kernel, KernelUse
+from .fusion.packing import Grid, Packing
 from .official import read_official
 
 
@@ -29,6 +31,7 @@ class EmmaAlignment(nn.Module):
                 raise ConfigError(f"EmmaConfig.{name} must be given to build an EmmaAlignment; patch_model infers it")
         self.config = config
         self.fusion = fusion_class(config.fusion)(config)
+        self.use_kernel(config.kernel)
 
     def forward(
         self,
@@ -36,24 +39,28 @@ class EmmaAlignment(nn.Module):
         instruction_tokens: Tensor,
         instruction_mask: Tensor | None = None,
         *,
-        grid: tuple[int, int] | None = None,
+        grid: Grid | None = None,
+        packing: Packing | None = None,
     ) -> Tensor:
         """Align visual tokens with the instruction.
 
         Args:
-            visual_tokens: ``[B, N, D]``, any floating dtype.
+            visual_tokens: ``[B, N, D]``, any floating dtype; with ``packing``, ``[M, D]``.
             instruction_tokens: ``[B, T, Dt]``; cast to the dtype of the visual tokens.
             instruction_mask: ``[B, T]``, true or 1 at valid tokens (a key padding mask in the sense of
                 transformers' ``attention_mask``); None if all are valid.
             grid: ``(height, width)`` of the image in visual tokens, where it differs from the config's.
+            packing: how images of different sizes lie one after another, and which row of ``instruction_tokens``
+                each meets.
 
         Returns:
-            ``[B, N, D]`` in the dtype of ``visual_tokens``.
+            A tensor of the shape and dtype of ``visual_tokens``.
 
         Raises:
             ShapeError: if the tensors don't fit each other or the config.
+            KernelError: if the config asks for Triton kernels that can't compute this.
         """
-        self._check(visual_tokens, instruction_tokens, instruction_mask)
+        self._check(visual_tokens, instruction_tokens, instruction_mask, packing)
         if grid is not None and (len(grid) != 2 or min(grid) < 1 or grid[0] * grid[1] != visual_tokens.shape[1]):
             raise ShapeError(
                 f"grid={grid} should be the (height, width) of an image of {visual_tokens.shape[1]} visual tokens"
@@ -65,7 +72,29 @@ class EmmaAlignment(nn.Module):
             # No token means the same as one that is masked.
             instruction_tokens = instruction_tokens.new_zeros(len(instruction_tokens), 1, instruction_tokens.shape[2])
             instruction_mask = instruction_tokens.new_zeros(instruction_tokens.shape[:2], dtype=torch.bool)
-        return self.fusion(visual_tokens, instruction_tokens, instruction_mask, grid).to(visual_tokens.dtype)
+        if packing is not None:
+            aligned = self.fusion.forward_packed(visual_tokens, instruction_tokens, instruction_mask, packing)
+        else:
+            aligned = self.fusion(visual_tokens, instruction_tokens, instruction_mask, grid)
+        return aligned.to(visual_tokens.dtype)
+
+    def use_kernel(self, kernel: Kernel) -> None:
+        """Change ``EmmaConfig.kernel``; the report starts anew.
+
+        Raises:
+            ConfigError: if the fusion has no Triton kernel and ``kernel`` is ``"triton"``.
+        """
+        config = self.config.replace(kernel=kernel)
+        if kernel == "triton" and not self.fusion.has_kernel:
+            raise ConfigError(
+                f'fusion={config.fusion!r} has no Triton kernel; EmmaConfig.kernel must be "auto" or "eager"'
+            )
+        self.config = config
+        self.fusion.dispatch = Dispatch(config.fusion, kernel)
+
+    def kernel_report(self) -> tuple[KernelUse, ...]:
+        """What computed the calls so far, one entry for each kind of call."""
+        return self.fusion.dispatch.report()
 
     @classmethod
     def from_official(cls, path: str | PathLike[str]) -> EmmaAlignment:
@@ -81,17 +110,26 @@ class EmmaAlignment(nn.Module):
         alignment.load_state_dict(state_dict)
         return alignment
 
-    def _check(self, visual_tokens: Tensor, instruction_tokens: Tensor, instruction_mask: Tensor | None) -> None:
+    def _check(
+        self,
+        visual_tokens: Tensor,
+        instruction_tokens: Tensor,
+        instruction_mask: Tensor | None,
+        packing: Packing | None,
+    ) -> None:
         config = self.config
-        if visual_tokens.ndim != 3 or visual_tokens.shape[-1] != config.visual_dim:
-            raise ShapeError(f"visual_tokens must be [B, N, {config.visual_dim}]; got {list(visual_tokens.shape)}")
+        shape = f"[B, N, {config.visual_dim}]" if packing is None else f"[M, {config.visual_dim}] with packing"
+        if visual_tokens.ndim != (3 if packing is None else 2) or visual_tokens.shape[-1] != config.visual_dim:
+            raise ShapeError(f"visual_tokens must be {shape}; got {list(visual_tokens.shape)}")
         if not visual_tokens.is_floating_point():
             raise ShapeError(f"visual_tokens must be floating-point; got {visual_tokens.dtype}")
         if instruction_tokens.ndim != 3 or instruction_tokens.shape[-1] != config.instruction_dim:
             raise ShapeError(
                 f"instruction_tokens must be [B, T, {config.instruction_dim}]; got {list(instruction_tokens.shape)}"
             )
-        if instruction_tokens.shape[0] != visual_tokens.shape[0]:
+        if packing is not None:
+            _check_packing(packing, visual_tokens.shape[0])
+        elif instruction_tokens.shape[0] != visual_tokens.shape[0]:
             raise ShapeError(
                 f"visual_tokens and instruction_tokens must have the same batch size; got {visual_tokens.shape[0]} "
                 f"and {instruction_tokens.shape[0]}"
@@ -100,3 +138,13 @@ class EmmaAlignment(nn.Module):
             raise ShapeError(
                 f"instruction_mask must be {list(instruction_tokens.shape[:2])}; got {list(instruction_mask.shape)}"
             )
+
+
+def _check_packing(packing: Packing, num_visual_tokens: int) -> None:
+    announced = sum(height * width for height, width in packing.grids)
+    if announced != num_visual_tokens:
+        raise ShapeError(f"packing announces {announced} visual tokens and there are {num_visual_tokens}")
+    if packing.rows.shape != (len(packing.grids),):
+        raise ShapeError(
+            f"packing.rows must name the instruction of {len(packing.grids)} images; got {list(packing.rows.shape)}"
+        )

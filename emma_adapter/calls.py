@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .alignment import EmmaAlignment
 from .errors import RoutingError
 from .families import MediaLayout, ModelFamily, ProjectorCall
+from .fusion.packing import Packing
 from .instructions.routing import rows_of_media
 from .instructions.tokens import Instruction, InstructionTokens
 
@@ -97,29 +98,9 @@ class RoutedInstruction:
         if layout.grids is None:
             own = self.instruction.of_rows(rows)
             return alignment(visual_tokens, own.tokens, own.mask)
-        return self._align_grids(alignment, visual_tokens, layout.grids, rows)
-
-    def _align_grids(
-        self, alignment: EmmaAlignment, visual_tokens: Tensor, grids: Sequence[tuple[int, int]], rows: Tensor
-    ) -> Tensor:
-        """Entries of the same grid are aligned together."""
         flat = visual_tokens.reshape(-1, visual_tokens.shape[-1])
-        pieces = list(flat.split([height * width for height, width in grids]))
-        members: dict[tuple[int, int], list[int]] = {}
-        for entry, grid in enumerate(grids):
-            members.setdefault(grid, []).append(entry)
-        for grid, entries in members.items():
-            own = self.instruction.of_rows(rows[torch.as_tensor(entries, device=rows.device)])
-            batch = torch.stack([pieces[entry] for entry in entries])
-            order = None if self.layout.orders is None else self.layout.orders[grid].to(batch.device)
-            if order is not None:
-                batch = batch[:, order.argsort()]
-            aligned = alignment(batch, own.tokens, own.mask, grid=grid)
-            if order is not None:
-                aligned = aligned[:, order]
-            for entry, piece in zip(entries, aligned.unbind(0), strict=True):
-                pieces[entry] = piece
-        return torch.cat(pieces).reshape(visual_tokens.shape) if pieces else visual_tokens
+        packing = Packing(layout.grids, rows, layout.orders)
+        return alignment(flat, self.instruction.tokens, self.instruction.mask, packing=packing).view_as(visual_tokens)
 
 
 def route(

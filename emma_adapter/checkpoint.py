@@ -48,7 +48,7 @@ _PROJECTOR_PREFIX = "projector."
 _SCRATCH_PREFIX = ".emma-save-"
 _ABANDONED_AFTER = 24 * 3600  # seconds
 #: Config fields that may be edited in a saved folder: they don't change what the weights compute.
-_EDITABLE = frozenset({"cache_size", "instruction_encoder", "instruction_policy"})
+_EDITABLE = frozenset({"cache_size", "instruction_encoder", "instruction_policy", "kernel"})
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,8 @@ def _describe(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Any]
         "model_type": base.model_type,
         "reads_turns": state.pipeline.reader.markers is not None,
         "projector_trained": bool(state.original_projectors),
-        "config": state.config.to_dict(),
+        # What computes the adapter is the business of the machine it runs on.
+        "config": state.config.replace(kernel="auto").to_dict(),
     }
 
 

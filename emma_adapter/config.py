@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from .errors import ConfigError
+from .fusion.dispatch import Kernel
 from .fusion.registry import fusion_names
 
 InstructionPolicy = Literal["last_turn", "shortest_turn", "all_turns"]
@@ -44,6 +45,10 @@ class EmmaConfig:
         instruction_policy: which user turns of a conversation are the instruction: ``"last_turn"``,
             ``"shortest_turn"`` (the authors' training rule), or ``"all_turns"``.
         cache_size: how many encoded instructions are kept; 0 turns the cache off.
+        kernel: what computes the fusion. ``"eager"``: PyTorch's own operations. ``"triton"``: the fused Triton
+            kernels, or a :class:`~emma_adapter.KernelError` that says why they can't. ``"auto"``: the kernels on a GPU
+            where they were measured to be at least as fast (``make bench-gpu``), PyTorch elsewhere;
+            ``adapter.kernel_report()`` tells what ran. Not saved with an adapter.
         align_deepstack: Qwen3-VL also feeds features of lower vision layers into the language model, through
             projectors of their own. True aligns these too, each with its own weights. By default they stay as they
             are: the paper aligns what *the* projector reads, lower layers have other statistics and would multiply the
@@ -67,6 +72,7 @@ class EmmaConfig:
     instruction_layer: int = -2
     instruction_policy: InstructionPolicy = "last_turn"
     cache_size: int = 512
+    kernel: Kernel = "auto"
     align_deepstack: bool = False
     fusion_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
@@ -89,6 +95,7 @@ class EmmaConfig:
         if not isinstance(self.align_deepstack, bool):
             raise self._error("align_deepstack", "True or False")
         self._require_text("instruction_policy", get_args(InstructionPolicy))
+        self._require_text("kernel", get_args(Kernel))
         if not isinstance(self.instruction_encoder, str) or not self.instruction_encoder.strip():
             raise self._error(
                 "instruction_encoder",

@@ -27,6 +27,10 @@ class InstructionError(EmmaError, ValueError):
     """The instruction of a call can't be known, or doesn't fit the call."""
 
 
+class KernelError(EmmaError, RuntimeError):
+    """The Triton kernels were asked for and can't compute this call."""
+
+
 class RoutingError(EmmaError, ValueError):
     """Images and placeholder tokens of a call don't match."""
 

@@ -13,6 +13,7 @@ from .config import EmmaConfig
 from .errors import CheckpointError, PatchError
 from .families import find_family
 from .fitting import embedding_dim, make_pipeline, make_reader, resolve_encoder
+from .fusion.dispatch import Kernel
 from .instructions.tokens import LLM
 from .patching import EmmaAdapter, base_of, patch_model
 from .state import STATE_ATTRIBUTE, state_of
@@ -24,6 +25,7 @@ def load_adapter(
     *,
     processor: Any = None,
     instruction_encoder: str | nn.Module | None = None,
+    kernel: Kernel | None = None,
     revision: str | None = None,
     local_files_only: bool = False,
 ) -> EmmaAdapter:
@@ -35,6 +37,8 @@ def load_adapter(
         processor: as for :func:`patch_model`; an already patched model keeps the one it has, if none is given.
         instruction_encoder: where the adapter's instruction encoder is found now, if elsewhere than when it was
             saved; needed for an encoder module of your own.
+        kernel: what computes the adapter, as in :class:`EmmaConfig`; default: ``"auto"``, or what an already patched
+            model was told.
         revision: branch, tag or commit on the hub.
         local_files_only: don't ask the hub; use what was downloaded before.
 
@@ -54,14 +58,15 @@ def load_adapter(
                 "without one, the whole prompt is the instruction: load_adapter(model, …, processor=processor)",
                 stacklevel=2,
             )
-        patch_model(model, saved.config, processor=processor, instruction_encoder=instruction_encoder)
+        config = saved.config if kernel is None else saved.config.replace(kernel=kernel)
+        patch_model(model, config, processor=processor, instruction_encoder=instruction_encoder)
     elif not _same_build(state_of(model).config, saved.config, ignore_encoder=instruction_encoder is not None):
         raise PatchError(
             "the model is patched with another kind of adapter than the saved one; unpatch_model(model) first, and "
             f"load_adapter will patch it. Here: {state_of(model).config}; saved: {saved.config}"
         )
     else:
-        _refit(model, processor, instruction_encoder)
+        _refit(model, processor, instruction_encoder, kernel)
     if saved.projector:
         training.keep_original_projectors(model)
     else:
@@ -129,15 +134,21 @@ def _check_encoder_fit(model: nn.Module, saved: checkpoint.SavedAdapter) -> None
 
 def _same_build(one: EmmaConfig, other: EmmaConfig, *, ignore_encoder: bool) -> bool:
     """True if both have the same weights and read the same instruction, wherever the encoder is found."""
-    ignored: dict[str, Any] = {"cache_size": 0}
+    ignored: dict[str, Any] = {"cache_size": 0, "kernel": "auto"}
     if ignore_encoder:
         ignored["instruction_encoder"] = "given"
     return one.replace(**ignored) == other.replace(**ignored)
 
 
-def _refit(model: nn.Module, processor: Any, instruction_encoder: str | nn.Module | None) -> None:
-    """Give a patched model another processor or encoder, where one is given."""
+def _refit(
+    model: nn.Module, processor: Any, instruction_encoder: str | nn.Module | None, kernel: Kernel | None
+) -> None:
+    """Give a patched model another processor, encoder or kernel, where one is given."""
     state = state_of(model)
+    if kernel is not None:
+        state.config = state.config.replace(kernel=kernel)
+        for alignment in attachment.alignments(model).values():
+            alignment.use_kernel(kernel)
     reader, encoder = state.pipeline.reader, state.pipeline.encoder
     if processor is not None:
         reader = make_reader(model, state.config, processor)

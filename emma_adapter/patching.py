@@ -17,6 +17,7 @@ from .config import EmmaConfig
 from .errors import PatchError
 from .families import find_family
 from .fitting import make_pipeline, make_reader, resolve_encoder, resolve_sizes
+from .fusion.dispatch import KernelUse
 from .guards import MethodGuard, guard_features, guard_generate
 from .hooks import install_call_hooks, install_projector_hooks, remove_hooks
 from .instructions.cache import CacheInfo
@@ -178,6 +179,13 @@ class EmmaAdapter:
             OSError: if the folder can't be written; what it held before is intact.
         """
         checkpoint.save(self.model, directory)
+
+    def kernel_report(self) -> tuple[KernelUse, ...]:
+        """What computed the calls so far, PyTorch's operations or the Triton kernels, and why; one entry for each kind
+        of call: ``print(*adapter.kernel_report(), sep="\\n")``."""
+        return tuple(
+            use for alignment in attachment.alignments(self.model).values() for use in alignment.kernel_report()
+        )
 
     def cache_info(self) -> CacheInfo:
         """Hits, misses and size of the cache of encoded instructions. ``"llm"`` looks embeddings up, uncached."""

@@ -32,6 +32,7 @@ WRONG: list[tuple[str, Any, str, dict[str, Any]]] = [
     ("inner_dim", 2, "a multiple of num_heads=4", {}),
     *[("instruction_layer", value, "an integer", {}) for value in (True, None, -2.0, "-2", [])],
     *[("cache_size", value, "an integer >= 0", {}) for value in (-1, True, None, 1.0, "512")],
+    *[("kernel", value, "'auto', 'eager', 'triton'", {}) for value in (None, "cuda", True, ["eager"])],
     *[("align_deepstack", value, "True or False", {}) for value in (None, 1, "yes")],
     *[
         ("visual_grid", value, "two integers (height, width) >= 1", {})
@@ -149,6 +150,7 @@ VALID: dict[str, st.SearchStrategy[Any]] = {
     "instruction_policy": st.sampled_from(get_args(InstructionPolicy)),
     "cache_size": st.integers(min_value=0),
     "align_deepstack": st.booleans(),
+    "kernel": st.sampled_from(["auto", "eager", "triton"]),
     "fusion_options": st.dictionaries(st.text(), json_values(), max_size=4),
 }
 

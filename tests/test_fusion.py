@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import tiny
-from emma_adapter import ConfigError, EmmaAlignment, EmmaConfig, Fusion, ShapeError, register_fusion
+from emma_adapter import ConfigError, EmmaAlignment, EmmaConfig, Fusion, Packing, ShapeError, register_fusion
 from emma_adapter.fusion import fusion_class, fusion_names
 from emma_adapter.fusion.registry import _FUSIONS
 from emma_adapter.fusion.resampling import resample
@@ -836,3 +836,31 @@ def test_integer_visual_tokens_are_refused(variant):
 def test_fusions_need_a_name(name):
     with pytest.raises(ConfigError, match="name"):
         register_fusion(name)(fusion_class("linear"))
+
+
+@pytest.mark.parametrize("fusion", ["attention", "linear", "modulation"])
+@settings(max_examples=15)
+@given(data=st.data())
+def test_packed_images_are_aligned_as_if_each_were_alone(fusion, data):
+    """Of any grids, in raster order or another, with instructions shared, unused or empty."""
+    sizes = {"visual_dim": 16, "instruction_dim": 6, "visual_grid": (3, 4), "max_instruction_tokens": 5}
+    alignment = EmmaAlignment(EmmaConfig(fusion=fusion, **sizes)).double()
+    with torch.no_grad():
+        for parameter in alignment.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    grids = data.draw(st.lists(st.sampled_from([(3, 4), (2, 2), (1, 5)]), max_size=5))
+    rows = torch.tensor([data.draw(st.integers(0, 2)) for _ in grids], dtype=torch.long)
+    ordered = data.draw(st.booleans())
+    orders = {grid: torch.randperm(grid[0] * grid[1]) for grid in grids} if ordered else None
+    v = torch.randn(sum(h * w for h, w in grids), 16, dtype=torch.float64)
+    t, mask = torch.randn(3, 5, 6, dtype=torch.float64), torch.tensor([[1] * 5, [1, 1, 0, 0, 0], [0] * 5]).bool()
+    found = alignment(v, t, mask, packing=Packing(grids, rows, orders))
+    expected = [v[:0]]
+    for piece, grid, row in zip(v.split([h * w for h, w in grids]), grids, rows, strict=True):
+        # The token at place i of a sequence is the one at place order[i] of the image.
+        order = torch.arange(len(piece)) if orders is None else orders[grid]
+        image = torch.empty_like(piece)
+        image[order] = piece
+        expected.append(alignment(image[None], t[row][None], mask[row][None], grid=grid)[0][order])
+    assert found.shape == v.shape
+    assert torch.allclose(found, torch.cat(expected), atol=1e-12)

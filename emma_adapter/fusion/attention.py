@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor
 
-from .cross_attention import CrossAttention, keep_uninstructed
+from .cross_attention import CrossAttentionFusion
 from .layers import add_update
-from .registry import Fusion, register_fusion
-
-if TYPE_CHECKING:
-    from ..config import EmmaConfig
+from .registry import register_fusion
 
 
 @register_fusion("attention")
-class AttentionFusion(Fusion):
+class AttentionFusion(CrossAttentionFusion):
     """``V + CrossAttention(V, T)``. An empty instruction leaves V unchanged."""
 
-    def __init__(self, config: EmmaConfig) -> None:
-        super().__init__(config)
-        self.cross_attention = CrossAttention(config)
+    epilogue = "add"
 
-    def forward(
-        self,
-        visual_tokens: Tensor,
-        instruction_tokens: Tensor,
-        instruction_mask: Tensor | None,
-        grid: tuple[int, int] | None = None,
-    ) -> Tensor:
-        update = self.cross_attention(visual_tokens, instruction_tokens, instruction_mask, grid)
-        return keep_uninstructed(add_update(visual_tokens, update), visual_tokens, instruction_mask)
+    def apply_update(self, visual_tokens: Tensor, update: Tensor) -> Tensor:
+        return add_update(visual_tokens, update)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from abc import abstractmethod
+from itertools import accumulate
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,8 @@ from torch import Tensor, nn
 
 from ..errors import ShapeError
 from .layers import CastingLayerNorm, CastingLinear
+from .packing import Grid, Packing
+from .registry import Fusion
 from .resampling import resample
 
 if TYPE_CHECKING:
@@ -59,34 +63,70 @@ class CrossAttention(nn.Module):
         visual_tokens: Tensor,
         instruction_tokens: Tensor,
         instruction_mask: Tensor | None,
-        grid: tuple[int, int] | None,
+        grid: Grid | None,
     ) -> Tensor:
         """``[B, N, D], [B, T, Dt], bool [B, T] or None -> [B, N, D]``. Rows without a valid instruction token
-        hold arbitrary finite values; see :func:`keep_uninstructed`."""
+        hold arbitrary finite values; see :func:`_keep_uninstructed`."""
+        keys, values = self._keys_and_values(instruction_tokens, instruction_mask)
         mask = None
         if instruction_mask is not None:
-            instruction_tokens = instruction_tokens.masked_fill(~instruction_mask[..., None], 0)
             # A softmax over no key is NaN: an empty instruction attends to its blanked padding.
             mask = instruction_mask | ~instruction_mask.any(dim=1, keepdim=True)
             mask = mask[:, None, None, :]
         query = self.query(self.visual_norm(visual_tokens))
-        if self.position is not None:
-            query = query + self._positions(visual_tokens.shape[1], grid).to(query.dtype)
-        instruction = self.instruction_norm(instruction_tokens)
+        positions = self.positions(visual_tokens.shape[1], grid)
+        if positions is not None:
+            query = query + positions.to(query.dtype)
         attended = F.scaled_dot_product_attention(
-            self._split_heads(query),
-            self._split_heads(self.key(instruction)),
-            self._split_heads(self.value(instruction)),
-            attn_mask=mask,
+            self._split_heads(query), self._split_heads(keys), self._split_heads(values), attn_mask=mask
         )
         return self.output(rearrange(attended, "b h n d -> b n (h d)"))
 
-    def _split_heads(self, x: Tensor) -> Tensor:
-        return rearrange(x, "b n (h d) -> b h n d", h=self.num_heads)
+    def fused(
+        self,
+        visual_tokens: Tensor,
+        instruction_tokens: Tensor,
+        instruction_mask: Tensor | None,
+        epilogue: Literal["add", "modulate"],
+        **layout: Tensor | None,
+    ) -> Tensor:
+        """Update and residual together, by the Triton kernels; ``layout`` as
+        :func:`~emma_adapter.kernels.cross_attention.cross_attention` takes it."""
+        from ..kernels.cross_attention import cross_attention
 
-    def _positions(self, num_visual_tokens: int, grid: tuple[int, int] | None) -> Tensor:
-        """The query term of each visual token ``[N, inner_dim]``, resampled if the image has another grid."""
-        assert self.position is not None
+        keys, values = self._keys_and_values(instruction_tokens, instruction_mask)
+        assert self.query.bias is not None and self.output.bias is not None
+        return cross_attention(
+            visual_tokens,
+            keys,
+            values,
+            instruction_mask,
+            num_heads=self.num_heads,
+            norm_weight=self.visual_norm.weight,
+            norm_bias=self.visual_norm.bias,
+            query_weight=self.query.weight,
+            query_bias=self.query.bias,
+            output_weight=self.output.weight,
+            output_bias=self.output.bias,
+            eps=self.visual_norm.eps,
+            epilogue=epilogue,
+            **layout,
+        )
+
+    def kernel_problem(self, visual_tokens: Tensor) -> str | None:
+        """Why the Triton kernels can't compute :meth:`fused`, or None."""
+        from ..kernels.cross_attention import unsupported_reason
+
+        weight = self.query.weight
+        if weight.device != visual_tokens.device:
+            return f"the visual tokens are on {visual_tokens.device} and the adapter's weights on {weight.device}"
+        return unsupported_reason(visual_tokens, weight.shape[0], self.num_heads)
+
+    def positions(self, num_visual_tokens: int, grid: Grid | None) -> Tensor | None:
+        """The query term of each visual token ``[N, inner_dim]``, resampled if the image has another grid; None if the
+        adapter has learned none."""
+        if self.position is None:
+            return None
         native = self.position.shape[0]
         if grid is None or grid == self.native_grid:
             if num_visual_tokens != native:
@@ -100,8 +140,83 @@ class CrossAttention(nn.Module):
             raise ShapeError(f"positions can't be resampled to grid={grid} without EmmaConfig.visual_grid")
         return resample(self.position, self.native_grid, grid)
 
+    def _keys_and_values(self, instruction_tokens: Tensor, instruction_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """``[B, T, inner_dim]`` each."""
+        if instruction_mask is not None:
+            instruction_tokens = instruction_tokens.masked_fill(~instruction_mask[..., None], 0)
+        instruction = self.instruction_norm(instruction_tokens)
+        return self.key(instruction), self.value(instruction)
 
-def keep_uninstructed(aligned: Tensor, visual_tokens: Tensor, instruction_mask: Tensor | None) -> Tensor:
+    def _split_heads(self, x: Tensor) -> Tensor:
+        return rearrange(x, "b n (h d) -> b h n d", h=self.num_heads)
+
+
+class CrossAttentionFusion(Fusion):
+    """A fusion that applies the result of :class:`CrossAttention` to the visual tokens one by one."""
+
+    has_kernel = True
+    #: What :meth:`apply_update` is for the kernels.
+    epilogue: ClassVar[Literal["add", "modulate"]]
+
+    def __init__(self, config: EmmaConfig) -> None:
+        super().__init__(config)
+        self.cross_attention = CrossAttention(config)
+
+    @abstractmethod
+    def apply_update(self, visual_tokens: Tensor, update: Tensor) -> Tensor:
+        """``[B, N, D], [B, N, D] -> [B, N, D]``; the visual tokens bit for bit where the update is zero."""
+
+    def forward(
+        self,
+        visual_tokens: Tensor,
+        instruction_tokens: Tensor,
+        instruction_mask: Tensor | None,
+        grid: Grid | None = None,
+    ) -> Tensor:
+        attention = self.cross_attention
+        if self._takes_triton(visual_tokens):
+            positions = attention.positions(visual_tokens.shape[1], grid)
+            return attention.fused(
+                visual_tokens, instruction_tokens, instruction_mask, self.epilogue, position=positions
+            )
+        update = attention(visual_tokens, instruction_tokens, instruction_mask, grid)
+        return _keep_uninstructed(self.apply_update(visual_tokens, update), visual_tokens, instruction_mask)
+
+    def forward_packed(
+        self, visual_tokens: Tensor, instruction_tokens: Tensor, instruction_mask: Tensor | None, packing: Packing
+    ) -> Tensor:
+        if not packing.grids or not self._takes_triton(visual_tokens):
+            return super().forward_packed(visual_tokens, instruction_tokens, instruction_mask, packing)
+        return self.cross_attention.fused(
+            visual_tokens, instruction_tokens, instruction_mask, self.epilogue, **self._kernel_layout(packing)
+        )
+
+    def _takes_triton(self, visual_tokens: Tensor) -> bool:
+        return self.dispatch.takes_triton(visual_tokens, lambda: self.cross_attention.kernel_problem(visual_tokens))
+
+    def _kernel_layout(self, packing: Packing) -> dict[str, Tensor | None]:
+        """Where each entry begins, and one table of the query terms of every grid with where each entry's begin."""
+        device = self.cross_attention.query.weight.device
+        lengths = [height * width for height, width in packing.grids]
+        layout: dict[str, Tensor | None] = {
+            "cu_seqlens": torch.tensor([0, *accumulate(lengths)], device=device),
+            "instruction_rows": packing.rows.to(device),
+        }
+        if self.cross_attention.position is None:
+            return layout
+        tables, starts, end = [], {}, 0
+        for grid in dict.fromkeys(packing.grids):
+            table = self.cross_attention.positions(grid[0] * grid[1], grid)
+            assert table is not None
+            order = packing.order(grid, device)
+            tables.append(table if order is None else table[order])
+            starts[grid], end = end, end + len(table)
+        layout["position"] = torch.cat(tables)
+        layout["position_start"] = torch.tensor([starts[grid] for grid in packing.grids], device=device)
+        return layout
+
+
+def _keep_uninstructed(aligned: Tensor, visual_tokens: Tensor, instruction_mask: Tensor | None) -> Tensor:
     """``aligned``, but the untouched visual tokens in rows whose instruction has no valid token."""
     if instruction_mask is None:
         return aligned

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, ShapeError
 from .layers import CastingLinear, add_update
+from .packing import Grid
 from .registry import Fusion, register_fusion
 from .resampling import resample
+from .token_mixing import mix_tokens
 
 if TYPE_CHECKING:
     from ..config import EmmaConfig
@@ -35,6 +37,7 @@ class LinearFusion(Fusion):
     """
 
     reads_padding = True
+    has_kernel = True
 
     def __init__(self, config: EmmaConfig) -> None:
         super().__init__(config)
@@ -59,7 +62,7 @@ class LinearFusion(Fusion):
         visual_tokens: Tensor,
         instruction_tokens: Tensor,
         instruction_mask: Tensor | None,
-        grid: tuple[int, int] | None = None,
+        grid: Grid | None = None,
     ) -> Tensor:
         num_columns = self.text_weight.shape[1]
         own_grid = self._own_grid(visual_tokens.shape[1], grid)
@@ -73,17 +76,36 @@ class LinearFusion(Fusion):
         # weight gradient; after, because the projection has a bias.
         projected = F.gelu(self.instruction_projection(_blank(instruction_tokens, instruction_mask)))
         projected = _blank(projected, instruction_mask)
+        text_weight = self.text_weight[:, :num_instruction]
+        if self.dispatch.takes_triton(visual_tokens, lambda: self._kernel_problem(visual_tokens, own_grid)):
+            from ..kernels.token_mixing import token_mixing
+
+            projected = projected.to(visual_tokens.dtype)
+            return token_mixing(visual_tokens, projected, self.image_weight, text_weight, self.bias)
+        if own_grid is None and hasattr(self, "image_weight"):
+            return mix_tokens(visual_tokens, projected, self.image_weight, text_weight, self.bias)
         dtype = visual_tokens.dtype
-        text_weight = self.text_weight[:, :num_instruction].to(dtype)
         native_tokens = visual_tokens
         if own_grid is not None and self.native_grid is not None:
             native_tokens = resample(visual_tokens, own_grid, self.native_grid, antialias=True)
-        update = self._image_update(native_tokens) + text_weight @ projected + self.bias.to(dtype)[:, None]
+        update = self._image_update(native_tokens) + text_weight.to(dtype) @ projected + self.bias.to(dtype)[:, None]
         if own_grid is not None and self.native_grid is not None:
             update = resample(update, self.native_grid, own_grid)
         return add_update(visual_tokens, update)
 
-    def _own_grid(self, num_visual_tokens: int, grid: tuple[int, int] | None) -> tuple[int, int] | None:
+    def _kernel_problem(self, visual_tokens: Tensor, own_grid: Grid | None) -> str | None:
+        """Why the Triton kernels can't compute a call, or None."""
+        from ..kernels.token_mixing import unsupported_reason
+
+        if not hasattr(self, "image_weight"):
+            return "the kernels are for a full image weight, and EmmaConfig.rank is given"
+        if own_grid is not None:
+            return f"the kernels are for images on the native grid {self.native_grid}, and this one's is {own_grid}"
+        if self.bias.device != visual_tokens.device:
+            return f"the visual tokens are on {visual_tokens.device} and the adapter's weights on {self.bias.device}"
+        return unsupported_reason(visual_tokens, self.text_weight.shape[1])
+
+    def _own_grid(self, num_visual_tokens: int, grid: Grid | None) -> Grid | None:
         """The grid of these visual tokens, or None if it is the native one."""
         if grid is not None and grid != self.native_grid:
             if self.native_grid is None:

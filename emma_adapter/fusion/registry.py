@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, ClassVar, TypeVar
 from torch import Tensor, nn
 
 from ..errors import ConfigError
+from .dispatch import Dispatch
+from .packing import Packing, by_grid
 
 if TYPE_CHECKING:
     from ..config import EmmaConfig
@@ -26,9 +28,12 @@ class Fusion(nn.Module, ABC):
     reads_padding: ClassVar[bool] = False
     #: True if the number of visual tokens is fixed by the weights.
     fixed_num_visual_tokens: ClassVar[bool] = False
+    #: True if ``self.dispatch`` is asked which implementation runs, and ``kernel="triton"`` can be.
+    has_kernel: ClassVar[bool] = False
 
     def __init__(self, config: EmmaConfig) -> None:
         super().__init__()
+        self.dispatch = Dispatch(config.fusion, config.kernel)
 
     @abstractmethod
     def forward(
@@ -39,6 +44,12 @@ class Fusion(nn.Module, ABC):
         grid: tuple[int, int] | None = None,
     ) -> Tensor:
         """``[B, N, D], [B, T, Dt], bool [B, T] or None (all valid), (height, width) -> [B, N, D]``."""
+
+    def forward_packed(
+        self, visual_tokens: Tensor, instruction_tokens: Tensor, instruction_mask: Tensor | None, packing: Packing
+    ) -> Tensor:
+        """``[M, D], [R, T, Dt], bool [R, T] or None (all valid) -> [M, D]``: images of any size in one tensor."""
+        return by_grid(self, visual_tokens, instruction_tokens, instruction_mask, packing)
 
 
 _FUSIONS: dict[str, type[Fusion]] = {}

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Grid = tuple[int, int]
+from .packing import Grid
 
 
 def resample(tokens: Tensor, source: Grid, target: Grid, *, antialias: bool = False) -> Tensor:

@@ -1,0 +1,90 @@
+"""The eager form of the paper's visual alignment: ``x + (W_img x + W_txt T' + b)`` along the token axis."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .layers import add_update
+
+
+def mix_tokens(x: Tensor, projected: Tensor, image_weight: Tensor, text_weight: Tensor, bias: Tensor) -> Tensor:
+    """``[B, N, D], [B, T, D], [N, N], [N, T], [N] -> [B, N, D]``; bit for bit x while the weights are zero."""
+    # A compiler finds its own way, autocast mixes dtypes, and other devices allocate from a cache.
+    if (
+        x.device.type == "cpu"
+        and x.dtype == projected.dtype
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
+    ):
+        y: Tensor = MixTokensOnCPU.apply(x, projected, image_weight, text_weight, bias)
+        return y
+    return _plain(x, projected, image_weight, text_weight, bias)
+
+
+def _plain(x: Tensor, projected: Tensor, image_weight: Tensor, text_weight: Tensor, bias: Tensor) -> Tensor:
+    image_weight, text_weight, bias = (weight.to(x.dtype) for weight in (image_weight, text_weight, bias))
+    return add_update(x, image_weight @ x + text_weight @ projected + bias[:, None])
+
+
+class MixTokensOnCPU(torch.autograd.Function):
+    """``add_update(x, image_weight x + text_weight projected + bias)`` on the CPU, where fresh memory is what costs.
+
+    Forward writes one tensor, in place; matrix products of a batch don't copy x or its transpose, as ``weight @ x``
+    does. Backward leaves out the gradient of x if it is not needed, and adds the weight gradients of the images in
+    place. Differentiable twice: backward consists of differentiable operations on saved inputs.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, projected: Tensor, image_weight: Tensor, text_weight: Tensor, bias: Tensor) -> Tensor:
+        image_weight, text_weight, bias = (weight.to(x.dtype) for weight in (image_weight, text_weight, bias))
+        # The update, negated. It starts at 0 - bias, which is never -0.0, and so it isn't -0.0 where all weights are
+        # zero: the last line then returns every x, -0.0 too, bit for bit.
+        negated = torch.baddbmm((0 - bias)[None, :, None], _repeated(text_weight, x), projected, alpha=-1)
+        negated.baddbmm_(_repeated(image_weight, x), x, alpha=-1)
+        return torch.sub(x, negated, out=negated)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        *saved, bias = inputs
+        ctx.bias_dtype = bias.dtype
+        ctx.save_for_backward(*saved)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, projected, image_weight, text_weight = ctx.saved_tensors
+        need_x, need_projected, need_image_weight, need_text_weight, need_bias = ctx.needs_input_grad
+        dx = dprojected = dimage_weight = dtext_weight = dbias = None
+        if need_x:
+            dx = torch.bmm(_repeated(image_weight.to(dy.dtype).mT, dy), dy).add_(dy)
+        if need_projected:
+            dprojected = torch.bmm(_repeated(text_weight.to(dy.dtype).mT, dy), dy)
+        if need_image_weight:
+            dimage_weight = _sum_of_products(dy, x).to(image_weight.dtype)
+        if need_text_weight:
+            # Short times long is faster than long times short.
+            dtext_weight = _sum_of_products(projected, dy).mT.to(text_weight.dtype)
+        if need_bias:
+            dbias = dy.sum((0, 2)).to(ctx.bias_dtype)
+        return dx, dprojected, dimage_weight, dtext_weight, dbias
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *tensors: Tensor) -> tuple[Tensor, int]:
+        return torch.vmap(_plain, in_dims)(*tensors), 0
+
+
+def _repeated(weight: Tensor, batch: Tensor) -> Tensor:
+    """One view of the matrix an image."""
+    return weight.expand(len(batch), -1, -1)
+
+
+def _sum_of_products(left: Tensor, right: Tensor) -> Tensor:
+    """``sum_b left[b] right[b]^T``, added up in float32 at least."""
+    if len(left) == 1:
+        return left[0] @ right[0].mT
+    if left.dtype in (torch.float32, torch.float64):
+        unread = left.new_empty(left.shape[1], right.shape[1])
+        return torch.addbmm(unread, left, right.mT, beta=0)
+    return torch.bmm(left, right.mT).sum(0, dtype=torch.float32)

@@ -1,0 +1,17 @@
+"""The cross-modal step of ``attention`` and ``modulation``. See ``op.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ..launch import Configuration
+from . import forward, gradients
+from .op import cross_attention, cross_attention_reference, unsupported_reason
+
+__all__ = ["configurations", "cross_attention", "cross_attention_reference", "unsupported_reason"]
+
+
+def configurations() -> Iterator[Configuration]:
+    """Every variant of every kernel that :func:`cross_attention` and its backward can launch."""
+    yield from forward.configurations()
+    yield from gradients.configurations()

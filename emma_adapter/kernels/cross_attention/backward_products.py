@@ -1,0 +1,292 @@
+"""Cross-attention, backward through the output projection, the query projection and LayerNorm."""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, import-untyped"
+# ruff: noqa: E741, N803 (sizes are upper-case in Triton code)
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..launch import dot, rounded
+from .tiles import output_tile
+
+
+@triton.jit
+def update_gradient(
+    grad_ptr,  # [M, D]
+    x_ptr,  # [M, D]
+    attended_ptr,  # [M, I]
+    weight_ptr,  # [D, I]
+    bias_ptr,  # [D]
+    rows,
+    row_inside,
+    channels,
+    D,
+    I,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    MODULATE: tl.constexpr,
+):
+    """The gradient of the update z from that of y, float32 ``[BLOCK_M, BLOCK_D]``; 0 outside of ``row_inside``."""
+    places = rows.to(tl.int64)[:, None] * D + channels[None, :]
+    inside = row_inside[:, None] & (channels < D)[None, :]
+    gradient = tl.load(grad_ptr + places, mask=inside, other=0.0).to(tl.float32)
+    if MODULATE:
+        z = output_tile(attended_ptr, weight_ptr, bias_ptr, rows, row_inside, channels, D, I, BLOCK_M, BLOCK_D, BLOCK_I)
+        x = tl.load(x_ptr + places, mask=inside, other=0.0).to(tl.float32)
+        gate = tl.sigmoid(z)
+        gradient = gradient * x * (2.0 * gate * (1.0 - gate))
+    return gradient
+
+
+@triton.jit
+def normalised(x_ptr, center_ptr, rstd_ptr, rows, row_inside, channels, D):
+    """LN(x) before its scale and shift, float32 ``[rows, channels]``; 0 outside of ``row_inside``."""
+    x_rows = x_ptr + rows.to(tl.int64) * D
+    inside = row_inside[:, None] & (channels < D)[None, :]
+    x = tl.load(x_rows[:, None] + channels[None, :], mask=inside, other=0.0).to(tl.float32)
+    reference = tl.load(x_rows, mask=row_inside, other=0.0).to(tl.float32)
+    center = tl.load(center_ptr + rows, mask=row_inside, other=0.0)
+    rstd = tl.load(rstd_ptr + rows, mask=row_inside, other=0.0)
+    return tl.where(inside, (x - reference[:, None] - center[:, None]) * rstd[:, None], 0.0)
+
+
+@triton.jit
+def instructed_rows(lse_ptr, rows, row_inside, num_heads):
+    """Which rows are tokens whose instruction has a key; the others were passed on untouched."""
+    lse = tl.load(lse_ptr + rows.to(tl.int64) * num_heads, mask=row_inside, other=float("-inf"))
+    return row_inside & (lse != float("-inf"))
+
+
+@triton.jit(do_not_specialize=["M", "num_heads"])
+def output_backward(
+    grad_ptr,  # [M, D]
+    x_ptr,  # [M, D]
+    attended_ptr,  # [M, I]
+    lse_ptr,  # float32 [M, H]
+    weight_ptr,  # [D, I]
+    bias_ptr,  # float32 [D]
+    attended_grad_ptr,  # out [M, I]
+    M,
+    D,
+    I,
+    num_heads,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    MODULATE: tl.constexpr,
+):
+    """``do = dz W_o``; one program for BLOCK_M tokens and BLOCK_I columns."""
+    inner_blocks = tl.cdiv(I, BLOCK_I)
+    rows = tl.program_id(0) // inner_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    inner = tl.program_id(0) % inner_blocks * BLOCK_I + tl.arange(0, BLOCK_I)
+    instructed = instructed_rows(lse_ptr, rows, rows < M, num_heads)
+    attended_grad = tl.zeros([BLOCK_M, BLOCK_I], tl.float32)
+    for first in range(0, D, BLOCK_D):
+        channels = first + tl.arange(0, BLOCK_D)
+        dz = update_gradient(
+            *(grad_ptr, x_ptr, attended_ptr, weight_ptr, bias_ptr, rows, instructed, channels, D, I),
+            *(BLOCK_M, BLOCK_D, BLOCK_I, MODULATE),
+        )
+        weight = tl.load(
+            weight_ptr + channels[:, None] * I + inner[None, :],
+            mask=(channels < D)[:, None] & (inner < I)[None, :],
+            other=0.0,
+        )
+        attended_grad = dot(rounded(dz, x_ptr.dtype.element_ty), weight, attended_grad)
+    tl.store(
+        attended_grad_ptr + rows.to(tl.int64)[:, None] * I + inner[None, :],
+        rounded(attended_grad, x_ptr.dtype.element_ty),
+        mask=(rows < M)[:, None] & (inner < I)[None, :],
+    )
+
+
+@triton.jit(do_not_specialize=["M", "num_heads", "rows_per_split"])
+def query_weight_backward(
+    x_ptr,  # [M, D]
+    center_ptr,  # float32 [M]
+    rstd_ptr,  # float32 [M]
+    lse_ptr,  # float32 [M, H]
+    query_grad_ptr,  # [M, I]
+    weight_partial_ptr,  # out float32 [splits, I, D]
+    M,
+    D,
+    I,
+    num_heads,
+    rows_per_split,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+):
+    """``dq^T x_hat``, x_hat being LN(x) before scale and shift; a tile of W_q over a split of the tokens."""
+    channel_blocks = tl.cdiv(D, BLOCK_D)
+    channels = tl.program_id(0) % channel_blocks * BLOCK_D + tl.arange(0, BLOCK_D)
+    inner = tl.program_id(0) // channel_blocks * BLOCK_I + tl.arange(0, BLOCK_I)
+    split = tl.program_id(1)
+    weight_grad = tl.zeros([BLOCK_I, BLOCK_D], tl.float32)
+    stop = tl.minimum(split * rows_per_split + rows_per_split, M)
+    for first in range(split * rows_per_split, stop, BLOCK_M):
+        rows = first + tl.arange(0, BLOCK_M)
+        instructed = instructed_rows(lse_ptr, rows, rows < stop, num_heads)
+        query_grad = tl.load(
+            query_grad_ptr + rows.to(tl.int64)[:, None] * I + inner[None, :],
+            mask=instructed[:, None] & (inner < I)[None, :],
+            other=0.0,
+        )
+        x_hat = normalised(x_ptr, center_ptr, rstd_ptr, rows, instructed, channels, D)
+        weight_grad = dot(tl.trans(query_grad), rounded(x_hat, x_ptr.dtype.element_ty), weight_grad)
+    tl.store(
+        weight_partial_ptr + (split.to(tl.int64) * I + inner)[:, None] * D + channels[None, :],
+        weight_grad,
+        mask=(inner < I)[:, None] & (channels < D)[None, :],
+    )
+
+
+@triton.jit(do_not_specialize=["M", "num_heads", "rows_per_split"])
+def output_weight_backward(
+    grad_ptr,  # [M, D]
+    x_ptr,  # [M, D]
+    attended_ptr,  # [M, I]
+    lse_ptr,  # float32 [M, H]
+    weight_ptr,  # [D, I]
+    bias_ptr,  # float32 [D]
+    weight_partial_ptr,  # out float32 [splits, D, I]
+    bias_partial_ptr,  # out float32 [splits, D]
+    M,
+    D,
+    I,
+    num_heads,
+    rows_per_split,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    MODULATE: tl.constexpr,
+):
+    """``dz^T o`` and the sum of dz, over ``rows_per_split`` tokens, BLOCK_D channels, BLOCK_I columns."""
+    channel_blocks = tl.cdiv(D, BLOCK_D)
+    channels = tl.program_id(0) % channel_blocks * BLOCK_D + tl.arange(0, BLOCK_D)
+    inner = tl.program_id(0) // channel_blocks * BLOCK_I + tl.arange(0, BLOCK_I)
+    split = tl.program_id(1)
+    weight_grad = tl.zeros([BLOCK_D, BLOCK_I], tl.float32)
+    bias_grad = tl.zeros([BLOCK_D], tl.float32)
+    stop = tl.minimum(split * rows_per_split + rows_per_split, M)
+    for first in range(split * rows_per_split, stop, BLOCK_M):
+        rows = first + tl.arange(0, BLOCK_M)
+        instructed = instructed_rows(lse_ptr, rows, rows < stop, num_heads)
+        dz = update_gradient(
+            *(grad_ptr, x_ptr, attended_ptr, weight_ptr, bias_ptr, rows, instructed, channels, D, I),
+            *(BLOCK_M, BLOCK_D, BLOCK_I, MODULATE),
+        )
+        attended = tl.load(
+            attended_ptr + rows.to(tl.int64)[:, None] * I + inner[None, :],
+            mask=instructed[:, None] & (inner < I)[None, :],
+            other=0.0,
+        )
+        weight_grad = dot(tl.trans(rounded(dz, x_ptr.dtype.element_ty)), attended, weight_grad)
+        bias_grad += tl.sum(dz, 0)
+    tl.store(
+        weight_partial_ptr + (split.to(tl.int64) * D + channels)[:, None] * I + inner[None, :],
+        weight_grad,
+        mask=(channels < D)[:, None] & (inner < I)[None, :],
+    )
+    if tl.program_id(0) < channel_blocks:
+        tl.store(bias_partial_ptr + split.to(tl.int64) * D + channels, bias_grad, mask=channels < D)
+
+
+@triton.jit
+def normed_gradient(
+    query_grad_ptr,  # [M, I]
+    weight_ptr,  # [I, D]
+    norm_weight_ptr,  # float32 [D]
+    rows,
+    row_inside,
+    channels,
+    D,
+    I,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+):
+    """``dq W_q`` times the scale of the norm: the gradient of x_hat, float32 ``[BLOCK_M, BLOCK_D]``."""
+    gradient = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for first in range(0, I, BLOCK_I):
+        inner = first + tl.arange(0, BLOCK_I)
+        query_grad = tl.load(
+            query_grad_ptr + rows.to(tl.int64)[:, None] * I + inner[None, :],
+            mask=row_inside[:, None] & (inner < I)[None, :],
+            other=0.0,
+        )
+        weight = tl.load(
+            weight_ptr + inner[:, None] * D + channels[None, :],
+            mask=(inner < I)[:, None] & (channels < D)[None, :],
+            other=0.0,
+        )
+        gradient = dot(query_grad, weight, gradient)
+    return gradient * tl.load(norm_weight_ptr + channels, mask=channels < D, other=0.0)[None, :]
+
+
+@triton.jit(do_not_specialize=["M", "num_heads"])
+def visual_backward(
+    grad_ptr,  # [M, D]
+    x_ptr,  # [M, D]
+    center_ptr,  # float32 [M]
+    rstd_ptr,  # float32 [M]
+    lse_ptr,  # float32 [M, H]
+    query_grad_ptr,  # [M, I]
+    query_weight_ptr,  # [I, D]
+    norm_weight_ptr,  # float32 [D]
+    attended_ptr,  # [M, I]
+    weight_ptr,  # [D, I]
+    bias_ptr,  # float32 [D]
+    x_grad_ptr,  # out [M, D]
+    M,
+    D,
+    I,
+    num_heads,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    MODULATE: tl.constexpr,
+):
+    """dx, through the residual and through LayerNorm; one program for BLOCK_M tokens."""
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    instructed = instructed_rows(lse_ptr, rows, rows < M, num_heads)
+    rstd = tl.load(rstd_ptr + rows, mask=instructed, other=0.0)
+
+    # LayerNorm's gradient needs two means over all channels. The product with W_q is cheaper to repeat than to keep.
+    mean = tl.zeros([BLOCK_M], tl.float32)
+    projection = tl.zeros([BLOCK_M], tl.float32)
+    for first in range(0, D, BLOCK_D):
+        channels = first + tl.arange(0, BLOCK_D)
+        gradient = normed_gradient(
+            *(query_grad_ptr, query_weight_ptr, norm_weight_ptr, rows, instructed, channels, D, I),
+            *(BLOCK_M, BLOCK_D, BLOCK_I),
+        )
+        x_hat = normalised(x_ptr, center_ptr, rstd_ptr, rows, instructed, channels, D)
+        mean += tl.sum(gradient, 1)
+        projection += tl.sum(gradient * x_hat, 1)
+    mean = mean / D
+    projection = projection / D
+
+    for first in range(0, D, BLOCK_D):
+        channels = first + tl.arange(0, BLOCK_D)
+        gradient = normed_gradient(
+            *(query_grad_ptr, query_weight_ptr, norm_weight_ptr, rows, instructed, channels, D, I),
+            *(BLOCK_M, BLOCK_D, BLOCK_I),
+        )
+        x_hat = normalised(x_ptr, center_ptr, rstd_ptr, rows, instructed, channels, D)
+        gradient = (gradient - mean[:, None] - x_hat * projection[:, None]) * rstd[:, None]
+        places = rows.to(tl.int64)[:, None] * D + channels[None, :]
+        inside = (rows < M)[:, None] & (channels < D)[None, :]
+        y_grad = tl.load(grad_ptr + places, mask=inside, other=0.0)
+        residual = y_grad.to(tl.float32)
+        if MODULATE:
+            z = output_tile(
+                *(attended_ptr, weight_ptr, bias_ptr, rows, instructed, channels, D, I),
+                *(BLOCK_M, BLOCK_D, BLOCK_I),
+            )
+            residual = residual * (2.0 * tl.sigmoid(z))
+        x_grad = rounded(residual + gradient, x_grad_ptr.dtype.element_ty)
+        tl.store(x_grad_ptr + places, tl.where(instructed[:, None], x_grad, y_grad), mask=inside)

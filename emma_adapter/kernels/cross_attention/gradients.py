@@ -1,0 +1,299 @@
+"""Cross-attention, backward: which kernels run, and what becomes of their sums.
+
+Of the chain ``x -> LN -> q -> attention o -> update z -> y`` only q and o were kept; LN(x), the softmax and, for
+``modulate``, z are computed again, tile by tile. Sums over tokens (gradients of weights, keys and values) go through
+partial sums that are added in a fixed order: no atomics, so that a backward gives the same bits every time.
+"""
+
+# mypy: disable-error-code="untyped-decorator"
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..launch import Configuration, aligned, cdiv
+from . import backward_products as products
+from . import backward_softmax as softmax
+from .tiles import BLOCKS, configuration, head_block, variants
+
+
+@torch.library.custom_op("emma_adapter::cross_attention_backward", mutates_args=())
+def cross_attention_backward(
+    grad: Tensor,
+    x: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor,
+    instruction: Tensor,
+    cu_seqlens: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    query_weight: Tensor,
+    position: Tensor | None,
+    position_start: Tensor | None,
+    output_weight: Tensor,
+    output_bias: Tensor,
+    query: Tensor,
+    attended: Tensor,
+    lse: Tensor,
+    center: Tensor,
+    rstd: Tensor,
+    num_heads: int,
+    modulate: bool,
+    need_visual: bool,
+    need_instruction: bool,
+    need_weights: bool,
+) -> list[Tensor]:
+    """Gradients of x, key, value, norm scale and shift, W_q, b_q, position, W_o, b_o; empty where not needed."""
+    dtype, device = x.dtype, x.device
+    (tokens, width), inner, segments = x.shape, query.shape[1], instruction.shape[0]
+    rows, length, _ = key.shape
+    empty = _empty_gradients(
+        x, key, norm_weight, query_weight, position, output_weight, need_visual, need_instruction, need_weights
+    )
+    if tokens == 0:
+        return [gradient.zero_() for gradient in empty]
+    block = BLOCKS[dtype]
+
+    def launch(kernel: Any, grid: tuple[int, ...], variant: dict[str, int], **arguments: Any) -> None:
+        configuration(kernel, dtype, **variant).launch(grid, device, **arguments)
+
+    sizes = {"D": width, "I": inner, "num_heads": num_heads}
+    visual = {"grad_ptr": aligned(grad, dtype), "x_ptr": aligned(x), "lse_ptr": lse}
+    epilogue = {
+        "attended_ptr": attended,
+        "weight_ptr": aligned(output_weight, dtype),
+        "bias_ptr": aligned(output_bias, torch.float32),
+    }
+    row_blocks, inner_blocks = cdiv(tokens, block["BLOCK_M"]), cdiv(inner, block["BLOCK_I"])
+    channel_blocks = cdiv(width, block["BLOCK_D"])
+
+    attended_grad = torch.empty_like(attended)
+    launch(
+        products.output_backward,
+        (row_blocks * inner_blocks,),
+        {"MODULATE": modulate},
+        **visual,
+        **epilogue,
+        **sizes,
+        attended_grad_ptr=attended_grad,
+        M=tokens,
+    )
+
+    head_dim = inner // num_heads
+    attention = {
+        "query_ptr": query,
+        "key_ptr": aligned(key, dtype),
+        "value_ptr": aligned(value, dtype),
+        "key_mask_ptr": key_mask.to(torch.uint8).contiguous(),
+        "instruction_ptr": instruction,
+        "cu_seqlens_ptr": cu_seqlens,
+        "attended_grad_ptr": attended_grad,
+        "lse_ptr": lse,
+        "delta_ptr": torch.empty_like(lse),
+        "T": length,
+        "I": inner,
+        "head_dim": head_dim,
+        "num_heads": num_heads,
+        "num_segments": segments,
+        "search_steps": segments.bit_length(),
+        "scale": 1 / math.sqrt(head_dim),
+    }
+    x_grad, key_grad, value_grad, *weight_grads = empty
+    query_grad = torch.empty_like(query)
+    heads = {"BLOCK_H": head_block(head_dim)}
+    launch(softmax.query_backward, (row_blocks + segments, num_heads), heads, **attention, query_grad_ptr=query_grad)
+    if need_instruction:
+        _key_value_gradients(attention, head_block(head_dim), tokens, rows, key_grad, value_grad)
+    normed = {"center_ptr": center, "rstd_ptr": rstd, "query_grad_ptr": query_grad}
+    if need_visual:
+        launch(
+            products.visual_backward,
+            (row_blocks,),
+            {"MODULATE": modulate},
+            **visual,
+            **normed,
+            **epilogue,
+            **sizes,
+            query_weight_ptr=aligned(query_weight, dtype),
+            norm_weight_ptr=aligned(norm_weight, torch.float32),
+            x_grad_ptr=x_grad,
+            M=tokens,
+        )
+    if not need_weights:
+        return empty
+
+    # Enough programs for the largest devices; more partial sums would only cost memory.
+    tiles = channel_blocks * inner_blocks
+    splits = min(cdiv(256, tiles), row_blocks)
+    rows_per_split = cdiv(row_blocks, splits) * block["BLOCK_M"]
+    splits = cdiv(tokens, rows_per_split)
+    split = {"M": tokens, "rows_per_split": rows_per_split}
+    output_partial = torch.empty(splits, width, inner, dtype=torch.float32, device=device)
+    bias_partial = torch.empty(splits, width, dtype=torch.float32, device=device)
+    launch(
+        products.output_weight_backward,
+        (tiles, splits),
+        {"MODULATE": modulate},
+        **visual,
+        **epilogue,
+        **sizes,
+        **split,
+        weight_partial_ptr=output_partial,
+        bias_partial_ptr=bias_partial,
+    )
+    query_partial = torch.empty(splits, inner, width, dtype=torch.float32, device=device)
+    launch(
+        products.query_weight_backward,
+        (tiles, splits),
+        {},
+        **{name: visual[name] for name in ("x_ptr", "lse_ptr")},
+        **normed,
+        **sizes,
+        **split,
+        weight_partial_ptr=query_partial,
+    )
+    # LN(x) = x_hat w + b, so that dq^T x_hat and the sum of dq give all of W_q's and the norm's gradients.
+    # No torch.mm: it would run in half precision under autocast, and in tf32 where that is allowed.
+    normed_product = query_partial.sum(0)
+    query_bias_grad = query_grad.sum(0, dtype=torch.float32)
+    query_weight_32, norm_weight_32, norm_bias_32 = (
+        aligned(weight, torch.float32) for weight in (query_weight, norm_weight, norm_bias)
+    )
+    found = [
+        (query_weight_32 * normed_product).sum(0),
+        (query_weight_32 * query_bias_grad[:, None]).sum(0),
+        normed_product * norm_weight_32 + query_bias_grad[:, None] * norm_bias_32,
+        query_bias_grad,
+        _position_gradient(query_grad, position, position_start, cu_seqlens, segments),
+        output_partial.sum(0),
+        bias_partial.sum(0),
+    ]
+    found = [gradient.to(like.dtype) for gradient, like in zip(found, weight_grads, strict=True)]
+    return [x_grad, key_grad, value_grad, *found]
+
+
+def _key_value_gradients(
+    attention: dict[str, Any], head: int, tokens: int, rows: int, key_grad: Tensor, value_grad: Tensor
+) -> None:
+    """Fill ``key_grad`` and ``value_grad`` ``[R, T, I]``."""
+    dtype, device = key_grad.dtype, key_grad.device
+    _, length, inner = key_grad.shape
+    block = BLOCKS[dtype]
+    slots = cdiv(tokens, block["CHUNK"]) + attention["num_segments"]
+    key_partial = torch.empty(slots, length, inner, dtype=torch.float32, device=device)
+    partial = {"key_partial_ptr": key_partial, "value_partial_ptr": torch.empty_like(key_partial)}
+    grid: tuple[int, ...] = (slots, attention["num_heads"], cdiv(length, block["BLOCK_T"]))
+    configuration(softmax.key_value_backward, dtype, BLOCK_H=head).launch(grid, device, **attention, **partial)
+    configuration(softmax.key_value_sum, dtype).launch(
+        (rows, cdiv(length * inner, block["BLOCK_SUM"])),
+        device,
+        **partial,
+        **{name: attention[name] for name in ("instruction_ptr", "cu_seqlens_ptr", "num_segments")},
+        key_grad_ptr=key_grad,
+        value_grad_ptr=value_grad,
+        width=length * inner,
+    )
+
+
+def _position_gradient(
+    query_grad: Tensor, position: Tensor | None, position_start: Tensor | None, cu_seqlens: Tensor, segments: int
+) -> Tensor:
+    """float32 ``[P, I]``, or empty if there are no positions."""
+    inner = query_grad.shape[1]
+    if position is None:
+        return query_grad.new_empty(0, dtype=torch.float32)
+    if position_start is None:  # All segments have P tokens.
+        return query_grad.view(segments, -1, inner).sum(0, dtype=torch.float32)
+    gradient = torch.empty(position.shape, dtype=torch.float32, device=query_grad.device)
+    block = BLOCKS[query_grad.dtype]
+    configuration(softmax.position_backward, query_grad.dtype).launch(
+        (cdiv(len(position), block["BLOCK_M"]), cdiv(inner, block["BLOCK_T"])),
+        query_grad.device,
+        query_grad_ptr=query_grad,
+        position_start_ptr=position_start,
+        cu_seqlens_ptr=cu_seqlens,
+        position_grad_ptr=gradient,
+        P=len(position),
+        I=inner,
+        num_segments=segments,
+    )
+    return gradient
+
+
+@cross_attention_backward.register_fake
+def _(
+    grad: Tensor,
+    x: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor,
+    instruction: Tensor,
+    cu_seqlens: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    query_weight: Tensor,
+    position: Tensor | None,
+    position_start: Tensor | None,
+    output_weight: Tensor,
+    output_bias: Tensor,
+    query: Tensor,
+    attended: Tensor,
+    lse: Tensor,
+    center: Tensor,
+    rstd: Tensor,
+    num_heads: int,
+    modulate: bool,
+    need_visual: bool,
+    need_instruction: bool,
+    need_weights: bool,
+) -> list[Tensor]:
+    return _empty_gradients(
+        x, key, norm_weight, query_weight, position, output_weight, need_visual, need_instruction, need_weights
+    )
+
+
+def _empty_gradients(
+    x: Tensor,
+    key: Tensor,
+    norm_weight: Tensor,
+    query_weight: Tensor,
+    position: Tensor | None,
+    output_weight: Tensor,
+    need_visual: bool,
+    need_instruction: bool,
+    need_weights: bool,
+) -> list[Tensor]:
+    """Contiguous, with the dtypes and shapes that :func:`cross_attention_backward` returns."""
+    none = (0,)
+
+    def like(tensor: Tensor, needed: bool, shape: tuple[int, ...] | None = None) -> Tensor:
+        return tensor.new_empty((shape or tensor.shape) if needed else none)
+
+    (inner, width), weights = query_weight.shape, need_weights
+    return [
+        like(x, need_visual),
+        like(key, need_instruction),
+        like(key, need_instruction),
+        like(norm_weight, weights),
+        like(norm_weight, weights),
+        like(query_weight, weights),
+        like(query_weight, weights, (inner,)),
+        like(query_weight, False) if position is None else like(position, weights),
+        like(output_weight, weights),
+        like(output_weight, weights, (width,)),
+    ]
+
+
+def configurations() -> Iterator[Configuration]:
+    for kernel in (
+        *(products.output_backward, softmax.query_backward, softmax.key_value_backward, softmax.key_value_sum),
+        *(products.query_weight_backward, products.output_weight_backward, softmax.position_backward),
+        products.visual_backward,
+    ):
+        yield from variants(kernel)

@@ -1,0 +1,149 @@
+"""What forward and backward of cross-attention share: tiles, and the one table of their sizes."""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, import-untyped"
+# ruff: noqa: E741, N803 (sizes are upper-case in Triton code)
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from itertools import product
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from ..launch import Configuration, dot
+
+LOG2_E = tl.constexpr(math.log2(math.e))
+
+# --- the sizes of tiles ----------------------------------------------------------------------------------------
+
+_SHARED = {"CHUNK": 512, "BLOCK_SUM": 512}
+#: Tokens (M), channels (D), inner width (I) and instruction tokens (T) of a tile. Instructions are short, and a loop
+#: over blocks of 32 computes less padding than one tile for the longest. float32 has no tensor cores: small tiles.
+#: Gradients of keys and values are first summed over CHUNK tokens, then those sums, BLOCK_SUM numbers in a program.
+BLOCKS: dict[torch.dtype, dict[str, int]] = {
+    torch.bfloat16: {"BLOCK_M": 64, "BLOCK_D": 64, "BLOCK_I": 128, "BLOCK_T": 32, **_SHARED},
+    torch.float16: {"BLOCK_M": 64, "BLOCK_D": 64, "BLOCK_I": 128, "BLOCK_T": 32, **_SHARED},
+    torch.float32: {"BLOCK_M": 32, "BLOCK_D": 32, "BLOCK_I": 64, "BLOCK_T": 32, **_SHARED},
+}
+#: The width of a head's tile: that of the head, rounded up.
+HEAD_BLOCKS = (32, 64)
+#: num_warps and num_stages, chosen so that no variant spills registers on the targets of the tests.
+SCHEDULES = {
+    "query_forward": (4, 2),
+    "attention_forward": (4, 1),
+    "output_forward": (4, 2),
+    "output_backward": (8, 2),
+    "query_backward": (4, 1),
+    "key_value_backward": (4, 1),
+    "key_value_sum": (4, 2),
+    "query_weight_backward": (4, 2),
+    "output_weight_backward": (8, 2),
+    "position_backward": (4, 2),
+    "visual_backward": (8, 1),
+}
+FLOAT32_SCHEDULES = {"attention_forward": (4, 2)}
+MODULATE_SCHEDULES = {"output_backward": (8, 1)}
+
+_FLOAT32 = {
+    *("norm_weight_ptr", "norm_bias_ptr", "bias_ptr", "position_ptr", "center_ptr", "rstd_ptr", "lse_ptr", "delta_ptr"),
+    *("key_partial_ptr", "value_partial_ptr", "weight_partial_ptr", "bias_partial_ptr", "position_grad_ptr"),
+}
+_INT32 = {"position_start_ptr", "cu_seqlens_ptr", "instruction_ptr"}
+_TYPES = {
+    **dict.fromkeys(_FLOAT32, torch.float32),
+    **dict.fromkeys(_INT32, torch.int32),
+    "key_mask_ptr": torch.uint8,
+}
+
+
+def configuration(kernel: Any, dtype: torch.dtype, **variant: int) -> Configuration:
+    """The variant of a kernel for visual tokens of a dtype; ``BLOCK_H`` and ``MODULATE`` where it has them."""
+    names = kernel.arg_names
+    constants = {**BLOCKS[dtype], **variant}
+    name = kernel.fn.__name__
+    num_warps, num_stages = SCHEDULES[name]
+    if dtype == torch.float32:
+        num_warps, num_stages = FLOAT32_SCHEDULES.get(name, (num_warps, num_stages))
+    if variant.get("MODULATE"):
+        num_warps, num_stages = MODULATE_SCHEDULES.get(name, (num_warps, num_stages))
+    return Configuration(
+        kernel,
+        dtype,
+        types=tuple((parameter, _TYPES[parameter]) for parameter in names if parameter in _TYPES),
+        constants=tuple((parameter, constants[parameter]) for parameter in names if parameter in constants),
+        num_warps=num_warps,
+        num_stages=num_stages,
+    )
+
+
+def variants(kernel: Any) -> Iterator[Configuration]:
+    """Every variant of a kernel that can be dispatched."""
+    names = kernel.arg_names
+    choices = {"BLOCK_H": HEAD_BLOCKS, "MODULATE": (False, True)}
+    own = {name: values for name, values in choices.items() if name in names}
+    for dtype, values in product(BLOCKS, product(*own.values())):
+        yield configuration(kernel, dtype, **dict(zip(own, values, strict=True)))
+
+
+def head_block(head_dim: int) -> int:
+    return next(block for block in HEAD_BLOCKS if head_dim <= block)
+
+
+# --- device functions ------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def segment_slice(slot, cu_seqlens_ptr, num_segments, search_steps, BLOCK: tl.constexpr):
+    """Which rows ``[start, stop)`` of which segment a program with the number ``slot`` works on.
+
+    Rows are cut at the ends of segments and at multiples of BLOCK. On the way through the pieces either the segment
+    or the block grows by one, so that ``segment + block`` numbers the pieces without gaps that the host would have
+    to know: ``cdiv(M, BLOCK) + S`` programs suffice. Some get no rows.
+    """
+    low = slot * 0
+    high = low + num_segments
+    for _ in range(search_steps):
+        middle = (low + high) // 2
+        reached = tl.load(cu_seqlens_ptr + middle) // BLOCK + middle <= slot
+        low = tl.where(reached, middle, low)
+        high = tl.where(reached, high, middle)
+    block = slot - low
+    start = tl.maximum(block * BLOCK, tl.load(cu_seqlens_ptr + low))
+    stop = tl.minimum(block * BLOCK + BLOCK, tl.load(cu_seqlens_ptr + low + 1))
+    return low, start, stop
+
+
+@triton.jit
+def output_tile(
+    attended_ptr,  # [M, I]
+    weight_ptr,  # [D, I]
+    bias_ptr,  # [D]
+    rows,
+    row_inside,
+    columns,
+    D,
+    I,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+):
+    """The update ``z = o W_o^T + b_o`` at rows and columns, float32 ``[BLOCK_M, BLOCK_D]``."""
+    z = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for first in range(0, I, BLOCK_I):
+        inner = first + tl.arange(0, BLOCK_I)
+        attended = tl.load(
+            attended_ptr + rows.to(tl.int64)[:, None] * I + inner[None, :],
+            mask=row_inside[:, None] & (inner < I)[None, :],
+            other=0.0,
+        )
+        weight = tl.load(
+            weight_ptr + columns[:, None] * I + inner[None, :],
+            mask=(columns < D)[:, None] & (inner < I)[None, :],
+            other=0.0,
+        )
+        z = dot(attended, tl.trans(weight), z)
+    return z + tl.load(bias_ptr + columns, mask=columns < D, other=0.0)[None, :]

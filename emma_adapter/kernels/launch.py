@@ -1,0 +1,116 @@
+"""What the kernels share: how one is launched, as a value that tests can compile without a GPU, and exact products."""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, import-untyped"
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+#: Whether kernels run on CPU tensors, in Triton's interpreter (``TRITON_INTERPRET=1`` before Triton is imported).
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+TRITON_TYPES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int32: "i32",
+    torch.uint8: "u8",
+}
+
+
+@triton.jit
+def dot(a, b, accumulator):
+    """``accumulator + a b``, summed in float32; float32 factors are not rounded to tf32."""
+    if INTERPRETED:  # The interpreter multiplies the raw bits of bfloat16.
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, accumulator, input_precision="ieee")
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """float32 to ``dtype``, to the nearest."""
+    if dtype == tl.float32:
+        return x
+    if INTERPRETED and dtype == tl.bfloat16:
+        # The interpreter cuts the lower bits off, whatever rounding it is asked for.
+        bits = x.to(tl.int32, bitcast=True)
+        nearest = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
+        x = tl.where(x == x, nearest, x)  # noqa: PLR0124 (NaN has no neighbours)
+    return x.to(dtype)
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One compiled variant of a kernel. ``types`` are those of its pointers, where they are not ``dtype``."""
+
+    kernel: Any
+    dtype: torch.dtype
+    types: tuple[tuple[str, torch.dtype], ...]
+    constants: tuple[tuple[str, int], ...]
+    num_warps: int
+    num_stages: int
+
+    def launch(self, grid: tuple[int, ...], device: torch.device, **arguments: Any) -> None:
+        if 0 in grid:  # CUDA refuses an empty grid.
+            return
+        # Triton launches on the current device, whichever the tensors are on.
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            self.kernel[grid](**arguments, **dict(self.constants), **self.options())
+
+    def options(self) -> dict[str, Any]:
+        """What Triton's compiler is told."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+
+    def signature(self) -> dict[str, str]:
+        """The type of each parameter, as :meth:`launch` passes it."""
+        constants, types = dict(self.constants), dict(self.types)
+        signature = {}
+        for parameter in self.kernel.params:
+            name = parameter.name
+            if name in constants:
+                signature[name] = "constexpr"
+            elif name.endswith("_ptr"):
+                signature[name] = "*" + TRITON_TYPES[types.get(name, self.dtype)]
+            else:
+                signature[name] = "fp32" if name in ("eps", "scale") else "i32"
+        return signature
+
+    def divisible_by_16(self) -> list[int]:
+        """Which parameters a launch is specialised on: aligned pointers and widths, and no others."""
+        return [
+            index
+            for index, parameter in enumerate(self.kernel.params)
+            if self.signature()[parameter.name] not in ("constexpr", "fp32")
+            and not parameter.do_not_specialize
+            and not (parameter.name.endswith("_ptr") and parameter.do_not_specialize_on_alignment)
+        ]
+
+
+@torch.compiler.assume_constant_result
+def device_problem(device: torch.device) -> str | None:
+    """Why kernels can't run on a device, or None. While tracing, it is asked once."""
+    if INTERPRETED.value and device.type == "cpu":
+        return None
+    if device.type != "cuda":
+        return f"Triton's kernels run on GPUs, and the visual tokens are on {device}"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"the kernels need compute capability 8.0, and {torch.cuda.get_device_name(device)} has less"
+    return None
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def aligned(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Contiguous, at an address divisible by 16, in ``dtype``: what the kernels are compiled for."""
+    tensor = tensor.detach().to(dtype or tensor.dtype).contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()

@@ -1,0 +1,58 @@
+"""Ahead-of-time compilation for GPUs that need not be there, and what the compiler says about the result."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from emma_adapter.kernels.launch import Configuration
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+#: Bytes of shared memory that one program may have.
+SHARED_MEMORY = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
+
+
+def name_of(configuration: Configuration) -> str:
+    shown = {name: value for name, value in configuration.constants if name in ("BLOCK_M", "BLOCK_H", "MODULATE")}
+    dtype = str(configuration.dtype).removeprefix("torch.")
+    return "-".join([configuration.kernel.__name__, dtype, *(f"{name}={value}" for name, value in shown.items())])
+
+
+def compiled(configuration: Configuration, target: str, *, aligned: bool = True):
+    """``aligned=False``: as a launch with widths that 16 doesn't divide."""
+    attributes = configuration.divisible_by_16() if aligned else []
+    return triton.compile(
+        ASTSource(
+            configuration.kernel,
+            signature=configuration.signature(),
+            constexprs=dict(configuration.constants),
+            attrs={(index,): [["tt.divisibility", 16]] for index in attributes},
+        ),
+        target=TARGETS[target],
+        options=configuration.options(),
+    )
+
+
+def local_memory(kernel, target: str, folder: Path) -> int:
+    """Bytes or registers that a thread spills to memory, as the machine code says."""
+    if target.startswith("gfx"):
+        fields = re.findall(r"\.(?:vgpr_spill_count|private_segment_fixed_size):\s*(\d+)", kernel.asm["amdgcn"])
+        assert len(fields) == 2
+        return sum(map(int, fields))
+    (folder / "kernel.cubin").write_bytes(kernel.asm["cubin"])
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    report = subprocess.run(
+        [cuobjdump, "--dump-resource-usage", folder / "kernel.cubin"], capture_output=True, text=True, check=True
+    ).stdout
+    stack, local = re.search(r"STACK:(\d+).*LOCAL:(\d+)", report).groups()
+    return int(stack) + int(local)

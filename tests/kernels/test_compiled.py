@@ -1,0 +1,81 @@
+"""Every variant that can be dispatched is compiled for GPUs that need not be there."""
+
+from __future__ import annotations
+
+import importlib
+import re
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from compilation import SHARED_MEMORY, TARGETS, compiled, local_memory, name_of  # noqa: E402
+from emma_adapter import KernelError  # noqa: E402
+from emma_adapter.kernels import cross_attention, token_mixing  # noqa: E402
+from emma_adapter.kernels.launch import dot, rounded  # noqa: E402
+
+OPERATIONS = (cross_attention, token_mixing)
+CONFIGURATIONS = [configuration for operation in OPERATIONS for configuration in operation.configurations()]
+
+
+def test_names_are_unique():
+    names = [name_of(configuration) for configuration in CONFIGURATIONS]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=name_of)
+def test_compiles_without_spills(configuration, target, tmp_path):
+    kernel = compiled(configuration, target)
+    assert kernel.metadata.shared <= SHARED_MEMORY[target]
+    assert local_memory(kernel, target, tmp_path) == 0
+    if target != "gfx942" and configuration.kernel.__name__.startswith("mix_"):
+        # Activations reach shared memory 16 bytes at a time and asynchronously: the compiler knows they are aligned.
+        assert re.search(r"cp\.async\.cg\.shared\.global .*0x10,", kernel.asm["ptx"])
+
+
+@pytest.mark.parametrize("configuration", list(cross_attention.configurations()), ids=name_of)
+def test_widths_that_16_does_not_divide(configuration, tmp_path):
+    """Heads of 24, say: another specialisation of the same variant."""
+    kernel = compiled(configuration, "sm_90", aligned=False)
+    assert kernel.metadata.shared <= SHARED_MEMORY["sm_90"]
+    assert local_memory(kernel, "sm_90", tmp_path) == 0
+
+
+def test_spills_would_be_seen(tmp_path):
+    """The check of spills finds them in a tile that no register file holds."""
+    configuration = next(cross_attention.configurations())
+    constants = {**dict(configuration.constants), "BLOCK_M": 256, "BLOCK_I": 256}
+    object.__setattr__(configuration, "constants", tuple(constants.items()))
+    for target in ("sm_90", "gfx942"):
+        assert local_memory(compiled(configuration, target), target, tmp_path) > 0
+
+
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.__name__.split(".")[-1])
+def test_every_kernel_is_compiled_here(operation):
+    files = ("tiles", "forward", "backward", "backward_products", "backward_softmax")
+    jitted = set()
+    for name in files:
+        if importlib.util.find_spec(f"{operation.__name__}.{name}") is not None:
+            values = vars(importlib.import_module(f"{operation.__name__}.{name}")).values()
+            jitted |= {value for value in values if isinstance(value, triton.JITFunction)}
+    # A kernel is launched, and has an output; the others are called by kernels.
+    kernels = {function for function in jitted if any("_ptr" in name for name in function.arg_names)}
+    launched = {configuration.kernel for configuration in operation.configurations()}
+    called = {function for function in kernels - launched if "BLOCK_M" not in function.arg_names}
+    tiles = {"update_gradient", "normed_gradient", "softmax_tile", "output_tile"}
+    assert {function.__name__ for function in kernels - launched - called} <= tiles
+    assert not {dot, rounded} & launched
+
+
+def test_cpu_tensors_are_refused():
+    x, key = torch.zeros(1, 2, 16), torch.zeros(1, 3, 16)
+    assert "GPU" in cross_attention.unsupported_reason(x, 16, 1)
+    weights = dict.fromkeys(("norm_weight", "norm_bias", "query_weight", "query_bias", "output_weight", "output_bias"))
+    with pytest.raises(KernelError, match="GPU"):
+        cross_attention.cross_attention(x, key, key, num_heads=1, **weights)
+    tensors = (x, key, torch.zeros(2, 2), torch.zeros(2, 3), torch.zeros(2))
+    assert "GPU" in token_mixing.unsupported_reason(x, 3)
+    with pytest.raises(KernelError, match="GPU"):
+        token_mixing.token_mixing(*tensors)

@@ -1,0 +1,208 @@
+"""Which implementation runs, and what is said about it; the kernels themselves are tested in ``kernels/``."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+
+import pytest
+import torch
+from torch import Tensor
+
+import tiny
+from emma_adapter import (
+    ConfigError,
+    EmmaAlignment,
+    EmmaConfig,
+    EmmaError,
+    Fusion,
+    KernelError,
+    Packing,
+    load_adapter,
+    patch_model,
+    register_fusion,
+)
+from emma_adapter.fusion import dispatch, registry
+from emma_adapter.kernels import measured
+
+FUSIONS = ["attention", "linear", "modulation"]
+SIZES = {"visual_dim": 16, "instruction_dim": 6, "visual_grid": (2, 3), "max_instruction_tokens": 4}
+
+
+def make(fusion: str, kernel: str = "auto") -> EmmaAlignment:
+    return EmmaAlignment(EmmaConfig(fusion=fusion, kernel=kernel, inner_dim=32, num_heads=2, **SIZES))
+
+
+def tokens(batch: int = 2) -> tuple[Tensor, Tensor]:
+    return torch.randn(batch, 6, 16), torch.randn(batch, 4, 6)
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize(("kernel", "reason"), [("auto", "on the CPU"), ("eager", 'kernel="eager"')])
+def test_on_the_cpu_pytorch_runs_and_says_so(fusion, kernel, reason):
+    alignment = make(fusion, kernel)
+    assert alignment.kernel_report() == ()
+    alignment(*tokens(2))
+    alignment(*tokens(3))
+    (use,) = alignment.kernel_report()
+    assert (use.fusion, use.runs, use.shape, use.dtype) == (fusion, "eager", (3, 6, 16), torch.float32)
+    assert use.device == torch.device("cpu")
+    assert reason in use.reason
+    assert str(use) == f"{fusion} [3, 6, 16] float32 on cpu: eager ({use.reason})"
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_triton_on_the_cpu_is_an_error_that_says_why(fusion):
+    alignment = make(fusion, "triton")
+    with pytest.raises(KernelError, match=r"on the CPU.*kernel=\"eager\"") as caught:
+        alignment(*tokens())
+    assert isinstance(caught.value, EmmaError)
+    assert isinstance(caught.value, RuntimeError)
+    assert alignment.kernel_report() == ()
+
+
+def test_a_patched_model_that_cannot_run_its_kernel_can_again_when_told_otherwise(tmp_path):
+    model, inputs = tiny.llava(), tiny.token_inputs([1])
+    adapter = patch_model(model, EmmaConfig(kernel="triton"))
+    with torch.no_grad():
+        with pytest.raises(KernelError, match="on the CPU"):
+            model(**inputs)
+        with adapter.disabled():
+            original = model(**inputs).logits
+    adapter.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["config"]["kernel"] == "auto"
+    assert load_adapter(model, tmp_path).config.kernel == "triton"
+    adapter = load_adapter(model, tmp_path, kernel="eager")
+    assert adapter.config.kernel == adapter.alignment.config.kernel == "eager"
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, original)
+    assert [use.runs for use in adapter.kernel_report()] == ["eager"]
+
+    elsewhere = load_adapter(tiny.llava(), tmp_path)
+    assert elsewhere.config.kernel == "auto"
+    assert load_adapter(tiny.llava(), tmp_path, kernel="triton").config.kernel == "triton"
+
+
+def test_load_adapter_refuses_an_unknown_kernel_and_leaves_the_model_alone(tmp_path):
+    patch_model(tiny.llava()).save_pretrained(tmp_path)
+    model = tiny.llava()
+    with pytest.raises(ConfigError, match=r"EmmaConfig.kernel .*'cuda'"):
+        load_adapter(model, tmp_path, kernel="cuda")
+    patch_model(model)
+
+
+def test_a_fusion_without_a_kernel(monkeypatch):
+    monkeypatch.setattr(registry, "_FUSIONS", dict(registry._FUSIONS))
+
+    @register_fusion("plain")
+    class Plain(Fusion):
+        def forward(self, visual_tokens, instruction_tokens, instruction_mask, grid=None):
+            return visual_tokens
+
+    with pytest.raises(ConfigError, match="'plain' has no Triton kernel"):
+        make("plain", "triton")
+    alignment = make("plain")
+    assert alignment(*tokens())[0].shape == (6, 16)
+    assert alignment.kernel_report() == ()
+    # Images of several sizes need nothing from it.
+    packing = Packing([(1, 2), (2, 2)], torch.tensor([1, 0]))
+    v = torch.randn(6, 16)
+    assert torch.equal(alignment(v, torch.randn(2, 4, 6), packing=packing), v)
+
+
+def test_the_report_does_not_grow_without_end():
+    alignment = make("attention")
+    for number in range(3 * dispatch._MAX_REMEMBERED):
+        alignment.fusion.dispatch._note("eager", f"reason {number}", torch.zeros(1, 6, 16))
+    assert len(alignment.kernel_report()) == dispatch._MAX_REMEMBERED
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_a_compiled_graph_has_no_breaks_and_is_reported(fusion):
+    alignment = make(fusion)
+    v, t = tokens()
+    mask = torch.tensor([[True] * 4, [False] * 4])
+    compiled = torch.compile(alignment, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(v, t, mask), v)
+    (use,) = alignment.kernel_report()
+    assert (use.runs, use.shape) == ("eager", None)
+    assert "compiled" in str(use)
+
+
+def test_copies_report_for_themselves():
+    alignment = make("attention")
+    alignment(*tokens())
+    for copied in (copy.deepcopy(alignment), pickle.loads(pickle.dumps(alignment))):
+        copied(*tokens(5))
+        assert copied.kernel_report()[0].shape == (5, 6, 16)
+    assert alignment.kernel_report()[0].shape == (2, 6, 16)
+
+
+def test_auto_asks_the_measurements_first(monkeypatch):
+    """On a GPU that is never there: what is asked, in which order."""
+    known = measured.measured_case("attention", torch.float32, backward=True)
+    monkeypatch.setattr(dispatch, "_no_triton", lambda device: None)
+    monkeypatch.setattr(measured, "is_measured", lambda device, case: case == known)
+    v, _ = tokens()
+
+    def asked(kernel: str, problem: str | None) -> tuple[bool, str]:
+        own = dispatch.Dispatch("attention", kernel)
+        return own.takes_triton(v, lambda: problem), own.report()[0].reason
+
+    assert asked("auto", None) == (True, "measured to be as fast on this device")
+    assert asked("auto", "too wide") == (False, "too wide")
+    assert asked("triton", None) == (True, 'kernel="triton"')
+    assert asked("eager", None) == (False, 'kernel="eager"')
+    with torch.no_grad():
+        runs, reason = asked("auto", None)
+    assert not runs
+    assert reason.startswith("attention/float32/forward was not measured")
+
+
+def test_measurements_are_by_device(monkeypatch):
+    monkeypatch.setattr(measured, "_measured", lambda: {"GPU 9000": ["linear/bfloat16/forward"]})
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {9000 + device.index}")
+    assert measured.is_measured(torch.device("cuda", 0), "linear/bfloat16/forward")
+    assert not measured.is_measured(torch.device("cuda", 1), "linear/bfloat16/forward")
+    assert not measured.is_measured(torch.device("cuda", 0), "linear/bfloat16/forward+backward")
+    assert not measured.is_measured(torch.device("cpu"), "linear/bfloat16/forward")
+
+
+def test_the_shipped_measurements_name_known_cases():
+    cases = {
+        measured.measured_case(fusion, dtype, backward=backward)
+        for fusion in FUSIONS
+        for dtype in (torch.float32, torch.float16, torch.bfloat16)
+        for backward in (False, True)
+    }
+    shipped = json.loads(measured.MEASURED_FILE.read_text())
+    assert all(set(found) <= cases for found in shipped.values())
+
+
+def test_an_old_gpu_is_named(monkeypatch):
+    pytest.importorskip("triton")
+    from emma_adapter.kernels.launch import device_problem
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Turing")
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert "Turing" in device_problem(torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert device_problem(torch.device("cuda", 0)) is None
+    assert "meta" in device_problem(torch.device("meta"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"visual": torch.zeros(2, 6, 16)}, r"\[M, 16\] with packing"),
+        ({"visual": torch.zeros(7, 16)}, "announces 6 visual tokens and there are 7"),
+        ({"rows": torch.tensor([0])}, "the instruction of 2 images"),
+    ],
+)
+def test_packing_must_fit(change, message):
+    packing = Packing([(1, 2), (2, 2)], change.get("rows", torch.tensor([1, 0])))
+    with pytest.raises(EmmaError, match=message):
+        make("attention")(change.get("visual", torch.zeros(6, 16)), torch.zeros(2, 4, 6), packing=packing)
