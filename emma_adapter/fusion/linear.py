@@ -77,7 +77,9 @@ class LinearFusion(Fusion):
         projected = F.gelu(self.instruction_projection(_blank(instruction_tokens, instruction_mask)))
         projected = _blank(projected, instruction_mask)
         text_weight = self.text_weight[:, :num_instruction]
-        if self.dispatch.takes_triton(visual_tokens, lambda: self._kernel_problem(visual_tokens, own_grid)):
+        if self.dispatch.takes_triton(
+            visual_tokens, lambda: self._kernel_problem(visual_tokens, num_instruction, own_grid)
+        ):
             from ..kernels.token_mixing import token_mixing
 
             projected = projected.to(visual_tokens.dtype)
@@ -93,7 +95,7 @@ class LinearFusion(Fusion):
             update = resample(update, self.native_grid, own_grid)
         return add_update(visual_tokens, update)
 
-    def _kernel_problem(self, visual_tokens: Tensor, own_grid: Grid | None) -> str | None:
+    def _kernel_problem(self, visual_tokens: Tensor, num_instruction: int, own_grid: Grid | None) -> str | None:
         """Why the Triton kernels can't compute a call, or None."""
         from ..kernels.token_mixing import unsupported_reason
 
@@ -103,7 +105,7 @@ class LinearFusion(Fusion):
             return f"the kernels are for images on the native grid {self.native_grid}, and this one's is {own_grid}"
         if self.bias.device != visual_tokens.device:
             return f"the visual tokens are on {visual_tokens.device} and the adapter's weights on {self.bias.device}"
-        return unsupported_reason(visual_tokens, self.text_weight.shape[1])
+        return unsupported_reason(visual_tokens, num_instruction)
 
     def _own_grid(self, num_visual_tokens: int, grid: Grid | None) -> Grid | None:
         """The grid of these visual tokens, or None if it is the native one."""

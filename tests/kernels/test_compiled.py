@@ -35,7 +35,9 @@ def test_compiles_without_spills(configuration, target, tmp_path):
         assert re.search(r"cp\.async\.cg\.shared\.global .*0x10,", kernel.asm["ptx"])
 
 
-@pytest.mark.parametrize("configuration", list(cross_attention.configurations()), ids=name_of)
+@pytest.mark.parametrize(
+    "configuration", [own for own in cross_attention.configurations() if own.dtype == torch.bfloat16], ids=name_of
+)
 def test_widths_that_16_does_not_divide(configuration, tmp_path):
     """Heads of 24, say: another specialisation of the same variant."""
     kernel = compiled(configuration, "sm_90", aligned=False)
