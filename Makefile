@@ -4,7 +4,7 @@ VENV ?= .venv
 OLDEST_VENV ?= .venv-oldest
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-oldest lint types clean
+.PHONY: demo test test-oldest lint types bench-gpu clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.digits_vqa.demo
@@ -17,6 +17,10 @@ test-oldest: $(OLDEST_VENV)/.installed
 	$(OLDEST_VENV)/bin/python -m pytest -n auto tests/test_families.py tests/test_original_classes.py \
 		tests/test_qwen_vl.py tests/test_packing.py tests/test_llava.py tests/test_extraction.py \
 		tests/test_encoders.py tests/test_zoo.py
+
+# Time and memory of the fusions and their Triton kernels; without a GPU, a subset of it.
+bench-gpu: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.kernels.run
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
