@@ -128,7 +128,7 @@ class EmmaAlignment(nn.Module):
                 f"instruction_tokens must be [B, T, {config.instruction_dim}]; got {list(instruction_tokens.shape)}"
             )
         if packing is not None:
-            _check_packing(packing, visual_tokens.shape[0])
+            _check_packing(packing, visual_tokens.shape[0], instruction_tokens.shape[0])
         elif instruction_tokens.shape[0] != visual_tokens.shape[0]:
             raise ShapeError(
                 f"visual_tokens and instruction_tokens must have the same batch size; got {visual_tokens.shape[0]} "
@@ -140,7 +140,7 @@ class EmmaAlignment(nn.Module):
             )
 
 
-def _check_packing(packing: Packing, num_visual_tokens: int) -> None:
+def _check_packing(packing: Packing, num_visual_tokens: int, num_instructions: int) -> None:
     announced = sum(height * width for height, width in packing.grids)
     if announced != num_visual_tokens:
         raise ShapeError(f"packing announces {announced} visual tokens and there are {num_visual_tokens}")
@@ -148,3 +148,10 @@ def _check_packing(packing: Packing, num_visual_tokens: int) -> None:
         raise ShapeError(
             f"packing.rows must name the instruction of {len(packing.grids)} images; got {list(packing.rows.shape)}"
         )
+    # On a GPU a look at the rows would wait for it; there indexing complains.
+    if packing.rows.device.type == "cpu" and len(packing.grids):
+        first, last = packing.rows.aminmax()
+        if not 0 <= int(first) <= int(last) < num_instructions:
+            raise ShapeError(
+                f"packing.rows must name instructions from 0 to {num_instructions - 1}; got {packing.rows.tolist()}"
+            )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import sys
 
 import pytest
 import torch
@@ -115,7 +116,9 @@ def test_the_report_does_not_grow_without_end():
     alignment = make("attention")
     for number in range(3 * dispatch._MAX_REMEMBERED):
         alignment.fusion.dispatch._note("eager", f"reason {number}", torch.zeros(1, 6, 16))
-    assert len(alignment.kernel_report()) == dispatch._MAX_REMEMBERED
+    report = alignment.kernel_report()
+    assert len(report) == dispatch._MAX_REMEMBERED
+    assert report[-1].reason == f"reason {3 * dispatch._MAX_REMEMBERED - 1}"
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -127,6 +130,11 @@ def test_a_compiled_graph_has_no_breaks_and_is_reported(fusion):
     compiled = torch.compile(alignment, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(v, t, mask), v)
     (use,) = alignment.kernel_report()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for number in range(3):
+            # What else is reported concerns no compiled graph.
+            alignment.fusion.dispatch._note("eager", f"reason {number}", v)
+            compiled(v, t, mask)
     assert (use.runs, use.shape) == ("eager", None)
     assert "compiled" in str(use)
 
@@ -144,21 +152,49 @@ def test_auto_asks_the_measurements_first(monkeypatch):
     """On a GPU that is never there: what is asked, in which order."""
     known = measured.measured_case("attention", torch.float32, backward=True)
     monkeypatch.setattr(dispatch, "_no_triton", lambda device: None)
+    monkeypatch.setattr(dispatch, "_INTERPRETED", True)
     monkeypatch.setattr(measured, "is_measured", lambda device, case: case == known)
     v, _ = tokens()
 
-    def asked(kernel: str, problem: str | None) -> tuple[bool, str]:
+    def asked(kernel: str, problem: str | None, trains: bool = True) -> tuple[bool, str]:
         own = dispatch.Dispatch("attention", kernel)
-        return own.takes_triton(v, lambda: problem), own.report()[0].reason
+        return own.takes_triton(v, lambda: problem, trains=trains), own.report()[0].reason
 
     assert asked("auto", None) == (True, "measured to be as fast on this device")
     assert asked("auto", "too wide") == (False, "too wide")
     assert asked("triton", None) == (True, 'kernel="triton"')
     assert asked("eager", None) == (False, 'kernel="eager"')
-    with torch.no_grad():
-        runs, reason = asked("auto", None)
+    runs, reason = asked("auto", None, trains=False)
     assert not runs
     assert reason.startswith("attention/float32/forward was not measured")
+
+
+def test_auto_does_not_replace_rounded_products(monkeypatch):
+    """Under autocast PyTorch multiplies in bfloat16, which exact float32 kernels were not compared with."""
+    monkeypatch.setattr(dispatch, "_no_triton", lambda device: None)
+    monkeypatch.setattr(dispatch, "_INTERPRETED", True)
+    monkeypatch.setattr(measured, "is_measured", lambda device, case: True)
+    v, _ = tokens()
+    own = dispatch.Dispatch("attention", "auto")
+    assert own.takes_triton(v, lambda: None, trains=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not own.takes_triton(v, lambda: None, trains=True)
+        assert own.takes_triton(v.bfloat16(), lambda: None, trains=True)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        assert not own.takes_triton(v, lambda: None, trains=True)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def test_a_triton_that_cannot_be_imported_is_a_reason(monkeypatch):
+    monkeypatch.setattr(dispatch, "_INTERPRETED", True)
+    monkeypatch.setitem(sys.modules, "emma_adapter.kernels.launch", None)
+    alignment = make("attention")
+    alignment(*tokens())
+    assert alignment.kernel_report()[0].runs == "eager"
+    with pytest.raises(KernelError, match="can't be imported"):
+        make("attention", "triton")(*tokens())
 
 
 def test_measurements_are_by_device(monkeypatch):
@@ -200,6 +236,8 @@ def test_an_old_gpu_is_named(monkeypatch):
         ({"visual": torch.zeros(2, 6, 16)}, r"\[M, 16\] with packing"),
         ({"visual": torch.zeros(7, 16)}, "announces 6 visual tokens and there are 7"),
         ({"rows": torch.tensor([0])}, "the instruction of 2 images"),
+        ({"rows": torch.tensor([0, 2])}, r"from 0 to 1; got \[0, 2\]"),
+        ({"rows": torch.tensor([0, -1])}, r"from 0 to 1; got \[0, -1\]"),
     ],
 )
 def test_packing_must_fit(change, message):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from emma_adapter.fusion.layers import add_update
-from emma_adapter.fusion.token_mixing import MixTokensOnCPU
+from emma_adapter.fusion.token_mixing import MixTokensOnCPU, mix_tokens
 
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float64: torch.int64}
 
@@ -66,3 +66,24 @@ def test_a_frozen_vision_tower_costs_no_gradient():
         y.backward(torch.ones_like(y))
     products = sum(event.count for event in profile.key_averages() if event.key in ("aten::bmm", "aten::baddbmm"))
     assert products == 1
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_forward_mode(number):
+    tensors = [tensor.detach() for tensor in make()]
+    tangent = torch.randn_like(tensors[number])
+
+    def derivative(function):
+        return torch.func.jvp(
+            lambda own: function(*tensors[:number], own, *tensors[number + 1 :]), (tensors[number],), (tangent,)
+        )[1]
+
+    assert (derivative(mix_tokens) - derivative(plain)).abs().max() <= 1e-12
+
+
+def test_it_can_be_traced(tmp_path):
+    tensors = [tensor.detach().float() for tensor in make()]
+    traced = torch.jit.trace(mix_tokens, tensors)
+    torch.jit.save(traced, str(tmp_path / "traced.pt"))
+    found = torch.jit.load(str(tmp_path / "traced.pt"))(*tensors)
+    assert (found - plain(*tensors)).abs().max() <= 1e-6

@@ -192,14 +192,16 @@ class CrossAttentionFusion(Fusion):
         )
 
     def _takes_triton(self, visual_tokens: Tensor) -> bool:
-        return self.dispatch.takes_triton(visual_tokens, lambda: self.cross_attention.kernel_problem(visual_tokens))
+        return self.dispatch.takes_triton(
+            visual_tokens, lambda: self.cross_attention.kernel_problem(visual_tokens), trains=self.trains
+        )
 
     def _kernel_layout(self, packing: Packing) -> dict[str, Tensor | None]:
         """Where each entry begins, and one table of the query terms of every grid with where each entry's begin."""
         device = self.cross_attention.query.weight.device
         lengths = [height * width for height, width in packing.grids]
         layout: dict[str, Tensor | None] = {
-            "cu_seqlens": torch.tensor([0, *accumulate(lengths)], device=device),
+            "cu_seqlens": _integers([0, *accumulate(lengths)], device),
             "instruction_rows": packing.rows.to(device),
         }
         if self.cross_attention.position is None:
@@ -212,7 +214,7 @@ class CrossAttentionFusion(Fusion):
             tables.append(table if order is None else table[order])
             starts[grid], end = end, end + len(table)
         layout["position"] = torch.cat(tables)
-        layout["position_start"] = torch.tensor([starts[grid] for grid in packing.grids], device=device)
+        layout["position_start"] = _integers([starts[grid] for grid in packing.grids], device)
         return layout
 
 
@@ -221,3 +223,9 @@ def _keep_uninstructed(aligned: Tensor, visual_tokens: Tensor, instruction_mask:
     if instruction_mask is None:
         return aligned
     return torch.where(instruction_mask.any(dim=1)[:, None, None], aligned, visual_tokens)
+
+
+def _integers(values: list[int], device: torch.device) -> Tensor:
+    # Only pinned memory is copied to a GPU without waiting for it.
+    pinned = device.type == "cuda" and not torch.compiler.is_compiling()
+    return torch.tensor(values, dtype=torch.int32, pin_memory=pinned).to(device, non_blocking=True)

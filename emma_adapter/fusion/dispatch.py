@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Literal
 
 import torch
@@ -17,7 +16,6 @@ Implementation = Literal["eager", "triton"]
 #: What ``EmmaConfig.kernel`` may be.
 Kernel = Literal["auto", "eager", "triton"]
 
-_TRITON_INSTALLED = find_spec("triton") is not None
 # Triton's interpreter runs kernels on the CPU, for tests.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # As many kinds of call as are remembered: a reason may name sizes, of which there is no end.
@@ -58,23 +56,24 @@ class Dispatch:
         self.fusion = fusion
         self.kernel = kernel
         self._uses: dict[tuple[object, ...], KernelUse] = {}
+        # Apart from the others: a compiler that saw them grow would compile again whenever they do.
+        self._traced: tuple[Implementation, str, torch.device, torch.dtype] | None = None
 
-    def takes_triton(self, visual_tokens: Tensor, problem: Callable[[], str | None]) -> bool:
+    def takes_triton(self, visual_tokens: Tensor, problem: Callable[[], str | None], *, trains: bool) -> bool:
         """Whether the Triton kernels compute this call.
 
         Args:
             visual_tokens: ``[B, N, D]``, or ``[M, D]`` if packed.
             problem: says why the kernels can't compute it, or None; asked only where Triton can be imported.
+            trains: whether a backward may follow, also one that computes this call again.
 
         Raises:
             KernelError: if they should and can't.
         """
         if self.kernel == "eager":
             return self._note("eager", 'kernel="eager"', visual_tokens)
-        reason = _no_triton(visual_tokens.device)
-        if self.kernel == "auto" and reason is None:
-            reason = self._not_measured(visual_tokens)
-        reason = reason or problem()
+        reason = self._not_measured(visual_tokens, trains) if self.kernel == "auto" else None
+        reason = reason or _no_triton(visual_tokens.device) or problem()
         if reason is None:
             why = 'kernel="triton"' if self.kernel == "triton" else "measured to be as fast on this device"
             return self._note("triton", why, visual_tokens)
@@ -86,31 +85,43 @@ class Dispatch:
         return self._note("eager", reason, visual_tokens)
 
     def report(self) -> tuple[KernelUse, ...]:
-        return tuple(self._uses.values())
+        """What ran, the kind of call that was seen first first."""
+        traced = () if self._traced is None else (KernelUse(self.fusion, *self._traced, None),)
+        return (*self._uses.values(), *traced)
 
-    def _not_measured(self, visual_tokens: Tensor) -> str | None:
+    def _not_measured(self, visual_tokens: Tensor, trains: bool) -> str | None:
+        """Why the kernels aren't known to be as fast for this call, or None."""
+        device, dtype = visual_tokens.device, visual_tokens.dtype
+        if device.type == "cpu" and not _INTERPRETED:
+            return "the visual tokens are on the CPU"
+        if dtype == torch.float32 and (torch.is_autocast_enabled(device.type) or torch.backends.cuda.matmul.allow_tf32):
+            return "float32 products may be rounded here, by autocast or tf32, and the kernels' are not"
         from ..kernels.measured import is_measured, measured_case
 
-        case = measured_case(self.fusion, visual_tokens.dtype, backward=torch.is_grad_enabled())
-        if is_measured(visual_tokens.device, case):
+        case = measured_case(self.fusion, dtype, backward=trains)
+        if is_measured(device, case):
             return None
         return f'{case} was not measured to be as fast on this device; kernel="triton" forces it'
 
     def _note(self, runs: Implementation, reason: str, visual_tokens: Tensor) -> bool:
-        shape = None if torch.compiler.is_compiling() else tuple(visual_tokens.shape)
-        use = KernelUse(self.fusion, runs, reason, visual_tokens.device, visual_tokens.dtype, shape)
-        key = (runs, reason, use.device, use.dtype, shape is None, visual_tokens.ndim)
-        if key in self._uses or len(self._uses) < _MAX_REMEMBERED:
-            self._uses[key] = use
+        device, dtype = visual_tokens.device, visual_tokens.dtype
+        if torch.compiler.is_compiling():
+            self._traced = (runs, reason, device, dtype)
+            return runs == "triton"
+        key = (runs, reason, device, dtype, visual_tokens.ndim)
+        if key not in self._uses and len(self._uses) >= _MAX_REMEMBERED:
+            # Another thread may have taken the oldest one out already.
+            self._uses.pop(next(iter(tuple(self._uses))), None)
+        self._uses[key] = KernelUse(self.fusion, runs, reason, device, dtype, tuple(visual_tokens.shape))
         return runs == "triton"
 
 
 def _no_triton(device: torch.device) -> str | None:
-    """Why there is no Triton for a device, or None. Triton, and what imports it, is imported only where it may run."""
+    """Why there is no Triton for a device, or None. It is imported only where it may run."""
     if device.type == "cpu" and not _INTERPRETED:
         return "the visual tokens are on the CPU"
-    if not _TRITON_INSTALLED:
-        return "triton is not installed"
-    from ..kernels.launch import device_problem
-
+    try:
+        from ..kernels.launch import device_problem
+    except ImportError as error:
+        return f"Triton can't be imported ({error})"
     return device_problem(device)

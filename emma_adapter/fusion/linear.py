@@ -78,7 +78,7 @@ class LinearFusion(Fusion):
         projected = _blank(projected, instruction_mask)
         text_weight = self.text_weight[:, :num_instruction]
         if self.dispatch.takes_triton(
-            visual_tokens, lambda: self._kernel_problem(visual_tokens, num_instruction, own_grid)
+            visual_tokens, lambda: self._kernel_problem(visual_tokens, num_instruction, own_grid), trains=self.trains
         ):
             from ..kernels.token_mixing import token_mixing
 

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
@@ -34,6 +35,12 @@ class Fusion(nn.Module, ABC):
     def __init__(self, config: EmmaConfig) -> None:
         super().__init__()
         self.dispatch = Dispatch(config.fusion, config.kernel)
+
+    @property
+    def trains(self) -> bool:
+        """Whether a backward may follow. Not only where gradients are recorded: reentrant checkpointing computes a call
+        without, and later again with them."""
+        return self.training or torch.is_grad_enabled()
 
     @abstractmethod
     def forward(

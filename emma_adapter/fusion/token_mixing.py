@@ -17,6 +17,7 @@ def mix_tokens(x: Tensor, projected: Tensor, image_weight: Tensor, text_weight: 
         x.device.type == "cpu"
         and x.dtype == projected.dtype
         and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined]
         and not torch.is_autocast_enabled("cpu")
     ):
         y: Tensor = MixTokensOnCPU.apply(x, projected, image_weight, text_weight, bias)
@@ -51,6 +52,7 @@ class MixTokensOnCPU(torch.autograd.Function):
         *saved, bias = inputs
         ctx.bias_dtype = bias.dtype
         ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -69,6 +71,21 @@ class MixTokensOnCPU(torch.autograd.Function):
         if need_bias:
             dbias = dy.sum((0, 2)).to(ctx.bias_dtype)
         return dx, dprojected, dimage_weight, dtext_weight, dbias
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        x, projected, image_weight, text_weight = ctx.saved_tensors
+        dx, dprojected, dimage_weight, dtext_weight, dbias = tangents
+        dy = torch.zeros_like(x)
+        if dx is not None:
+            dy = dy + dx + image_weight.to(x.dtype) @ dx
+        if dprojected is not None:
+            dy = dy + text_weight.to(x.dtype) @ dprojected
+        if dimage_weight is not None:
+            dy = dy + dimage_weight.to(x.dtype) @ x
+        if dtext_weight is not None:
+            dy = dy + dtext_weight.to(x.dtype) @ projected
+        return dy if dbias is None else dy + dbias.to(x.dtype)[:, None]
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *tensors: Tensor) -> tuple[Tensor, int]:

@@ -12,6 +12,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
+
+from ..errors import KernelError
 
 #: Whether kernels run on CPU tensors, in Triton's interpreter (``TRITON_INTERPRET=1`` before Triton is imported).
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
@@ -104,6 +107,16 @@ def device_problem(device: torch.device) -> str | None:
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         return f"the kernels need compute capability 8.0, and {torch.cuda.get_device_name(device)} has less"
     return None
+
+
+def refuse_forward_mode(*tensors: Tensor) -> None:
+    """The operators have no forward-mode derivative, and PyTorch would take it for zero.
+
+    Raises:
+        KernelError: if a tensor has a tangent.
+    """
+    if not torch.compiler.is_compiling() and any(unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise KernelError('the Triton kernels have no forward-mode derivative (torch.func.jvp); use kernel="eager"')
 
 
 def cdiv(a: int, b: int) -> int:

@@ -18,8 +18,9 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-#: Bytes of shared memory that one program may have.
-SHARED_MEMORY = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
+#: Bytes of shared memory that one program may have, on the smallest GPU of that generation or a related one (sm_86,
+#: sm_120).
+SHARED_MEMORY = {"sm_80": 101_376, "sm_90": 101_376, "sm_100": 101_376, "gfx942": 65_536}
 
 
 def name_of(configuration: Configuration) -> str:
@@ -28,9 +29,10 @@ def name_of(configuration: Configuration) -> str:
     return "-".join([configuration.kernel.__name__, dtype, *(f"{name}={value}" for name, value in shown.items())])
 
 
-def compiled(configuration: Configuration, target: str, *, aligned: bool = True):
-    """``aligned=False``: as a launch with widths that 16 doesn't divide."""
-    attributes = configuration.divisible_by_16() if aligned else []
+def compiled(configuration: Configuration, target: str, *, unaligned: tuple[str, ...] = ()):
+    """``unaligned``: sizes that 16 doesn't divide."""
+    names = configuration.kernel.arg_names
+    attributes = [index for index in configuration.divisible_by_16() if names[index] not in unaligned]
     return triton.compile(
         ASTSource(
             configuration.kernel,

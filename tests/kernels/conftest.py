@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 collect_ignore_glob = ["test_*_interpreted.py"]
 if INTERPRETED:
-    collect_ignore_glob = ["test_compiled.py", "test_interpreter.py", "test_on_gpu.py"]
+    collect_ignore_glob = ["test_compiled.py", "test_interpreter.py", "test_launches.py", "test_on_gpu.py"]
 
 
 @pytest.fixture(autouse=True, scope="session")

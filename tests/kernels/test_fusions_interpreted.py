@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ from torch import Tensor
 
 import tiny
 from emma_adapter import EmmaAlignment, EmmaConfig, KernelError, Packing, patch_model
+from emma_adapter.kernels.cross_attention import forward
+from memory_watch import watching
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -82,6 +86,58 @@ def test_packed_agrees_with_eager(data):
     v = torch.randn(sum(h * w for h, w in grids), D)
     packing = Packing(grids, torch.tensor(rows), orders)
     assert_agree(fusion, v, torch.randn(3, T, DT), MASK, packing=packing, config=config)
+
+
+@settings(max_examples=6)
+@given(data=st.data())
+def test_programs_stay_inside_their_tensors_and_do_not_meet(data):
+    """Forward and backward; sizes with ragged edges, more than one tile, and images without tokens in between."""
+    fusion = data.draw(st.sampled_from(FUSIONS))
+    number, length = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 35))
+    width, heads = data.draw(st.sampled_from([16, 80])), data.draw(st.sampled_from([(1, 16), (2, 24), (3, 48)]))
+    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    sizes = {"inner_dim": heads[0] * heads[1], "num_heads": heads[0], "max_instruction_tokens": length}
+    alignment = make(fusion, visual_dim=width, visual_grid=(1, number), **sizes)
+    t = torch.randn(2, length, DT, dtype=dtype)
+    mask = torch.rand(2, length) < 0.7
+    with watching() as watch:
+        v = torch.randn(2, number, width, dtype=dtype, requires_grad=True)
+        alignment(v, t, mask).float().sum().backward()
+        if fusion != "linear":
+            grids = [(1, number), (3, 7), (1, 1), (5, 14)]
+            packed = torch.randn(number + 21 + 1 + 70, width, dtype=dtype, requires_grad=True)
+            packing = Packing(grids, torch.tensor([1, 0, 0, 1]))
+            alignment(packed, t, mask, packing=packing).float().sum().backward()
+    assert watch.launches >= 5
+    assert watch.problems == set()
+
+
+@pytest.mark.parametrize(
+    ("mask", "replacement", "what"),
+    [
+        ("row_inside = rows < M", "row_inside = rows < M + 1", "outside"),
+        ("tl.program_id(0) // channel_blocks * BLOCK_M", "tl.program_id(0) * 0", "written twice"),
+    ],
+)
+def test_a_broken_kernel_is_seen(mask, replacement, what, monkeypatch, tmp_path):
+    """The watch finds a mask that is one too wide, and programs that write to the same place."""
+    source = Path(forward.__file__).read_text()
+    start = source.index("def output_forward(")
+    start = source.rindex("@triton.jit", 0, start)
+    kernel = source[start : source.index("# --- host")]
+    assert mask in kernel
+    broken = tmp_path / "broken.py"
+    broken.write_text(
+        "import triton\nimport triton.language as tl\nfrom emma_adapter.kernels.launch import dot, rounded\n"
+        "from emma_adapter.kernels.cross_attention.tiles import output_tile\n\n" + kernel.replace(mask, replacement)
+    )
+    spec = importlib.util.spec_from_file_location("broken", broken)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(forward, "output_forward", module.output_forward)
+    with watching() as watch, torch.no_grad():
+        make("attention")(torch.randn(3, 30, D), torch.randn(3, T, DT), grid=(5, 6))
+    assert {(name, problem.startswith(what)) for name, _, problem in watch.problems} >= {("output_forward", True)}
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)

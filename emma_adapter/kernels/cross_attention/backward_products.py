@@ -47,8 +47,8 @@ def normalised(x_ptr, center_ptr, rstd_ptr, rows, row_inside, channels, D):
     x_rows = x_ptr + rows.to(tl.int64) * D
     inside = row_inside[:, None] & (channels < D)[None, :]
     x = tl.load(x_rows[:, None] + channels[None, :], mask=inside, other=0.0).to(tl.float32)
-    reference = tl.load(x_rows, mask=row_inside, other=0.0).to(tl.float32)
-    center = tl.load(center_ptr + rows, mask=row_inside, other=0.0)
+    reference = tl.load(center_ptr + rows.to(tl.int64) * 2, mask=row_inside, other=0.0)
+    center = tl.load(center_ptr + rows.to(tl.int64) * 2 + 1, mask=row_inside, other=0.0)
     rstd = tl.load(rstd_ptr + rows, mask=row_inside, other=0.0)
     return tl.where(inside, (x - reference[:, None] - center[:, None]) * rstd[:, None], 0.0)
 
@@ -106,7 +106,7 @@ def output_backward(
 @triton.jit(do_not_specialize=["M", "num_heads", "rows_per_split"])
 def query_weight_backward(
     x_ptr,  # [M, D]
-    center_ptr,  # float32 [M]
+    center_ptr,  # float32 [M, 2]
     rstd_ptr,  # float32 [M]
     lse_ptr,  # float32 [M, H]
     query_grad_ptr,  # [M, I]
@@ -231,7 +231,7 @@ def normed_gradient(
 def visual_backward(
     grad_ptr,  # [M, D]
     x_ptr,  # [M, D]
-    center_ptr,  # float32 [M]
+    center_ptr,  # float32 [M, 2]
     rstd_ptr,  # float32 [M]
     lse_ptr,  # float32 [M, H]
     query_grad_ptr,  # [M, I]

@@ -1,7 +1,7 @@
 """Cross-attention, forward: three kernels, in the order in which they run."""
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, import-untyped"
-# ruff: noqa: E741, N803 (sizes are upper-case in Triton code)
+# ruff: noqa: E741, N803, PLR0915 (sizes are upper-case in Triton code; a kernel is one function)
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def query_forward(
     position_start_ptr,  # int32 [S]
     cu_seqlens_ptr,  # int32 [S + 1]
     query_ptr,  # out [M, I]
-    center_ptr,  # out float32 [M]
+    center_ptr,  # out float32 [M, 2]: the mean in two parts, see below
     rstd_ptr,  # out float32 [M]
     M,
     D,
@@ -51,9 +51,15 @@ def query_forward(
     row_inside = rows < M
     x_rows = x_ptr + rows.to(tl.int64) * D
 
-    # Mean and variance, block by block (Chan et al. 1983), of the difference to the token's first channel: where the
-    # mean is much larger than the deviation, float32 can't hold both the mean and what is to be left of it.
-    reference = tl.load(x_rows, mask=row_inside, other=0.0).to(tl.float32)
+    # Mean and variance, block by block (Chan et al. 1983), of the difference to one of the token's own entries: where
+    # the mean is much larger than the deviation, float32 can't hold both the mean and what is to be left of it. The
+    # smallest entry is no outlier, and beside a large mean as good as any.
+    channels = tl.arange(0, BLOCK_D)
+    inside = row_inside[:, None] & (channels < D)[None, :]
+    x = tl.load(x_rows[:, None] + channels[None, :], mask=inside, other=0.0).to(tl.float32)
+    size = tl.where(inside, tl.abs(x), float("inf"))
+    is_smallest = size == tl.min(size, 1)[:, None]
+    reference = tl.sum(tl.where(is_smallest, x, 0.0), 1) / tl.sum(tl.where(is_smallest, 1.0, 0.0), 1)
     center = tl.zeros([BLOCK_M], tl.float32)
     squares = tl.zeros([BLOCK_M], tl.float32)
     seen = 0.0
@@ -111,7 +117,8 @@ def query_forward(
         mask=row_inside[:, None] & (inner < I)[None, :],
     )
     if tl.program_id(0) % inner_blocks == 0:
-        tl.store(center_ptr + rows, center, mask=row_inside)
+        tl.store(center_ptr + rows.to(tl.int64) * 2, reference, mask=row_inside)
+        tl.store(center_ptr + rows.to(tl.int64) * 2 + 1, center, mask=row_inside)
         tl.store(rstd_ptr + rows, rstd, mask=row_inside)
 
 
@@ -238,7 +245,7 @@ def attend(
     modulate: bool,
     outputs: tuple[Tensor, ...],
 ) -> None:
-    """Fill ``outputs``: y ``[M, D]``, query and attended ``[M, I]``, lse ``[M, H]``, center and rstd ``[M]``."""
+    """Fill ``outputs``: y ``[M, D]``, query, attended ``[M, I]``, lse ``[M, H]``, center ``[M, 2]``, rstd ``[M]``."""
     y, query, attended, lse, center, rstd = outputs
     dtype, device = x.dtype, x.device
     (tokens, width), inner, segments = x.shape, query_weight.shape[0], instruction.shape[0]
@@ -275,7 +282,7 @@ def attend(
         query_ptr=query,
         key_ptr=aligned(key, dtype),
         value_ptr=aligned(value, dtype),
-        key_mask_ptr=key_mask.to(torch.uint8).contiguous(),
+        key_mask_ptr=(key_mask != 0).to(torch.uint8).contiguous(),
         instruction_ptr=instruction,
         cu_seqlens_ptr=cu_seqlens,
         attended_ptr=attended,

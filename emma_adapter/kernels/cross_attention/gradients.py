@@ -90,7 +90,7 @@ def cross_attention_backward(
         "query_ptr": query,
         "key_ptr": aligned(key, dtype),
         "value_ptr": aligned(value, dtype),
-        "key_mask_ptr": key_mask.to(torch.uint8).contiguous(),
+        "key_mask_ptr": (key_mask != 0).to(torch.uint8).contiguous(),
         "instruction_ptr": instruction,
         "cu_seqlens_ptr": cu_seqlens,
         "attended_grad_ptr": attended_grad,

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import KernelError, ShapeError
-from ..launch import device_problem
+from ..launch import device_problem, refuse_forward_mode
 from . import forward
 from .gradients import cross_attention_backward
 from .tiles import BLOCKS, HEAD_BLOCKS
@@ -99,7 +99,7 @@ def _cross_attention(
     eps: float,
     modulate: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The result and what backward needs: query and attended ``[M, I]``, lse ``[M, H]``, center and rstd ``[M]``."""
+    """The result, and for backward query, attended ``[M, I]``, lse ``[M, H]``, center ``[M, 2]`` and rstd ``[M]``."""
     outputs = _empty_outputs(x, query_weight, num_heads)
     if len(x):
         forward.attend(
@@ -123,7 +123,7 @@ def _empty_outputs(
         x.new_empty(tokens, inner),
         x.new_empty(tokens, inner),
         torch.empty(tokens, num_heads, **statistic),
-        torch.empty(tokens, **statistic),
+        torch.empty(tokens, 2, **statistic),
         torch.empty(tokens, **statistic),
     )
 
@@ -220,7 +220,7 @@ def cross_attention(
             ``position_start[s] + i``: tables for several grids are laid one after another.
         position_start: integers ``[S]``; None if all segments start at row 0.
         cu_seqlens: integers ``[S + 1]`` on the device of x, from 0 to M: segment s is rows ``cu_seqlens[s]`` to
-            ``cu_seqlens[s + 1]``, and may be empty.
+            ``cu_seqlens[s + 1]``, and may be empty. Their values are not checked: that would wait for the GPU.
         instruction_rows: integers ``[S]``, which key and value each segment meets; None if segment s meets row s.
         eps: of the LayerNorm.
         epilogue: ``"add"`` or ``"modulate"``.
@@ -232,17 +232,19 @@ def cross_attention(
         KernelError: with :func:`unsupported_reason`, if there is one.
         ShapeError: if tensors don't fit each other.
     """
+    if epilogue not in ("add", "modulate"):
+        raise ValueError(f'epilogue must be "add" or "modulate"; got {epilogue!r}')
+    refuse_forward_mode(visual_tokens, key, value, query_weight, output_weight)
+    if visual_tokens.ndim != (3 if cu_seqlens is None else 2):
+        raise ShapeError(f"visual_tokens must be [S, N, D], or [M, D] with cu_seqlens; got {list(visual_tokens.shape)}")
     if key.ndim != 3 or key.shape[1] < 1:
         raise ShapeError(f"keys must be [R, T, I] with at least one key; got {list(key.shape)}")
     if reason := unsupported_reason(visual_tokens, key.shape[2], num_heads):
         raise KernelError(reason)
     width, inner, tokens = visual_tokens.shape[-1], key.shape[-1], visual_tokens.shape[-2]
     segments = visual_tokens.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    if visual_tokens.ndim != (3 if cu_seqlens is None else 2) or (segments < 1 and visual_tokens.numel()):
-        raise ShapeError(
-            "visual_tokens must be [S, N, D], or [M, D] with cu_seqlens [S + 1] and at least one segment; got "
-            f"{list(visual_tokens.shape)}"
-        )
+    if segments < 1 and visual_tokens.numel():
+        raise ShapeError("visual tokens need at least one segment")
     if instruction_rows is None and segments != key.shape[0]:
         raise ShapeError(f"{segments} segments and {key.shape[0]} instructions need instruction_rows")
     if position is not None and cu_seqlens is None and position_start is None and position.shape[0] != tokens:
@@ -269,8 +271,9 @@ def cross_attention(
         cu_seqlens = torch.arange(segments + 1, **integers) * tokens
     elif position is not None and position_start is None:
         position_start = torch.zeros(segments, **integers)
-    if instruction_rows is None:
-        instruction_rows = torch.arange(segments, **integers)
+    instructions = torch.arange(key.shape[0], **integers)
+    # Indexing complains of rows that don't exist, on a GPU too; a kernel would read what lies there.
+    instruction_rows = instructions if instruction_rows is None else instructions[instruction_rows.to(x.device)]
     if key_mask is None:
         key_mask = torch.ones(key.shape[:2], dtype=torch.bool, device=x.device)
     y, *_ = _cross_attention(
@@ -278,7 +281,7 @@ def cross_attention(
         key.to(x.dtype),
         value.to(x.dtype),
         key_mask,
-        instruction_rows.to(**integers).contiguous(),
+        instruction_rows,
         cu_seqlens.to(**integers).contiguous(),
         norm_weight,
         norm_bias,
@@ -305,9 +308,10 @@ def unsupported_reason(visual_tokens: Tensor, inner_dim: int, num_heads: int) ->
     if width < 16 or width % 16:
         return f"the width of the visual tokens must be a multiple of 16; got {width}"
     head_dim = inner_dim // num_heads if num_heads > 0 else 0
-    if inner_dim != num_heads * head_dim or not 16 <= head_dim <= max(HEAD_BLOCKS) or inner_dim > 512:
+    heads_fit = inner_dim == num_heads * head_dim and 16 <= head_dim <= max(HEAD_BLOCKS)
+    if not heads_fit or inner_dim % 16 or inner_dim > 512:
         return (
-            f"the inner width must be at most 512, in heads of 16 to {max(HEAD_BLOCKS)}; "
+            f"the inner width must be a multiple of 16 and at most 512, in heads of 16 to {max(HEAD_BLOCKS)}; "
             f"got {inner_dim} for {num_heads} heads"
         )
     if visual_tokens.numel() // width >= 2**31 - BLOCKS[visual_tokens.dtype]["BLOCK_M"]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import cache
 from itertools import product
 from typing import Any
 
@@ -60,6 +61,7 @@ _TYPES = {
 }
 
 
+@cache
 def configuration(kernel: Any, dtype: torch.dtype, **variant: int) -> Configuration:
     """The variant of a kernel for visual tokens of a dtype; ``BLOCK_H`` and ``MODULATE`` where it has them."""
     names = kernel.arg_names

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ...errors import KernelError, ShapeError
-from ..launch import aligned, device_problem
+from ..launch import aligned, device_problem, refuse_forward_mode
 from . import backward, forward
 from .tiles import DTYPES, MAX_INSTRUCTION_TOKENS, PADDING, round_up
 
@@ -180,6 +180,7 @@ def token_mixing(x: Tensor, projected: Tensor, image_weight: Tensor, text_weight
         ShapeError: if tensors don't fit each other.
     """
     tensors = (x, projected, image_weight, text_weight, bias)
+    refuse_forward_mode(*tensors)
     if x.ndim != 3 or projected.ndim != 3:
         raise ShapeError(
             f"x and projected must be [B, N, D] and [B, T, D]; got {list(x.shape)} and {list(projected.shape)}"
