@@ -12,11 +12,12 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n auto
 
-# What a patched model promises, on the oldest transformers and torch that are supported.
+# What a patched model promises, on the oldest transformers, torch and Triton that are supported.
 test-oldest: $(OLDEST_VENV)/.installed
 	$(OLDEST_VENV)/bin/python -m pytest -n auto tests/test_families.py tests/test_original_classes.py \
 		tests/test_qwen_vl.py tests/test_packing.py tests/test_llava.py tests/test_extraction.py \
-		tests/test_encoders.py tests/test_zoo.py
+		tests/test_encoders.py tests/test_zoo.py tests/test_dispatch.py tests/test_token_mixing.py \
+		tests/kernels/test_interpreter.py tests/kernels/test_launches.py
 
 # Time and memory of the fusions and their Triton kernels; without a GPU, a subset of it.
 bench-gpu: $(VENV)/.installed
