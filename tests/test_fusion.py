@@ -13,7 +13,7 @@ from torch.func import functional_call
 
 import tiny
 from emma_adapter import ConfigError, EmmaAlignment, EmmaConfig, Fusion, Packing, ShapeError, register_fusion
-from emma_adapter.fusion import fusion_class, fusion_names
+from emma_adapter.fusion import fusion_class, fusion_names, resampling
 from emma_adapter.fusion.registry import _FUSIONS
 from emma_adapter.fusion.resampling import resample
 
@@ -864,3 +864,43 @@ def test_packed_images_are_aligned_as_if_each_were_alone(fusion, data):
         expected.append(alignment(image[None], t[row][None], mask[row][None], grid=grid)[0][order])
     assert found.shape == v.shape
     assert torch.allclose(found, torch.cat(expected), atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("fusion", ["attention", "linear"])
+def test_export_leaves_nothing_behind(fusion, strict, monkeypatch):
+    """Tracing runs this code on tensors without numbers, which must not turn up in a later call."""
+    monkeypatch.setattr(resampling, "_WEIGHTS", {})
+    sizes = {"visual_dim": 16, "instruction_dim": 6, "visual_grid": (2, 3), "max_instruction_tokens": 4}
+    alignment = EmmaAlignment(EmmaConfig(fusion=fusion, **sizes))
+    with torch.no_grad():
+        for parameter in alignment.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+
+    class OnAnotherGrid(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.alignment = alignment
+
+        def forward(self, v: Tensor, t: Tensor) -> Tensor:
+            return self.alignment(v, t, grid=(2, 4))
+
+    v, t = torch.randn(2, 8, 16), torch.randn(2, 4, 6)
+    for _ in range(2):  # the second time, the matrices are known
+        exported = torch.export.export(OnAnotherGrid(), (v, t), strict=strict).module()
+        found = alignment(v, t, grid=(2, 4))
+        assert type(found) is Tensor
+        assert (exported(v, t) - found).abs().max() <= 1e-6
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_graph_does_not_follow_other_grids():
+    sizes = {"visual_dim": 16, "instruction_dim": 6, "visual_grid": (2, 3)}
+    alignment = EmmaAlignment(EmmaConfig(**sizes))
+    compiled = torch.compile(lambda v, t: alignment(v, t, grid=(2, 4)), fullgraph=True, backend="aot_eager")
+    v, t = torch.randn(2, 8, 16), torch.randn(2, 4, 6)
+    assert torch.equal(compiled(v, t), v)
+    alignment(torch.randn(1, 35, 16), t[:1], grid=(5, 7))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert torch.equal(compiled(v, t), v)

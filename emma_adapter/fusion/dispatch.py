@@ -105,6 +105,8 @@ class Dispatch:
 
     def _note(self, runs: Implementation, reason: str, visual_tokens: Tensor) -> bool:
         device, dtype = visual_tokens.device, visual_tokens.dtype
+        if torch.compiler.is_exporting():
+            return runs == "triton"
         if torch.compiler.is_compiling():
             self._traced = (runs, reason, device, dtype)
             return runs == "triton"

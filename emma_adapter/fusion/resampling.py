@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .packing import Grid
+
+_WEIGHTS: dict[tuple[int, int, bool], Tensor] = {}
+_MAX_WEIGHTS = 512
 
 
 def resample(tokens: Tensor, source: Grid, target: Grid, *, antialias: bool = False) -> Tensor:
@@ -31,11 +32,24 @@ def resample(tokens: Tensor, source: Grid, target: Grid, *, antialias: bool = Fa
     return resampled.flatten(-3, -2)
 
 
-@lru_cache(maxsize=512)
 def _weights(source: int, target: int, antialias: bool) -> Tensor:
-    """``[target, source]``: PyTorch's own weights, found by resampling one-hot rows."""
+    """``[target, source]``, kept for the next call."""
+    key = (source, target, antialias)
+    if torch.compiler.is_compiling():
+        # A graph that had looked it up would be compiled again whenever there is more to look up.
+        return _one_hot_rows(*key)
+    known = _WEIGHTS.get(key)
+    if known is None:
+        known = _one_hot_rows(*key)
+        # In a tracer's tensors there are no numbers.
+        if type(known) is Tensor and len(_WEIGHTS) < _MAX_WEIGHTS:
+            _WEIGHTS[key] = known
+    return known
+
+
+def _one_hot_rows(source: int, target: int, antialias: bool) -> Tensor:
+    """PyTorch's own weights, found by resampling one-hot rows."""
     with torch.inference_mode(False), torch.no_grad():
         one_hot = torch.eye(source, dtype=torch.float64)[None, None]
-        return F.interpolate(one_hot, size=(target, source), mode="bilinear", align_corners=False, antialias=antialias)[
-            0, 0
-        ]
+        size = (target, source)
+        return F.interpolate(one_hot, size=size, mode="bilinear", align_corners=False, antialias=antialias)[0, 0]
