@@ -20,14 +20,11 @@ from emma_adapter.kernels.cross_attention import (
 )
 from emma_adapter.kernels.cross_attention.gradients import cross_attention_backward
 from emma_adapter.kernels.cross_attention.op import _cross_attention
+from precision import BITS, DTYPES, TOLERANCES
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 EPILOGUES = ["add", "modulate"]
-BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
-#: Relative to the largest value: forward, gradients.
-TOLERANCES = {torch.float32: (1e-5, 1e-5), torch.float16: (2e-3, 5e-3), torch.bfloat16: (1e-2, 2e-2)}
 SMALL = {"BLOCK_M": 16, "BLOCK_D": 16, "BLOCK_I": 16, "BLOCK_T": 16, "CHUNK": 32}
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)

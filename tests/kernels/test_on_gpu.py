@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from emma_adapter import EmmaAlignment, EmmaConfig, Packing
+from precision import BITS, DTYPES, TOLERANCES
 
 pytestmark = [
     pytest.mark.gpu,
@@ -23,9 +24,6 @@ pytestmark = [
 ]
 
 FUSIONS = ["attention", "modulation", "linear"]
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-#: Relative to the largest value: forward, gradients.
-TOLERANCES = {torch.float32: (1e-5, 1e-5), torch.float16: (2e-3, 5e-3), torch.bfloat16: (1e-2, 2e-2)}
 #: Grid and width of visual tokens.
 MODELS = {
     "LLaVA-1.5": ((24, 24), 1024),
@@ -126,8 +124,7 @@ def test_untrained_is_the_identity(fusion, dtype):
     v, t, mask = tokens("LLaVA-1.5", dtype)
     v[0, :5] = -0.0
     y = EmmaAlignment(config).cuda()(v, t, mask)
-    bits = torch.int32 if dtype == torch.float32 else torch.int16
-    assert torch.equal(y.view(bits), v.view(bits))
+    assert torch.equal(y.view(BITS[dtype]), v.view(BITS[dtype]))
 
 
 @every_fusion

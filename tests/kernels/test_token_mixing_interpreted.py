@@ -19,13 +19,10 @@ from emma_adapter.kernels.token_mixing import (
     unsupported_reason,
 )
 from emma_adapter.kernels.token_mixing.op import _token_mixing, _token_mixing_backward
+from precision import BITS, DTYPES, TOLERANCES
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
-#: Relative to the largest value: forward, gradients.
-TOLERANCES = {torch.float32: (1e-5, 1e-5), torch.float16: (2e-3, 5e-3), torch.bfloat16: (1e-2, 2e-2)}
 NAMES = ("x", "projected", "image_weight", "text_weight", "bias")
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
