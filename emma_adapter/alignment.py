@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .config import EmmaConfig
 from .errors import ConfigError, ShapeError
 from .fusion import fusion_class
-from .fusion.dispatch import Dispatch, Kernel, KernelUse
+from .fusion.dispatch import Kernel, KernelUse
 from .fusion.packing import Grid, Packing
 from .official import read_official
 
@@ -31,7 +31,6 @@ class EmmaAlignment(nn.Module):
                 raise ConfigError(f"EmmaConfig.{name} must be given to build an EmmaAlignment; patch_model infers it")
         self.config = config
         self.fusion = fusion_class(config.fusion)(config)
-        self.use_kernel(config.kernel)
 
     def forward(
         self,
@@ -85,12 +84,8 @@ class EmmaAlignment(nn.Module):
             ConfigError: if the fusion has no Triton kernel and ``kernel`` is ``"triton"``.
         """
         config = self.config.replace(kernel=kernel)
-        if kernel == "triton" and not self.fusion.has_kernel:
-            raise ConfigError(
-                f'fusion={config.fusion!r} has no Triton kernel; EmmaConfig.kernel must be "auto" or "eager"'
-            )
+        self.fusion.use_kernel(config)
         self.config = config
-        self.fusion.dispatch = Dispatch(config.fusion, kernel)
 
     def kernel_report(self) -> tuple[KernelUse, ...]:
         """What computed the calls so far, one entry for each kind of call."""
@@ -141,7 +136,7 @@ class EmmaAlignment(nn.Module):
 
 
 def _check_packing(packing: Packing, num_visual_tokens: int, num_instructions: int) -> None:
-    announced = sum(height * width for height, width in packing.grids)
+    announced = sum(packing.lengths)
     if announced != num_visual_tokens:
         raise ShapeError(f"packing announces {announced} visual tokens and there are {num_visual_tokens}")
     if packing.rows.shape != (len(packing.grids),):

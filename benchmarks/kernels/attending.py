@@ -63,7 +63,7 @@ def packed_varlen(fusion: CrossAttentionFusion, inputs: Inputs) -> Callable[[], 
     grids, rows = inputs.packing.grids, inputs.packing.rows.tolist()
     keys = [row * inputs.mask.shape[1] + inputs.mask[row].nonzero().flatten() for row in rows]
     key_places = torch.cat(keys)
-    query_lengths = [height * width for height, width in grids]
+    query_lengths = inputs.packing.lengths
     key_lengths = [len(places) for places in keys]
     query_starts, key_starts = (
         torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)

@@ -12,6 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..errors import ShapeError
+from .dispatch import weights_elsewhere
 from .layers import CastingLayerNorm, CastingLinear
 from .packing import Grid, Packing
 from .registry import Fusion
@@ -118,9 +119,9 @@ class CrossAttention(nn.Module):
         from ..kernels.cross_attention import unsupported_reason
 
         weight = self.query.weight
-        if weight.device != visual_tokens.device:
-            return f"the visual tokens are on {visual_tokens.device} and the adapter's weights on {weight.device}"
-        return unsupported_reason(visual_tokens, weight.shape[0], self.num_heads)
+        return weights_elsewhere(visual_tokens, weight) or unsupported_reason(
+            visual_tokens, weight.shape[0], self.num_heads
+        )
 
     def positions(self, num_visual_tokens: int, grid: Grid | None) -> Tensor | None:
         """The query term of each visual token ``[N, inner_dim]``, resampled if the image has another grid; None if the
@@ -199,9 +200,8 @@ class CrossAttentionFusion(Fusion):
     def _kernel_layout(self, packing: Packing) -> dict[str, Tensor | None]:
         """Where each entry begins, and one table of the query terms of every grid with where each entry's begin."""
         device = self.cross_attention.query.weight.device
-        lengths = [height * width for height, width in packing.grids]
         layout: dict[str, Tensor | None] = {
-            "cu_seqlens": _integers([0, *accumulate(lengths)], device),
+            "cu_seqlens": _integers([0, *accumulate(packing.lengths)], device),
             "instruction_rows": packing.rows.to(device),
         }
         if self.cross_attention.position is None:

@@ -72,7 +72,11 @@ class Dispatch:
         """
         if self.kernel == "eager":
             return self._note("eager", 'kernel="eager"', visual_tokens)
-        reason = self._not_measured(visual_tokens, trains) if self.kernel == "auto" else None
+        reason = None
+        if visual_tokens.device.type == "cpu" and not _INTERPRETED:
+            reason = "the visual tokens are on the CPU"
+        elif self.kernel == "auto":
+            reason = self._not_measured(visual_tokens, trains)
         reason = reason or _no_triton(visual_tokens.device) or problem()
         if reason is None:
             why = 'kernel="triton"' if self.kernel == "triton" else "measured to be as fast on this device"
@@ -92,8 +96,6 @@ class Dispatch:
     def _not_measured(self, visual_tokens: Tensor, trains: bool) -> str | None:
         """Why the kernels aren't known to be as fast for this call, or None."""
         device, dtype = visual_tokens.device, visual_tokens.dtype
-        if device.type == "cpu" and not _INTERPRETED:
-            return "the visual tokens are on the CPU"
         if dtype == torch.float32 and (torch.is_autocast_enabled(device.type) or torch.backends.cuda.matmul.allow_tf32):
             return "float32 products may be rounded here, by autocast or tf32, and the kernels' are not"
         from ..kernels.measured import is_measured, measured_case
@@ -118,10 +120,15 @@ class Dispatch:
         return runs == "triton"
 
 
+def weights_elsewhere(visual_tokens: Tensor, weight: Tensor) -> str | None:
+    """Why the kernels can't read a weight that another tool moves when its module is called, or None."""
+    if weight.device == visual_tokens.device:
+        return None
+    return f"the visual tokens are on {visual_tokens.device} and the adapter's weights on {weight.device}"
+
+
 def _no_triton(device: torch.device) -> str | None:
     """Why there is no Triton for a device, or None. It is imported only where it may run."""
-    if device.type == "cpu" and not _INTERPRETED:
-        return "the visual tokens are on the CPU"
     try:
         from ..kernels.launch import device_problem
     except ImportError as error:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ConfigError, ShapeError
+from .dispatch import weights_elsewhere
 from .layers import CastingLinear, add_update
 from .packing import Grid
 from .registry import Fusion, register_fusion
@@ -103,9 +104,7 @@ class LinearFusion(Fusion):
             return "the kernels are for a full image weight, and EmmaConfig.rank is given"
         if own_grid is not None:
             return f"the kernels are for images on the native grid {self.native_grid}, and this one's is {own_grid}"
-        if self.bias.device != visual_tokens.device:
-            return f"the visual tokens are on {visual_tokens.device} and the adapter's weights on {self.bias.device}"
-        return unsupported_reason(visual_tokens, num_instruction)
+        return weights_elsewhere(visual_tokens, self.bias) or unsupported_reason(visual_tokens, num_instruction)
 
     def _own_grid(self, num_visual_tokens: int, grid: Grid | None) -> Grid | None:
         """The grid of these visual tokens, or None if it is the native one."""

@@ -26,6 +26,11 @@ class Packing:
     rows: Tensor
     orders: Mapping[Grid, Tensor] | None = None
 
+    @property
+    def lengths(self) -> list[int]:
+        """How many visual tokens each entry has."""
+        return [height * width for height, width in self.grids]
+
     def order(self, grid: Grid, device: torch.device) -> Tensor | None:
         return None if self.orders is None else self.orders[grid].to(device)
 
@@ -38,7 +43,7 @@ def by_grid(
     packing: Packing,
 ) -> Tensor:
     """``[M, D], [R, T, Dt], bool [R, T] or None -> [M, D]``: entries of the same grid are aligned together."""
-    pieces = list(visual_tokens.split([height * width for height, width in packing.grids]))
+    pieces = list(visual_tokens.split(packing.lengths))
     members: dict[Grid, list[int]] = {}
     for entry, grid in enumerate(packing.grids):
         members.setdefault(grid, []).append(entry)

@@ -34,6 +34,18 @@ class Fusion(nn.Module, ABC):
 
     def __init__(self, config: EmmaConfig) -> None:
         super().__init__()
+        self.use_kernel(config)
+
+    def use_kernel(self, config: EmmaConfig) -> None:
+        """Choose the implementation as ``config.kernel`` says; the report starts anew.
+
+        Raises:
+            ConfigError: if that is ``"triton"``, and the fusion has no kernel.
+        """
+        if config.kernel == "triton" and not self.has_kernel:
+            raise ConfigError(
+                f'fusion={config.fusion!r} has no Triton kernel; EmmaConfig.kernel must be "auto" or "eager"'
+            )
         self.dispatch = Dispatch(config.fusion, config.kernel)
 
     @property

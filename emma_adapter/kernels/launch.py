@@ -19,6 +19,9 @@ from ..errors import KernelError
 #: Whether kernels run on CPU tensors, in Triton's interpreter (``TRITON_INTERPRET=1`` before Triton is imported).
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
+#: What visual tokens may be.
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
 TRITON_TYPES = {
     torch.float32: "fp32",
     torch.float16: "fp16",
@@ -106,6 +109,18 @@ def device_problem(device: torch.device) -> str | None:
         return f"Triton's kernels run on GPUs, and the visual tokens are on {device}"
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         return f"the kernels need compute capability 8.0, and {torch.cuda.get_device_name(device)} has less"
+    return None
+
+
+def visual_tokens_problem(visual_tokens: Tensor) -> str | None:
+    """Why no kernel can take visual tokens ``[..., D]``, or None. Looks at device, dtype and width."""
+    if problem := device_problem(visual_tokens.device):
+        return problem
+    if visual_tokens.dtype not in DTYPES:
+        return f"the kernels compute in float32, float16 and bfloat16, not in {visual_tokens.dtype}"
+    width = visual_tokens.shape[-1]
+    if width < 16 or width % 16:
+        return f"the width of the visual tokens must be a multiple of 16; got {width}"
     return None
 
 

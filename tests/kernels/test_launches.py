@@ -15,11 +15,10 @@ from triton.compiler import make_backend  # noqa: E402
 from triton.runtime.jit import create_function_from_signature  # noqa: E402
 
 from emma_adapter.kernels import cross_attention, token_mixing  # noqa: E402
-from emma_adapter.kernels.cross_attention import op as attention_op  # noqa: E402
+from emma_adapter.kernels import launch as launching  # noqa: E402
 from emma_adapter.kernels.launch import Configuration  # noqa: E402
-from emma_adapter.kernels.token_mixing import op as mixing_op  # noqa: E402
+from precision import DTYPES  # noqa: E402
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
@@ -48,8 +47,7 @@ def launched(monkeypatch):
         found.append(self)
 
     monkeypatch.setattr(Configuration, "launch", launch)
-    monkeypatch.setattr(attention_op, "device_problem", lambda device: None)
-    monkeypatch.setattr(mixing_op, "device_problem", lambda device: None)
+    monkeypatch.setattr(launching, "device_problem", lambda device: None)
     return found
 
 

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import KernelError, ShapeError
-from ..launch import device_problem, refuse_forward_mode
+from ..launch import refuse_forward_mode, visual_tokens_problem
 from . import forward
 from .gradients import cross_attention_backward
 from .tiles import BLOCKS, HEAD_BLOCKS
@@ -300,13 +300,8 @@ def cross_attention(
 
 def unsupported_reason(visual_tokens: Tensor, inner_dim: int, num_heads: int) -> str | None:
     """Why :func:`cross_attention` can't take visual tokens ``[..., D]`` and keys ``[R, T, inner_dim]``, or None."""
-    if problem := device_problem(visual_tokens.device):
+    if problem := visual_tokens_problem(visual_tokens):
         return problem
-    if visual_tokens.dtype not in BLOCKS:
-        return f"the kernels compute in float32, float16 and bfloat16, not in {visual_tokens.dtype}"
-    width = visual_tokens.shape[-1]
-    if width < 16 or width % 16:
-        return f"the width of the visual tokens must be a multiple of 16; got {width}"
     head_dim = inner_dim // num_heads if num_heads > 0 else 0
     heads_fit = inner_dim == num_heads * head_dim and 16 <= head_dim <= max(HEAD_BLOCKS)
     if not heads_fit or inner_dim % 16 or inner_dim > 512:
@@ -314,6 +309,6 @@ def unsupported_reason(visual_tokens: Tensor, inner_dim: int, num_heads: int) ->
             f"the inner width must be a multiple of 16 and at most 512, in heads of 16 to {max(HEAD_BLOCKS)}; "
             f"got {inner_dim} for {num_heads} heads"
         )
-    if visual_tokens.numel() // width >= 2**31 - BLOCKS[visual_tokens.dtype]["BLOCK_M"]:
+    if visual_tokens.numel() // visual_tokens.shape[-1] >= 2**31 - BLOCKS[visual_tokens.dtype]["BLOCK_M"]:
         return "more than 2^31 visual tokens in one call"
     return None

@@ -12,10 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import Configuration, aligned, cdiv, dot, rounded
+from ..launch import DTYPES, Configuration, aligned, cdiv, dot, rounded
 from .tiles import (
     BLOCKS_ELEMENTWISE,
-    DTYPES,
     elementwise_grid,
     packed_column,
     padded_size,

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from ...errors import KernelError, ShapeError
-from ..launch import aligned, device_problem, refuse_forward_mode
+from ..launch import aligned, refuse_forward_mode, visual_tokens_problem
 from . import backward, forward
-from .tiles import DTYPES, MAX_INSTRUCTION_TOKENS, PADDING, round_up
+from .tiles import MAX_INSTRUCTION_TOKENS, PADDING, round_up
 
 
 def token_mixing_reference(
@@ -141,17 +141,13 @@ _token_mixing.register_autograd(_backward, setup_context=_save_inputs)
 def unsupported_reason(x: Tensor, num_instruction_tokens: int) -> str | None:
     """Why :func:`token_mixing` can't take x ``[B, N, D]`` with so many instruction tokens, or None."""
     _, n, d = x.shape
-    if problem := device_problem(x.device):
+    if problem := visual_tokens_problem(x):
         return problem
-    if x.dtype not in DTYPES:
-        return f"the kernels compute in float32, float16 and bfloat16, not in {x.dtype}"
     if n == 0 or not 0 < num_instruction_tokens <= MAX_INSTRUCTION_TOKENS:
         return (
             f"it needs at least one visual token and 1 to {MAX_INSTRUCTION_TOKENS} instruction tokens; "
             f"got {n} and {num_instruction_tokens}"
         )
-    if d == 0 or d % 16 != 0:
-        return f"the width of the visual tokens must be a multiple of 16; got {d}"
     # Within one image offsets are of 32 bits, beyond it of 64.
     if max(n * d, round_up(n) * (round_up(n) + PADDING)) >= 2**31:
         return f"{n} visual tokens of width {d} are more than the kernel can address"

@@ -17,7 +17,6 @@ from ..launch import Configuration, cdiv
 MAX_INSTRUCTION_TOKENS = 128
 #: Rows of packed weights, and the columns of either part, come in multiples of this.
 PADDING = 128
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 Tile = Literal["small", "large"]
 
