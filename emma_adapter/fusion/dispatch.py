@@ -107,10 +107,11 @@ class Dispatch:
 
     def _note(self, runs: Implementation, reason: str, visual_tokens: Tensor) -> bool:
         device, dtype = visual_tokens.device, visual_tokens.dtype
-        if torch.compiler.is_exporting():
+        # Not is_exporting(): inside torch.compile of PyTorch 2.11 it is true.
+        if torch.compiler.is_dynamo_compiling():
+            self._traced = (runs, reason, device, dtype)
             return runs == "triton"
         if torch.compiler.is_compiling():
-            self._traced = (runs, reason, device, dtype)
             return runs == "triton"
         key = (runs, reason, device, dtype, visual_tokens.ndim)
         if key not in self._uses and len(self._uses) >= _MAX_REMEMBERED:
