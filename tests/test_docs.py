@@ -1,0 +1,44 @@
+"""Every example in the documentation runs: a page's blocks one after another, in the folder of ``workspace.py``.
+
+``python`` blocks of a page share their names; ``bash`` blocks run in a shell that stops at the first error.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from workspace import make_workspace
+
+DOCS = Path(__file__).parents[1] / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+_BLOCK = re.compile(r"^```(python|bash)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def test_every_block_names_its_language():
+    for page in PAGES:
+        fences = re.findall(r"^```(.*)$", page.read_text(), re.MULTILINE)
+        assert all(fences[0::2]), page
+        assert not any(fences[1::2]), page
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_page(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(make_workspace(tmp_path))
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    blocks = _BLOCK.findall(page.read_text())
+    assert blocks
+    names = {"__name__": "__main__"}
+    for number, (language, code) in enumerate(blocks, 1):
+        if language == "python":
+            exec(compile(code, f"{page.name}, block {number}", "exec"), names)
+        else:
+            done = subprocess.run(["bash", "-euo", "pipefail", "-c", code], check=False, capture_output=True, text=True)
+            assert done.returncode == 0, f"{page.name}, block {number}\n{done.stdout}\n{done.stderr}"
