@@ -1,4 +1,4 @@
-"""Where an adapter sits in a model: at the projector, and if asked for at each deepstack projector."""
+"""Where adapters sit in a model: at the projector, and if asked for at each deepstack projector."""
 
 from __future__ import annotations
 
@@ -11,10 +11,8 @@ from .alignment import EmmaAlignment
 from .config import EmmaConfig
 from .errors import PatchError
 from .families import ModelFamily
-from .state import STATE_ATTRIBUTE, AdapterState, state_of
+from .state import DEFAULT, STATE_ATTRIBUTE, AdapterState, state_of
 
-#: Name of an alignment as a submodule of its projector.
-ALIGNMENT_NAME = "emma"
 #: Attribute of a projector: which of the model's projectors it is.
 PLACE_ATTRIBUTE = "_emma_place"
 #: The projector itself; others are named "deepstack.0." and so on. Saved tensors begin with these names.
@@ -22,49 +20,72 @@ MAIN_PLACE = ""
 DEEPSTACK_PLACE = re.compile(r"deepstack\.\d+\.")
 
 
-def attach(projector: nn.Module, place: str, alignment: EmmaAlignment, state: AdapterState) -> None:
+def submodule_name(adapter: str) -> str:
+    """Name of an adapter's alignment as a submodule of its projector."""
+    return "emma" if adapter == DEFAULT else f"emma_{adapter}"
+
+
+def mark(projector: nn.Module, place: str, state: AdapterState) -> None:
+    """Make a projector one that adapters sit at."""
     setattr(projector, STATE_ATTRIBUTE, state)
     setattr(projector, PLACE_ATTRIBUTE, place)
+
+
+def attach(projector: nn.Module, adapter: str, alignment: EmmaAlignment) -> None:
     holder = projector
     while isinstance(holder, nn.Sequential):
         # It would run the alignment as one of its layers; a layer's own submodules it leaves alone.
         holder = next(iter(holder.children()))
-    holder.add_module(ALIGNMENT_NAME, alignment)
+    holder.add_module(submodule_name(adapter), alignment)
 
 
 def detach(module: nn.Module) -> None:
-    """Take off what :func:`attach` put on a projector, or patching on another module."""
+    """Take off what :func:`mark` and :func:`attach` put on a projector, or patching on another module."""
     if PLACE_ATTRIBUTE in module.__dict__:
         delattr(module, PLACE_ATTRIBUTE)
         for holder in list(module.modules()):
-            if isinstance(holder._modules.get(ALIGNMENT_NAME), EmmaAlignment):
-                delattr(holder, ALIGNMENT_NAME)
+            for name in [name for name, child in holder._modules.items() if isinstance(child, EmmaAlignment)]:
+                delattr(holder, name)
     delattr(module, STATE_ATTRIBUTE)
 
 
-def alignment_at(projector: nn.Module) -> EmmaAlignment:
-    """The alignment of a projector, also of one that another tool has wrapped.
+def remove(projector: nn.Module, adapter: str) -> None:
+    """Take one adapter off a projector."""
+    for holder in list(projector.modules()):
+        if isinstance(holder._modules.get(submodule_name(adapter)), EmmaAlignment):
+            delattr(holder, submodule_name(adapter))
+
+
+def alignment_at(projector: nn.Module, adapter: str) -> EmmaAlignment:
+    """An adapter's alignment at a projector, also at one that another tool has wrapped.
 
     Raises:
         PatchError: if another tool has replaced the part of the projector that held it.
     """
     module: Any = projector
     while module is not None:
-        alignment = getattr(module, ALIGNMENT_NAME, None)
+        alignment = getattr(module, submodule_name(adapter), None)
         if isinstance(alignment, EmmaAlignment):
             return alignment
         wrapped = getattr(module, "base_layer", None)
         module = getattr(module, "0", None) if wrapped is None else wrapped
     raise PatchError(
         f"a part of the projector, a {type(projector).__name__}, was replaced after patch_model, and the adapter is "
-        "gone with it (merge_and_unload() does that): change the model first, then patch it and load_adapter"
+        "gone with it: change the model first, then patch it and load_adapter"
     )
 
 
-def projectors(model: nn.Module) -> dict[str, nn.Module]:
-    """The projectors that the adapter of a patched model sits at, by place."""
+def is_aligned(state: AdapterState, projector: nn.Module, adapter: str) -> bool:
+    """False at a deepstack projector where only other adapters of the model sit."""
+    place: str = getattr(projector, PLACE_ATTRIBUTE)
+    return place == MAIN_PLACE or state.adapters[adapter].config.align_deepstack
+
+
+def projectors(model: nn.Module, adapter: str | None = None) -> dict[str, nn.Module]:
+    """The projectors that an adapter of a patched model sits at, by place; default: the active adapter."""
     state = state_of(model)
-    return places(state.family, state.config, state.family.inner(model))
+    config = state.adapters[adapter or state.active].config
+    return places(state.family, config, state.family.inner(model))
 
 
 def places(family: ModelFamily, config: EmmaConfig, inner: nn.Module) -> dict[str, nn.Module]:
@@ -87,41 +108,48 @@ def check_in_place(state: AdapterState, inner: nn.Module) -> None:
         if not any(PLACE_ATTRIBUTE in module.__dict__ for module in projector.modules()):
             raise PatchError(
                 f"the model's projector, a {type(projector).__name__}, is another one than was patched, and the "
-                "adapter is gone with it (merge_and_unload() replaces projectors): change the model first, then patch "
-                "it and load_adapter"
+                "adapter is gone with it: change the model first, then patch it and load_adapter"
             )
         if hasattr(getattr(projector, "base_layer", None), PLACE_ATTRIBUTE):
             raise PatchError(
                 f"the projector was wrapped in a {type(projector).__name__} after patch_model, whose own weights would "
-                "read visual tokens without the instruction; wrap first (get_peft_model), then patch_model"
+                "read visual tokens without the instruction; wrap first, then patch_model"
             )
 
 
-def alignments(model: nn.Module) -> dict[str, EmmaAlignment]:
-    """The adapter's modules, by place."""
-    return {place: alignment_at(projector) for place, projector in projectors(model).items()}
+def alignments(model: nn.Module, adapter: str | None = None) -> dict[str, EmmaAlignment]:
+    """An adapter's modules, by place; default: the active adapter's."""
+    name = adapter or state_of(model).active
+    return {place: alignment_at(projector, name) for place, projector in projectors(model, name).items()}
 
 
-def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The adapter's parameters, by their name in the adapter."""
+def named_parameters(model: nn.Module, adapter: str | None = None) -> dict[str, nn.Parameter]:
+    """An adapter's parameters, by their name in the adapter; default: the active adapter's."""
     return {
         place + name: parameter
-        for place, alignment in alignments(model).items()
+        for place, alignment in alignments(model, adapter).items()
         for name, parameter in alignment.named_parameters()
     }
 
 
-def state_dict(model: nn.Module, *, keep_vars: bool = False) -> dict[str, Tensor]:
-    """The adapter's tensors, by their name in the adapter."""
+def all_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of all adapters of a patched model."""
+    return [
+        parameter for adapter in state_of(model).adapters for parameter in named_parameters(model, adapter).values()
+    ]
+
+
+def state_dict(model: nn.Module, adapter: str | None = None, *, keep_vars: bool = False) -> dict[str, Tensor]:
+    """An adapter's tensors, by their name in the adapter; default: the active adapter's."""
     return {
         place + name: tensor
-        for place, alignment in alignments(model).items()
+        for place, alignment in alignments(model, adapter).items()
         for name, tensor in alignment.state_dict(keep_vars=keep_vars).items()
     }
 
 
 def projector_parameters(projector: nn.Module) -> dict[str, nn.Parameter]:
-    """A projector's own parameters by name, without the adapter's."""
+    """A projector's own parameters by name, without the adapters'."""
     adapter = {
         id(parameter)
         for module in projector.modules()

@@ -1,7 +1,7 @@
 """What ``model.save_pretrained`` and Trainer checkpoints of a patched model hold.
 
 - ``model.save_pretrained(folder)`` writes the base model without the adapter, so that it reloads as the model it
-  was, and the adapter beside it in ``emma_adapter/``.
+  was, and the adapter beside it in ``emma_adapter/``; further adapters in ``emma_adapter/<name>/``.
 - Trainer calls ``model.save_pretrained(folder, state_dict=...)`` and resumes from the ``model.safetensors`` it finds.
   After ``adapter.train_only()`` that call writes the adapter folder, and a ``model.safetensors`` with the trained
   tensors alone, under the model's names. Before, it writes everything, adapter included, so that resuming is exact.
@@ -47,7 +47,7 @@ def guard_save_pretrained(model: nn.Module, original: Callable[..., Any], *args:
         if adapter_only:
             expect_adapter_only(model)
     if kwargs.get("is_main_process", True):
-        checkpoint.save(model, directory / checkpoint.SUBFOLDER)
+        checkpoint.save_all(model, directory / checkpoint.SUBFOLDER)
     return result
 
 
@@ -73,13 +73,17 @@ def expect_everything(model: nn.Module) -> None:
 
 def _base_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The model as it was before it was patched: without the adapter, and with the original projectors."""
-    adapter = _identities(attachment.state_dict(model, keep_vars=True))
+    adapters = {
+        key
+        for adapter in state_of(model).adapters
+        for key in _identities(attachment.state_dict(model, adapter, keep_vars=True))
+    }
     trained = projector_parameters(model)
     originals = {id(trained[name]): value for name, value in original_projectors(model).items()}
     return {
         name: originals.get(id(value), value.detach())
         for name, value in model.state_dict(keep_vars=True).items()
-        if id(value) not in adapter
+        if id(value) not in adapters
     }
 
 

@@ -55,6 +55,8 @@ class CallPlan:
     """
 
     inner: nn.Module
+    #: Name of the adapter that the instruction is encoded for.
+    adapter: str
     instruction: InstructionTokens
     #: For each modality, placeholder tokens per row ``[B]``.
     placeholders: Mapping[str, Tensor]
@@ -68,6 +70,7 @@ class CallPlan:
 class PinnedPrompt:
     """What a ``generate`` was asked, for the calls of forward that it makes."""
 
+    adapter: str
     instruction: InstructionTokens
     #: ``[B, L]``, without what a cache holds; None if the prompt was given as embeddings.
     input_ids: Tensor | None
@@ -89,6 +92,8 @@ class RoutedInstruction:
 
     layout: MediaLayout
     rows: Tensor  # [media], rows of the instruction
+    #: Name of the adapter that the instruction is encoded for.
+    adapter: str
     instruction: InstructionTokens
 
     def align(self, alignment: EmmaAlignment, visual_tokens: Tensor) -> Tensor:
@@ -115,12 +120,13 @@ def route(
     placeholders = plan.placeholders[running.modality]
     layout = _checked_layout(family, _projector_call(plan.inner, running, visual_tokens, placeholders))
     rows = rows_of_media(placeholders, layout.tokens, repeats=plan.repeats)
-    return RoutedInstruction(layout, rows, plan.instruction)
+    return RoutedInstruction(layout, rows, plan.adapter, plan.instruction)
 
 
 def route_without_prompt(
     family: ModelFamily,
     inner: nn.Module,
+    adapter: str,
     instruction: InstructionTokens,
     feature_call: FeatureCall | None,
     visual_tokens: Tensor,
@@ -130,7 +136,7 @@ def route_without_prompt(
     layout = _checked_layout(family, _projector_call(inner, running, visual_tokens, None))
     media = len(layout.tokens)
     rows = torch.arange(media, device=visual_tokens.device)
-    return RoutedInstruction(layout, rows, instruction.for_each(media, f"{running.modality}s"))
+    return RoutedInstruction(layout, rows, adapter, instruction.for_each(media, f"{running.modality}s"))
 
 
 def _projector_call(

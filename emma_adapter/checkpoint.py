@@ -69,8 +69,8 @@ class SavedAdapter:
 # ---------------------------------------------------------------------------------------------- save
 
 
-def save(model: nn.Module, directory: str | PathLike[str]) -> None:
-    """Write the adapter of a patched model.
+def save(model: nn.Module, directory: str | PathLike[str], adapter: str | None = None) -> None:
+    """Write one adapter of a patched model; default: the active one.
 
     The new files are complete on disk before the first replaces its predecessor: whenever this is killed, the
     folder holds the previous adapter or the new one.
@@ -79,8 +79,9 @@ def save(model: nn.Module, directory: str | PathLike[str]) -> None:
     if directory.exists() and not directory.is_dir():
         raise NotADirectoryError(f"{directory} is a file; save_pretrained needs the name of a folder")
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = _tensors(model)
-    description = _describe(model, tensors)
+    adapter = state_of(model).active if adapter is None else adapter
+    tensors = _tensors(model, adapter)
+    description = _describe(model, adapter, tensors)
     text = json.dumps(description, indent=2, sort_keys=True) + "\n"
     metadata = {"format": "pt", _FORMAT: json.dumps(description, sort_keys=True)}
 
@@ -91,7 +92,9 @@ def save(model: nn.Module, directory: str | PathLike[str]) -> None:
         (scratch / CONFIG_NAME).write_text(text, encoding="utf-8")
         names = [WEIGHTS_NAME, CONFIG_NAME]
         if _may_write_card(directory / CARD_NAME):
-            (scratch / CARD_NAME).write_text(model_card(description, count_parameters(model)), encoding="utf-8")
+            (scratch / CARD_NAME).write_text(
+                model_card(description, count_parameters(model, adapter)), encoding="utf-8"
+            )
             names.append(CARD_NAME)
         for name in names:
             # As readable as any file of this user; safetensors creates private ones.
@@ -104,8 +107,15 @@ def save(model: nn.Module, directory: str | PathLike[str]) -> None:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _describe(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    state = state_of(model)
+def save_all(model: nn.Module, directory: Path) -> None:
+    """Write every adapter of a patched model: the active one into the folder, the others into folders of their name."""
+    active = state_of(model).active
+    for adapter in state_of(model).adapters:
+        save(model, directory if adapter == active else directory / adapter, adapter)
+
+
+def _describe(model: nn.Module, adapter: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    named = state_of(model).adapters[adapter]
     base: Any = model.config
     return {
         "format": _FORMAT,
@@ -115,16 +125,16 @@ def _describe(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Any]
         "sha256": _digest(tensors),
         "base_model_name_or_path": getattr(base, "_name_or_path", "") or None,
         "model_type": base.model_type,
-        "reads_turns": state.pipeline.reader.markers is not None,
-        "projector_trained": bool(state.original_projectors),
+        "reads_turns": named.pipeline.reader.markers is not None,
+        "projector_trained": bool(named.original_projectors),
         # What computes the adapter is the business of the machine it runs on.
-        "config": state.config.replace(kernel="auto").to_dict(),
+        "config": named.config.replace(kernel="auto").to_dict(),
     }
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    tensors = {_ALIGNMENT_PREFIX + name: value for name, value in attachment.state_dict(model).items()}
-    tensors |= {_PROJECTOR_PREFIX + name: value for name, value in trained_projectors(model).items()}
+def _tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
+    tensors = {_ALIGNMENT_PREFIX + name: value for name, value in attachment.state_dict(model, adapter).items()}
+    tensors |= {_PROJECTOR_PREFIX + name: value for name, value in trained_projectors(model, adapter).items()}
     if offloaded := sorted(name for name, value in tensors.items() if value.is_meta):
         raise PatchError(
             f"the adapter's weights {offloaded} are offloaded, so that there is nothing to save; take accelerate's "

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attachment import PLACE_ATTRIBUTE, alignment_at, projector_parameters
+from .attachment import PLACE_ATTRIBUTE, alignment_at, is_aligned, projector_parameters
 from .calls import OuterCall, RoutedInstruction, route, route_without_prompt
 from .errors import InstructionError
 from .planning import has_pixels, pinned_plan, plan_call
@@ -33,6 +33,10 @@ def install_call_hooks(model: nn.Module, inner: nn.Module) -> None:
 def install_projector_hooks(projector: nn.Module) -> None:
     projector.register_forward_pre_hook(before_projector, with_kwargs=True)
     projector.register_forward_hook(after_projector, with_kwargs=True)
+
+
+def has_projector_hooks(projector: nn.Module) -> bool:
+    return any(hook is before_projector for hook in projector._forward_pre_hooks.values())
 
 
 def remove_hooks(module: nn.Module) -> None:
@@ -74,7 +78,7 @@ def before_inner(inner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         return (), kwargs
     explicit = outer.instruction is not None or own.instruction is not None
     if context.pinned is not None and not explicit and context.pinned.is_prompt_of(kwargs):
-        context.plan = pinned_plan(state, inner, context.pinned.instruction, kwargs)
+        context.plan = pinned_plan(state, inner, context.pinned, kwargs)
         return (), kwargs
     if own.instruction is not None:
         outer = OuterCall(outer.labels, outer.assistant_mask, own.instruction, own.instruction_mask)
@@ -93,15 +97,15 @@ def before_projector(projector: nn.Module, args: tuple[Any, ...], kwargs: dict[s
     state = state_of(projector)
     visual_tokens, put_back = _first_argument(args, kwargs)
     routed = _routed(state, visual_tokens)
-    if routed is None:
+    if routed is None or not is_aligned(state, projector, routed.adapter):
         return None
-    return put_back(routed.align(alignment_at(projector), visual_tokens))
+    return put_back(routed.align(alignment_at(projector, routed.adapter), visual_tokens))
 
 
 def after_projector(projector: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
     """While the adapter is disabled, a projector that was trained with it gives way to the original."""
     state = state_of(projector)
-    original = state.original_projectors.get(getattr(projector, PLACE_ATTRIBUTE))
+    original = state.current.original_projectors.get(getattr(projector, PLACE_ATTRIBUTE))
     if original is None or not _is_disabled(state, _first_argument(args, kwargs)[0]):
         return None
     trained = next(iter(projector_parameters(projector).values()), None)
@@ -131,9 +135,9 @@ def _routed(state: AdapterState, visual_tokens: Tensor) -> RoutedInstruction | N
         routed = None
     elif context.plan is not None:
         routed = route(state.family, context.plan, context.feature_call, visual_tokens)
-    elif context.named is not None:
+    elif (named := state.named_instruction) is not None:
         inner = state.family.inner(state.model)
-        routed = route_without_prompt(state.family, inner, context.named, context.feature_call, visual_tokens)
+        routed = route_without_prompt(state.family, inner, state.active, named, context.feature_call, visual_tokens)
     else:
         raise InstructionError(
             "visual features were asked for outside of a call that has an instruction. Call model(**inputs) or "

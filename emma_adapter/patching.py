@@ -8,10 +8,9 @@ from contextlib import AbstractContextManager
 from os import PathLike
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from . import attachment, base_saves, checkpoint, training
+from . import attachment, base_saves, checkpoint, named, training
 from .alignment import EmmaAlignment
 from .config import EmmaConfig
 from .errors import PatchError
@@ -19,10 +18,10 @@ from .families import find_family
 from .fitting import make_pipeline, make_reader, resolve_encoder, resolve_sizes
 from .fusion.dispatch import KernelUse
 from .guards import MethodGuard, guard_features, guard_generate
-from .hooks import install_call_hooks, install_projector_hooks, remove_hooks
+from .hooks import install_call_hooks, remove_hooks
 from .instructions.cache import CacheInfo
 from .instructions.tokens import Instruction, embedder
-from .state import STATE_ATTRIBUTE, AdapterState, state_of
+from .state import DEFAULT, STATE_ATTRIBUTE, AdapterState, state_of
 
 
 def patch_model(
@@ -63,17 +62,11 @@ def patch_model(
     config, encoder = resolve_encoder(config, instruction_encoder, inner)
     pipeline = make_pipeline(config, make_reader(model, config, processor), encoder)
     state = AdapterState(family, config, pipeline, model)
-
-    alignments = {
-        place: EmmaAlignment(config).to(_execution_device(projector, inner)).train(model.training)
-        for place, projector in attachment.places(family, config, inner).items()
-    }
+    alignments = named.make_alignments(family, config, inner)
 
     for module in (model, inner):
         setattr(module, STATE_ATTRIBUTE, state)
-    for place, projector in attachment.projectors(model).items():
-        attachment.attach(projector, place, alignments[place], state)
-        install_projector_hooks(projector)
+    named.attach(model, DEFAULT, alignments)
     install_call_hooks(model, inner)
     MethodGuard.install(model, "generate", guard_generate)
     MethodGuard.install(model, "save_pretrained", base_saves.guard_save_pretrained)
@@ -118,6 +111,62 @@ class EmmaAdapter:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The adapters on this model. Everything else that this handle tells or does concerns the active one."""
+        return tuple(self._state.adapters)
+
+    @property
+    def active(self) -> str:
+        """Name of the adapter that the model's calls go through. ``patch_model`` makes ``"default"``."""
+        return self._state.active
+
+    def add(
+        self,
+        name: str,
+        config: EmmaConfig | None = None,
+        *,
+        processor: Any = None,
+        instruction_encoder: str | nn.Module | None = None,
+    ) -> EmmaAdapter:
+        """Put another adapter on the model, of its own kind and frozen until ``set_active(name)``.
+
+        Args:
+            name: letters, digits and underscores.
+            config: as for :func:`patch_model`.
+            processor: as for :func:`patch_model`; default: prompts are read as by the active adapter.
+            instruction_encoder: as for :func:`patch_model`.
+
+        Raises:
+            PatchError: if the name is taken or can't be one.
+        """
+        named.add(self.model, name, EmmaConfig() if config is None else config, processor, instruction_encoder)
+        return self
+
+    def set_active(self, name: str) -> EmmaAdapter:
+        """Have calls go through another of the model's adapters, and the projector trained with it, if one was.
+
+        It becomes trainable if the one before was; that one is frozen. Not while a call of the model is running.
+
+        Raises:
+            PatchError: if there is no adapter of that name.
+        """
+        named.activate(self.model, name)
+        if self._state.adapter_only:
+            base_saves.expect_adapter_only(self.model)
+        return self
+
+    def remove(self, name: str) -> EmmaAdapter:
+        """Take an adapter off again that isn't the active one.
+
+        Raises:
+            PatchError: if it is, or if there is none of that name.
+        """
+        named.remove(self.model, name)
+        if self._state.adapter_only:
+            base_saves.expect_adapter_only(self.model)
+        return self
 
     @property
     def config(self) -> EmmaConfig:
@@ -206,8 +255,9 @@ class EmmaAdapter:
         own, total = training.count_parameters(self.model)
         config: Any = self.model.config
         info = self.cache_info()
+        names = "" if len(self.names) == 1 else f"active={self.active!r} of {list(self.names)}, "
         return (
-            f"EmmaAdapter(family={config.model_type!r}, fusion={self.config.fusion!r}, "
+            f"EmmaAdapter({names}family={config.model_type!r}, fusion={self.config.fusion!r}, "
             f"instruction_encoder={self.config.instruction_encoder!r}, parameters={own:,} "
             f"({own / total:.3%} of the model), cache_hits={info.hits}, cache_misses={info.misses})"
         )
@@ -217,14 +267,3 @@ def base_of(model: nn.Module) -> nn.Module:
     """The transformers model inside a PeftModel; any other model itself."""
     get_base_model = getattr(model, "get_base_model", None)
     return get_base_model() if callable(get_base_model) else model
-
-
-def _execution_device(module: nn.Module, inner: nn.Module) -> torch.device:
-    # A projector may have no parameter: LLaVA's "identity".
-    parameter = next(module.parameters(), None)
-    if parameter is None:
-        parameter = next(inner.parameters())
-    if parameter.device.type != "meta":
-        return parameter.device
-    # Offloaded by accelerate: its hook knows where the module runs.
-    return torch.device(getattr(getattr(module, "_hf_hook", None), "execution_device", None) or "cpu")

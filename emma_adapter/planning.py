@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .attachment import check_in_place
-from .calls import CallPlan, FeatureCall, OuterCall
+from .calls import CallPlan, FeatureCall, OuterCall, PinnedPrompt
 from .errors import InstructionError, RoutingError
 from .families import ModelFamily
 from .instructions.extraction import Prompt
@@ -41,26 +41,25 @@ def plan_call(
     """
     check_in_place(state, inner)
     is_placeholder = _is_placeholder(state.family, inner, arguments)
-    explicit = outer.instruction is not None or state.context.named is not None
+    explicit = outer.instruction is not None or state.named_instruction is not None
     samples = find_samples(arguments, next(iter(is_placeholder.values())).shape, required=not explicit)
     if samples is not None:
         is_placeholder = {modality: samples.unpack(where, False) for modality, where in is_placeholder.items()}
     placeholders = {modality: where[:, cached:].sum(dim=1) for modality, where in is_placeholder.items()}
     has_media = torch.stack(list(placeholders.values())).sum(dim=0) > 0
     instruction = _instruction_tokens(state, inner, outer, has_media, arguments, samples)
-    return CallPlan(inner, instruction, placeholders, _own_feature_call(state.family, arguments))
+    return CallPlan(inner, state.active, instruction, placeholders, _own_feature_call(state.family, arguments))
 
 
-def pinned_plan(
-    state: AdapterState, inner: nn.Module, pinned: InstructionTokens, arguments: Mapping[str, Any]
-) -> CallPlan:
+def pinned_plan(state: AdapterState, inner: nn.Module, pinned: PinnedPrompt, arguments: Mapping[str, Any]) -> CallPlan:
     """The plan of a forward inside ``generate``, whose prompt told the instruction."""
     placeholders = {
         modality: where.sum(dim=1) for modality, where in _is_placeholder(state.family, inner, arguments).items()
     }
     # transformers < 5.18 repeats prompts and pixels for beams before it encodes the images.
-    repeats = next(iter(placeholders.values())).shape[0] // len(pinned)
-    return CallPlan(inner, pinned, placeholders, _own_feature_call(state.family, arguments), repeats)
+    repeats = next(iter(placeholders.values())).shape[0] // len(pinned.instruction)
+    own = _own_feature_call(state.family, arguments)
+    return CallPlan(inner, pinned.adapter, pinned.instruction, placeholders, own, repeats)
 
 
 def _own_feature_call(family: ModelFamily, arguments: Mapping[str, Any]) -> FeatureCall:
@@ -109,8 +108,8 @@ def _instruction_tokens(
     rows, device = len(has_media), has_media.device
     if outer.instruction is not None:
         return state.pipeline.explicit(outer.instruction, outer.instruction_mask, rows, embed, device)
-    if state.context.named is not None:
-        return state.context.named.for_each(rows, "rows")
+    if (named := state.named_instruction) is not None:
+        return named.for_each(rows, "rows")
     ids, mask = arguments.get("input_ids"), arguments.get("attention_mask")
     if ids is None:
         raise InstructionError(

@@ -7,6 +7,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,12 +15,26 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from .calls import CallPlan, FeatureCall, OuterCall, PinnedPrompt, RoutedInstruction
 from .config import EmmaConfig
-from .errors import PatchError
+from .errors import InstructionError, PatchError
 from .families import ModelFamily
 from .instructions.tokens import InstructionPipeline, InstructionTokens
 
 #: Attribute of the outer model, the inner model and the projectors of a patched model.
 STATE_ATTRIBUTE = "_emma"
+#: Name of the adapter that ``patch_model`` makes.
+DEFAULT = "default"
+
+
+@dataclass
+class NamedAdapter:
+    """One of the adapters of a patched model: everything of it but its modules, which are part of the model."""
+
+    config: EmmaConfig
+    pipeline: InstructionPipeline
+    #: Copies of the projectors as they were before training, once they are trained with the adapter.
+    original_projectors: dict[str, nn.Module] = field(default_factory=dict)
+    #: What the adapter's training made of the projectors, while another adapter is active.
+    parked_projectors: dict[str, Tensor] = field(default_factory=dict)
 
 
 class CallContext(threading.local):
@@ -31,14 +46,10 @@ class CallContext(threading.local):
         self.feature_call: FeatureCall | None = None
         #: The prompt of a running ``generate`` and its instruction.
         self.pinned: PinnedPrompt | None = None
-        #: The instructions of running ``with adapter.instruction(...)``, the innermost last. Asynchronous code may
-        #: leave them in another order than it entered them.
-        self.all_named: list[InstructionTokens] = []
+        #: The instructions of running ``with adapter.instruction(...)``, the innermost last, and the adapter that they
+        #: were encoded for. Asynchronous code may leave them in another order than it entered them.
+        self.all_named: list[tuple[str, InstructionTokens]] = []
         self.disabled = 0
-
-    @property
-    def named(self) -> InstructionTokens | None:
-        return self.all_named[-1] if self.all_named else None
 
 
 class RecomputationMemory:
@@ -80,10 +91,8 @@ class AdapterState:
         self, family: ModelFamily, config: EmmaConfig, pipeline: InstructionPipeline, model: nn.Module
     ) -> None:
         self.family = family
-        self.config = config
-        self.pipeline = pipeline
-        #: Copies of the projectors as they were before training, once they are trained with the adapter.
-        self.original_projectors: dict[str, nn.Module] = {}
+        self.adapters = {DEFAULT: NamedAdapter(config, pipeline)}
+        self.active = DEFAULT
         #: True once everything but the adapter is frozen: checkpoints then hold the adapter only.
         self.adapter_only = False
         #: What transformers itself leaves out of saves, while ``adapter_only`` replaces it.
@@ -113,6 +122,36 @@ class AdapterState:
         return twin
 
     @property
+    def current(self) -> NamedAdapter:
+        """The active adapter."""
+        return self.adapters[self.active]
+
+    @property
+    def config(self) -> EmmaConfig:
+        return self.current.config
+
+    @property
+    def pipeline(self) -> InstructionPipeline:
+        return self.current.pipeline
+
+    @property
+    def named_instruction(self) -> InstructionTokens | None:
+        """The instruction of the innermost ``with adapter.instruction(...)`` of this thread.
+
+        Raises:
+            InstructionError: if it was encoded for an adapter that is no longer the active one.
+        """
+        if not self.context.all_named:
+            return None
+        adapter, instruction = self.context.all_named[-1]
+        if adapter != self.active:
+            raise InstructionError(
+                f"this call is inside of an adapter.instruction(...) that was entered for adapter {adapter!r}, and now "
+                f"{self.active!r} is active: call set_active() before adapter.instruction()"
+            )
+        return instruction
+
+    @property
     def model(self) -> nn.Module:
         """Raises:
         PatchError: if only a part of the patched model still exists.
@@ -127,7 +166,7 @@ class AdapterState:
         """The context of a ``generate`` whose prompt gave this plan, and afterwards the one before it again."""
         context = self.context
         before = (context.outer, context.plan, context.pinned)
-        context.outer, context.plan, context.pinned = None, plan, PinnedPrompt(plan.instruction, prompt)
+        context.outer, context.plan, context.pinned = None, plan, PinnedPrompt(plan.adapter, plan.instruction, prompt)
         try:
             yield
         finally:
@@ -149,11 +188,11 @@ class AdapterState:
     @contextmanager
     def naming(self, instruction: InstructionTokens) -> Iterator[None]:
         named = self.context.all_named
-        named.append(instruction)
+        named.append((self.active, instruction))
         try:
             yield
         finally:
-            del named[next(i for i, other in enumerate(named) if other is instruction)]
+            del named[next(i for i, (_, other) in enumerate(named) if other is instruction)]
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

@@ -14,10 +14,11 @@ from .hooks import remove_hooks
 from .state import state_of
 
 
-def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """The numbers in the adapter, and in the whole model with it."""
-    own = sum(parameter.numel() for parameter in attachment.named_parameters(model).values())
-    return own, sum(parameter.numel() for parameter in model.parameters())
+def count_parameters(model: nn.Module, adapter: str | None = None) -> tuple[int, int]:
+    """The numbers in an adapter (default: the active one), and in the model with it and without its other adapters."""
+    own = sum(parameter.numel() for parameter in attachment.named_parameters(model, adapter).values())
+    adapters = sum(parameter.numel() for parameter in attachment.all_parameters(model))
+    return own, sum(parameter.numel() for parameter in model.parameters()) - adapters + own
 
 
 def projector_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -38,8 +39,8 @@ def train_only(model: nn.Module, *, projector: bool) -> None:
             "adapter first, or train_only() without projector=True"
         )
     if state.trainable_before is None:
-        adapter = {id(parameter) for parameter in attachment.named_parameters(model).values()}
-        state.trainable_before = {n: p.requires_grad for n, p in model.named_parameters() if id(p) not in adapter}
+        adapters = {id(parameter) for parameter in attachment.all_parameters(model)}
+        state.trainable_before = {n: p.requires_grad for n, p in model.named_parameters() if id(p) not in adapters}
     model.requires_grad_(False)
     for parameter in attachment.named_parameters(model).values():
         parameter.requires_grad_(True)
@@ -73,7 +74,7 @@ def parameter_groups(
 
 def keep_original_projectors(model: nn.Module) -> None:
     """Remember the projectors as they are, so that ``disabled()`` and ``unpatch_model`` can go back to them."""
-    originals = state_of(model).original_projectors
+    originals = state_of(model).current.original_projectors
     if originals:
         return
     for place, projector in attachment.projectors(model).items():
@@ -83,9 +84,12 @@ def keep_original_projectors(model: nn.Module) -> None:
         originals[place] = original.requires_grad_(False)
 
 
-def trained_projectors(model: nn.Module) -> dict[str, Tensor]:
+def trained_projectors(model: nn.Module, adapter: str | None = None) -> dict[str, Tensor]:
     """The projectors' tensors, by place and name, if they belong to the adapter; else none."""
-    if not state_of(model).original_projectors:
+    state = state_of(model)
+    if adapter not in (None, state.active):
+        return dict(state.adapters[adapter].parked_projectors)
+    if not state.current.original_projectors:
         return {}
     return {name: parameter.detach() for name, parameter in projector_parameters(model).items()}
 
@@ -94,7 +98,7 @@ def original_projectors(model: nn.Module) -> dict[str, Tensor]:
     """The tensors that :func:`trained_projectors` had before training."""
     return {
         place + name: parameter
-        for place, original in state_of(model).original_projectors.items()
+        for place, original in state_of(model).current.original_projectors.items()
         for name, parameter in original.named_parameters()
     }
 

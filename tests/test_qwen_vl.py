@@ -95,7 +95,7 @@ def test_packed_entries_are_aligned_as_pictures_of_their_own(grids, data):
     packed = torch.cat([picture[0, orders[grid]] for picture, grid in zip(pictures, grids, strict=True)])
     layout = MediaLayout(tokens=[1] * len(grids), entries=[1] * len(grids), grids=grids, packed=True, orders=orders)
     with torch.no_grad():
-        out = RoutedInstruction(layout, torch.tensor(rows), instruction).align(alignment, packed)
+        out = RoutedInstruction(layout, torch.tensor(rows), "default", instruction).align(alignment, packed)
         parts = out.split([h * w for h, w in grids])
         for part, picture, grid, row in zip(parts, pictures, grids, rows, strict=True):
             own = instruction.of_rows(torch.tensor([row]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -81,6 +82,13 @@ class InstructionReader:
         self._texts = TokenTexts(self.tokenizer, special_ids)
         self.markers = read_markers(processor, self._texts, system_prompts) if processor is not None else None
         self._turns: LRUCache[list[_Turn]] = LRUCache(1024)
+
+    def with_policy(self, policy: InstructionPolicy) -> InstructionReader:
+        """The same reader for another policy."""
+        other = copy.copy(self)
+        other.policy = policy
+        other._turns = LRUCache(1024)
+        return other
 
     def select(self, prompt: Prompt) -> Tensor:
         """Bool ``[B, L]`` on the CPU: true at tokens of the instruction.

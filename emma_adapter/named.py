@@ -1,0 +1,125 @@
+"""Several adapters on one model, each with a name, a config and modules of its own; one of them is active."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import attachment, training
+from .alignment import EmmaAlignment
+from .config import EmmaConfig
+from .errors import PatchError
+from .families import ModelFamily
+from .fitting import make_pipeline, make_reader, resolve_encoder, resolve_sizes
+from .hooks import has_projector_hooks, install_projector_hooks
+from .state import AdapterState, NamedAdapter, state_of
+
+
+def add(
+    model: nn.Module, name: str, config: EmmaConfig, processor: Any, instruction_encoder: str | nn.Module | None
+) -> None:
+    """Add an adapter that is not active yet, and frozen. Default processor: that of the active adapter.
+
+    Raises:
+        PatchError: if the name is taken, or is none that a submodule can have.
+    """
+    state = state_of(model)
+    if name in state.adapters:
+        raise PatchError(f"the model has an adapter {name!r} already: {sorted(state.adapters)}; choose another name")
+    if not isinstance(name, str) or not name.isidentifier():
+        raise PatchError(f"the name of an adapter must be letters, digits and underscores; got {name!r}")
+    inner = state.family.inner(model)
+    config = resolve_sizes(config, state.family, inner)
+    config, encoder = resolve_encoder(config, instruction_encoder, inner)
+    if processor is None:
+        reader = state.pipeline.reader.with_policy(config.instruction_policy)
+    else:
+        reader = make_reader(model, config, processor)
+    alignments = make_alignments(state.family, config, inner)
+    state.adapters[name] = NamedAdapter(config, make_pipeline(config, reader, encoder))
+    attach(model, name, alignments)
+    for parameter in attachment.named_parameters(model, name).values():
+        parameter.requires_grad_(False)
+
+
+def make_alignments(family: ModelFamily, config: EmmaConfig, inner: nn.Module) -> dict[str, EmmaAlignment]:
+    """The modules of a new adapter, by place, each where its projector runs."""
+    return {
+        place: EmmaAlignment(config).to(_execution_device(projector, inner)).train(inner.training)
+        for place, projector in attachment.places(family, config, inner).items()
+    }
+
+
+def attach(model: nn.Module, name: str, alignments: Mapping[str, EmmaAlignment]) -> None:
+    """Put the modules of an adapter on the projectors."""
+    state = state_of(model)
+    for place, projector in attachment.projectors(model, name).items():
+        attachment.mark(projector, place, state)
+        attachment.attach(projector, name, alignments[place])
+        if not has_projector_hooks(projector):
+            install_projector_hooks(projector)
+
+
+def activate(model: nn.Module, name: str) -> None:
+    """Make another adapter the active one. It is trainable if the one before was, which is frozen.
+
+    Raises:
+        PatchError: if there is no adapter of that name.
+    """
+    state = state_of(model)
+    incoming, outgoing = _known(state, name), state.current
+    if incoming is outgoing:
+        return
+    trainable = any(parameter.requires_grad for parameter in attachment.named_parameters(model).values())
+    outgoing.parked_projectors = {key: value.clone() for key, value in training.trained_projectors(model).items()}
+    training.reset_projectors(model)
+    for parameter in attachment.named_parameters(model).values():
+        parameter.requires_grad_(False)
+    state.active = name
+    for parameter in attachment.named_parameters(model).values():
+        parameter.requires_grad_(trainable)
+    projector = training.projector_parameters(model)
+    for key, value in incoming.parked_projectors.items():
+        projector[key].data.copy_(value)
+    incoming.parked_projectors = {}
+    if outgoing.original_projectors or incoming.original_projectors:
+        # Trained by nobody's adapter, the projector would be saved with none.
+        for parameter in projector.values():
+            parameter.requires_grad_(trainable and bool(incoming.original_projectors))
+
+
+def remove(model: nn.Module, name: str) -> None:
+    """Take an adapter off.
+
+    Raises:
+        PatchError: if there is no adapter of that name, or it is the active one.
+    """
+    state = state_of(model)
+    _known(state, name)
+    if name == state.active:
+        raise PatchError(
+            f"{name!r} is the active adapter: set_active() another one first, or unpatch_model(model) to have none"
+        )
+    for projector in attachment.projectors(model, name).values():
+        attachment.remove(projector, name)
+    del state.adapters[name]
+
+
+def _known(state: AdapterState, name: str) -> NamedAdapter:
+    if name not in state.adapters:
+        raise PatchError(f"the model has no adapter {name!r}; it has {sorted(state.adapters)}")
+    return state.adapters[name]
+
+
+def _execution_device(module: nn.Module, inner: nn.Module) -> torch.device:
+    # A projector may have no parameter: LLaVA's "identity".
+    parameter = next(module.parameters(), None)
+    if parameter is None:
+        parameter = next(inner.parameters())
+    if parameter.device.type != "meta":
+        return parameter.device
+    # Offloaded by accelerate: its hook knows where the module runs.
+    return torch.device(getattr(getattr(module, "_hf_hook", None), "execution_device", None) or "cpu")
