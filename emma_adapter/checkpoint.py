@@ -200,13 +200,23 @@ def _flush(path: Path) -> None:
 # ---------------------------------------------------------------------------------------------- read
 
 
+def is_adapter(directory: Path) -> bool:
+    """Whether the config in a folder says that it is an adapter of this library."""
+    try:
+        _read_description(directory / CONFIG_NAME)
+    except CheckpointError:
+        return False
+    return True
+
+
 def read(directory: Path) -> SavedAdapter:
     """Read and check an adapter folder; its tensors are on the CPU.
 
     Raises:
         CheckpointError: naming what is wrong with which file.
     """
-    if not (directory / CONFIG_NAME).is_file() and (directory / SUBFOLDER / CONFIG_NAME).is_file():
+    if is_adapter(directory / SUBFOLDER) and not is_adapter(directory):
+        # Beside a base model, or a LoRA, whose config has the same name.
         directory = directory / SUBFOLDER
     written = _read_description(directory / CONFIG_NAME)
     _check_version(written, directory)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .attachment import PLACE_ATTRIBUTE, alignment_at, is_aligned, projector_parameters
 from .calls import OuterCall, RoutedInstruction, route, route_without_prompt
 from .errors import InstructionError
+from .idle import warn_if_left_out
 from .planning import has_pixels, pinned_plan, plan_call
 from .state import AdapterState, state_of
 
@@ -76,6 +77,8 @@ def before_inner(inner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     outer, context.outer = own if context.outer is None else context.outer, None
     if context.disabled or not has_pixels(state.family, kwargs):
         return (), kwargs
+    if inner.training and torch.is_grad_enabled():
+        warn_if_left_out(state.model)
     explicit = outer.instruction is not None or own.instruction is not None
     if context.pinned is not None and not explicit and context.pinned.is_prompt_of(kwargs):
         context.plan = pinned_plan(state, inner, context.pinned, kwargs)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from os import PathLike
 from pathlib import Path
 
-from .checkpoint import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
+from .checkpoint import CARD_NAME, CONFIG_NAME, SUBFOLDER, WEIGHTS_NAME
 from .errors import CheckpointError
+
+_NAMES = (CONFIG_NAME, WEIGHTS_NAME, CARD_NAME)
 
 
 def local_folder(source: str | PathLike[str], *, revision: str | None, local_files_only: bool) -> Path:
@@ -26,7 +28,7 @@ def local_folder(source: str | PathLike[str], *, revision: str | None, local_fil
             str(source),
             revision=revision,
             local_files_only=local_files_only,
-            allow_patterns=[CONFIG_NAME, WEIGHTS_NAME, CARD_NAME],
+            allow_patterns=[folder + name for folder in ("", f"{SUBFOLDER}/") for name in _NAMES],
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import attachment, base_saves, checkpoint, named, training
+from . import attachment, base_saves, checkpoint, named, training, tuners
 from .alignment import EmmaAlignment
 from .config import EmmaConfig
 from .errors import PatchError
@@ -49,7 +49,7 @@ def patch_model(
         ConfigError: if a size in ``config`` contradicts the model or the encoder.
         EncoderError: if the instruction encoder can't be loaded.
     """
-    model = base_of(model)
+    given, model = model, base_of(model)
     family = find_family(model)
     if hasattr(model, STATE_ATTRIBUTE):
         raise PatchError(
@@ -74,6 +74,8 @@ def patch_model(
         method = family.feature_methods.get(modality)
         if method is not None and hasattr(inner, method):
             MethodGuard.install(inner, method, functools.partial(guard_features, modality))
+    tuners.watch()
+    tuners.guard_wrappers(given)
     return EmmaAdapter(model)
 
 

@@ -99,6 +99,8 @@ class AdapterState:
         self.ignored_on_save: set[str] | None = None
         #: Which parameters of the model were trainable before ``train_only``.
         self.trainable_before: dict[str, bool] | None = None
+        #: True once a call that trains the model was seen.
+        self.seen_training = False
         self.context = CallContext()
         self.memory = RecomputationMemory()
         self._model = weakref.ref(model)

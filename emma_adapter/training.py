@@ -30,13 +30,19 @@ def projector_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
+def is_wrapped(model: nn.Module) -> bool:
+    """Whether PEFT has put weights of its own around those of the projector."""
+    wrappers = (".base_layer.", ".modules_to_save.")
+    return any(wrapper in f".{name}" for name in projector_parameters(model) for wrapper in wrappers)
+
+
 def train_only(model: nn.Module, *, projector: bool) -> None:
     """Freeze everything but the adapter, and optionally the projector."""
     state = state_of(model)
-    if projector and any(".base_layer." in f".{name}" for name in projector_parameters(model)):
+    if projector and is_wrapped(model):
         raise PatchError(
-            "the projector is wrapped by another adapter (LoRA?), so that it can't be saved as one; merge that "
-            "adapter first, or train_only() without projector=True"
+            "the projector is wrapped by PEFT (LoRA, or modules_to_save), so that it can't be saved as one; "
+            "merge_and_unload() first, or train_only() without projector=True"
         )
     if state.trainable_before is None:
         adapters = {id(parameter) for parameter in attachment.all_parameters(model)}

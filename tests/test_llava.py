@@ -688,19 +688,12 @@ def test_a_projector_that_peft_trains_too(patch_first):
     assert torch.equal(logits(wrapped, inputs), original)
 
 
-@pytest.mark.parametrize("by", ["merge_and_unload", "hand"])
-def test_a_projector_that_is_replaced_takes_the_adapter_with_it(by):
+def test_a_projector_that_is_replaced_takes_the_adapter_with_it():
     """And the next call says so, instead of answering without it."""
     model = tiny.llava()
     inputs = tiny.token_inputs([1])
-    if by == "merge_and_unload":
-        lora = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["multi_modal_projector"])
-        wrapped = get_peft_model(model, lora)
-        patch_model(wrapped)
-        model = wrapped.merge_and_unload()
-    else:
-        patch_model(model)
-        model.model.multi_modal_projector = tiny.llava().model.multi_modal_projector
+    patch_model(model)
+    model.model.multi_modal_projector = tiny.llava().model.multi_modal_projector
     for call in (model, model.generate):
         with pytest.raises(PatchError, match="another one than was patched"):
             call(**inputs)

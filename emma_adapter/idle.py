@@ -1,0 +1,30 @@
+"""An adapter that a training run leaves out by accident."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import nn
+
+from . import attachment
+from .state import state_of
+
+
+def warn_if_left_out(model: nn.Module) -> None:
+    """Say once if a model is trained whose adapter was frozen before it has learned anything."""
+    state = state_of(model)
+    if state.seen_training or torch.compiler.is_compiling():
+        return
+    state.seen_training = True
+    adapter = list(attachment.named_parameters(model).values())
+    if any(parameter.requires_grad for parameter in adapter) or not any(p.requires_grad for p in model.parameters()):
+        return
+    # What makes a new adapter the identity is a weight of zeros.
+    if any(parameter.ndim > 1 and not parameter.any() for parameter in adapter):
+        warnings.warn(
+            "the model is trained, but its EMMA adapter is frozen and has learned nothing yet (a tool that freezes the "
+            "whole model, as prepare_model_for_kbit_training, does that): patch_model after it, or "
+            "adapter.alignment.requires_grad_(True) before the optimizer is made",
+            stacklevel=2,
+        )

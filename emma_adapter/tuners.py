@@ -1,0 +1,149 @@
+"""PEFT around a patched model.
+
+PEFT freezes what it doesn't know, wraps or copies projectors, and throws wrappers away when it merges. Its tuners
+get guards that put the adapters back where they belong, as trainable as they were; a ``PeftModel`` gets guards that
+save and load the adapter with its own. PEFT itself is never imported: a tuner is known by its public methods.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
+
+from . import attachment, checkpoint, restoring, training
+from .alignment import EmmaAlignment
+from .errors import PatchError
+from .guards import MethodGuard
+from .hooks import install_projector_hooks, remove_hooks
+from .state import STATE_ATTRIBUTE, AdapterState, state_of
+
+#: Methods of a tuner that replace modules of its model, or freeze its parameters.
+_CHANGING = ("inject_adapter", "merge_and_unload", "unload", "delete_adapter")
+_watching = False
+
+
+def watch() -> None:
+    """Have every PEFT tuner that will be made of a patched model guarded.
+
+    PyTorch tells of each submodule that any module gets; a tuner gets its model before it changes it.
+    """
+    global _watching  # noqa: PLW0603 - the hook is one for the process, and does nothing to unpatched models
+    if not _watching:
+        register_module_module_registration_hook(_on_registration)
+        _watching = True
+
+
+def guard_wrappers(model: nn.Module) -> None:
+    """Guard the ``PeftModel`` and the tuner that a model to be patched is in already."""
+    if callable(getattr(type(model), "get_base_model", None)):
+        _guard_peft_model(model)
+        tuner = model.base_model
+        if isinstance(tuner, nn.Module) and _is_tuner(tuner):
+            _guard_tuner(tuner)
+
+
+def _on_registration(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
+    if name == "model" and _is_tuner(module) and _is_patched(submodule):
+        _guard_tuner(module)
+    elif name == "base_model" and hasattr(type(module), "get_base_model") and _is_patched(submodule):
+        _guard_peft_model(module)
+
+
+def _is_tuner(module: nn.Module) -> bool:
+    return all(hasattr(type(module), name) for name in ("inject_adapter", "merge_and_unload"))
+
+
+def _is_patched(module: nn.Module | None) -> bool:
+    return isinstance(getattr(module, STATE_ATTRIBUTE, None), AdapterState)
+
+
+def _guard_tuner(tuner: nn.Module) -> None:
+    for name in _CHANGING:
+        if hasattr(type(tuner), name):
+            _install(tuner, name, _keep_adapters)
+
+
+def _guard_peft_model(model: nn.Module) -> None:
+    _install(model, "save_pretrained", _save_with_adapters)
+    _install(model, "load_adapter", _load_with_adapter)
+
+
+def _install(module: nn.Module, name: str, guard: Callable[..., Any]) -> None:
+    present = module.__dict__.get(name)
+    if not (isinstance(present, MethodGuard) and present.guard is guard):
+        MethodGuard.install(module, name, guard)
+
+
+def _keep_adapters(tuner: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    model: nn.Module = state_of(tuner).model
+    state = state_of(model)
+    held = {adapter: attachment.alignments(model, adapter) for adapter in state.adapters}
+    trainable = [(parameter, parameter.requires_grad) for parameter in attachment.all_parameters(model)]
+    result = original(*args, **kwargs)
+    for adapter, alignments in held.items():
+        for place, alignment in alignments.items():
+            projector = attachment.projectors(model, adapter)[place]
+            if attachment.PLACE_ATTRIBUTE not in projector.__dict__:
+                _move_here(projector, place, state)
+            _put(projector, adapter, alignment)
+    for parameter, before in trainable:
+        parameter.requires_grad_(before)
+    _check_trained_projectors(model)
+    return result
+
+
+def _move_here(projector: nn.Module, place: str, state: AdapterState) -> None:
+    """Make ``projector``, a wrapper or what was inside of one, the module that adapters sit at."""
+    for module in list(projector.modules()):
+        if attachment.PLACE_ATTRIBUTE in module.__dict__:
+            remove_hooks(module)
+            attachment.detach(module)
+    attachment.mark(projector, place, state)
+    install_projector_hooks(projector)
+
+
+def _put(projector: nn.Module, adapter: str, alignment: EmmaAlignment) -> None:
+    if not any(module is alignment for module in projector.modules()):
+        attachment.attach(projector, adapter, alignment)
+
+
+def _check_trained_projectors(model: nn.Module) -> None:
+    if training.is_wrapped(model) and state_of(model).current.original_projectors:
+        raise PatchError(
+            "PEFT has wrapped the projector, trained with the EMMA adapter, which can no longer be saved with it: "
+            "leave one of the two out, by train_only() without projector=True, or by LoraConfig(exclude_modules=…)"
+        )
+
+
+def _save_with_adapters(model: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    arguments = {**dict(zip(inspect.signature(original).parameters, args, strict=False)), **kwargs}
+    result = original(*args, **kwargs)
+    if arguments.get("is_main_process", True):
+        checkpoint.save_all(state_of(model).model, Path(arguments["save_directory"]) / checkpoint.SUBFOLDER)
+    return result
+
+
+def _load_with_adapter(model: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The adapter that was saved beside a LoRA comes with it, if it is the LoRA that the model uses."""
+    arguments = {**dict(zip(inspect.signature(original).parameters, args, strict=False)), **kwargs}
+    folder = Path(arguments["model_id"])
+    if checkpoint.is_adapter(folder):
+        # Trainer, on resuming, takes every adapter folder in a checkpoint for one of PEFT's.
+        _restore(model, folder)
+        return None
+    result = original(*args, **kwargs)
+    if arguments["adapter_name"] in model.active_adapters and checkpoint.is_adapter(folder / checkpoint.SUBFOLDER):
+        _restore(model, folder / checkpoint.SUBFOLDER)
+    return result
+
+
+def _restore(model: nn.Module, folder: Path) -> None:
+    base = state_of(model).model
+    saved = checkpoint.read(folder)
+    restoring.check_fit(base, saved)
+    restoring.restore(base, saved)
