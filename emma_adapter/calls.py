@@ -102,10 +102,21 @@ class RoutedInstruction:
         rows = self.rows.repeat_interleave(per_medium, output_size=sum(layout.entries))
         if layout.grids is None:
             own = self.instruction.of_rows(rows)
-            return alignment(visual_tokens, own.tokens, own.mask)
+            return _laid_out_like(visual_tokens, alignment(visual_tokens, own.tokens, own.mask))
         flat = visual_tokens.reshape(-1, visual_tokens.shape[-1])
         packing = Packing(layout.grids, rows, layout.orders)
-        return alignment(flat, self.instruction.tokens, self.instruction.mask, packing=packing).view_as(visual_tokens)
+        aligned = alignment(flat, self.instruction.tokens, self.instruction.mask, packing=packing)
+        return _laid_out_like(visual_tokens, aligned.view_as(visual_tokens))
+
+
+def _laid_out_like(visual_tokens: Tensor, aligned: Tensor) -> Tensor:
+    """The projector rounds otherwise for another memory layout, and an untrained adapter must not change a bit. LLaVA's
+    visual tokens, for one, are a part of a larger tensor, which begins with the class token."""
+    if aligned.stride() == visual_tokens.stride():
+        return aligned
+    return torch.empty_strided(
+        visual_tokens.shape, visual_tokens.stride(), dtype=aligned.dtype, device=aligned.device
+    ).copy_(aligned)
 
 
 def route(

@@ -31,7 +31,7 @@ from .alignment import EmmaAlignment
 from .config import EmmaConfig
 from .errors import CheckpointError, ConfigError, PatchError
 from .model_card import GENERATED_MARKER, model_card
-from .state import state_of
+from .state import DEFAULT, state_of
 from .training import count_parameters, trained_projectors
 from .version import __version__
 
@@ -39,7 +39,7 @@ FORMAT_VERSION = 1
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 CARD_NAME = "README.md"
-#: Where ``model.save_pretrained`` puts the adapter, beside the base model.
+#: Where ``model.save_pretrained`` puts adapters, beside the base model or the LoRA.
 SUBFOLDER = "emma_adapter"
 
 _FORMAT = "emma_adapter"
@@ -200,6 +200,24 @@ def _flush(path: Path) -> None:
 # ---------------------------------------------------------------------------------------------- read
 
 
+def find(directory: Path, name: str = DEFAULT) -> Path:
+    """The adapter folder that is meant by ``directory``: itself; or, beside a base model or a LoRA, one in its
+    ``emma_adapter/``, where the one called ``name`` goes first. If there is none, the folder itself.
+
+    Raises:
+        CheckpointError: if there are several and none is called so.
+    """
+    beside = directory / SUBFOLDER
+    if is_adapter(directory) or not beside.is_dir():
+        return directory
+    if is_adapter(beside):
+        return beside
+    named = {folder.name: folder for folder in sorted(beside.iterdir()) if is_adapter(folder)}
+    if len(named) > 1 and name not in named:
+        raise CheckpointError(f"{beside} holds the adapters {list(named)}; give the folder of one of them")
+    return named.get(name) or next(iter(named.values()), directory)
+
+
 def is_adapter(directory: Path) -> bool:
     """Whether the config in a folder says that it is an adapter of this library."""
     try:
@@ -215,9 +233,7 @@ def read(directory: Path) -> SavedAdapter:
     Raises:
         CheckpointError: naming what is wrong with which file.
     """
-    if is_adapter(directory / SUBFOLDER) and not is_adapter(directory):
-        # Beside a base model, or a LoRA, whose config has the same name.
-        directory = directory / SUBFOLDER
+    directory = find(directory)
     written = _read_description(directory / CONFIG_NAME)
     _check_version(written, directory)
     tensors, embedded = _read_tensors(directory / WEIGHTS_NAME)

@@ -28,7 +28,7 @@ def local_folder(source: str | PathLike[str], *, revision: str | None, local_fil
             str(source),
             revision=revision,
             local_files_only=local_files_only,
-            allow_patterns=[folder + name for folder in ("", f"{SUBFOLDER}/") for name in _NAMES],
+            allow_patterns=[folder + name for folder in ("", f"{SUBFOLDER}/", f"{SUBFOLDER}/*/") for name in _NAMES],
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(

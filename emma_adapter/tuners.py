@@ -121,29 +121,25 @@ def _check_trained_projectors(model: nn.Module) -> None:
 
 
 def _save_with_adapters(model: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Every adapter goes into a folder of its name in ``emma_adapter/``: one level higher, Trainer would take it for an
+    adapter of PEFT when it resumes."""
     arguments = {**dict(zip(inspect.signature(original).parameters, args, strict=False)), **kwargs}
     result = original(*args, **kwargs)
     if arguments.get("is_main_process", True):
-        checkpoint.save_all(state_of(model).model, Path(arguments["save_directory"]) / checkpoint.SUBFOLDER)
+        base = state_of(model).model
+        for adapter in state_of(base).adapters:
+            checkpoint.save(base, Path(arguments["save_directory"]) / checkpoint.SUBFOLDER / adapter, adapter)
     return result
 
 
 def _load_with_adapter(model: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """The adapter that was saved beside a LoRA comes with it, if it is the LoRA that the model uses."""
     arguments = {**dict(zip(inspect.signature(original).parameters, args, strict=False)), **kwargs}
-    folder = Path(arguments["model_id"])
-    if checkpoint.is_adapter(folder):
-        # Trainer, on resuming, takes every adapter folder in a checkpoint for one of PEFT's.
-        _restore(model, folder)
-        return None
     result = original(*args, **kwargs)
-    if arguments["adapter_name"] in model.active_adapters and checkpoint.is_adapter(folder / checkpoint.SUBFOLDER):
-        _restore(model, folder / checkpoint.SUBFOLDER)
+    state = state_of(model)
+    folder = checkpoint.find(Path(arguments["model_id"]), state.active)
+    if arguments["adapter_name"] in model.active_adapters and checkpoint.is_adapter(folder):
+        saved = checkpoint.read(folder)
+        restoring.check_fit(state.model, saved)
+        restoring.restore(state.model, saved)
     return result
-
-
-def _restore(model: nn.Module, folder: Path) -> None:
-    base = state_of(model).model
-    saved = checkpoint.read(folder)
-    restoring.check_fit(base, saved)
-    restoring.restore(base, saved)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import tiny
 from emma_adapter import EmmaConfig, InstructionError, RoutingError, load_adapter, patch_model, unpatch_model
+from emma_adapter.families import find_family
 from zoo import ZOO, Entry, Row, answered
 
 EFFECT = 5e-4  # what a trained adapter changes at least, far above rounding
@@ -130,6 +131,34 @@ def test_identity_on_off_on_and_unpatched(entry, fusion, encoder, clip_folder):
         assert not [hook for hook in hooks if hook.__module__.startswith("emma_adapter")]
         assert not [key for key in vars(module) if "emma" in key]
         assert set(vars(module)) <= set(left[name]) | {"_parameters", "_buffers"}
+
+
+@entries
+def test_the_projector_gets_what_it_got_in_the_same_layout(entry):
+    """A matrix product may round otherwise for another layout of the same numbers."""
+    model = entry.model()
+    batch = batch_of(entry, ROWS)
+    inner = find_family(model).inner(model)
+    seen: list[Tensor] = []
+
+    def look(module, args, kwargs):
+        seen.append(args[0] if args else next(iter(kwargs.values())))
+
+    def of_call():
+        seen.clear()
+        # The last of the hooks, as long as it is registered anew.
+        handle = find_family(model).projector(inner).register_forward_pre_hook(look, with_kwargs=True)
+        last_logits(model, batch)
+        handle.remove()
+        return list(seen)
+
+    before = of_call()
+    patch_model(model, processor=entry.processor())
+    after = of_call()
+    assert len(before) == len(after) > 0
+    for one, other in zip(before, after, strict=True):
+        assert one.stride() == other.stride()
+        assert torch.equal(one, other)
 
 
 @entries

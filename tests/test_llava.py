@@ -119,6 +119,20 @@ def test_untrained_and_unpatched_are_the_original_bit_for_bit(fusion, encoder, d
     assert torch.equal(model.generate(**inputs, max_new_tokens=4, do_sample=False), generated)
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_untrained_is_the_original_at_sizes_where_layout_decides_how_a_product_is_rounded(fusion, frozen, training):
+    text, vision = tiny.llama_config(380), tiny.vision_config()
+    for config in (text, vision):
+        config.hidden_size = config.intermediate_size = 128
+    text.head_dim = 32
+    model = tiny.llava(text_config=text, vision_config=vision).train(training).requires_grad_(not frozen)
+    inputs = tiny.token_inputs([1, 2, 0, 3])
+    before = logits(model, inputs)
+    patch_model(model, EmmaConfig(fusion=fusion))
+    assert torch.equal(logits(model, inputs), before)
+
+
 def test_changed_when_on_equal_when_off_same_when_on_again(fusion, encoder, clip_folder):
     inputs = tiny.token_inputs([1, 2])
     original = logits(tiny.llava(), inputs)

@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from safetensors.torch import load_file
 from torch import nn
-from transformers import LlavaForConditionalGeneration, Trainer, TrainingArguments
+from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration, Trainer, TrainingArguments
 
 import tiny
 from emma_adapter import CheckpointError, EmmaConfig, PatchError, get_adapter, load_adapter, patch_model, unpatch_model
@@ -207,7 +207,7 @@ def test_saved_once_and_loaded_back(lora, order, tmp_path):
     written = load_file(tmp_path / "adapter_model.safetensors")
     assert written
     assert not [name for name in written if "emma" in name]
-    own = load_file(tmp_path / "emma_adapter" / "adapter_model.safetensors")
+    own = load_file(tmp_path / "emma_adapter" / "default" / "adapter_model.safetensors")
     assert {name.removeprefix("alignment.") for name in own} == {name for name, _ in adapter.named_parameters()}
 
     # One after the other,
@@ -224,6 +224,21 @@ def test_saved_once_and_loaded_back(lora, order, tmp_path):
     patch_model(model, processor=tiny.processor())
     model = PeftModel.from_pretrained(model, tmp_path)
     assert torch.equal(logits(model.eval()), expected)
+
+
+def test_several_of_each_are_saved_together(tmp_path):
+    wrapped, adapter = make(LoraConfig(r=2, target_modules=["q_proj"]), "patched first")
+    adapter.add("other", EmmaConfig(fusion="modulation")).set_active("other")
+    tiny.train_randomly(adapter.alignment)
+    expected = logits(wrapped)
+    wrapped.save_pretrained(tmp_path)
+    base = load_adapter(tiny.llava(), tmp_path, processor=tiny.processor())
+    assert base.config.fusion == "attention"
+    base.add("other", EmmaConfig(fusion="modulation")).set_active("other")
+    assert torch.equal(logits(PeftModel.from_pretrained(base.model, tmp_path).eval()), expected)
+    (tmp_path / "emma_adapter" / "default").rename(tmp_path / "emma_adapter" / "first")
+    with pytest.raises(CheckpointError, match=r"\['first', 'other'\]"):
+        load_adapter(tiny.llava(), tmp_path)
 
 
 def test_another_lora_leaves_the_adapter_alone(tmp_path):
@@ -391,3 +406,51 @@ def test_copies_of_a_peft_model_are_independent(order):
     merged = twin.merge_and_unload()
     torch.testing.assert_close(logits(merged), expected, atol=1e-5, rtol=0)
     assert hasattr(wrapped.base_model.model.model.multi_modal_projector.linear_1, "lora_A")
+
+
+# --------------------------------------------------------------------------------------- quantized base
+
+
+QUANTIZED = {
+    "8 bit": BitsAndBytesConfig(load_in_8bit=True),
+    "4 bit": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32),
+}
+
+
+@pytest.fixture(scope="module")
+def wide_llava(tmp_path_factory):
+    """bitsandbytes packs blocks of 64 weights."""
+    text, vision = tiny.llama_config(380), tiny.vision_config()
+    for config in (text, vision):
+        config.hidden_size = config.intermediate_size = 128
+    text.head_dim = 32
+    folder = tmp_path_factory.mktemp("wide")
+    tiny.llava(text_config=text, vision_config=vision).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("quantized", QUANTIZED)
+def test_qlora(quantized, wide_llava, tmp_path):
+    def load():
+        return LlavaForConditionalGeneration.from_pretrained(
+            wide_llava, quantization_config=QUANTIZED[quantized], device_map="cpu"
+        )
+
+    model = prepare_model_for_kbit_training(load(), use_gradient_checkpointing=False)
+    # On a CPU, bitsandbytes repacks 4-bit weights at the first call in eval mode, and can't train them after that.
+    base = logits(model.train())
+    adapter = patch_model(model, processor=tiny.processor())
+    assert torch.equal(logits(model), base)
+    tiny.train_randomly(adapter.alignment)
+    assert not torch.allclose(logits(model), base)
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "linear_1"], init_lora_weights=False))
+    wrapped(**training_inputs()).loss.backward()
+    assert all(parameter.grad is not None for parameter in adapter.parameters())
+    assert all(p.grad is not None for n, p in wrapped.named_parameters() if "language_model" in n and "lora_A" in n)
+    expected = logits(wrapped.eval())
+    wrapped.save_pretrained(tmp_path)
+    again = prepare_model_for_kbit_training(load(), use_gradient_checkpointing=False)
+    load_adapter(again, tmp_path, processor=tiny.processor())
+    again = PeftModel.from_pretrained(again, tmp_path).eval()
+    torch.testing.assert_close(logits(again), expected, atol=1e-5, rtol=0)
