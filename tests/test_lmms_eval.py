@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -62,11 +63,11 @@ DOCS = (
 )
 
 
-def save_model(model, processor, folder: Path) -> Path:
+def save_model(model, processor, folder: Path, config: EmmaConfig = CONFIG) -> Path:
     """A model with its processor in ``folder/model``, a trained adapter in ``folder/adapter``."""
     model.save_pretrained(folder / "model")
     processor.save_pretrained(folder / "model")
-    adapter = patch_model(model, CONFIG, processor=processor)
+    adapter = patch_model(model, config, processor=processor)
     tiny.train_randomly(adapter.alignment, scale=1.0)
     adapter.save_pretrained(folder / "adapter")
     return folder
@@ -242,6 +243,14 @@ def test_first_line(saved):
     assert expected != script(folder)
 
 
+def test_the_set_up_of_the_paper(tmp_path, clip_folder):
+    entry = ZOO["llava"]
+    folder = save_model(entry.model(), entry.processor(), tmp_path, EmmaConfig.paper(str(clip_folder)))
+    expected = script(folder, instruction=lambda doc: [doc.question.split("\n")[0]])
+    assert ask(emma(folder, batch_size=4, instruction="first_line", kernel="eager")) == expected
+    assert expected != script(folder, adapter=False)
+
+
 def test_without_an_adapter_it_is_the_base_model(saved):
     folder = saved("llava")
     model = emma(folder, adapter=False, batch_size=2)
@@ -409,3 +418,14 @@ def test_what_a_model_cannot_take_is_named(saved):
     for request_type in ("loglikelihood", "generate_until_multi_round"):
         with pytest.raises(NotImplementedError, match="output_type: generate_until"):
             getattr(model, request_type)([])
+
+
+def test_every_task_of_the_benchmarks_page_exists():
+    page = (Path(__file__).parents[1] / "benchmarks" / "README.md").read_text().split("## The paper's tables")[1]
+    named = set(re.findall(r"^\| [^|]+ \| `(\w+)` \|", page, re.MULTILINE))
+    for tasks in re.findall(r"^(?:TASKS=|run )([a-z][\w,]+)", page, re.MULTILINE):
+        named |= set(tasks.split(","))
+    assert {"pope", "mmvp", "vqav2_val"} <= named
+    files = (Path(models.__file__).parents[1] / "tasks").rglob("*.yaml")
+    known = {name for path in files for name in re.findall(r'^task: *"?([\w-]+)"?\s*$', path.read_text(), re.MULTILINE)}
+    assert named <= known
