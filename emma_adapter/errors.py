@@ -8,7 +8,7 @@ class EmmaError(Exception):
 
 
 class ConfigError(EmmaError, ValueError):
-    """A field of :class:`~emma_adapter.EmmaConfig` has a value that is not allowed."""
+    """A field of :class:`~emma_adapter.EmmaConfig`, or an argument of a tool, has a value that is not allowed."""
 
 
 class ShapeError(EmmaError, ValueError):
