@@ -69,8 +69,14 @@ class SavedAdapter:
 # ---------------------------------------------------------------------------------------------- save
 
 
-def save(model: nn.Module, directory: str | PathLike[str], adapter: str | None = None) -> None:
-    """Write one adapter of a patched model; default: the active one.
+def save(
+    model: nn.Module,
+    directory: str | PathLike[str],
+    adapter: str | None = None,
+    *,
+    location: str = "path/to/this/folder",
+) -> None:
+    """Write one adapter of a patched model; default: the active one. Its card says to load it from ``location``.
 
     The new files are complete on disk before the first replaces its predecessor: whenever this is killed, the
     folder holds the previous adapter or the new one.
@@ -92,9 +98,8 @@ def save(model: nn.Module, directory: str | PathLike[str], adapter: str | None =
         (scratch / CONFIG_NAME).write_text(text, encoding="utf-8")
         names = [WEIGHTS_NAME, CONFIG_NAME]
         if _may_write_card(directory / CARD_NAME):
-            (scratch / CARD_NAME).write_text(
-                model_card(description, count_parameters(model, adapter)), encoding="utf-8"
-            )
+            card = model_card(description, count_parameters(model, adapter), location)
+            (scratch / CARD_NAME).write_text(card, encoding="utf-8")
             names.append(CARD_NAME)
         for name in names:
             # As readable as any file of this user; safetensors creates private ones.

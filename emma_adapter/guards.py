@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from .calls import FeatureCall
+from .errors import PatchError
 from .hooks import pop_outer_call
 from .planning import has_pixels, plan_call
 from .state import STATE_ATTRIBUTE, state_of
@@ -70,7 +71,10 @@ class MethodGuard:
     def _living_model(self) -> nn.Module:
         model = self._model()
         if model is None:
-            raise ReferenceError(f"the model of this {self.name} no longer exists")
+            # Held weakly, so that deleting a model frees its memory at once.
+            raise PatchError(
+                f"the patched model of this {self.name} no longer exists: keep it in a variable while it is called"
+            )
         return model
 
     def __getstate__(self) -> dict[str, Any]:

@@ -1,11 +1,15 @@
-"""From a folder or a hub id to a local folder."""
+"""To the hub, and from a folder or a hub id to a local folder."""
 
 from __future__ import annotations
 
+import tempfile
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
-from .checkpoint import CARD_NAME, CONFIG_NAME, SUBFOLDER, WEIGHTS_NAME
+from torch import nn
+
+from .checkpoint import CARD_NAME, CONFIG_NAME, SUBFOLDER, WEIGHTS_NAME, save
 from .errors import CheckpointError
 
 _NAMES = (CONFIG_NAME, WEIGHTS_NAME, CARD_NAME)
@@ -36,3 +40,17 @@ def local_folder(source: str | PathLike[str], *, revision: str | None, local_fil
             f"whether it was downloaded before ({error})"
         ) from error
     return Path(folder)
+
+
+def push(model: nn.Module, repo_id: str, *, private: bool | None, revision: str | None, **upload: Any) -> str:
+    """Upload the active adapter, and return the address of the commit."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=upload.pop("token", None))
+    with tempfile.TemporaryDirectory() as folder:
+        save(model, folder, location=repo_id)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        commit = api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, **upload)
+    return str(commit.commit_url)

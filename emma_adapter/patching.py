@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import attachment, base_saves, checkpoint, named, training, tuners
+from . import attachment, base_saves, checkpoint, hub, named, training, tuners
 from .alignment import EmmaAlignment
 from .config import EmmaConfig
 from .errors import PatchError
@@ -230,6 +230,42 @@ class EmmaAdapter:
             OSError: if the folder can't be written; what it held before is intact.
         """
         checkpoint.save(self.model, directory)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload EMMA adapter",
+        token: str | None = None,
+        create_pr: bool = False,
+    ) -> str:
+        """Upload what ``save_pretrained`` writes to ``repo_id`` on the hub, which is made if there is none.
+
+        Args:
+            repo_id: ``"user/name"``.
+            private: whether a repository that is made now is private; default: as the user's or organisation's is.
+            revision: branch, made if there is none.
+            commit_message: of the upload.
+            token: of the hub; default: the one that ``hf auth login`` stored.
+            create_pr: open a pull request instead of committing.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            huggingface_hub.errors.HfHubHTTPError: if the hub refuses.
+        """
+        return hub.push(
+            self.model,
+            repo_id,
+            private=private,
+            revision=revision,
+            commit_message=commit_message,
+            token=token,
+            create_pr=create_pr,
+        )
 
     def kernel_report(self) -> tuple[KernelUse, ...]:
         """What computed the calls so far, PyTorch's operations or the Triton kernels, and why; one entry for each kind

@@ -1,0 +1,127 @@
+"""A hub for tests: what huggingface_hub asks for when it makes a repository, commits to it and downloads from it."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlparse
+
+
+class FakeHub:
+    """``branches[repo][branch]`` is a list of commits, each a dict from path to content."""
+
+    def __init__(self) -> None:
+        self.branches: dict[str, dict[str, list[dict[str, bytes]]]] = {}
+        self.requests: list[str] = []
+
+    def sha(self, repo: str, revision: str) -> tuple[str, dict[str, bytes]] | None:
+        for branch, commits in self.branches.get(repo, {}).items():
+            for number, files in enumerate(commits):
+                sha = hashlib.sha1(f"{repo} {branch} {number}".encode()).hexdigest()
+                if revision == sha or (revision == branch and number == len(commits) - 1):
+                    return sha, files
+        return None
+
+
+def _handler(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *args) -> None:
+            pass
+
+        def reply(self, body: object, status: int = 200, **headers: str) -> None:
+            content = body if isinstance(body, bytes) else json.dumps(body).encode()
+            self.send_response(status)
+            headers.setdefault("Content_Type", "application/json")
+            headers["Content_Length"] = str(len(content))
+            for name, value in headers.items():
+                self.send_header(name.replace("_", "-"), value)
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(content)
+
+        def missing(self) -> None:
+            self.reply({"error": "not found"}, 404, X_Error_Code="RepoNotFound")
+
+        def do_POST(self) -> None:
+            content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            path = unquote(urlparse(self.path).path)
+            hub.requests.append(f"POST {path}")
+            if path == "/api/repos/create":
+                asked = json.loads(content)
+                repo = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else asked["name"]
+                hub.branches.setdefault(repo, {"main": [{}]})
+                self.reply({"url": f"http://{self.headers['Host']}/{repo}", "name": repo})
+            elif path == "/api/validate-yaml":
+                self.reply({"errors": [], "warnings": []})
+            elif "/preupload/" in path:
+                files = [{"path": file["path"], "uploadMode": "regular"} for file in json.loads(content)["files"]]
+                self.reply({"files": [{**file, "shouldIgnore": False} for file in files]})
+            elif "/branch/" in path:
+                repo, branch = path.removeprefix("/api/models/").split("/branch/")
+                hub.branches[repo].setdefault(branch, [dict(hub.branches[repo]["main"][-1])])
+                self.reply({})
+            elif "/commit/" in path:
+                repo, branch = path.removeprefix("/api/models/").split("/commit/")
+                files = dict(hub.branches[repo][branch][-1])
+                for line in map(json.loads, content.splitlines()):
+                    if line["key"] == "file":
+                        files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                hub.branches[repo][branch].append(files)
+                sha = hub.sha(repo, branch)[0]
+                self.reply({"commitUrl": f"http://{self.headers['Host']}/{repo}/commit/{sha}", "commitOid": sha})
+            else:
+                self.missing()
+
+        def do_GET(self) -> None:
+            path = unquote(urlparse(self.path).path)
+            hub.requests.append(f"{self.command} {path}")
+            if path.startswith("/api/models/"):
+                repo, _, revision = (
+                    path.removeprefix("/api/models/").replace("/tree/", "/revision/").partition("/revision/")
+                )
+                found = hub.sha(repo, revision or "main")
+                if found is None:
+                    self.missing()
+                    return
+                if "/tree/" in path:
+                    files = found[1].items()
+                    self.reply([{"type": "file", "path": name, "size": len(x), "oid": "0"} for name, x in files])
+                    return
+                siblings = [{"rfilename": name} for name in found[1]]
+                self.reply({"id": repo, "modelId": repo, "sha": found[0], "siblings": siblings, "tags": []})
+                return
+            repo, _, rest = path.strip("/").partition("/resolve/")
+            revision, _, name = rest.partition("/")
+            found = hub.sha(repo, revision)
+            if found is None or name not in found[1]:
+                self.missing()
+                return
+            content = found[1][name]
+            etag = hashlib.sha1(content).hexdigest()
+            self.reply(content, ETag=f'"{etag}"', X_Repo_Commit=found[0], Content_Type="application/octet-stream")
+
+        do_HEAD = do_GET  # noqa: N815 - the name that http.server looks for
+
+    return Handler
+
+
+@contextmanager
+def running() -> Iterator[tuple[FakeHub, str]]:
+    """The hub and its address."""
+    hub = FakeHub()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(hub))
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield hub, f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

@@ -1,0 +1,143 @@
+"""Uploading to and loading from the hub, by huggingface_hub itself against a hub that runs here."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import fake_hub
+
+_COMMON = """
+import sys
+import torch
+import tiny
+from emma_adapter import CheckpointError, EmmaConfig, get_adapter, load_adapter, patch_model
+
+def logits(model):
+    with torch.no_grad():
+        return model(**tiny.token_inputs([1, 2])).logits
+
+def trained(seed):
+    torch.manual_seed(seed)
+    model = tiny.llava()
+    model.config._name_or_path = "llava-hf/llava-1.5-7b-hf"
+    adapter = patch_model(model)
+    tiny.train_randomly(adapter.alignment, seed=seed)
+    return adapter
+"""
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Run a script that talks to a hub of its own, and the hub."""
+    with fake_hub.running() as (hub, address):
+        environment = {
+            **os.environ,
+            "HF_ENDPOINT": address,
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_TOKEN": "hf_of_a_test",
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "PYTHONPATH": str(Path(__file__).parent),
+        }
+        for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+            environment.pop(name, None)
+
+        def run(code: str, **more: str) -> str:
+            command = [sys.executable, "-c", _COMMON + code]
+            done = subprocess.run(
+                command, env={**environment, **more}, capture_output=True, text=True, check=False, timeout=120
+            )
+            assert done.returncode == 0, done.stderr
+            return done.stdout
+
+        yield run, hub
+
+
+def test_uploaded_and_loaded_again(run):
+    run, hub = run
+    said = run(
+        """
+first, second = trained(1), trained(2)
+print(first.push_to_hub("someone/my-adapter"))
+print(second.push_to_hub("someone/my-adapter", revision="longer", commit_message="Train longer"))
+for adapter, revision in ((first, None), (second, "longer"), (first, "main")):
+    model = load_adapter(tiny.llava(), "someone/my-adapter", revision=revision).model
+    assert torch.equal(logits(model), logits(adapter.model)), revision
+"""
+    )
+    assert len(set(said.split())) == 2
+    files = hub.branches["someone/my-adapter"]["main"][-1]
+    assert set(files) == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    card = files["README.md"].decode()
+    assert 'load_adapter(model, "someone/my-adapter", processor=processor)' in card
+    about = yaml.safe_load(card.split("---")[1])
+    assert (about["base_model"], about["library_name"]) == ("llava-hf/llava-1.5-7b-hf", "emma_adapter")
+    # Nothing but the adapter is fetched.
+    hub.branches["someone/my-adapter"]["main"][-1]["pytorch_model.bin"] = b"large"
+    hub.requests.clear()
+    run('load_adapter(tiny.llava(), "someone/my-adapter")', HF_HOME="")
+    assert hub.requests
+    assert not any("pytorch_model" in request for request in hub.requests)
+    # What was downloaded before needs no hub.
+    hub.requests.clear()
+    run('load_adapter(tiny.llava(), "someone/my-adapter", local_files_only=True)')
+    assert not hub.requests
+
+
+def test_adapters_beside_a_model_or_a_lora(run):
+    run, hub = run
+    said = run(
+        """
+import tempfile
+from pathlib import Path
+from huggingface_hub import HfApi
+from peft import LoraConfig, get_peft_model
+
+adapter = trained(1)
+expected = logits(adapter.model)
+folder = tempfile.mkdtemp()
+adapter.model.save_pretrained(folder)
+HfApi().create_repo("someone/model")
+HfApi().upload_folder(repo_id="someone/model", folder_path=folder)
+folder = tempfile.mkdtemp()
+wrapped = get_peft_model(adapter.model, LoraConfig(target_modules=["q_proj"]))
+wrapped.save_pretrained(folder)
+HfApi().create_repo("someone/lora")
+HfApi().upload_folder(repo_id="someone/lora", folder_path=folder)
+for repository in ("someone/model", "someone/lora"):
+    assert torch.equal(logits(load_adapter(tiny.llava(), repository).model), expected), repository
+    print(repository)
+"""
+    )
+    assert said.split()[-2:] == ["someone/model", "someone/lora"]
+    fetched = [request for request in hub.requests if "/resolve/" in request]
+    assert fetched
+    assert not [request for request in fetched if request.endswith("/model.safetensors")]
+
+
+@pytest.mark.parametrize(
+    ("code", "cause"),
+    [
+        ('load_adapter(tiny.llava(), "someone/nothing")', "neither a folder here nor an adapter that the hub gives"),
+        ('load_adapter(tiny.llava(), "no such / name")', "neither a folder here nor an adapter that the hub gives"),
+        ('load_adapter(tiny.llava(), "a/b", local_files_only=True)', "neither a folder here nor"),
+        ('trained(1).push_to_hub("someone/it"); load_adapter(tiny.llava(), "someone/it", revision="x")', "neither"),
+    ],
+)
+def test_what_the_hub_does_not_have(run, code, cause):
+    run, _ = run
+    assert "caught" in run(
+        f"""
+try:
+    {code}
+except CheckpointError as error:
+    assert {cause!r} in str(error), error
+    print("caught")
+"""
+    )
