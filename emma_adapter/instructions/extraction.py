@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,12 +15,23 @@ from ..config import InstructionPolicy
 from ..errors import InstructionError
 from .cache import LRUCache
 from .decoding import ANSWERED, TokenTexts
-from .markers import TurnMarkers
 from .templates import read_markers
 
 IGNORE_INDEX = -100
 _SAYS_NOTHING = -1
 _PASS_IT = 'pass it: model(**inputs, instruction=["…", …]) or model.generate(**inputs, instruction=["…", …])'
+
+_ALL_SUPERVISED = (
+    "labels supervise every token of the prompt, so that nothing is left that is not an answer. Set labels to "
+    f"{IGNORE_INDEX} at the prompt's tokens, give patch_model a processor whose chat template announces users "
+    "(processor=...), wrap the collator in emma_adapter.InstructionCollator, or name the instruction: " + _PASS_IT
+)
+
+_TRAINS_PROMPT = (
+    "labels supervise the instruction too: the model is trained to predict words that the images already know. "
+    f"Set labels to {IGNORE_INDEX} at the prompt's tokens: in TRL, use prompt and completion columns, or "
+    "assistant_only_loss=True"
+)
 
 
 @dataclass(frozen=True)
@@ -54,6 +66,9 @@ class InstructionReader:
     of it except special, placeholder and padding tokens (system text and role words included). Answers, which
     ``labels`` supervise or ``assistant_mask`` marks, are never read.
 
+    Labels that supervise every word of a row don't tell which is the answer. Such a row is taken for a conversation of
+    the template, and only what users say before its first answer is read: later turns could be words of an answer.
+
     A turn without words is a turn: as the last one its instruction is empty. ``shortest_turn`` is the shortest of
     those with words.
 
@@ -81,6 +96,7 @@ class InstructionReader:
         self._texts = TokenTexts(self.tokenizer, special_ids)
         self.markers = read_markers(processor, self._texts, system_prompts) if processor is not None else None
         self._turns: LRUCache[list[_Turn]] = LRUCache(1024)
+        self._warned = False
 
     def select(self, prompt: Prompt) -> Tensor:
         """Bool ``[B, L]`` on the CPU: true at tokens of the instruction.
@@ -147,7 +163,7 @@ class InstructionReader:
     def _select_row(
         self, tokens: list[int], where: list[int], answers: list[bool] | None, *, answer_unknown: bool
     ) -> list[int]:
-        turns = self._user_turns(tokens, where, answers)
+        turns = self._turns_before_answers(tokens, where, answers) or self._user_turns(tokens, where, answers)
         if not turns:
             if answer_unknown:
                 raise InstructionError(
@@ -158,26 +174,39 @@ class InstructionReader:
                 )
             turns = _prompt_runs([i for i in where if self._is_word(tokens[i])], answers)
         if all(turn.supervised for turn in turns):
-            raise InstructionError(
-                "labels supervise every token of the prompt, so that nothing is left that is not an answer. Set "
-                f"labels to {IGNORE_INDEX} at the prompt's tokens, or name the instruction: {_PASS_IT}"
-            )
-        return _apply_policy([turn.words for turn in turns if not turn.supervised], self.policy)
+            raise InstructionError(_ALL_SUPERVISED)
+        selected = _apply_policy([turn.words for turn in turns if not turn.supervised], self.policy)
+        if not self._warned and answers is not None and any(answers[i] for i in selected):
+            self._warned = True
+            warnings.warn(_TRAINS_PROMPT, stacklevel=2)
+        return selected
+
+    def _turns_before_answers(self, tokens: list[int], where: list[int], answers: list[bool] | None) -> list[_Turn]:
+        """The user turns before the first answer, if labels supervise every word; none if they tell words apart."""
+        words = [i for i in where if self._is_word(tokens[i])]
+        if self.markers is None or answers is None or not words or not all(answers[i] for i in words):
+            return []
+        return self._found_turns([tokens[i] for i in where], where, before_answers=True)
 
     def _user_turns(self, tokens: list[int], where: list[int], answers: list[bool] | None) -> list[_Turn]:
         """The turns between the template's markers; none if the markers are not known or not there."""
-        markers = self.markers
-        if markers is None:
+        if self.markers is None:
             return []
         # Answers are blanked before the search: what they say must not decide where a turn begins or ends.
-        kept = array("q", (ANSWERED if answers is not None and answers[i] else tokens[i] for i in where))
-        [turns] = self._turns.get_or_compute([kept.tobytes()], lambda _: [self._find_turns(kept, markers)])
+        kept = [ANSWERED if answers is not None and answers[i] else tokens[i] for i in where]
+        return self._found_turns(kept, where, before_answers=False)
+
+    def _found_turns(self, kept: list[int], where: list[int], *, before_answers: bool) -> list[_Turn]:
+        key = (array("q", kept).tobytes(), before_answers)
+        [turns] = self._turns.get_or_compute([key], lambda _: [self._find_turns(kept, before_answers)])
         return [_Turn([where[i] for i in turn.words], turn.supervised) for turn in turns]
 
-    def _find_turns(self, tokens: Sequence[int], markers: TurnMarkers) -> list[_Turn]:
+    def _find_turns(self, tokens: Sequence[int], before_answers: bool) -> list[_Turn]:
+        assert self.markers is not None
         row = self._texts.row(tokens)
+        text = self.markers.before_answers(row.text) if before_answers else row.text
         turns = []
-        for turn in markers.user_turns(row.text):
+        for turn in self.markers.user_turns(text) if text is not None else ():
             words = [i for i in row.tokens(turn.parts) if self._is_word(tokens[i])]
             said = [number for number, i in enumerate(words) if self._texts(tokens[i])]
             words = words[said[0] : said[-1] + 1] if said else []

@@ -32,6 +32,8 @@ class TurnMarkers:
     end: re.Pattern[str]
     #: Text between a user's words and the answer.
     answer: re.Pattern[str]
+    #: Text that announces an answer, whatever stands before it.
+    answer_header: re.Pattern[str]
     #: What closes a message before the next user turn, if the template closes answers.
     closings: tuple[str, ...]
     #: Around system text that the template writes into a user turn.
@@ -59,6 +61,17 @@ class TurnMarkers:
             for start, end, by_tool in spans
             if not by_tool
         ]
+
+    def before_answers(self, text: str) -> str | None:
+        """A conversation up to the header of its first answer, so that nothing an answer says is in it.
+
+        None if the text doesn't show one: no user speaks before an assistant does, or nothing announces users.
+        """
+        start = None if self.headless else self.start.search(text)
+        if start is None or start["tool"] is not None or self.answer_header.search(text, 0, start.start()):
+            return None
+        answer = self.answer.search(text, start.end())
+        return text[: answer.end()] if answer else None
 
     def _spans(self, text: str, *, closed: bool) -> list[tuple[int, int, bool]]:
         """``(start, end, by a tool)``. ``closed``: later turns count only right after a closed message."""
