@@ -6,7 +6,7 @@ import warnings
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from .decoding import ANSWERED, TokenTexts
 from .templates import read_markers
 
 IGNORE_INDEX = -100
+Words = TypeVar("Words", str, list[int])
 _SAYS_NOTHING = -1
 _PASS_IT = 'pass it: model(**inputs, instruction=["…", …]) or model.generate(**inputs, instruction=["…", …])'
 
@@ -144,13 +145,7 @@ class InstructionReader:
         """Ids and mask ``[B, T]`` of texts, in the language model's vocabulary, padded on the right."""
         tokenizer = self._need_tokenizer("turn the text of instruction= into the language model's tokens")
         rows = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-        length = max(1, *map(len, rows))
-        ids = torch.zeros(len(rows), length, dtype=torch.long)
-        mask = torch.zeros(len(rows), length, dtype=torch.bool)
-        for i, row in enumerate(rows):
-            ids[i, : len(row)] = torch.tensor(row, dtype=torch.long)
-            mask[i, : len(row)] = True
-        return ids, mask
+        return pad_right(rows)
 
     def _need_tokenizer(self, purpose: str) -> Any:
         if self.tokenizer is None:
@@ -175,7 +170,8 @@ class InstructionReader:
             turns = _prompt_runs([i for i in where if self._is_word(tokens[i])], answers)
         if all(turn.supervised for turn in turns):
             raise InstructionError(_ALL_SUPERVISED)
-        selected = _apply_policy([turn.words for turn in turns if not turn.supervised], self.policy)
+        chosen = choose_turns([turn.words for turn in turns if not turn.supervised], self.policy)
+        selected = [i for words in chosen for i in words]
         if not self._warned and answers is not None and any(answers[i] for i in selected):
             self._warned = True
             warnings.warn(_TRAINS_PROMPT, stacklevel=2)
@@ -255,9 +251,21 @@ def _prompt_runs(where: list[int], answers: list[bool] | None) -> list[_Turn]:
     return [_Turn(run) for run in turns] or [_Turn([], supervised=bool(where))]
 
 
-def _apply_policy(turns: list[list[int]], policy: InstructionPolicy) -> list[int]:
+def choose_turns(turns: list[Words], policy: InstructionPolicy) -> list[Words]:
+    """Those of all user turns, of which there is at least one, that are the instruction."""
     if policy == "all_turns":
-        return [i for turn in turns for i in turn]
+        return turns
     if policy == "shortest_turn":
-        return min(filter(None, turns), key=len, default=[])
-    return turns[-1]
+        return [min(filter(None, turns), key=len, default=turns[-1])]
+    return turns[-1:]
+
+
+def pad_right(rows: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
+    """Ids and mask ``[B, T]`` of rows of ids."""
+    length = max(1, *map(len, rows))
+    ids = torch.zeros(len(rows), length, dtype=torch.long)
+    mask = torch.zeros(len(rows), length, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row, dtype=torch.long)
+        mask[i, : len(row)] = True
+    return ids, mask
