@@ -96,7 +96,7 @@ class InstructionReader:
         self.policy = policy
         self._texts = TokenTexts(self.tokenizer, special_ids)
         self.markers = read_markers(processor, self._texts, system_prompts) if processor is not None else None
-        self._turns: LRUCache[list[_Turn]] = LRUCache(1024)
+        self._found: LRUCache[list[_Turn]] = LRUCache(1024)
         self._warned = False
 
     def select(self, prompt: Prompt) -> Tensor:
@@ -158,7 +158,14 @@ class InstructionReader:
     def _select_row(
         self, tokens: list[int], where: list[int], answers: list[bool] | None, *, answer_unknown: bool
     ) -> list[int]:
-        turns = self._turns_before_answers(tokens, where, answers) or self._user_turns(tokens, where, answers)
+        words = [i for i in where if self._is_word(tokens[i])]
+        turns: list[_Turn] = []
+        if words and answers is not None and all(answers[i] for i in words):
+            turns = self._turns(tokens, where, before_answers=True)
+        if not turns:
+            # Answers are blanked before the search: what they say must not decide where a turn begins or ends.
+            blanked = [ANSWERED if answers is not None and answers[i] else token for i, token in enumerate(tokens)]
+            turns = self._turns(blanked, where, holds_answers=answer_unknown)
         if not turns:
             if answer_unknown:
                 raise InstructionError(
@@ -167,7 +174,7 @@ class InstructionReader:
                     "with a custom loss), give patch_model a processor with a chat template, or name the instruction: "
                     + _PASS_IT
                 )
-            turns = _prompt_runs([i for i in where if self._is_word(tokens[i])], answers)
+            turns = _prompt_runs(words, answers)
         if all(turn.supervised for turn in turns):
             raise InstructionError(_ALL_SUPERVISED)
         chosen = choose_turns([turn.words for turn in turns if not turn.supervised], self.policy)
@@ -177,32 +184,23 @@ class InstructionReader:
             warnings.warn(_TRAINS_PROMPT, stacklevel=2)
         return selected
 
-    def _turns_before_answers(self, tokens: list[int], where: list[int], answers: list[bool] | None) -> list[_Turn]:
-        """The user turns before the first answer, if labels supervise every word; none if they tell words apart."""
-        words = [i for i in where if self._is_word(tokens[i])]
-        if self.markers is None or answers is None or not words or not all(answers[i] for i in words):
-            return []
-        return self._found_turns([tokens[i] for i in where], where, before_answers=True)
-
-    def _user_turns(self, tokens: list[int], where: list[int], answers: list[bool] | None) -> list[_Turn]:
+    def _turns(
+        self, tokens: list[int], where: list[int], *, before_answers: bool = False, holds_answers: bool = False
+    ) -> list[_Turn]:
         """The turns between the template's markers; none if the markers are not known or not there."""
         if self.markers is None:
             return []
-        # Answers are blanked before the search: what they say must not decide where a turn begins or ends.
-        kept = [ANSWERED if answers is not None and answers[i] else tokens[i] for i in where]
-        return self._found_turns(kept, where, before_answers=False)
-
-    def _found_turns(self, kept: list[int], where: list[int], *, before_answers: bool) -> list[_Turn]:
-        key = (array("q", kept).tobytes(), before_answers)
-        [turns] = self._turns.get_or_compute([key], lambda _: [self._find_turns(kept, before_answers)])
+        kept = [tokens[i] for i in where]
+        key = (array("q", kept).tobytes(), before_answers, holds_answers)
+        [turns] = self._found.get_or_compute([key], lambda _: [self._find_turns(kept, before_answers, holds_answers)])
         return [_Turn([where[i] for i in turn.words], turn.supervised) for turn in turns]
 
-    def _find_turns(self, tokens: Sequence[int], before_answers: bool) -> list[_Turn]:
+    def _find_turns(self, tokens: Sequence[int], before_answers: bool, holds_answers: bool) -> list[_Turn]:
         assert self.markers is not None
         row = self._texts.row(tokens)
         text = self.markers.before_answers(row.text) if before_answers else row.text
         turns = []
-        for turn in self.markers.user_turns(text) if text is not None else ():
+        for turn in self.markers.user_turns(text, holds_answers=holds_answers) if text is not None else ():
             words = [i for i in row.tokens(turn.parts) if self._is_word(tokens[i])]
             said = [number for number, i in enumerate(words) if self._texts(tokens[i])]
             words = words[said[0] : said[-1] + 1] if said else []

@@ -45,11 +45,14 @@ class TurnMarkers:
     #: True if nothing announces the first turn.
     headless: bool
 
-    def user_turns(self, text: str) -> list[UserTurn]:
-        """The user turns of a conversation, in order. A ``BARRIER`` ends a turn."""
+    def user_turns(self, text: str, *, holds_answers: bool = False) -> list[UserTurn]:
+        """The user turns of a conversation, in order. A ``BARRIER`` ends a turn.
+
+        ``holds_answers``: the text has answers in it, which may quote the template.
+        """
         # Closed messages tell a turn from an answer that quotes "USER:". Prompts written by hand may not close them.
         spans = self._spans(text, closed=True) if self.closings else []
-        if len(spans) < 2:
+        if len(spans) < (1 if holds_answers else 2):
             spans = self._spans(text, closed=False)
         if (not spans or self.headless) and (answer := self.answer.search(text)):
             # The row begins inside a turn.
