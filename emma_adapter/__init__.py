@@ -4,6 +4,7 @@ The public interface; everything else may change between releases.
 """
 
 from .alignment import EmmaAlignment
+from .collation import InstructionCollator
 from .config import EmmaConfig
 from .errors import (
     CheckpointError,
@@ -37,6 +38,7 @@ __all__ = [
     "EmmaError",
     "EncoderError",
     "Fusion",
+    "InstructionCollator",
     "InstructionEncoder",
     "InstructionError",
     "KernelError",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -793,7 +794,7 @@ def test_rows_without_media_are_not_read():
     assert selected.tolist() == [[False] * 3, [True] * 3]
 
 
-@pytest.mark.parametrize("name", [None, "vicuna", "phi", "mistral-tools", "qwen2-vl"])
+@pytest.mark.parametrize("name", [None, "no-header"])
 def test_labels_that_mask_only_images_and_special_tokens_are_an_error(name):
     words = tokenizer(name or "vicuna", "bpe-special")
     text = render(name or "vicuna", "bpe-special", [user(None, "is it?"), message("assistant", "yes")], generate=False)
@@ -802,6 +803,108 @@ def test_labels_that_mask_only_images_and_special_tokens_are_an_error(name):
     made = reader(name, "bpe-special") if name else InstructionReader(None, special.tolist(), "last_turn")
     with pytest.raises(InstructionError, match="supervise every token"):
         made.select(Prompt(ids, None, torch.where(torch.isin(ids, special), -100, ids), trains=True))
+
+
+# --- Labels that supervise the prompt too -------------------------------------------------------------------------
+
+HEADED = [name for name in STYLES if name != "no-header"]
+quiet = pytest.mark.filterwarnings("ignore:labels supervise the instruction too")
+
+
+def supervised(words, prompt: Prompt, masks: str) -> Prompt:
+    """``masks``: which tokens labels leave out."""
+    special = torch.tensor(sorted(TokenTexts(words).special_ids))
+    ignored = torch.isin(prompt.input_ids, special) if masks == "special" else torch.zeros_like(prompt.input_ids).bool()
+    if prompt.attention_mask is not None:
+        ignored = ignored | (prompt.attention_mask == 0)
+    return replace(prompt, labels=prompt.input_ids.masked_fill(ignored, -100), trains=True)
+
+
+@quiet
+@pytest.mark.parametrize("name", HEADED)
+@pytest.mark.parametrize("kind", ["bpe-special", "bpe-plain", "unigram-plain"])
+@settings(max_examples=10)
+@given(data=st.data(), masks=st.sampled_from(["padding", "special"]), policy=st.sampled_from(POLICIES))
+def test_labels_of_everything_leave_the_question_before_the_first_answer(name, kind, data, masks, policy):
+    """Whatever answers say: also whole turns in the template's own words."""
+    words = tokenizer(name, kind)
+    forged = "".join(text for text, _ in pieces(name, kind, ["forged", "again"], ["fine", "so"], True))
+    snippets = st.sampled_from([forged, forged[len(forged) // 3 :], forged[: len(forged) // 2]])
+    turns = data.draw(st.lists(QUESTIONS, min_size=1, max_size=3))
+    chosen = []
+    for answers in (["fine"] * 3, data.draw(st.lists(ANSWERS | snippets, min_size=3, max_size=3))):
+        said = pieces(name, kind, turns, answers[: len(turns)], True)
+        rows = [words(text, add_special_tokens=False)["input_ids"] for text, _ in said]
+        ids = torch.tensor([[token for row in rows for token in row]])
+        marks = torch.tensor([[on for row, (_, on) in zip(rows, said, strict=True) for _ in row]])
+        selected = reader(name, kind, policy).select(supervised(words, Prompt(ids), masks))
+        assert not (selected & marks).any()
+        chosen.append(ids[selected].tolist())
+    assert chosen[0] == chosen[1]
+    assert squeezed(words.decode(chosen[0])) == squeezed(turns[0])
+
+
+@quiet
+@pytest.mark.parametrize("name", HEADED)
+@settings(max_examples=10)
+@given(data=st.data())
+def test_labels_of_everything_and_an_assistant_that_begins(name, data):
+    """Rather no instruction than one from what may be an answer."""
+    words = tokenizer(name, "bpe-special")
+    forged = "".join(text for text, _ in pieces(name, "bpe-special", ["forged", "again"], ["fine", "so"], True))
+    greeting = data.draw(ANSWERS | st.just(forged))
+    talk = [message("assistant", "zz0zz"), user(None, "what?"), message("assistant", "fine")]
+    try:
+        text = render(name, "bpe-special", talk, generate=False)
+    except Exception:  # noqa: BLE001 - many templates refuse this
+        return
+    before, after = text.split("zz0zz")
+    if before == "<s>":
+        return  # such a row begins as the answer says: nothing tells it from another conversation
+    rows = [words(part, add_special_tokens=False)["input_ids"] for part in (before, greeting, after)]
+    ids = torch.tensor([[token for row in rows for token in row]])
+    marks = torch.zeros_like(ids, dtype=torch.bool)
+    marks[0, len(rows[0]) : len(rows[0]) + len(rows[1])] = True
+    try:
+        selected = reader(name, "bpe-special", "all_turns").select(supervised(words, Prompt(ids), "padding"))
+    except InstructionError:
+        return
+    assert not (selected & marks).any()
+
+
+@quiet
+@pytest.mark.parametrize("name", HEADED)
+@pytest.mark.parametrize("text", ["a bird on a tree", "it says User: x", ""])
+def test_labels_of_everything_in_a_row_that_is_no_conversation(name, text):
+    prompt = encode(name, "bpe-special", f"{STYLES[name].image * 2}{text} yes")
+    with pytest.raises(InstructionError, match=r"processor=.*InstructionCollator"):
+        reader(name, "bpe-special").select(supervised(tokenizer(name, "bpe-special"), prompt, "padding"))
+
+
+@quiet
+def test_labels_of_everything_with_padding_and_an_image_alone():
+    talks = [
+        [user(None), message("assistant", "a bird"), user("why?"), message("assistant", "so")],
+        [message("system", SYSTEM), user(None, "how many birds are there?"), message("assistant", "USER: two")],
+    ]
+    texts = [render("vicuna", "bpe-special", talk, generate=False) for talk in talks]
+    for side in ("left", "right"):
+        prompt = encode("vicuna", "bpe-special", *texts, padding_side=side)
+        prompt = supervised(tokenizer("vicuna", "bpe-special"), prompt, "padding")
+        assert reader("vicuna", "bpe-special").texts(prompt) == ["", "how many birds are there?"]
+
+
+def test_labels_of_everything_warn_once_and_only_where_they_matter():
+    words = tokenizer("phi", "bpe-special")
+    made = InstructionReader(words, {1, 2, 3}, "last_turn")
+    talk = [user(None, "is it?"), message("assistant", "yes")]
+    for text in (None, "is it?"):
+        alone = encode("phi", "bpe-special", render("phi", "bpe-special", [user(text), talk[1]], generate=False))
+        prompt = supervised(words, alone, "padding")
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            assert [made.texts(prompt), made.texts(prompt)] == [[text or ""]] * 2
+        assert [str(warning.message)[:36] for warning in said] == ["labels supervise the instruction too"] * bool(text)
 
 
 def test_texts_need_a_tokenizer():

@@ -32,7 +32,7 @@ LAYERS = (
         "fitting",
     ),
     *("calls", "state", "attachment", "planning", "idle", "hooks", "guards", "training", "named"),
-    *("model_card", "checkpoint", "hub", "base_saves", "restoring", "tuners", "patching", "loading", "__init__"),
+    *("model_card", "checkpoint", "hub", "base_saves", "restoring", "tuners", "patching", "loading", "collation", "__init__"),
 )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset
 from transformers import LlavaForConditionalGeneration, Trainer, TrainingArguments
 
@@ -94,7 +95,8 @@ def patched(config=FUSIONS["attention"], processor=PROCESSOR):
     return model
 
 
-def trainer_for(model, folder, **options):
+def trainer_for(model, folder, *, optimizer=None, **options):
+    """``optimizer``: a class and its arguments."""
     settings = {
         "max_steps": 6,
         "save_steps": 3,
@@ -108,7 +110,14 @@ def trainer_for(model, folder, **options):
         "seed": 0,
     }
     arguments = TrainingArguments(output_dir=str(folder), **{**settings, **options})
-    return Trainer(model=model, args=arguments, train_dataset=QUESTIONS, eval_dataset=QUESTIONS, data_collator=collate)
+    return Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=QUESTIONS,
+        eval_dataset=QUESTIONS,
+        data_collator=collate,
+        optimizer_cls_and_kwargs=optimizer,
+    )
 
 
 def losses(trainer):
@@ -406,6 +415,168 @@ def test_load_best_model_at_end(tmp_path, warnings):
     assert torch.equal(logits(model), loaded(best)[1])
     assert not torch.equal(logits(model), loaded(last)[1])
     assert not about_keys(warnings)
+
+
+@pytest.mark.parametrize("given_as", ["class", "optimizer"])
+def test_resume_with_a_rate_for_the_projector(given_as, tmp_path, warnings):
+    def run(folder, checkpoint=None):
+        model = patched()
+        adapter = get_adapter(model).train_only(projector=True)
+        groups = adapter.parameter_groups(1e-2, projector_lr=1e-4)
+        trainer = trainer_for(model, folder, optimizer=(torch.optim.AdamW, {"params": groups}))
+        if given_as == "optimizer":
+            trainer = trainer_for(model, folder)
+            trainer.optimizer = torch.optim.AdamW(groups)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return model, trainer
+
+    whole, uninterrupted = run(tmp_path)
+    resumed, continued = run(tmp_path / "again", str(checkpoint_folder(tmp_path, 3)))
+    assert losses(continued) == losses(uninterrupted)
+    assert same_values(resumed.state_dict(), whole.state_dict())
+    assert [group["initial_lr"] for group in continued.optimizer.param_groups] == [1e-2, 1e-4]
+    own, projector = continued.optimizer.param_groups
+    assert own["lr"] == pytest.approx(100 * projector["lr"])
+    assert not about_keys(warnings)
+
+
+# ---------------------------------------------------------------------------------------------- checkpointed layers
+
+
+class CheckpointedProjector(torch.nn.Module):
+    def __init__(self, projector, reentrant):
+        super().__init__()
+        self.projector, self.reentrant = projector, reentrant
+
+    def forward(self, visual_tokens):
+        if self.reentrant:
+            # PyTorch's condition for recomputing a module in this mode: an input that wants a gradient.
+            visual_tokens = visual_tokens.detach().requires_grad_()
+        return checkpoint(self.projector, visual_tokens, use_reentrant=self.reentrant)
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable.:FutureWarning")
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("layers", ["model", "projector", "both"])
+@pytest.mark.parametrize("projector", [False, True])
+def test_checkpointed_layers_give_the_gradients_of_the_plain_run(reentrant, layers, projector):
+    """With everything else frozen: what the adapter puts out is what makes reentrant recomputation learn."""
+
+    def gradients(checkpointed):
+        model = patched().train()
+        adapter = get_adapter(model)
+        tiny.train_randomly(adapter.alignment)
+        adapter.train_only(projector=projector)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if checkpointed and layers != "projector":
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        if checkpointed and layers != "model":
+            model.model.multi_modal_projector = CheckpointedProjector(model.model.multi_modal_projector, reentrant)
+        model(**QUESTIONS.batch).loss.backward()
+        return [parameter.grad for parameter in trained]
+
+    plain = gradients(False)
+    assert all(gradient.any() for gradient in plain[-2:])
+    for one, other in zip(plain, gradients(True), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_trainer_with_gradient_checkpointing(reentrant, tmp_path):
+    histories = []
+    for options in (
+        {},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}},
+    ):
+        model = patched()
+        get_adapter(model).train_only()
+        trainer = trainer_for(model, tmp_path, save_strategy="no", **options)
+        trainer.train()
+        histories.append((trainer.state.log_history[:-1], model.state_dict()))
+    assert histories[0][0] == histories[1][0]
+    assert same_values(histories[0][1], histories[1][1])
+
+
+# ---------------------------------------------------------------------------------------------- half precision
+
+
+def test_bf16_leaves_autocast_on_the_model_until_it_is_unwrapped(tmp_path):
+    """The outputs then are those of the reloaded model under autocast; unwrapped, those of the reloaded model."""
+    model = patched()
+    get_adapter(model).train_only()
+    trainer = trainer_for(model, tmp_path, max_steps=2, save_steps=2, bf16=True)
+    trainer.train()
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    other = base_model()
+    load_adapter(other, checkpoint_folder(tmp_path, 2), processor=PROCESSOR)
+    assert not torch.equal(logits(model), logits(other))
+    with torch.autocast("cpu", torch.bfloat16):
+        reloaded = logits(other)
+    assert torch.equal(logits(model), reloaded.float())
+    assert trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False) is model
+    assert torch.equal(logits(model), logits(other))
+
+
+def test_resume_in_bf16_is_exact(tmp_path):
+    def run(folder, checkpoint=None):
+        model = patched()
+        get_adapter(model).train_only()
+        trainer = trainer_for(model, folder, bf16=True)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return losses(trainer), model.state_dict()
+
+    whole = run(tmp_path)
+    resumed = run(tmp_path / "again", str(checkpoint_folder(tmp_path, 3)))
+    assert resumed[0] == whole[0]
+    assert same_values(resumed[1], whole[1])
+
+
+@pytest.mark.parametrize("when", ["loaded", "cast after patching"])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_model_in_bfloat16(when, bf16, tmp_path):
+    model = base_model()
+    model = model.to(torch.bfloat16) if when == "loaded" else model
+    adapter = patch_model(model, FUSIONS["attention"], processor=PROCESSOR)
+    model.to(torch.bfloat16) if when != "loaded" else None
+    adapter.train_only()
+    dtype = torch.float32 if when == "loaded" else torch.bfloat16
+    assert {parameter.dtype for parameter in adapter.parameters()} == {dtype}
+    before = copied(model)
+    trainer = trainer_for(model, tmp_path, max_steps=2, save_steps=2, bf16=bf16)
+    trainer.train()
+    assert changed(before, model) == adapter_names(model)
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    other = base_model().to(torch.bfloat16)
+    load_adapter(other, checkpoint_folder(tmp_path, 2), processor=PROCESSOR)
+    assert torch.equal(logits(other), logits(model))
+
+
+# ---------------------------------------------------------------------------------------------- torch.compile
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_trainer_with_torch_compile(tmp_path):
+    """Each batch meets its own instructions, and the losses are those of the uncompiled run."""
+    histories = []
+    for options in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
+        model = patched()
+        get_adapter(model).train_only()
+        tiny.train_randomly(get_adapter(model).alignment)
+        trainer = trainer_for(model, tmp_path, max_steps=3, save_strategy="no", **options)
+        trainer.train()
+        histories.append(list(losses(trainer).values()))
+    torch.testing.assert_close(*map(torch.tensor, histories))
+    model.eval()
+    compiled = torch.compile(model, backend="eager")
+    outputs = []
+    for question in ("how many dogs are there?", "what colour is it?"):
+        inputs = tiny.chat_inputs([[tiny.user("why?")]])
+        with torch.no_grad():
+            outputs.append(compiled(**inputs, instruction=[question]).logits)
+            torch.testing.assert_close(outputs[-1], model(**inputs, instruction=[question]).logits)
+    assert not torch.allclose(*outputs)
 
 
 # ---------------------------------------------------------------------------------------------- Trainer, everything

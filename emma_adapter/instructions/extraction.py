@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,12 +16,24 @@ from ..config import InstructionPolicy
 from ..errors import InstructionError
 from .cache import LRUCache
 from .decoding import ANSWERED, TokenTexts
-from .markers import TurnMarkers
 from .templates import read_markers
 
 IGNORE_INDEX = -100
+Words = TypeVar("Words", str, list[int])
 _SAYS_NOTHING = -1
 _PASS_IT = 'pass it: model(**inputs, instruction=["…", …]) or model.generate(**inputs, instruction=["…", …])'
+
+_ALL_SUPERVISED = (
+    "labels supervise every token of the prompt, so that nothing is left that is not an answer. Set labels to "
+    f"{IGNORE_INDEX} at the prompt's tokens, give patch_model a processor whose chat template announces users "
+    "(processor=...), wrap the collator in emma_adapter.InstructionCollator, or name the instruction: " + _PASS_IT
+)
+
+_TRAINS_PROMPT = (
+    "labels supervise the instruction too: the model is trained to predict words that the images already know. "
+    f"Set labels to {IGNORE_INDEX} at the prompt's tokens: in TRL, use prompt and completion columns, or "
+    "assistant_only_loss=True"
+)
 
 
 @dataclass(frozen=True)
@@ -55,6 +68,9 @@ class InstructionReader:
     of it except special, placeholder and padding tokens (system text and role words included). Answers, which
     ``labels`` supervise or ``assistant_mask`` marks, are never read.
 
+    Labels that supervise every word of a row don't tell which is the answer. Such a row is taken for a conversation of
+    the template, and only what users say before its first answer is read: later turns could be words of an answer.
+
     A turn without words is a turn: as the last one its instruction is empty. ``shortest_turn`` is the shortest of
     those with words.
 
@@ -81,13 +97,14 @@ class InstructionReader:
         self.policy = policy
         self._texts = TokenTexts(self.tokenizer, special_ids)
         self.markers = read_markers(processor, self._texts, system_prompts) if processor is not None else None
-        self._turns: LRUCache[list[_Turn]] = LRUCache(1024)
+        self._found: LRUCache[list[_Turn]] = LRUCache(1024)
+        self._warned = False
 
     def with_policy(self, policy: InstructionPolicy) -> InstructionReader:
         """The same reader for another policy."""
         other = copy.copy(self)
         other.policy = policy
-        other._turns = LRUCache(1024)
+        other._found = LRUCache(1024)
         return other
 
     def select(self, prompt: Prompt) -> Tensor:
@@ -136,13 +153,7 @@ class InstructionReader:
         """Ids and mask ``[B, T]`` of texts, in the language model's vocabulary, padded on the right."""
         tokenizer = self._need_tokenizer("turn the text of instruction= into the language model's tokens")
         rows = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-        length = max(1, *map(len, rows))
-        ids = torch.zeros(len(rows), length, dtype=torch.long)
-        mask = torch.zeros(len(rows), length, dtype=torch.bool)
-        for i, row in enumerate(rows):
-            ids[i, : len(row)] = torch.tensor(row, dtype=torch.long)
-            mask[i, : len(row)] = True
-        return ids, mask
+        return pad_right(rows)
 
     def _need_tokenizer(self, purpose: str) -> Any:
         if self.tokenizer is None:
@@ -155,7 +166,14 @@ class InstructionReader:
     def _select_row(
         self, tokens: list[int], where: list[int], answers: list[bool] | None, *, answer_unknown: bool
     ) -> list[int]:
-        turns = self._user_turns(tokens, where, answers)
+        words = [i for i in where if self._is_word(tokens[i])]
+        turns: list[_Turn] = []
+        if words and answers is not None and all(answers[i] for i in words):
+            turns = self._turns(tokens, where, before_answers=True)
+        if not turns:
+            # Answers are blanked before the search: what they say must not decide where a turn begins or ends.
+            blanked = [ANSWERED if answers is not None and answers[i] else token for i, token in enumerate(tokens)]
+            turns = self._turns(blanked, where, holds_answers=answer_unknown)
         if not turns:
             if answer_unknown:
                 raise InstructionError(
@@ -164,28 +182,33 @@ class InstructionReader:
                     "with a custom loss), give patch_model a processor with a chat template, or name the instruction: "
                     + _PASS_IT
                 )
-            turns = _prompt_runs([i for i in where if self._is_word(tokens[i])], answers)
+            turns = _prompt_runs(words, answers)
         if all(turn.supervised for turn in turns):
-            raise InstructionError(
-                "labels supervise every token of the prompt, so that nothing is left that is not an answer. Set "
-                f"labels to {IGNORE_INDEX} at the prompt's tokens, or name the instruction: {_PASS_IT}"
-            )
-        return _apply_policy([turn.words for turn in turns if not turn.supervised], self.policy)
+            raise InstructionError(_ALL_SUPERVISED)
+        chosen = choose_turns([turn.words for turn in turns if not turn.supervised], self.policy)
+        selected = [i for words in chosen for i in words]
+        if not self._warned and answers is not None and any(answers[i] for i in selected):
+            self._warned = True
+            warnings.warn(_TRAINS_PROMPT, stacklevel=2)
+        return selected
 
-    def _user_turns(self, tokens: list[int], where: list[int], answers: list[bool] | None) -> list[_Turn]:
+    def _turns(
+        self, tokens: list[int], where: list[int], *, before_answers: bool = False, holds_answers: bool = False
+    ) -> list[_Turn]:
         """The turns between the template's markers; none if the markers are not known or not there."""
-        markers = self.markers
-        if markers is None:
+        if self.markers is None:
             return []
-        # Answers are blanked before the search: what they say must not decide where a turn begins or ends.
-        kept = array("q", (ANSWERED if answers is not None and answers[i] else tokens[i] for i in where))
-        [turns] = self._turns.get_or_compute([kept.tobytes()], lambda _: [self._find_turns(kept, markers)])
+        kept = [tokens[i] for i in where]
+        key = (array("q", kept).tobytes(), before_answers, holds_answers)
+        [turns] = self._found.get_or_compute([key], lambda _: [self._find_turns(kept, before_answers, holds_answers)])
         return [_Turn([where[i] for i in turn.words], turn.supervised) for turn in turns]
 
-    def _find_turns(self, tokens: Sequence[int], markers: TurnMarkers) -> list[_Turn]:
+    def _find_turns(self, tokens: Sequence[int], before_answers: bool, holds_answers: bool) -> list[_Turn]:
+        assert self.markers is not None
         row = self._texts.row(tokens)
+        text = self.markers.before_answers(row.text) if before_answers else row.text
         turns = []
-        for turn in markers.user_turns(row.text):
+        for turn in self.markers.user_turns(text, holds_answers=holds_answers) if text is not None else ():
             words = [i for i in row.tokens(turn.parts) if self._is_word(tokens[i])]
             said = [number for number, i in enumerate(words) if self._texts(tokens[i])]
             words = words[said[0] : said[-1] + 1] if said else []
@@ -234,9 +257,21 @@ def _prompt_runs(where: list[int], answers: list[bool] | None) -> list[_Turn]:
     return [_Turn(run) for run in turns] or [_Turn([], supervised=bool(where))]
 
 
-def _apply_policy(turns: list[list[int]], policy: InstructionPolicy) -> list[int]:
+def choose_turns(turns: list[Words], policy: InstructionPolicy) -> list[Words]:
+    """Those of all user turns, of which there is at least one, that are the instruction."""
     if policy == "all_turns":
-        return [i for turn in turns for i in turn]
+        return turns
     if policy == "shortest_turn":
-        return min(filter(None, turns), key=len, default=[])
-    return turns[-1]
+        return [min(filter(None, turns), key=len, default=turns[-1])]
+    return turns[-1:]
+
+
+def pad_right(rows: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
+    """Ids and mask ``[B, T]`` of rows of ids."""
+    length = max(1, *map(len, rows))
+    ids = torch.zeros(len(rows), length, dtype=torch.long)
+    mask = torch.zeros(len(rows), length, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row, dtype=torch.long)
+        mask[i, : len(row)] = True
+    return ids, mask

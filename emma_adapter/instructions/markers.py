@@ -32,6 +32,8 @@ class TurnMarkers:
     end: re.Pattern[str]
     #: Text between a user's words and the answer.
     answer: re.Pattern[str]
+    #: Text that announces an answer, whatever stands before it.
+    answer_header: re.Pattern[str]
     #: What closes a message before the next user turn, if the template closes answers.
     closings: tuple[str, ...]
     #: Around system text that the template writes into a user turn.
@@ -43,11 +45,14 @@ class TurnMarkers:
     #: True if nothing announces the first turn.
     headless: bool
 
-    def user_turns(self, text: str) -> list[UserTurn]:
-        """The user turns of a conversation, in order. A ``BARRIER`` ends a turn."""
+    def user_turns(self, text: str, *, holds_answers: bool = False) -> list[UserTurn]:
+        """The user turns of a conversation, in order. A ``BARRIER`` ends a turn.
+
+        ``holds_answers``: the text has answers in it, which may quote the template.
+        """
         # Closed messages tell a turn from an answer that quotes "USER:". Prompts written by hand may not close them.
         spans = self._spans(text, closed=True) if self.closings else []
-        if len(spans) < 2:
+        if len(spans) < (1 if holds_answers else 2):
             spans = self._spans(text, closed=False)
         if (not spans or self.headless) and (answer := self.answer.search(text)):
             # The row begins inside a turn.
@@ -59,6 +64,17 @@ class TurnMarkers:
             for start, end, by_tool in spans
             if not by_tool
         ]
+
+    def before_answers(self, text: str) -> str | None:
+        """A conversation up to the header of its first answer, so that nothing an answer says is in it.
+
+        None if the text doesn't show one: no user speaks before an assistant does, or nothing announces users.
+        """
+        start = None if self.headless else self.start.search(text)
+        if start is None or start["tool"] is not None or self.answer_header.search(text, 0, start.start()):
+            return None
+        answer = self.answer.search(text, start.end())
+        return text[: answer.end()] if answer else None
 
     def _spans(self, text: str, *, closed: bool) -> list[tuple[int, int, bool]]:
         """``(start, end, by a tool)``. ``closed``: later turns count only right after a closed message."""

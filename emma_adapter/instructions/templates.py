@@ -104,6 +104,7 @@ class _Template:
             start=re.compile(f"(?P<tool>{_any_of(tools)})|(?:{_any_of(starts.texts)})"),
             end=re.compile(_any_of([*ends, BARRIER])),
             answer=re.compile(_any_of(answers)),
+            answer_header=re.compile(_any_of(_nonempty(*(text.removeprefix(closing) for text in answers)))),
             closings=starts.closings(later, closing, instructed),
             system=system,
             definitions=self._definitions(starts.texts),

@@ -1,0 +1,90 @@
+"""A collator that names the instruction of each row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from .errors import InstructionError
+from .instructions.extraction import choose_turns, pad_right
+from .patching import EmmaAdapter
+from .state import state_of
+
+Row = Mapping[str, Any]
+
+
+class InstructionCollator:
+    """Wraps a collator, so that ``model(**batch)`` is told the instruction of each row instead of reading it.
+
+    The instruction is what the user says in the row's ``"messages"`` or ``"prompt"``, in the turns that the adapter's
+    ``instruction_policy`` names; answers are never read. A turn's words around an image are joined by a space.
+
+    The batch gets ``instruction``: a text for each row, or with ``as_tokens=True`` its token ids ``[B, T]``, and
+    bool ``instruction_mask [B, T]``. Text is what a text tower takes; tensors can also be cut and joined, as
+    ``DataParallel`` and accelerate's ``dispatch_batches`` do with a batch. ``shortest_turn`` counts characters of
+    text, and tokens of tokens.
+
+    Args:
+        collator: makes a batch, a mapping, of a list of rows.
+        adapter: the adapter that will be trained. It is not kept, so that the collator can go to worker processes.
+        instruction_of: gives the instruction of a row with other columns.
+        as_tokens: token ids instead of text, in the language model's vocabulary.
+
+    Raises:
+        InstructionError: if ``as_tokens`` is asked for and the model was patched without a processor.
+    """
+
+    def __init__(
+        self,
+        collator: Callable[[list[Any]], Mapping[str, Any]],
+        adapter: EmmaAdapter,
+        *,
+        instruction_of: Callable[[Row], str] | None = None,
+        as_tokens: bool = False,
+    ) -> None:
+        self.collator = collator
+        self.instruction_of = instruction_of
+        self.policy = adapter.config.instruction_policy
+        self.tokenizer = state_of(adapter.model).pipeline.reader.tokenizer if as_tokens else None
+        if as_tokens and self.tokenizer is None:
+            raise InstructionError(
+                "as_tokens=True needs the model's tokenizer: patch_model(model, …, processor=processor)"
+            )
+
+    def __call__(self, rows: list[Any]) -> dict[str, Any]:
+        """The collator's batch with the instructions.
+
+        Raises:
+            InstructionError: if a row doesn't show what the user says.
+        """
+        # Before the collator: some replace the columns of the rows they are given.
+        turns = [self._turns(row) for row in rows]
+        batch = dict(self.collator(rows))
+        if self.tokenizer is None:
+            return {**batch, "instruction": [" ".join(filter(None, choose_turns(row, self.policy))) for row in turns]}
+        tokenized = [[self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in row] for row in turns]
+        ids, mask = pad_right([[i for turn in choose_turns(row, self.policy) for i in turn] for row in tokenized])
+        return {**batch, "instruction": ids, "instruction_mask": mask}
+
+    def _turns(self, row: Row) -> list[str]:
+        if self.instruction_of is not None:
+            return [self.instruction_of(row)]
+        messages = row.get("messages") or row.get("prompt")
+        if isinstance(messages, str) or not isinstance(messages, Sequence):
+            raise InstructionError(
+                "InstructionCollator reads rows with a list of messages in 'messages' or 'prompt'; this one has "
+                f"{sorted(row)}. Say what its instruction is: InstructionCollator(…, instruction_of=lambda row: …); "
+                "Trainer keeps other columns with remove_unused_columns=False"
+            )
+        turns = [_text_of(message["content"]) for message in messages if message["role"] == "user"]
+        if not turns:
+            raise InstructionError("a row without a message of the user; say what its instruction is: instruction_of=")
+        return turns
+
+
+def _text_of(content: Any) -> str:
+    """A message's words, with a space where an image or video stands."""
+    if content is None or isinstance(content, str):
+        return (content or "").strip()
+    words = "".join((part.get("text") or "") if part["type"] == "text" else "\0" for part in content)
+    return " ".join(filter(None, (run.strip() for run in words.split("\0"))))
