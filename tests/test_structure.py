@@ -32,7 +32,7 @@ LAYERS = (
         "fitting",
     ),
     *("calls", "state", "attachment", "planning", "hooks", "guards", "training", "model_card", "checkpoint", "hub"),
-    *("base_saves", "patching", "loading", "__init__"),
+    *("base_saves", "patching", "loading", "__init__", "cli"),
 )
 
 
