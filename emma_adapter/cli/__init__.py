@@ -31,7 +31,7 @@ class _Program(click.Group):
             code = _INTERRUPTED
         except click.UsageError as error:
             where = "emma-adapter" if error.ctx is None else error.ctx.command_path
-            code = _complain(f"{error.format_message().rstrip('.')}. See {where} --help")
+            code = _complain(f"{error.format_message().rstrip('. ')}. See {where} --help")
         except click.ClickException as error:
             code = _complain(error.format_message())
         except (EmmaError, OSError) as error:

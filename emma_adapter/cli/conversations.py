@@ -16,6 +16,7 @@ Message = dict[str, Any]
 
 _PLACEHOLDER = "<image>"
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+_CONTENT = 'a text, or a list of {"type": "text", "text": "…"} and {"type": "image"}'
 _FORM = '{"images": ["PATH"], "messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}'
 
 
@@ -68,7 +69,9 @@ def _message(turn: Any, where: str) -> Message:
     if role is None:
         raise DataError(f"{where}: the role is {_shortened(said)}; it must be one of {', '.join(_ROLES)}")
     content = turn.get("content", turn.get("value"))
-    given = content if isinstance(content, list) else [{"type": "text", "text": content}]
+    given = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    if not isinstance(given, list):
+        raise DataError(f"{where}: the content is {_shortened(content)}; it must be {_CONTENT}")
     parts = [part for item in given for part in _parts(item, where)]
     if role != "user" and any(part["type"] == "image" for part in parts):
         raise DataError(f"{where}: an image in a turn of the {role}; only users show images")
@@ -83,10 +86,7 @@ def _parts(item: Any, where: str) -> list[dict[str, str]]:
         return [{"type": "image"}]
     text = item.get("text") if kind == "text" else None
     if not isinstance(text, str):
-        raise DataError(
-            f'{where}: the content is {_shortened(item)}; it must be a text, or a list of {{"type": "text", "text": '
-            '"…"} and {"type": "image"}'
-        )
+        raise DataError(f"{where}: a part of the content is {_shortened(item)}; the content must be {_CONTENT}")
     if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
         raise DataError(f"{where}: the text holds half a character (a lone surrogate): repair its encoding")
     first, *rest = text.split(_PLACEHOLDER)

@@ -87,9 +87,12 @@ def finetune(
     if projector_lr is not None and not projector:
         raise click.UsageError("--projector-lr needs --projector, which trains the projector")
     settings = _training_arguments(arguments, output)
+    resumed_from = _resumed_from(settings)
     from transformers import set_seed
 
-    from .. import EmmaConfig, load_adapter, patch_model
+    from ..config import EmmaConfig
+    from ..loading import load_adapter
+    from ..patching import patch_model
     from .examples import Examples
     from .models import load_model, load_processor
     from .rows import open_rows
@@ -113,7 +116,7 @@ def finetune(
         handle = load_adapter(base, adapter, processor=processor)
     handle.train_only(projector=projector)
     trainer = _trainer(handle, settings, processor, examples, train_examples, eval_examples, projector_lr)
-    result = trainer.train(resume_from_checkpoint=_resumed_from(settings))
+    result = trainer.train(resume_from_checkpoint=resumed_from)
     evaluated = {} if eval_examples is None else trainer.evaluate()
     if trainer.is_world_process_zero():
         handle.save_pretrained(output)

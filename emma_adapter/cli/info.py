@@ -70,9 +70,11 @@ def _adapter_facts(folder: Path) -> dict[str, Any]:
 
 
 def _model_facts(source: str) -> dict[str, Any]:
-    from .. import EmmaConfig, UnsupportedModelError, patch_model, unpatch_model
+    from ..config import EmmaConfig
+    from ..errors import UnsupportedModelError
     from ..families import find_family
     from ..fusion import fusion_names
+    from ..patching import patch_model, unpatch_model
     from .models import model_without_weights
 
     model = model_without_weights(source)
