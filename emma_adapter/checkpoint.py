@@ -64,6 +64,10 @@ class SavedAdapter:
     reads_turns: bool
     #: False if the tensors aren't those that were saved.
     intact: bool
+    #: Hub id or folder of the model it was trained on, if that was known.
+    base_model: str | None
+    #: Of the library that wrote it.
+    library_version: str
 
 
 # ---------------------------------------------------------------------------------------------- save
@@ -278,6 +282,8 @@ def read(directory: Path) -> SavedAdapter:
         projector=projector,
         reads_turns=written.get("reads_turns") is True,
         intact=_digest(tensors) == embedded.get("sha256"),
+        base_model=written.get("base_model_name_or_path"),
+        library_version=str(written.get("library_version")),
     )
 
 
@@ -319,6 +325,11 @@ def _parse_description(text: str, path: Path) -> dict[str, Any]:
         description = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON (truncated?): {error}") from error
+    if isinstance(description, dict) and "peft_type" in description:
+        raise CheckpointError(
+            f"{path} describes an adapter of PEFT ({description['peft_type']}), not of emma_adapter: load it with "
+            "peft.PeftModel.from_pretrained"
+        )
     if not isinstance(description, dict) or description.get("format") != _FORMAT:
         raise CheckpointError(f"{path} doesn't describe an emma_adapter; another tool's adapter?")
     return description

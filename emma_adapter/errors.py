@@ -41,3 +41,7 @@ class EncoderError(EmmaError, RuntimeError):
 
 class CheckpointError(EmmaError, ValueError):
     """A saved adapter can't be read, or doesn't fit the model."""
+
+
+class DataError(EmmaError, ValueError):
+    """A dataset, or a row of one, can't be trained on."""

@@ -1,0 +1,109 @@
+"""From rows to batches: one example for each answer, the conversation before it as its prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import takewhile
+from typing import Any
+
+import click
+
+from ..errors import DataError
+from .conversations import Message, count_images, trainable_turns
+from .rows import Rows
+
+_IGNORE_INDEX = -100
+
+
+class Examples:
+    """The examples of one or more sources, and the collator that makes batches of them.
+
+    Labels are the answer alone. It is tokenized together with its prompt, as ``generate`` will meet it: a tokenizer may
+    read the same words differently at the start of a text.
+
+    Args:
+        processor: the model's processor, with a chat template.
+        stop_ids: the tokens at which the model's ``generate`` stops.
+    """
+
+    def __init__(self, processor: Any, stop_ids: Sequence[int]) -> None:
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+        self._sources: list[Rows] = []
+        self._stops: list[str] = self.tokenizer.convert_ids_to_tokens(list(stop_ids))
+        first = self.tokenizer("a")["input_ids"][0]
+        self._start: str = self.tokenizer.bos_token if first == self.tokenizer.bos_token_id is not None else ""
+
+    def add(self, rows: Rows, name: str, *, progress: bool) -> Any:
+        """Check every row, and list its examples as a ``datasets.Dataset``: where each is found.
+
+        Raises:
+            DataError: naming the first row that can't be used.
+        """
+        from datasets import Dataset
+
+        places = []
+        with click.progressbar(range(len(rows)), label=f"Checking {name}", hidden=not progress) as numbers:
+            for number in numbers:
+                places += [(len(self._sources), number, turn) for turn in trainable_turns(rows.messages(number))]
+        if not places:
+            raise DataError(f"{name} has no answer to a question about an image: there is nothing to learn from")
+        without = len(rows) - len({number for _, number, _ in places})
+        if progress and without:
+            click.echo(f"{without:,} rows of {name} show no image, and are left out: an adapter learns nothing there")
+        self._sources.append(rows)
+        return Dataset.from_list([{"source": source, "row": row, "turn": turn} for source, row, turn in places])
+
+    def __call__(self, examples: list[dict[str, int]]) -> Any:
+        import torch
+
+        found = [self._find(**example) for example in examples]
+        texts = [self._texts(messages) for messages, _ in found]
+        batch = self.processor(
+            images=[images for _, images in found],
+            text=[whole for _, whole in texts],
+            padding=True,
+            padding_side="right",
+            add_special_tokens=False,
+            return_tensors="pt",
+        )
+        labels = torch.full_like(batch["input_ids"], _IGNORE_INDEX)
+        for row, (prompt, whole) in enumerate(texts):
+            answer = self._answer_ids(prompt, whole)
+            end = int(batch["attention_mask"][row].sum())
+            place = slice(end - len(answer), end)
+            if batch["input_ids"][row, place].tolist() != answer:
+                raise DataError(f"{type(self.processor).__name__} doesn't end a conversation with its answer: {whole}")
+            labels[row, place] = batch["input_ids"][row, place]
+        batch["labels"] = labels
+        return batch
+
+    def _find(self, source: int, row: int, turn: int) -> tuple[list[Message], list[Any]]:
+        """The conversation up to the answer, and the images shown in it."""
+        rows = self._sources[source]
+        messages = rows.messages(row)[: turn + 1]
+        return messages, rows.images(row)[: count_images(messages)]
+
+    def _texts(self, messages: list[Message]) -> tuple[str, str]:
+        """The prompt, and the prompt with its answer."""
+        render = self.processor.apply_chat_template
+        whole = self._started(render(messages, tokenize=False))
+        prompt = self._started(render(messages[:-1], tokenize=False, add_generation_prompt=True))
+        prompt = whole[: _shared(prompt, whole)]
+        if not any(stop in whole[len(prompt) :] for stop in self._stops):
+            # LLaVA's template has no end after an answer, and a model must learn to stop.
+            whole = whole.rstrip() + self.tokenizer.eos_token
+        return prompt, whole
+
+    def _started(self, text: str) -> str:
+        return text if text.startswith(self._start) else self._start + text
+
+    def _answer_ids(self, prompt: str, whole: str) -> list[int]:
+        """What follows the prompt; with the token across the border, if there is one."""
+        before, ids = (self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, whole))
+        return list(ids[_shared(before, ids) :])
+
+
+def _shared(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """How long the beginning is that both have in common."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))

@@ -1,0 +1,120 @@
+"""``emma-adapter info``: what an adapter is, or what one would cost a model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+@click.command()
+@click.argument("target", metavar="ADAPTER|MODEL")
+@click.option("--json", "as_json", is_flag=True, help="For machines to read.")
+def info(target: str, as_json: bool) -> None:
+    """What an adapter is made of, or what one would cost a model.
+
+    A folder or a hub id. Of a model the configuration is read, and no weights.
+    """
+    folder = _adapter_folder(target)
+    facts = _model_facts(target) if folder is None else _adapter_facts(folder)
+    click.echo(json.dumps(facts, indent=2) if as_json else _table(facts))
+
+
+def _adapter_folder(target: str) -> Path | None:
+    """The folder that holds the adapter; None if it is a model."""
+    from .. import checkpoint, hub
+    from ..errors import CheckpointError
+
+    if Path(target).is_file():
+        raise CheckpointError(f"{target} is a file: give the folder that it is in")
+    folder = hub.local_folder(target, revision=None, local_files_only=False)
+    for place in (folder, folder / checkpoint.SUBFOLDER):
+        if (place / checkpoint.CONFIG_NAME).is_file():
+            return place
+    # Of a model on the hub only the files of an adapter were asked for.
+    if Path(target).is_dir() and not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"{target} holds neither an adapter ({checkpoint.CONFIG_NAME}) nor a model (config.json): give the folder "
+            "that save_pretrained wrote"
+        )
+    return None
+
+
+def _adapter_facts(folder: Path) -> dict[str, Any]:
+    from .. import checkpoint
+
+    saved = checkpoint.read(folder)
+    config = saved.config
+    return {
+        "kind": "adapter",
+        "folder": str(saved.source),
+        "base_model": saved.base_model,
+        "model_type": saved.model_type,
+        "fusion": config.fusion,
+        "instruction_encoder": config.instruction_encoder,
+        "instruction_policy": config.instruction_policy,
+        "reads_turns": saved.reads_turns,
+        "visual_tokens": config.num_visual_tokens,
+        "visual_grid": config.visual_grid,
+        "visual_dim": config.visual_dim,
+        "instruction_dim": config.instruction_dim,
+        "max_instruction_tokens": config.max_instruction_tokens,
+        "parameters": sum(tensor.numel() for tensor in saved.alignment.values()),
+        "projector_trained": bool(saved.projector),
+        "file_size": (saved.source / checkpoint.WEIGHTS_NAME).stat().st_size,
+        "checksum": "right" if saved.intact else "wrong: the file is damaged, take another copy",
+        "written_by": f"emma_adapter {saved.library_version}",
+    }
+
+
+def _model_facts(source: str) -> dict[str, Any]:
+    from ..config import EmmaConfig
+    from ..errors import UnsupportedModelError
+    from ..families import find_family
+    from ..fusion import fusion_names
+    from ..patching import patch_model, unpatch_model
+    from .models import model_without_weights
+
+    model = model_without_weights(source)
+    # Before the fusions, each of which may be unsupported on its own.
+    find_family(model)
+    facts: dict[str, Any] = {
+        "kind": "model",
+        "model": source,
+        "model_type": model.config.model_type,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+    }
+    adapters: dict[str, Any] = {}
+    for fusion in fusion_names():
+        try:
+            adapter = patch_model(model, EmmaConfig(fusion=fusion))
+        except UnsupportedModelError as error:
+            adapters[fusion] = str(error)
+            continue
+        config, own = adapter.config, adapter.num_parameters()
+        unpatch_model(model)
+        facts |= {
+            "visual_tokens": config.num_visual_tokens,
+            "visual_grid": config.visual_grid,
+            "visual_dim": config.visual_dim,
+        }
+        adapters[fusion] = {"parameters": own, "share": own / (own + facts["parameters"])}
+    return {**facts, "adapters": adapters}
+
+
+def _table(facts: dict[str, Any]) -> str:
+    lines = {name: value for name, value in facts.items() if name != "adapters"} | facts.get("adapters", {})
+    width = max(map(len, lines))
+    return "\n".join(f"{name.replace('_', ' '):<{width}}  {_readable(value)}" for name, value in lines.items())
+
+
+def _readable(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, dict):
+        return f"{value['parameters']:,} parameters, {value['share']:.3%} of the model with it"
+    if isinstance(value, tuple):
+        return " x ".join(map(str, value))
+    return f"{value:,}" if isinstance(value, int) else "not known" if value is None else str(value)
