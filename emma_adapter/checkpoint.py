@@ -26,13 +26,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from . import attachment
+from . import attachment, sharding
 from .alignment import EmmaAlignment
 from .config import EmmaConfig
-from .errors import CheckpointError, ConfigError, PatchError
+from .errors import CheckpointError, ConfigError
 from .model_card import GENERATED_MARKER, model_card
 from .state import state_of
-from .training import count_parameters, trained_projectors
+from .training import count_parameters, projector_parameters
 from .version import __version__
 
 FORMAT_VERSION = 1
@@ -69,8 +69,31 @@ class SavedAdapter:
 # ---------------------------------------------------------------------------------------------- save
 
 
-def save(model: nn.Module, directory: str | PathLike[str]) -> None:
-    """Write the adapter of a patched model.
+def save(
+    model: nn.Module,
+    directory: str | PathLike[str],
+    *,
+    is_main_process: bool | None = None,
+    gathered: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write the adapter of a patched model, on rank 0 or where ``is_main_process`` says so.
+
+    Sharded weights are gathered by all processes, which then wait for the one that writes, unless ``gathered``, a
+    state dict of the model, holds them.
+    """
+    own = _own_tensors(model)
+    together = gathered is None and any(sharding.is_sharded(value) for value in own.values())
+    tensors = sharding.gather(model, own, gathered)
+    try:
+        if sharding.is_main_process() if is_main_process is None else is_main_process:
+            _write(model, directory, tensors)
+    finally:
+        if together:
+            sharding.wait_for_everyone()
+
+
+def _write(model: nn.Module, directory: str | PathLike[str], tensors: Mapping[str, Tensor]) -> None:
+    """Write an adapter folder.
 
     The new files are complete on disk before the first replaces its predecessor: whenever this is killed, the
     folder holds the previous adapter or the new one.
@@ -79,7 +102,6 @@ def save(model: nn.Module, directory: str | PathLike[str]) -> None:
     if directory.exists() and not directory.is_dir():
         raise NotADirectoryError(f"{directory} is a file; save_pretrained needs the name of a folder")
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = _tensors(model)
     description = _describe(model, tensors)
     text = json.dumps(description, indent=2, sort_keys=True) + "\n"
     metadata = {"format": "pt", _FORMAT: json.dumps(description, sort_keys=True)}
@@ -87,7 +109,7 @@ def save(model: nn.Module, directory: str | PathLike[str]) -> None:
     _remove_leftovers(directory)
     scratch = Path(tempfile.mkdtemp(prefix=f"{_SCRATCH_PREFIX}{platform.node()}-{os.getpid()}-", dir=directory))
     try:
-        save_file(tensors, scratch / WEIGHTS_NAME, metadata=metadata)
+        save_file(dict(tensors), scratch / WEIGHTS_NAME, metadata=metadata)
         (scratch / CONFIG_NAME).write_text(text, encoding="utf-8")
         names = [WEIGHTS_NAME, CONFIG_NAME]
         if _may_write_card(directory / CARD_NAME):
@@ -122,15 +144,13 @@ def _describe(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Any]
     }
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    tensors = {_ALIGNMENT_PREFIX + name: value for name, value in attachment.state_dict(model).items()}
-    tensors |= {_PROJECTOR_PREFIX + name: value for name, value in trained_projectors(model).items()}
-    if offloaded := sorted(name for name, value in tensors.items() if value.is_meta):
-        raise PatchError(
-            f"the adapter's weights {offloaded} are offloaded, so that there is nothing to save; take accelerate's "
-            "hooks off first (accelerate.hooks.remove_hook_from_submodules), or patch the model after dispatching it"
-        )
-    return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The adapter's tensors by their names in the file, and the projectors' if they are trained with it."""
+    own = attachment.state_dict(model, keep_vars=True)
+    tensors = {_ALIGNMENT_PREFIX + name: value for name, value in own.items()}
+    if state_of(model).original_projectors:
+        tensors |= {_PROJECTOR_PREFIX + name: value for name, value in projector_parameters(model).items()}
+    return tensors
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

@@ -6,9 +6,9 @@ import warnings
 from os import PathLike
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from . import attachment, base_saves, checkpoint, hub, training
+from . import attachment, base_saves, checkpoint, hub, sharding, training
 from .config import EmmaConfig
 from .errors import CheckpointError, PatchError
 from .families import find_family
@@ -46,10 +46,14 @@ def load_adapter(
         CheckpointError: if the files are incomplete, damaged, of a newer format, or made for another model. The
             model is then as it was.
         EncoderError: if the instruction encoder can't be loaded.
+        PatchError: if the model is patched with another kind of adapter, or sharded by FSDP.
     """
+    if sharding.is_fully_sharded(model):
+        raise PatchError("the model is sharded by FSDP: load_adapter first, then shard")
     model = base_of(model)
     saved = checkpoint.read(hub.local_folder(source, revision=revision, local_files_only=local_files_only))
     _check_fit(model, saved)
+    _check_not_offloaded(model, saved)
     if not hasattr(model, STATE_ATTRIBUTE):
         _check_encoder_fit(model, saved)
         if saved.reads_turns and processor is None:
@@ -114,6 +118,21 @@ def _check_fit(model: nn.Module, saved: checkpoint.SavedAdapter) -> None:
         raise CheckpointError(
             f"{saved.source / checkpoint.WEIGHTS_NAME} is damaged: its tensors don't match the checksum they were "
             "saved with; take another copy"
+        )
+
+
+def _check_not_offloaded(model: nn.Module, saved: checkpoint.SavedAdapter) -> None:
+    """That everything which will be given new values is there to take them."""
+    family = find_family(model)
+    taking: list[Tensor] = []
+    if hasattr(model, STATE_ATTRIBUTE):
+        taking += attachment.state_dict(model, keep_vars=True).values()
+    if saved.projector:
+        places = attachment.places(family, saved.config, family.inner(model)).values()
+        taking += [value for projector in places for value in attachment.projector_parameters(projector).values()]
+    if any(value.is_meta for value in taking):
+        raise PatchError(
+            f"{saved.source} holds weights of parts that are offloaded: load_adapter first, then dispatch the model"
         )
 
 

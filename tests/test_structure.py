@@ -31,8 +31,8 @@ LAYERS = (
         "instructions",
         "fitting",
     ),
-    *("calls", "state", "attachment", "planning", "hooks", "guards", "training", "model_card", "checkpoint", "hub"),
-    *("base_saves", "patching", "loading", "__init__"),
+    *("sharding", "calls", "state", "attachment", "parallel", "planning", "hooks", "guards", "training", "model_card"),
+    *("checkpoint", "hub", "base_saves", "patching", "loading", "__init__"),
 )
 
 
