@@ -11,23 +11,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import PROCESSES, PROCESSOR, STEPS, base_model, global_batch, patched, train, train_with_trainer
 from safetensors.torch import load_file
 
 from emma_adapter import load_adapter
+from runs import PROCESSES, PROCESSOR, STEPS, base_model, global_batch, patched, train, train_with_trainer
 
 HERE = Path(__file__).parent
 WEIGHTS = "adapter_model.safetensors"
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", str(PROCESSES))
 LAYERS = "LlamaDecoderLayer"
 SHARDED = "FSDPLlavaForConditionalGeneration"
-FSDP = {
-    "fsdp_version": 2,
-    "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-    "fsdp_transformer_layer_cls_to_wrap": LAYERS,
-    "fsdp_state_dict_type": "FULL_STATE_DICT",
-    "fsdp_reshard_after_forward": True,
-    "fsdp_cpu_ram_efficient_loading": True,
+DOCUMENTED = (HERE.parents[1] / "docs" / "distributed.md").read_text()
+CONFIGS = {
+    "DistributedDataParallel": f"distributed_type: MULTI_GPU\nnum_machines: 1\nnum_processes: {PROCESSES}\n",
+    SHARDED: DOCUMENTED.split("```yaml\n")[1].split("```")[0],
 }
 
 
@@ -88,23 +85,18 @@ def test_wrappers_of_pytorch(references):
     assert_saved_as(references / "projector-True", references / "other")
 
 
-@pytest.mark.parametrize("engine", ["DistributedDataParallel", SHARDED])
+@pytest.mark.parametrize("engine", CONFIGS)
 def test_accelerate(engine, references, tmp_path):
     (tmp_path / "projector-True.pt").symlink_to(references / "projector-True.pt")
-    config = {"num_processes": PROCESSES, "num_machines": 1, "mixed_precision": "no"}
-    if engine == SHARDED:
-        config |= {"distributed_type": "FSDP", "fsdp_config": FSDP}
-    else:
-        config |= {"distributed_type": "MULTI_GPU"}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    settings = ("--config_file", str(tmp_path / "config.json"), "--main_process_port", "0")
+    (tmp_path / "config.yaml").write_text(CONFIGS[engine])
+    settings = ("--config_file", str(tmp_path / "config.yaml"), "--main_process_port", "0")
     launch("accelerate.commands.launch", *settings, str(HERE / "accelerated.py"), str(tmp_path))
     assert told(tmp_path) == {"engine": engine}
     assert_saved_as(references / "projector-True", tmp_path / "adapter")
     assert_saved_as(references / "projector-True", tmp_path / "by state dict")
 
 
-@pytest.mark.parametrize("engine", ["DistributedDataParallel", SHARDED])
+@pytest.mark.parametrize("engine", CONFIGS)
 def test_trainer(engine, tmp_path):
     options = {"fsdp": "full_shard", "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": [LAYERS]}}
     launch(*TORCHRUN, str(HERE / "trainer.py"), str(tmp_path), json.dumps(options if engine == SHARDED else {}))
