@@ -18,7 +18,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from . import attachment, checkpoint
+from . import attachment, checkpoint, sharding
 from .state import state_of
 from .training import original_projectors, projector_parameters, trained_projectors
 
@@ -30,9 +30,11 @@ def guard_save_pretrained(model: nn.Module, original: Callable[..., Any], *args:
     kwargs = {**dict(zip(inspect.signature(original).parameters, args, strict=False)), **kwargs}
     directory = Path(kwargs["save_directory"])
     by_trainer = "state_dict" in kwargs
+    gathered = kwargs.get("state_dict")
+    is_main_process = kwargs.get("is_main_process", True)
     if by_trainer and state_of(model).adapter_only:
-        if kwargs.get("is_main_process", True):
-            _save_trained(model, directory)
+        if is_main_process:
+            _save_trained(model, directory, gathered)
         return None
     if by_trainer:
         # Trainer loads what it finds under the names of the running model, and drops what has another name.
@@ -46,8 +48,9 @@ def guard_save_pretrained(model: nn.Module, original: Callable[..., Any], *args:
     finally:
         if adapter_only:
             expect_adapter_only(model)
-    if kwargs.get("is_main_process", True):
-        checkpoint.save_all(model, directory / checkpoint.SUBFOLDER)
+    if is_main_process or not by_trainer:
+        folder = directory / checkpoint.SUBFOLDER
+        checkpoint.save_all(model, folder, is_main_process=is_main_process, gathered=gathered)
     return result
 
 
@@ -99,9 +102,9 @@ def _identities(tensors: Mapping[str, Tensor]) -> set[int]:
     return {id(tensor) for tensor in tensors.values()}
 
 
-def _save_trained(model: nn.Module, directory: Path) -> None:
-    checkpoint.save(model, directory)
-    tensors = {name: value.detach().cpu().contiguous() for name, value in _trained_names(model).items()}
+def _save_trained(model: nn.Module, directory: Path, gathered: Mapping[str, Tensor] | None) -> None:
+    checkpoint.save(model, directory, is_main_process=True, gathered=gathered)
+    tensors = sharding.gather(model, _trained_names(model), gathered)
     scratch = directory / f".{_TRAINER_WEIGHTS}.tmp"
     save_file(tensors, scratch, metadata={"format": "pt"})
     os.replace(scratch, directory / _TRAINER_WEIGHTS)

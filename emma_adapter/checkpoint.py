@@ -26,13 +26,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from . import attachment
+from . import attachment, sharding
 from .alignment import EmmaAlignment
 from .config import EmmaConfig
-from .errors import CheckpointError, ConfigError, PatchError
+from .errors import CheckpointError, ConfigError
 from .model_card import GENERATED_MARKER, model_card
 from .state import DEFAULT, state_of
-from .training import count_parameters, trained_projectors
+from .training import count_parameters, trained_projector_parameters
 from .version import __version__
 
 FORMAT_VERSION = 1
@@ -79,18 +79,43 @@ def save(
     adapter: str | None = None,
     *,
     location: str = "path/to/this/folder",
+    is_main_process: bool | None = None,
+    gathered: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write one adapter of a patched model; default: the active one. Its card says to load it from ``location``.
+    """Write an adapter of a patched model, on rank 0 or where ``is_main_process`` says so.
+
+    Sharded weights are gathered by all processes, which then wait for the one that writes, unless ``gathered``, a
+    state dict of the model, holds them.
+
+    Args:
+        model: patched.
+        directory: the folder.
+        adapter: its name; default: the active one.
+        location: what the model card says to load.
+        is_main_process: whether this process writes.
+        gathered: see above.
+    """
+    adapter = state_of(model).active if adapter is None else adapter
+    own = _own_tensors(model, adapter)
+    together = gathered is None and any(sharding.is_sharded(value) for value in own.values())
+    tensors = sharding.gather(model, own, gathered)
+    try:
+        if sharding.is_main_process() if is_main_process is None else is_main_process:
+            _write(model, Path(directory), adapter, tensors, location)
+    finally:
+        if together:
+            sharding.wait_for_everyone()
+
+
+def _write(model: nn.Module, directory: Path, adapter: str, tensors: Mapping[str, Tensor], location: str) -> None:
+    """Write an adapter folder.
 
     The new files are complete on disk before the first replaces its predecessor: whenever this is killed, the
     folder holds the previous adapter or the new one.
     """
-    directory = Path(directory)
     if directory.exists() and not directory.is_dir():
         raise NotADirectoryError(f"{directory} is a file; save_pretrained needs the name of a folder")
     directory.mkdir(parents=True, exist_ok=True)
-    adapter = state_of(model).active if adapter is None else adapter
-    tensors = _tensors(model, adapter)
     description = _describe(model, adapter, tensors)
     text = json.dumps(description, indent=2, sort_keys=True) + "\n"
     metadata = {"format": "pt", _FORMAT: json.dumps(description, sort_keys=True)}
@@ -98,7 +123,7 @@ def save(
     _remove_leftovers(directory)
     scratch = Path(tempfile.mkdtemp(prefix=f"{_SCRATCH_PREFIX}{platform.node()}-{os.getpid()}-", dir=directory))
     try:
-        save_file(tensors, scratch / WEIGHTS_NAME, metadata=metadata)
+        save_file(dict(tensors), scratch / WEIGHTS_NAME, metadata=metadata)
         (scratch / CONFIG_NAME).write_text(text, encoding="utf-8")
         names = [WEIGHTS_NAME, CONFIG_NAME]
         if _may_write_card(directory / CARD_NAME):
@@ -116,11 +141,12 @@ def save(
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def save_all(model: nn.Module, directory: Path) -> None:
-    """Write every adapter of a patched model: the active one into the folder, the others into folders of their name."""
+def save_all(model: nn.Module, directory: Path, **more: Any) -> None:
+    """Write every adapter of a patched model: the active one into the folder, the others into folders of their name.
+    ``more`` is for :func:`save`."""
     active = state_of(model).active
     for adapter in state_of(model).adapters:
-        save(model, directory if adapter == active else directory / adapter, adapter)
+        save(model, directory if adapter == active else directory / adapter, adapter, **more)
 
 
 def _describe(model: nn.Module, adapter: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -141,15 +167,12 @@ def _describe(model: nn.Module, adapter: str, tensors: Mapping[str, Tensor]) -> 
     }
 
 
-def _tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
-    tensors = {_ALIGNMENT_PREFIX + name: value for name, value in attachment.state_dict(model, adapter).items()}
-    tensors |= {_PROJECTOR_PREFIX + name: value for name, value in trained_projectors(model, adapter).items()}
-    if offloaded := sorted(name for name, value in tensors.items() if value.is_meta):
-        raise PatchError(
-            f"the adapter's weights {offloaded} are offloaded, so that there is nothing to save; take accelerate's "
-            "hooks off first (accelerate.hooks.remove_hook_from_submodules), or patch the model after dispatching it"
-        )
-    return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+def _own_tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
+    """An adapter's tensors by their names in the file, and the projectors' if they are trained with it."""
+    own = attachment.state_dict(model, adapter, keep_vars=True)
+    tensors = {_ALIGNMENT_PREFIX + name: value for name, value in own.items()}
+    projector = trained_projector_parameters(model, adapter)
+    return tensors | {_PROJECTOR_PREFIX + name: value for name, value in projector.items()}
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

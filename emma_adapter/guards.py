@@ -14,6 +14,7 @@ from torch import nn
 from .calls import FeatureCall
 from .errors import PatchError
 from .hooks import pop_outer_call
+from .parallel import look_up
 from .planning import has_pixels, plan_call
 from .state import STATE_ATTRIBUTE, state_of
 
@@ -91,11 +92,15 @@ def guard_generate(model: nn.Module, original: Callable[..., Any], *args: Any, *
     state = state_of(model)
     own = pop_outer_call(kwargs)
     arguments = _by_name(original, args, kwargs)
-    if state.context.disabled or not has_pixels(state.family, arguments):
+    if state.context.disabled:
         return original(*args, **kwargs)
     if arguments.get("inputs") is not None:
         arguments["input_ids"] = arguments["inputs"]
     inner = state.family.inner(model)
+    if not has_pixels(state.family, arguments):
+        look_up(state, inner, arguments)
+        with state.generating_without_images():
+            return original(*args, **kwargs)
     # A continued conversation: the images of this call belong to what the cache doesn't hold yet.
     cached = _cached_length(arguments.get("past_key_values"))
     plan = plan_call(state, inner, own, arguments, cached=cached)

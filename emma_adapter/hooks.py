@@ -18,7 +18,9 @@ from .attachment import PLACE_ATTRIBUTE, alignment_at, is_aligned, projector_par
 from .calls import OuterCall, RoutedInstruction, route, route_without_prompt
 from .errors import InstructionError
 from .idle import warn_if_left_out
+from .parallel import after_embedding, before_call_without_images, check_wrapped_once_patched
 from .planning import has_pixels, pinned_plan, plan_call
+from .sharding import execution_device
 from .state import AdapterState, state_of
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -42,7 +44,7 @@ def has_projector_hooks(projector: nn.Module) -> bool:
 
 def remove_hooks(module: nn.Module) -> None:
     """Remove this library's hooks from ``module``, also from a copy of the module they were installed on."""
-    ours = (before_outer, after_outer, before_inner, after_inner, before_projector, after_projector)
+    ours = (before_outer, after_outer, before_inner, after_inner, before_projector, after_projector, after_embedding)
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
         for key in [key for key, hook in hooks.items() if any(hook is our for our in ours)]:
             del hooks[key]
@@ -75,7 +77,11 @@ def before_inner(inner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     context = state.context
     # Taken, not read: after an interrupted call, whose later hooks never ran, it must not be there for the next.
     outer, context.outer = own if context.outer is None else context.outer, None
-    if context.disabled or not has_pixels(state.family, kwargs):
+    if context.disabled:
+        return (), kwargs
+    if not has_pixels(state.family, kwargs):
+        if context.pinned is None:
+            before_call_without_images(state, inner, kwargs)
         return (), kwargs
     if inner.training and torch.is_grad_enabled():
         warn_if_left_out(state.model)
@@ -91,6 +97,7 @@ def before_inner(inner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 def after_inner(inner: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
     context = state_of(inner).context
+    context.ties_embeddings = False
     if context.pinned is None:
         context.plan = None
 
@@ -102,7 +109,14 @@ def before_projector(projector: nn.Module, args: tuple[Any, ...], kwargs: dict[s
     routed = _routed(state, visual_tokens)
     if routed is None or not is_aligned(state, projector, routed.adapter):
         return None
-    return put_back(routed.align(alignment_at(projector, routed.adapter), visual_tokens))
+    device = execution_device(projector)
+    if device is not None:
+        # As accelerate does with the projector's input, but only after this hook.
+        visual_tokens = visual_tokens.to(device)
+    alignment = alignment_at(projector, routed.adapter)
+    if not torch.compiler.is_compiling() and torch.distributed.is_available() and torch.distributed.is_initialized():
+        check_wrapped_once_patched(alignment)
+    return put_back(routed.align(alignment, visual_tokens))
 
 
 def after_projector(projector: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
@@ -112,8 +126,11 @@ def after_projector(projector: nn.Module, args: Any, kwargs: Any, output: Any) -
     if original is None or not _is_disabled(state, _first_argument(args, kwargs)[0]):
         return None
     trained = next(iter(projector_parameters(projector).values()), None)
-    if trained is not None:
-        original.to(trained.device, trained.dtype)
+    # Where the trained one ran, which may not be where its weights or its input lie.
+    device = output.device
+    original.to(device, None if trained is None else trained.dtype)
+    args = tuple(value.to(device) if isinstance(value, Tensor) else value for value in args)
+    kwargs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in kwargs.items()}
     return original(*args, **kwargs)
 
 

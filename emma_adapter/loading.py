@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from . import checkpoint, hub, restoring
+from . import checkpoint, hub, restoring, sharding
 from .errors import PatchError
 from .fusion.dispatch import Kernel
 from .patching import EmmaAdapter, base_of, patch_model
@@ -45,7 +45,10 @@ def load_adapter(
         CheckpointError: if the files are incomplete, damaged, of a newer format, or made for another model. The
             model is then as it was.
         EncoderError: if the instruction encoder can't be loaded.
+        PatchError: if the model is patched with another kind of adapter, or sharded by FSDP.
     """
+    if sharding.is_fully_sharded(model):
+        raise PatchError("the model is sharded by FSDP: load_adapter first, then shard")
     model = base_of(model)
     patched = hasattr(model, STATE_ATTRIBUTE)
     if name not in (None, DEFAULT) and not patched:
@@ -54,6 +57,7 @@ def load_adapter(
         )
     saved = checkpoint.read(hub.local_folder(source, revision=revision, local_files_only=local_files_only))
     restoring.check_fit(model, saved)
+    restoring.check_not_offloaded(model, saved, name)
     if not patched:
         restoring.check_encoder_fit(model, saved)
         if saved.reads_turns and processor is None:

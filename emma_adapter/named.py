@@ -15,6 +15,7 @@ from .errors import PatchError
 from .families import ModelFamily
 from .fitting import make_pipeline, make_reader, resolve_encoder, resolve_sizes
 from .hooks import has_projector_hooks, install_projector_hooks
+from .sharding import execution_device, is_fully_sharded
 from .state import AdapterState, NamedAdapter, state_of
 
 
@@ -31,6 +32,8 @@ def add(
         raise PatchError(f"the model has an adapter {name!r} already: {sorted(state.adapters)}; choose another name")
     if not isinstance(name, str) or not name.isidentifier():
         raise PatchError(f"the name of an adapter must be letters, digits and underscores; got {name!r}")
+    if is_fully_sharded(model):
+        raise PatchError("the model is sharded by FSDP: add every adapter first, then shard")
     inner = state.family.inner(model)
     config = resolve_sizes(config, state.family, inner)
     config, encoder = resolve_encoder(config, instruction_encoder, inner)
@@ -122,4 +125,4 @@ def _execution_device(module: nn.Module, inner: nn.Module) -> torch.device:
     if parameter.device.type != "meta":
         return parameter.device
     # Offloaded by accelerate: its hook knows where the module runs.
-    return torch.device(getattr(getattr(module, "_hf_hook", None), "execution_device", None) or "cpu")
+    return execution_device(module) or torch.device("cpu")

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import attachment, base_saves, checkpoint, hub, named, training, tuners
+from . import attachment, base_saves, checkpoint, hub, named, sharding, training, tuners
 from .alignment import EmmaAlignment
 from .config import EmmaConfig
 from .errors import PatchError
@@ -45,10 +45,15 @@ def patch_model(
 
     Raises:
         UnsupportedModelError: for an unknown family, or a fusion that can't work on this vision tower.
-        PatchError: if the model is patched already.
+        PatchError: if the model is patched already, or wrapped for several processes.
         ConfigError: if a size in ``config`` contradicts the model or the encoder.
         EncoderError: if the instruction encoder can't be loaded.
     """
+    if isinstance(model, nn.parallel.DistributedDataParallel) or sharding.is_fully_sharded(model):
+        raise PatchError(
+            "the model is wrapped in DistributedDataParallel, or sharded by FSDP, which would never learn of the "
+            "adapter's parameters: patch_model or load_adapter first, then wrap"
+        )
     given, model = model, base_of(model)
     family = find_family(model)
     if hasattr(model, STATE_ATTRIBUTE):
@@ -83,12 +88,17 @@ def unpatch_model(model: nn.Module) -> None:
     """Take the adapter off again; what is left is the original model, bit for bit.
 
     Raises:
-        PatchError: if the model is not patched.
+        PatchError: if the model is not patched, or was sharded since.
     """
     model = base_of(model)
     state = state_of(model)
-    base_saves.expect_everything(model)
+    if sharding.is_fully_sharded(model):
+        raise PatchError(
+            "FSDP has sharded the model with the adapter in it, which can't be taken out any more; "
+            "with adapter.disabled(): … is the original model"
+        )
     training.undo_train_only(model)
+    base_saves.expect_everything(model)
     # Every module, not just the patched ones: other tools copy projectors, hooks and all.
     for module in [module for module in model.modules() if module.__dict__.get(STATE_ATTRIBUTE) is state]:
         for guard in [value for value in module.__dict__.values() if isinstance(value, MethodGuard)]:
@@ -192,6 +202,11 @@ class EmmaAdapter:
         ``model.get_image_features``, which have no prompt: one for all images, or one for each."""
         state = self._state
         inner = state.family.inner(self.model)
+        if state.pipeline.encoder is None and sharding.is_fully_sharded(self.model):
+            raise PatchError(
+                "the language model's embeddings are sharded and can be read within a call only: pass the instruction "
+                "to the call, model(**inputs, instruction=…)"
+            )
         device = next(self.parameters()).device
         tokens = state.pipeline.explicit(instruction, instruction_mask, None, embedder(inner), device)
         return state.naming(tokens)
@@ -223,13 +238,22 @@ class EmmaAdapter:
         """Groups for an optimizer; the projector's own, at ``projector_lr`` (default ``lr``), if it is trained."""
         return training.parameter_groups(self.model, lr, projector_lr=projector_lr, weight_decay=weight_decay)
 
-    def save_pretrained(self, directory: str | PathLike[str]) -> None:
+    def save_pretrained(self, directory: str | PathLike[str], *, is_main_process: bool | None = None) -> None:
         """Write ``adapter_config.json``, ``adapter_model.safetensors`` and a model card, atomically.
+
+        Of several processes, rank 0 writes. Weights that FSDP2 has sharded are gathered first: then every process must
+        call this, and none goes on before the files are there. Without sharding there is nothing to wait for, and
+        rank 0 may call it alone.
+
+        Args:
+            directory: the folder, made if it isn't there.
+            is_main_process: whether this process writes, if not rank 0 should.
 
         Raises:
             OSError: if the folder can't be written; what it held before is intact.
+            PatchError: if the weights are held by something that only gathers them itself, as DeepSpeed ZeRO-3.
         """
-        checkpoint.save(self.model, directory)
+        checkpoint.save(self.model, directory, is_main_process=is_main_process)
 
     def push_to_hub(
         self,
@@ -302,6 +326,8 @@ class EmmaAdapter:
 
 
 def base_of(model: nn.Module) -> nn.Module:
-    """The transformers model inside a PeftModel; any other model itself."""
+    """The transformers model inside a PeftModel or DistributedDataParallel; any other model itself."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        model = model.module
     get_base_model = getattr(model, "get_base_model", None)
     return get_base_model() if callable(get_base_model) else model

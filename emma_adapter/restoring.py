@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from . import attachment, base_saves, checkpoint, named, training
 from .config import EmmaConfig
@@ -13,7 +13,7 @@ from .families import find_family
 from .fitting import embedding_dim, make_pipeline, make_reader, resolve_encoder
 from .fusion.dispatch import Kernel
 from .instructions.tokens import LLM
-from .state import state_of
+from .state import STATE_ATTRIBUTE, state_of
 
 
 def restore(
@@ -99,6 +99,26 @@ def check_fit(model: nn.Module, saved: checkpoint.SavedAdapter) -> None:
         raise CheckpointError(
             f"{saved.source / checkpoint.WEIGHTS_NAME} is damaged: its tensors don't match the checksum they were "
             "saved with; take another copy"
+        )
+
+
+def check_not_offloaded(model: nn.Module, saved: checkpoint.SavedAdapter, name: str | None) -> None:
+    """That everything which will be given new values is there to take them.
+
+    Raises:
+        PatchError: if it isn't.
+    """
+    family = find_family(model)
+    taking: list[Tensor] = []
+    state = getattr(model, STATE_ATTRIBUTE, None)
+    if state is not None and (name or state.active) in state.adapters:
+        taking += attachment.state_dict(model, name, keep_vars=True).values()
+    if saved.projector:
+        places = attachment.places(family, saved.config, family.inner(model)).values()
+        taking += [value for projector in places for value in attachment.projector_parameters(projector).values()]
+    if any(value.is_meta for value in taking):
+        raise PatchError(
+            f"{saved.source} holds weights of parts that are offloaded: load_adapter first, then dispatch the model"
         )
 
 

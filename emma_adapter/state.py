@@ -50,6 +50,10 @@ class CallContext(threading.local):
         #: were encoded for. Asynchronous code may leave them in another order than it entered them.
         self.all_named: list[tuple[str, InstructionTokens]] = []
         self.disabled = 0
+        #: True until a call without images has its adapter parameters in its graph; see ``parallel``.
+        self.ties_embeddings = False
+        #: True while a ``generate`` without images runs.
+        self.generates_without_images = False
 
 
 class RecomputationMemory:
@@ -173,6 +177,15 @@ class AdapterState:
             yield
         finally:
             context.outer, context.plan, context.pinned = before
+
+    @contextmanager
+    def generating_without_images(self) -> Iterator[None]:
+        context = self.context
+        before, context.generates_without_images = context.generates_without_images, True
+        try:
+            yield
+        finally:
+            context.generates_without_images = before
 
     @contextmanager
     def encoding(self, feature_call: FeatureCall) -> Iterator[None]:

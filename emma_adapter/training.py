@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from . import attachment
 from .errors import PatchError
 from .hooks import remove_hooks
+from .sharding import is_fully_sharded
 from .state import state_of
 
 
@@ -83,6 +84,11 @@ def keep_original_projectors(model: nn.Module) -> None:
     originals = state_of(model).current.original_projectors
     if originals:
         return
+    if is_fully_sharded(model):
+        raise PatchError(
+            "FSDP has sharded the projector, of which the original is to be kept: train_only(projector=True) first, "
+            "then shard"
+        )
     for place, projector in attachment.projectors(model).items():
         original = copy.deepcopy(projector)
         remove_hooks(original)
@@ -90,14 +96,18 @@ def keep_original_projectors(model: nn.Module) -> None:
         originals[place] = original.requires_grad_(False)
 
 
-def trained_projectors(model: nn.Module, adapter: str | None = None) -> dict[str, Tensor]:
-    """The projectors' tensors, by place and name, if they belong to the adapter; else none."""
+def trained_projector_parameters(model: nn.Module, adapter: str | None = None) -> Mapping[str, Tensor]:
+    """The projectors' parameters, by place and name, if they belong to the adapter (default: the active one); else
+    none. They are copies where another adapter is active."""
     state = state_of(model)
     if adapter not in (None, state.active):
-        return dict(state.adapters[adapter].parked_projectors)
-    if not state.current.original_projectors:
-        return {}
-    return {name: parameter.detach() for name, parameter in projector_parameters(model).items()}
+        return state.adapters[adapter].parked_projectors
+    return projector_parameters(model) if state.current.original_projectors else {}
+
+
+def trained_projectors(model: nn.Module) -> dict[str, Tensor]:
+    """The same of the active adapter, outside of any graph."""
+    return {name: parameter.detach() for name, parameter in trained_projector_parameters(model).items()}
 
 
 def original_projectors(model: nn.Module) -> dict[str, Tensor]:
@@ -120,7 +130,16 @@ def assign(model: nn.Module, alignment: Mapping[str, Tensor], projector: Mapping
 
 
 def reset_projectors(model: nn.Module) -> None:
-    """Give the projectors their original values again; they may go on being trained."""
-    parameters = projector_parameters(model)
-    for name, value in original_projectors(model).items():
+    """Give the projectors their original values again; they may go on being trained.
+
+    Raises:
+        PatchError: if they were trained, and are offloaded.
+    """
+    parameters, originals = projector_parameters(model), original_projectors(model)
+    if any(parameters[name].is_meta for name in originals):
+        raise PatchError(
+            "the trained projector is offloaded, so that its original values can't be put back; take accelerate's "
+            "hooks off first: accelerate.hooks.remove_hook_from_submodules(model)"
+        )
+    for name, value in originals.items():
         parameters[name].data.copy_(value)

@@ -24,6 +24,7 @@ from .state import STATE_ATTRIBUTE, AdapterState, state_of
 
 #: Methods of a tuner that replace modules of its model, or freeze its parameters.
 _CHANGING = ("inject_adapter", "merge_and_unload", "unload", "delete_adapter")
+_PEFT_PREFIX = "base_model.model."
 _watching = False
 
 
@@ -125,10 +126,14 @@ def _save_with_adapters(model: nn.Module, original: Callable[..., Any], *args: A
     adapter of PEFT when it resumes."""
     arguments = {**dict(zip(inspect.signature(original).parameters, args, strict=False)), **kwargs}
     result = original(*args, **kwargs)
-    if arguments.get("is_main_process", True):
+    is_main_process, gathered = arguments.get("is_main_process", True), arguments.get("state_dict")
+    if gathered is not None:
+        gathered = {name.removeprefix(_PEFT_PREFIX): value for name, value in gathered.items()}
+    if is_main_process or gathered is None:
         base = state_of(model).model
+        folder = Path(arguments["save_directory"]) / checkpoint.SUBFOLDER
         for adapter in state_of(base).adapters:
-            checkpoint.save(base, Path(arguments["save_directory"]) / checkpoint.SUBFOLDER / adapter, adapter)
+            checkpoint.save(base, folder / adapter, adapter, is_main_process=is_main_process, gathered=gathered)
     return result
 
 

@@ -21,8 +21,6 @@ import pytest
 import safetensors.torch
 import torch
 import yaml
-from accelerate import cpu_offload
-from accelerate.hooks import remove_hook_from_submodules
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -824,16 +822,6 @@ def test_saves_at_the_same_time_leave_each_other_alone(tmp_path):
     loaded = load_adapter(tiny.llava(), tmp_path).alignment.state_dict()
     assert any(same_values(loaded, adapter.alignment.state_dict()) for adapter in adapters)
     assert not list(tmp_path.glob(".emma-save-*"))
-
-
-def test_an_offloaded_adapter_says_that_it_cannot_be_saved(tmp_path):
-    model = trained(ATTENTION)
-    cpu_offload(model, execution_device="cpu")
-    with pytest.raises(PatchError, match=r"offloaded.*dispatch"):
-        get_adapter(model).save_pretrained(tmp_path)
-    remove_hook_from_submodules(model)
-    get_adapter(model).save_pretrained(tmp_path)
-    load_adapter(tiny.llava(), tmp_path)
 
 
 def test_newer_format(folder, victims):

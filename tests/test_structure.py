@@ -31,8 +31,21 @@ LAYERS = (
         "instructions",
         "fitting",
     ),
-    *("calls", "state", "attachment", "planning", "idle", "hooks", "guards", "training", "named", "model_card"),
-    *("checkpoint", "hub", "base_saves", "restoring", "tuners", "patching", "loading", "collation", "__init__", "cli"),
+    *(
+        "sharding",
+        "calls",
+        "state",
+        "attachment",
+        "idle",
+        "parallel",
+        "planning",
+        "hooks",
+        "guards",
+        "training",
+        "named",
+    ),
+    *("model_card", "checkpoint", "hub", "base_saves", "restoring", "tuners", "patching", "loading", "collation"),
+    *("__init__", "cli"),
 )
 
 

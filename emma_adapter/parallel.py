@@ -1,0 +1,126 @@
+"""What keeps processes that train together in step, where not every one of them has an image in its batch.
+
+A batch without images uses neither the adapter nor the projector. The other processes would wait for this one's
+gradients, and where the embeddings are sharded, for its part of them. So such a call
+
+- ties the trainable parameters of the projectors, the adapter's among them, to the embedded prompt: its values stay as
+  they are, and the parameters get a gradient of zero. It is tied there, and not to the output, so that the language
+  model's layers run backward on all processes;
+- looks an embedding up where calls with images do.
+
+Processes tell each other nothing for that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import attachment
+from .errors import PatchError
+from .instructions.tokens import embedder
+from .sharding import is_partitioned, is_sharded
+from .state import STATE_ATTRIBUTE, AdapterState, state_of
+
+
+class _ZeroGradient(torch.autograd.Function):
+    """The first argument as it is; the others get a gradient of zero."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, *parameters: Tensor) -> Tensor:
+        # As attributes: nothing reads their values, which FSDP frees before backward.
+        ctx.parameters = parameters
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return (*gradients, *(torch.zeros_like(parameter) for parameter in ctx.parameters))
+
+
+def tie(state: AdapterState, values: Tensor) -> Tensor:
+    """``values``, with the trainable parameters of the projectors in their graph."""
+    parameters = [
+        parameter
+        for projector in attachment.projectors(state.model).values()
+        for parameter in projector.parameters()
+        if parameter.requires_grad and not is_partitioned(parameter)
+    ]
+    return _ZeroGradient.apply(values, *parameters) if parameters else values
+
+
+def before_call_without_images(state: AdapterState, inner: nn.Module, arguments: dict[str, Any]) -> None:
+    """Prepare a call of ``forward`` whose batch holds no image."""
+    if not state.context.generates_without_images:
+        look_up(state, inner, arguments)
+    if not torch.is_grad_enabled():
+        return
+    embeds = arguments.get("inputs_embeds")
+    if embeds is not None:
+        arguments["inputs_embeds"] = tie(state, embeds)
+        return
+    embed: Any = embedder(inner)
+    install_embedding_hook(state, embed)
+    state.context.ties_embeddings = True
+
+
+def look_up(state: AdapterState, inner: nn.Module, arguments: Mapping[str, Any]) -> None:
+    """Take part in gathering sharded embeddings, which other processes do for their instructions."""
+    embed: Any = embedder(inner)
+    ids = arguments.get("input_ids")
+    reads_embeddings = state.pipeline.encoder is None and not state.context.all_named
+    if ids is None or not reads_embeddings or not any(is_sharded(weight) for weight in embed.parameters()):
+        return
+    with torch.no_grad():
+        embed(torch.zeros_like(ids[:1, :1]))
+
+
+def install_embedding_hook(state: AdapterState, embed: nn.Module) -> None:
+    """Have our hook run after all others on the embeddings.
+
+    FSDP's gathers weights again in backward for outputs that need a gradient, and on other processes this one
+    doesn't: it must not see the tie.
+    """
+    hooks = embed._forward_hooks
+    if hooks and next(reversed(hooks.values())) is after_embedding:
+        return
+    for key in [key for key, hook in hooks.items() if hook is after_embedding]:
+        del hooks[key]
+    setattr(embed, STATE_ATTRIBUTE, state)
+    embed.register_forward_hook(after_embedding)
+
+
+def after_embedding(embed: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+    state = state_of(embed)
+    context = state.context
+    if not context.ties_embeddings:
+        return None
+    context.ties_embeddings = False
+    return tie(state, output)
+
+
+def check_wrapped_once_patched(alignment: nn.Module) -> None:
+    """That DistributedDataParallel and FSDP, if they run, know the adapter's parameters.
+
+    Raises:
+        PatchError: if the model was wrapped before it was patched, or the adapter sharded apart from it.
+    """
+    parameters = list(alignment.parameters())
+    if any(is_sharded(parameter) for parameter in parameters):
+        raise PatchError(
+            "the adapter was sharded on its own (fully_shard(adapter.alignment), or an auto-wrap policy by size): a "
+            "process without images would leave the others waiting for its part. Shard the model around it: the "
+            "adapter is small, and belongs in the group of its projector or of the whole model"
+        )
+    wrapper = nn.parallel.DistributedDataParallel._get_active_ddp_module()
+    if wrapper is None or not torch.is_grad_enabled():
+        return
+    known = {id(parameter) for parameter in wrapper.module.parameters()} & set(map(id, wrapper._module_parameters))
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    if any(id(parameter) not in known for parameter in trained):
+        raise PatchError(
+            "the model was patched after it was wrapped in DistributedDataParallel, which would leave each process "
+            "with an adapter of its own: patch_model or load_adapter first, then wrap"
+        )

@@ -1,0 +1,118 @@
+"""Weights that aren't whole in this process: sharded over processes, or offloaded, and how they are gathered."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import PatchError
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is a ``DTensor``, of which this process may hold a part only."""
+    # Importing it takes seconds, and whoever holds one has imported it.
+    module: Any = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def is_partitioned(tensor: Tensor) -> bool:
+    """Whether DeepSpeed ZeRO-3 holds the values of ``tensor``, and left it empty here."""
+    return hasattr(tensor, "ds_id") and tensor.numel() == 0
+
+
+def is_elsewhere(tensor: Tensor) -> bool:
+    return tensor.is_meta or is_sharded(tensor) or is_partitioned(tensor)
+
+
+def is_fully_sharded(model: nn.Module) -> bool:
+    """Whether ``fully_shard`` (FSDP2) or ``FullyShardedDataParallel`` was applied to the model or a part of it."""
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None or not torch.distributed.is_available():
+        return False
+    return any(isinstance(module, (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)) for module in model.modules())
+
+
+def execution_device(module: nn.Module) -> torch.device | None:
+    """Where accelerate's hooks run a module, if it has any: its inputs may come from elsewhere, and its weights lie
+    elsewhere."""
+    for part in module.modules():
+        hook = getattr(part, "_hf_hook", None)
+        for one in getattr(hook, "hooks", [hook]):
+            device = getattr(one, "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+    return None
+
+
+def gather(
+    model: nn.Module, tensors: Mapping[str, Tensor], given: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """The tensors whole, on the CPU.
+
+    Args:
+        model: that they are part of.
+        tensors: under any names, the model's own objects (``state_dict(keep_vars=True)``).
+        given: a state dict of the model that was gathered already. Without it, sharded tensors are gathered here,
+            which every process that holds a part must take part in.
+
+    Raises:
+        PatchError: if a tensor can't be gathered from here.
+    """
+    elsewhere = {id(value) for value in tensors.values() if is_elsewhere(value)}
+    found: dict[int, Tensor] = {}
+    if elsewhere and given is not None:
+        held = model.state_dict(keep_vars=True)
+        found = {id(value): given[name] for name, value in held.items() if id(value) in elsewhere and name in given}
+    elif any(tensor.is_meta for tensor in tensors.values()):
+        found = _offloaded(model, elsewhere)
+    whole = {name: found.get(id(value), value) for name, value in tensors.items()}
+    if given is None:
+        whole = {name: _full(value) for name, value in whole.items()}
+    if missing := sorted(name for name, value in whole.items() if is_elsewhere(value)):
+        raise PatchError(
+            f"the adapter's weights {missing} are not in this process, so that there is nothing to save. DeepSpeed "
+            "ZeRO-3 and FSDP gather them: model.save_pretrained(folder, state_dict=accelerator.get_state_dict(...)), "
+            "as in docs/distributed.md. Offloaded by other hooks than accelerate's: take those off first"
+        )
+    return {name: value.detach().cpu().contiguous() for name, value in whole.items()}
+
+
+def _offloaded(model: nn.Module, wanted: set[int]) -> dict[int, Tensor]:
+    """Copies of offloaded tensors, by the identity of what stands in for them."""
+    from accelerate.utils import align_module_device, has_offloaded_params
+
+    found: dict[int, Tensor] = {}
+    for module in model.modules():
+        if not has_offloaded_params(module):
+            continue
+        before = {name: value for name, value in module.state_dict(keep_vars=True).items() if id(value) in wanted}
+        if not before:
+            continue
+        with align_module_device(module, torch.device("cpu")):
+            now = module.state_dict()
+            found |= {id(value): now[name].clone() for name, value in before.items() if not now[name].is_meta}
+    return found
+
+
+def _full(tensor: Tensor) -> Tensor:
+    sharded: Any = tensor
+    return sharded.full_tensor() if is_sharded(tensor) else tensor
+
+
+def is_main_process() -> bool:
+    """True on rank 0, and where there is one process only."""
+    return not _many() or torch.distributed.get_rank() == 0
+
+
+def wait_for_everyone() -> None:
+    if _many():
+        torch.distributed.barrier()
+
+
+def _many() -> bool:
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
