@@ -60,6 +60,11 @@ def make(lora, order, *, trained=True):
     return wrapped.eval(), adapter
 
 
+def assert_same(found, expected):
+    """PyTorch may round a product otherwise where the weights need no gradient, as those of a loaded LoRA."""
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
 def training_inputs():
     talk = [tiny.user("is there a cat?"), tiny.assistant("no")]
     inputs = tiny.chat_inputs([talk], generate=False)
@@ -213,17 +218,17 @@ def test_saved_once_and_loaded_back(lora, order, tmp_path):
     # One after the other,
     model = PeftModel.from_pretrained(tiny.llava(), tmp_path)
     load_adapter(model, tmp_path, processor=tiny.processor())
-    assert torch.equal(logits(model.eval()), expected)
+    assert_same(logits(model.eval()), expected)
     # the other way round,
     model = tiny.llava()
     load_adapter(model, tmp_path, processor=tiny.processor())
     model = PeftModel.from_pretrained(model, tmp_path)
-    assert torch.equal(logits(model.eval()), expected)
+    assert_same(logits(model.eval()), expected)
     # or both at once, into a model that has an adapter.
     model = tiny.llava()
     patch_model(model, processor=tiny.processor())
     model = PeftModel.from_pretrained(model, tmp_path)
-    assert torch.equal(logits(model.eval()), expected)
+    assert_same(logits(model.eval()), expected)
 
 
 def test_several_of_each_are_saved_together(tmp_path):
@@ -235,7 +240,7 @@ def test_several_of_each_are_saved_together(tmp_path):
     base = load_adapter(tiny.llava(), tmp_path, processor=tiny.processor())
     assert base.config.fusion == "attention"
     base.add("other", EmmaConfig(fusion="modulation")).set_active("other")
-    assert torch.equal(logits(PeftModel.from_pretrained(base.model, tmp_path).eval()), expected)
+    assert_same(logits(PeftModel.from_pretrained(base.model, tmp_path).eval()), expected)
     (tmp_path / "emma_adapter" / "default").rename(tmp_path / "emma_adapter" / "first")
     with pytest.raises(CheckpointError, match=r"\['first', 'other'\]"):
         load_adapter(tiny.llava(), tmp_path)

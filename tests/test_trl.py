@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
-from pathlib import Path
+import warnings
 
 import pytest
 import safetensors.torch
 import torch
+from peft import LoraConfig
 
 import tiny
 from emma_adapter import EmmaConfig, InstructionCollator, InstructionError, load_adapter, patch_model
@@ -252,17 +252,17 @@ def test_a_rate_for_the_projector(tmp_path):
     assert any("multi_modal_projector.linear_1" in name for name in files)
 
 
-def test_lora_of_trl_freezes_the_adapter(tmp_path):
-    """As PEFT does; whoever wants both says so."""
-    peft = pytest.importorskip("peft")
-    for both in (False, True):
-        model, adapter = patched()
-        before = {name: value.clone() for name, value in adapter.alignment.state_dict().items()}
-        lora = peft.LoraConfig(r=2, target_modules=["q_proj"])
-        trainer = trainer_for(model, tmp_path, dataset(), peft_config=lora, max_steps=2, save_strategy="no")
-        adapter.alignment.requires_grad_(both)
+@pytest.mark.parametrize("frozen", [True, False])
+def test_lora_of_trl_leaves_the_adapter_as_trainable_as_it_was(frozen, tmp_path):
+    model, adapter = patched()
+    adapter.alignment.requires_grad_(not frozen)
+    before = {name: value.clone() for name, value in adapter.alignment.state_dict().items()}
+    lora = LoraConfig(r=2, target_modules=["q_proj"])
+    trainer = trainer_for(model, tmp_path, dataset(), peft_config=lora, max_steps=2, save_strategy="no")
+    with warnings.catch_warnings():
+        # A frozen adapter that has learned nothing: said once, and meant here.
+        warnings.filterwarnings("ignore", message="the model is trained, but its EMMA adapter is frozen")
         trainer.train()
-        assert same_values(before, adapter.alignment.state_dict()) is not both
-        lora_b = [value for name, value in trainer.model.named_parameters() if "lora_B" in name]
-        assert any(value.any() for value in lora_b)
-        shutil.rmtree(Path(tmp_path), ignore_errors=True)
+    assert same_values(before, adapter.alignment.state_dict()) is frozen
+    lora_b = [value for name, value in trainer.model.named_parameters() if "lora_B" in name]
+    assert any(value.any() for value in lora_b)
