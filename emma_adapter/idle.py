@@ -7,7 +7,8 @@ import warnings
 import torch
 from torch import nn
 
-from . import attachment
+from .alignment import EmmaAlignment
+from .sharding import is_elsewhere
 from .state import state_of
 
 
@@ -17,8 +18,11 @@ def warn_if_left_out(model: nn.Module) -> None:
     if state.seen_training or torch.compiler.is_compiling():
         return
     state.seen_training = True
-    adapter = list(attachment.named_parameters(model).values())
+    alignments = [module for module in model.modules() if isinstance(module, EmmaAlignment)]
+    adapter = [parameter for alignment in alignments for parameter in alignment.parameters()]
     if any(parameter.requires_grad for parameter in adapter) or not any(p.requires_grad for p in model.parameters()):
+        return
+    if any(is_elsewhere(parameter) for parameter in adapter):
         return
     # What makes a new adapter the identity is a weight of zeros.
     if any(parameter.ndim > 1 and not parameter.any() for parameter in adapter):
