@@ -114,8 +114,10 @@ def check_wrapped_once_patched(alignment: nn.Module) -> None:
             "process without images would leave the others waiting for its part. Shard the model around it: the "
             "adapter is small, and belongs in the group of its projector or of the whole model"
         )
-    wrapper = nn.parallel.DistributedDataParallel._get_active_ddp_module()
-    if wrapper is None or not torch.is_grad_enabled():
+    # PyTorch tells this under private names only; a release without them goes unchecked.
+    running = getattr(nn.parallel.DistributedDataParallel, "_get_active_ddp_module", None)
+    wrapper = None if running is None else running()
+    if wrapper is None or not hasattr(wrapper, "_module_parameters") or not torch.is_grad_enabled():
         return
     known = {id(parameter) for parameter in wrapper.module.parameters()} & set(map(id, wrapper._module_parameters))
     trained = [parameter for parameter in parameters if parameter.requires_grad]

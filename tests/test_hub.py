@@ -42,6 +42,7 @@ def run(tmp_path):
             "HF_HOME": str(tmp_path / "home"),
             "HF_TOKEN": "hf_of_a_test",
             "HF_HUB_DISABLE_XET": "1",
+            "NO_PROXY": "127.0.0.1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "PYTHONPATH": str(Path(__file__).parent),
         }
