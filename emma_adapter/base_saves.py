@@ -18,7 +18,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from . import attachment, checkpoint, sharding
+from . import attachment, checkpoint, saving, sharding
 from .state import state_of
 from .training import original_projectors, projector_parameters, trained_projectors
 
@@ -50,7 +50,7 @@ def guard_save_pretrained(model: nn.Module, original: Callable[..., Any], *args:
             expect_adapter_only(model)
     if is_main_process or not by_trainer:
         folder = directory / checkpoint.SUBFOLDER
-        checkpoint.save_all(model, folder, is_main_process=is_main_process, gathered=gathered)
+        saving.save_all(model, folder, is_main_process=is_main_process, gathered=gathered)
     return result
 
 
@@ -103,7 +103,7 @@ def _identities(tensors: Mapping[str, Tensor]) -> set[int]:
 
 
 def _save_trained(model: nn.Module, directory: Path, gathered: Mapping[str, Tensor] | None) -> None:
-    checkpoint.save(model, directory, is_main_process=True, gathered=gathered)
+    saving.save(model, directory, is_main_process=True, gathered=gathered)
     tensors = sharding.gather(model, _trained_names(model), gathered)
     scratch = directory / f".{_TRAINER_WEIGHTS}.tmp"
     save_file(tensors, scratch, metadata={"format": "pt"})

@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from .checkpoint import CARD_NAME, CONFIG_NAME, SUBFOLDER, WEIGHTS_NAME, save
+from .checkpoint import CARD_NAME, CONFIG_NAME, SUBFOLDER, WEIGHTS_NAME
 from .errors import CheckpointError
+from .saving import save
 
 _NAMES = (CONFIG_NAME, WEIGHTS_NAME, CARD_NAME)
 

@@ -49,7 +49,7 @@ def load_adapter(
     """
     if sharding.is_fully_sharded(model):
         raise PatchError("the model is sharded by FSDP: load_adapter first, then shard")
-    model = base_of(model)
+    given, model = model, base_of(model)
     patched = hasattr(model, STATE_ATTRIBUTE)
     if name not in (None, DEFAULT) and not patched:
         raise PatchError(
@@ -67,7 +67,7 @@ def load_adapter(
                 stacklevel=2,
             )
         config = saved.config if kernel is None else saved.config.replace(kernel=kernel)
-        patch_model(model, config, processor=processor, instruction_encoder=instruction_encoder)
+        patch_model(given, config, processor=processor, instruction_encoder=instruction_encoder)
         restoring.assign(model, saved)
     else:
         restoring.restore(

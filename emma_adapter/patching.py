@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import attachment, base_saves, checkpoint, hub, named, sharding, training, tuners
+from . import attachment, base_saves, hub, named, saving, sharding, training, tuners
 from .alignment import EmmaAlignment
 from .config import EmmaConfig
 from .errors import PatchError
@@ -253,7 +253,7 @@ class EmmaAdapter:
             OSError: if the folder can't be written; what it held before is intact.
             PatchError: if the weights are held by something that only gathers them itself, as DeepSpeed ZeRO-3.
         """
-        checkpoint.save(self.model, directory, is_main_process=is_main_process)
+        saving.save(self.model, directory, is_main_process=is_main_process)
 
     def push_to_hub(
         self,

@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from . import attachment, checkpoint, restoring, training
+from . import attachment, checkpoint, restoring, saving, training
 from .alignment import EmmaAlignment
 from .errors import PatchError
 from .guards import MethodGuard
@@ -65,8 +65,7 @@ def _is_patched(module: nn.Module | None) -> bool:
 
 def _guard_tuner(tuner: nn.Module) -> None:
     for name in _CHANGING:
-        if hasattr(type(tuner), name):
-            _install(tuner, name, _keep_adapters)
+        _install(tuner, name, _keep_adapters)
 
 
 def _guard_peft_model(model: nn.Module) -> None:
@@ -76,7 +75,7 @@ def _guard_peft_model(model: nn.Module) -> None:
 
 def _install(module: nn.Module, name: str, guard: Callable[..., Any]) -> None:
     present = module.__dict__.get(name)
-    if not (isinstance(present, MethodGuard) and present.guard is guard):
+    if hasattr(type(module), name) and not (isinstance(present, MethodGuard) and present.guard is guard):
         MethodGuard.install(module, name, guard)
 
 
@@ -133,7 +132,7 @@ def _save_with_adapters(model: nn.Module, original: Callable[..., Any], *args: A
         base = state_of(model).model
         folder = Path(arguments["save_directory"]) / checkpoint.SUBFOLDER
         for adapter in state_of(base).adapters:
-            checkpoint.save(base, folder / adapter, adapter, is_main_process=is_main_process, gathered=gathered)
+            saving.save(base, folder / adapter, adapter, is_main_process=is_main_process, gathered=gathered)
     return result
 
 

@@ -33,11 +33,11 @@ from emma_adapter import (
     EmmaError,
     EncoderError,
     PatchError,
-    checkpoint,
     get_adapter,
     load_adapter,
     patch_model,
     register_fusion,
+    saving,
     unpatch_model,
 )
 from emma_adapter.fusion import registry
@@ -1121,7 +1121,7 @@ def test_save_fails_between_two_replacements(before, old_and_new, tmp_path, monk
         replace(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.os, "replace", failing)
+        patch.setattr(os, "replace", failing)
         with pytest.raises(OSError, match="disk is gone"):
             get_adapter(new).save_pretrained(tmp_path)
     assert next(calls) == before + 1
@@ -1152,7 +1152,7 @@ def test_process_dies_at_a_replacement(number, after, old_and_new, tmp_path, mon
         if last:
             os._exit(9)
 
-    monkeypatch.setattr(checkpoint.os, "replace", dying)
+    monkeypatch.setattr(os, "replace", dying)
     assert in_fork(lambda: get_adapter(new).save_pretrained(tmp_path)) == 9
     monkeypatch.undo()
 
@@ -1175,7 +1175,7 @@ def test_first_save_dies(number, old_and_new, tmp_path, monkeypatch):
             os._exit(9)
         replace(source, target)
 
-    monkeypatch.setattr(checkpoint.os, "replace", dying)
+    monkeypatch.setattr(os, "replace", dying)
     assert in_fork(lambda: get_adapter(new).save_pretrained(tmp_path)) == 9
     monkeypatch.undo()
     if number < 2:
@@ -1197,7 +1197,7 @@ def test_failing_write_leaves_the_earlier_adapter(where, old_and_new, tmp_path, 
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, where, failing)
+        patch.setattr(saving, where, failing)
         with pytest.raises(OSError, match="No space left"):
             get_adapter(new).save_pretrained(tmp_path)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == files
@@ -1217,8 +1217,8 @@ def test_new_files_are_on_disk_before_the_first_is_replaced(old_and_new, tmp_pat
         steps.append("replace")
         replace(source, target)
 
-    monkeypatch.setattr(checkpoint.os, "fsync", noted_fsync)
-    monkeypatch.setattr(checkpoint.os, "replace", noted_replace)
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "replace", noted_replace)
     get_adapter(old_and_new[0]).save_pretrained(tmp_path)
     first = steps.index("replace")
     assert steps[:first].count("fsync") == REPLACED

@@ -25,6 +25,9 @@ TARGETS = {
 }
 
 
+TARGETS_OF_A_COPY = LoraConfig(r=2, init_lora_weights=False, **TARGETS["a copy of the projector"])
+
+
 @pytest.fixture(params=TARGETS)
 def lora(request):
     return LoraConfig(r=2, init_lora_weights=False, **TARGETS[request.param])
@@ -229,6 +232,19 @@ def test_saved_once_and_loaded_back(lora, order, tmp_path):
     patch_model(model, processor=tiny.processor())
     model = PeftModel.from_pretrained(model, tmp_path)
     assert_same(logits(model.eval()), expected)
+
+
+def test_an_adapter_that_is_loaded_into_a_peft_model_is_saved_and_kept_with_it(tmp_path):
+    wrapped, _ = make(TARGETS_OF_A_COPY, "patched first")
+    expected = logits(wrapped)
+    wrapped.save_pretrained(tmp_path / "first")
+    model = PeftModel.from_pretrained(tiny.llava(), tmp_path / "first")
+    load_adapter(model, tmp_path / "first", processor=tiny.processor())
+    model.save_pretrained(tmp_path / "second")
+    weights = "emma_adapter/default/adapter_model.safetensors"
+    first, second = (load_file(tmp_path / folder / weights) for folder in ("first", "second"))
+    assert all(torch.equal(first[name], second[name]) for name in {*first, *second})
+    assert_same(logits(model.merge_and_unload().eval()), expected)
 
 
 def test_several_of_each_are_saved_together(tmp_path):

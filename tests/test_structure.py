@@ -18,35 +18,13 @@ from emma_adapter.integrations.llava import LlavaFamily
 
 ROOT = Path(__file__).parents[1]
 # Lower layers first: a file may import from its own layer or a lower one.
-LAYERS = (
-    *(
-        "errors",
-        "version",
-        "kernels",
-        "fusion",
-        "config",
-        "official",
-        "alignment",
-        "families",
-        "instructions",
-        "fitting",
-    ),
-    *(
-        "sharding",
-        "calls",
-        "state",
-        "attachment",
-        "idle",
-        "parallel",
-        "planning",
-        "hooks",
-        "guards",
-        "training",
-        "named",
-    ),
-    *("model_card", "checkpoint", "hub", "base_saves", "restoring", "tuners", "patching", "loading", "collation"),
-    *("__init__", "cli"),
-)
+ORDER = """
+errors version kernels fusion config official alignment families instructions fitting
+sharding calls state attachment idle parallel planning hooks guards training named
+model_card checkpoint saving hub base_saves restoring tuners patching loading collation
+__init__ cli
+"""
+LAYERS = ORDER.split()
 
 
 def imports_of(path: Path) -> set[str]:
