@@ -52,7 +52,7 @@ def run(tmp_path):
         def run(code: str, **more: str) -> str:
             command = [sys.executable, "-c", _COMMON + code]
             done = subprocess.run(
-                command, env={**environment, **more}, capture_output=True, text=True, check=False, timeout=120
+                command, env={**environment, **more}, capture_output=True, text=True, check=False, timeout=300
             )
             assert done.returncode == 0, done.stderr
             return done.stdout

@@ -28,7 +28,7 @@ CONFIGS = {
 }
 
 
-def launch(*command: str, seconds: int = 150) -> None:
+def launch(*command: str, seconds: int = 300) -> None:
     """Run a module in processes of their own; that they hang is a failure."""
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     process = subprocess.Popen(

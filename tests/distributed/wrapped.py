@@ -116,7 +116,7 @@ def refuses_to_keep_a_sharded_projector():
 
 def main():
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=30))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=90))
     done = []
     for wrapper in WRAPPERS:
         for projector in (False, True):
