@@ -60,7 +60,7 @@ def run(tmp_path):
         yield run, hub
 
 
-def test_uploaded_and_loaded_again(run):
+def test_uploaded_and_loaded_again(run, tmp_path):
     run, hub = run
     said = run(
         """
@@ -82,7 +82,7 @@ for adapter, revision in ((first, None), (second, "longer"), (first, "main")):
     # Nothing but the adapter is fetched.
     hub.branches["someone/my-adapter"]["main"][-1]["pytorch_model.bin"] = b"large"
     hub.requests.clear()
-    run('load_adapter(tiny.llava(), "someone/my-adapter")', HF_HOME="")
+    run('load_adapter(tiny.llava(), "someone/my-adapter")', HF_HOME=str(tmp_path / "another home"))
     assert hub.requests
     assert not any("pytorch_model" in request for request in hub.requests)
     # What was downloaded before needs no hub.
