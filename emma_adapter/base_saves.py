@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import attachment, checkpoint, saving, sharding
+from .guards import arguments_by_name
 from .state import state_of
 from .training import original_projectors, projector_parameters, trained_projectors
 
@@ -27,7 +27,7 @@ _TRAINER_WEIGHTS = "model.safetensors"
 
 
 def guard_save_pretrained(model: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    kwargs = {**dict(zip(inspect.signature(original).parameters, args, strict=False)), **kwargs}
+    kwargs = arguments_by_name(original, args, kwargs)
     directory = Path(kwargs["save_directory"])
     by_trainer = "state_dict" in kwargs
     gathered = kwargs.get("state_dict")

@@ -91,7 +91,7 @@ def guard_generate(model: nn.Module, original: Callable[..., Any], *args: Any, *
     and later calls of forward no longer see the prompt alone."""
     state = state_of(model)
     own = pop_outer_call(kwargs)
-    arguments = _by_name(original, args, kwargs)
+    arguments = arguments_by_name(original, args, kwargs)
     if state.context.disabled:
         return original(*args, **kwargs)
     if arguments.get("inputs") is not None:
@@ -112,14 +112,15 @@ def guard_generate(model: nn.Module, original: Callable[..., Any], *args: Any, *
 def guard_features(modality: str, inner: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Note which modality is being encoded, and in what sizes."""
     state = state_of(inner)
-    arguments = _by_name(original, args, kwargs)
+    arguments = arguments_by_name(original, args, kwargs)
     # The first parameter, whatever a release of transformers calls it.
     pixels = arguments.get(next(iter(inspect.signature(original).parameters)))
     with state.encoding(FeatureCall.of(state.family, modality, pixels, arguments)):
         return original(*args, **kwargs)
 
 
-def _by_name(method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def arguments_by_name(method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of a bound method, those given by position too."""
     return {**dict(zip(inspect.signature(method).parameters, args, strict=False)), **kwargs}
 
 

@@ -7,7 +7,6 @@ save and load the adapter with its own. PEFT itself is never imported: a tuner i
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from . import attachment, checkpoint, restoring, saving, training
 from .alignment import EmmaAlignment
 from .errors import PatchError
-from .guards import MethodGuard
+from .guards import MethodGuard, arguments_by_name
 from .hooks import install_projector_hooks, remove_hooks
 from .state import STATE_ATTRIBUTE, AdapterState, state_of
 
@@ -123,7 +122,7 @@ def _check_trained_projectors(model: nn.Module) -> None:
 def _save_with_adapters(model: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Every adapter goes into a folder of its name in ``emma_adapter/``: one level higher, Trainer would take it for an
     adapter of PEFT when it resumes."""
-    arguments = {**dict(zip(inspect.signature(original).parameters, args, strict=False)), **kwargs}
+    arguments = arguments_by_name(original, args, kwargs)
     result = original(*args, **kwargs)
     is_main_process, gathered = arguments.get("is_main_process", True), arguments.get("state_dict")
     if gathered is not None:
@@ -138,7 +137,7 @@ def _save_with_adapters(model: nn.Module, original: Callable[..., Any], *args: A
 
 def _load_with_adapter(model: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """The adapter that was saved beside a LoRA comes with it, if it is the LoRA that the model uses."""
-    arguments = {**dict(zip(inspect.signature(original).parameters, args, strict=False)), **kwargs}
+    arguments = arguments_by_name(original, args, kwargs)
     result = original(*args, **kwargs)
     state = state_of(model)
     folder = checkpoint.find(Path(arguments["model_id"]), state.active)
