@@ -25,6 +25,8 @@ class OuterCall:
     assistant_mask: Tensor | None = None
     instruction: Instruction | None = None
     instruction_mask: Tensor | None = None
+    #: False where no gradients were recorded when the call was made.
+    records_gradients: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,11 +69,18 @@ class CallPlan:
 
 
 @dataclass(frozen=True)
+class Bypass:
+    """In the place of a plan or a route: the adapter is disabled."""
+
+    #: Name of the adapter that was active.
+    adapter: str
+
+
+@dataclass(frozen=True)
 class PinnedPrompt:
     """What a ``generate`` was asked, for the calls of forward that it makes."""
 
-    adapter: str
-    instruction: InstructionTokens
+    plan: CallPlan
     #: ``[B, L]``, without what a cache holds; None if the prompt was given as embeddings.
     input_ids: Tensor | None
 
@@ -107,6 +116,27 @@ class RoutedInstruction:
         packing = Packing(layout.grids, rows, layout.orders)
         aligned = alignment(flat, self.instruction.tokens, self.instruction.mask, packing=packing)
         return _laid_out_like(visual_tokens, aligned.view_as(visual_tokens))
+
+
+def same_plan(one: CallPlan | Bypass, other: CallPlan | Bypass) -> bool:
+    """Whether both give every row the same instruction."""
+    if isinstance(one, Bypass) or isinstance(other, Bypass):
+        return one == other
+    return (
+        one.adapter == other.adapter
+        and one.repeats == other.repeats
+        and all(torch.equal(found, other.placeholders[modality]) for modality, found in one.placeholders.items())
+        and one.instruction.equals(other.instruction)
+    )
+
+
+def same_route(one: RoutedInstruction | Bypass, other: RoutedInstruction | Bypass) -> bool:
+    """Whether both lead the same visual tokens to the same instructions."""
+    if isinstance(one, Bypass) or isinstance(other, Bypass):
+        return one == other
+    return (
+        one.adapter == other.adapter and torch.equal(one.rows, other.rows) and one.instruction.equals(other.instruction)
+    )
 
 
 def _laid_out_like(visual_tokens: Tensor, aligned: Tensor) -> Tensor:

@@ -7,16 +7,18 @@ import functools
 import inspect
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .calls import FeatureCall
 from .errors import PatchError
 from .hooks import pop_outer_call
 from .parallel import look_up
 from .planning import has_pixels, plan_call
-from .state import STATE_ATTRIBUTE, state_of
+from .recomputation import is_recomputing, may_be_recomputed
+from .state import STATE_ATTRIBUTE, AdapterState, state_of
 
 
 class MethodGuard:
@@ -69,6 +71,12 @@ class MethodGuard:
         twin._model = weakref.ref(memo.get(id(model), model))
         return twin
 
+    def bound_to(self, model: nn.Module) -> MethodGuard:
+        """This guard for a shallow copy of its model."""
+        twin = object.__new__(type(self))
+        twin.name, twin.guard, twin.previous, twin._model = self.name, self.guard, self.previous, weakref.ref(model)
+        return twin
+
     def _living_model(self) -> nn.Module:
         model = self._model()
         if model is None:
@@ -92,7 +100,7 @@ def guard_generate(model: nn.Module, original: Callable[..., Any], *args: Any, *
     state = state_of(model)
     own = pop_outer_call(kwargs)
     arguments = arguments_by_name(original, args, kwargs)
-    if state.context.disabled:
+    if state.scope.disabled:
         return original(*args, **kwargs)
     if arguments.get("inputs") is not None:
         arguments["input_ids"] = arguments["inputs"]
@@ -115,8 +123,40 @@ def guard_features(modality: str, inner: nn.Module, original: Callable[..., Any]
     arguments = arguments_by_name(original, args, kwargs)
     # The first parameter, whatever a release of transformers calls it.
     pixels = arguments.get(next(iter(inspect.signature(original).parameters)))
-    with state.encoding(FeatureCall.of(state.family, modality, pixels, arguments)):
+    with (
+        _call_of_features(state, inner, pixels),
+        state.encoding(FeatureCall.of(state.family, modality, pixels, arguments)),
+    ):
         return original(*args, **kwargs)
+
+
+def _call_of_features(state: AdapterState, inner: nn.Module, pixels: Any) -> AbstractContextManager[None]:
+    """What the call knew that a feature method belongs to, if the method is computed again without it."""
+    context, memory = state.context, state.memories.features
+    pixels = next(iter(pixels), None) if isinstance(pixels, (list, tuple)) else pixels
+    if not isinstance(pixels, Tensor) or context.feature_call is not None:
+        return nullcontext()
+    if not is_recomputing():
+        if context.plan is None and may_be_recomputed(inner):
+            memory.remember(pixels, state.scope)
+        elif context.plan is not None and context.pinned is None and context.may_be_recomputed:
+            memory.remember(pixels, context.plan)
+    elif context.plan is None and context.recomputed is None:
+        known = memory.recall(pixels)
+        if known is not None:
+            return state.recomputing(inner, known)
+    return nullcontext()
+
+
+def guard_replication(module: nn.Module, original: Callable[[], nn.Module]) -> nn.Module:
+    """Let a replica, which ``nn.DataParallel`` makes for each device and call, be a patched model of its own: a copied
+    guard would run the methods of the model it was made for, and the replica's thread is in no block of this one."""
+    replica = original()
+    for name, value in list(replica.__dict__.items()):
+        if isinstance(value, MethodGuard):
+            replica.__dict__[name] = value.bound_to(replica)
+    setattr(replica, STATE_ATTRIBUTE, state_of(module).for_replica())
+    return replica
 
 
 def arguments_by_name(method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ patched model is patched too, and independent. No class is changed.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
@@ -15,13 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from .attachment import PLACE_ATTRIBUTE, alignment_at, is_aligned, projector_parameters
-from .calls import OuterCall, RoutedInstruction, route, route_without_prompt
+from .calls import Bypass, CallPlan, OuterCall, RoutedInstruction, route, route_without_prompt
 from .errors import InstructionError
 from .idle import warn_if_left_out
 from .parallel import after_embedding, before_call_without_images, check_wrapped_once_patched
 from .planning import has_pixels, pinned_plan, plan_call
+from .recomputation import is_recomputing, may_be_recomputed, with_own_memory
 from .sharding import execution_device
-from .state import AdapterState, state_of
+from .state import AdapterState, CallContext, state_of
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -59,13 +61,18 @@ def remove_hooks(module: nn.Module) -> None:
 def before_outer(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
     """Take out of the call what is for the adapter, and note the labels, which the inner model doesn't get."""
     kwargs = _by_name(model, args, kwargs)
-    context = state_of(model).context
-    context.outer = pop_outer_call(kwargs)
+    state = state_of(model)
+    _enter_call(state, model, kwargs)
+    state.context.outer = pop_outer_call(kwargs)
+    if state.context.may_be_recomputed and (prompt := _prompt_name(kwargs)):
+        kwargs[prompt] = with_own_memory(kwargs[prompt])
     return (), kwargs
 
 
 def after_outer(model: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-    state_of(model).context.outer = None
+    context = state_of(model).context
+    context.outer = None
+    _leave_call(context, model)
 
 
 def before_inner(inner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
@@ -76,97 +83,143 @@ def before_inner(inner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     state = state_of(inner)
     context = state.context
     # Taken, not read: after an interrupted call, whose later hooks never ran, it must not be there for the next.
-    outer, context.outer = own if context.outer is None else context.outer, None
-    if context.disabled:
-        return (), kwargs
+    outer, context.outer = context.outer, None
+    if outer is None:
+        if is_recomputing() and (prompt := _prompt_name(kwargs)):
+            plan = state.memories.plans.recall(kwargs[prompt])
+            if plan is not None:
+                state.resume(inner, plan)
+                return (), kwargs
+        _enter_call(state, inner, kwargs)
+        outer = own
+    elif own.instruction is not None:
+        outer = dataclasses.replace(outer, instruction=own.instruction, instruction_mask=own.instruction_mask)
+    disabled = state.scope.disabled
     if not has_pixels(state.family, kwargs):
-        if context.pinned is None:
+        if not disabled and context.pinned is None:
             before_call_without_images(state, inner, kwargs)
         return (), kwargs
-    if inner.training and torch.is_grad_enabled():
-        warn_if_left_out(state.model)
-    explicit = outer.instruction is not None or own.instruction is not None
-    if context.pinned is not None and not explicit and context.pinned.is_prompt_of(kwargs):
-        context.plan = pinned_plan(state, inner, context.pinned, kwargs)
-        return (), kwargs
-    if own.instruction is not None:
-        outer = OuterCall(outer.labels, outer.assistant_mask, own.instruction, own.instruction_mask)
-    context.plan = plan_call(state, inner, outer, kwargs)
+    if disabled:
+        context.plan = Bypass(state.active)
+    else:
+        if inner.training and torch.is_grad_enabled():
+            warn_if_left_out(state.model)
+        context.plan = _plan(state, inner, outer, kwargs)
+    if context.may_be_recomputed:
+        _remember_call(state, context.plan, kwargs)
     return (), kwargs
 
 
 def after_inner(inner: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
     context = state_of(inner).context
     context.ties_embeddings = False
-    if context.pinned is None:
-        context.plan = None
+    _leave_call(context, inner)
+    context.plan = None if context.pinned is None else context.pinned.plan
+
+
+def _plan(state: AdapterState, inner: nn.Module, outer: OuterCall, kwargs: dict[str, Any]) -> CallPlan:
+    pinned = state.context.pinned
+    if pinned is not None and outer.instruction is None and pinned.is_prompt_of(kwargs):
+        return pinned_plan(state, inner, pinned, kwargs)
+    return plan_call(state, inner, outer, kwargs)
+
+
+def _remember_call(state: AdapterState, plan: CallPlan | Bypass, kwargs: dict[str, Any]) -> None:
+    """For when only a part of this call is computed again."""
+    if prompt := _prompt_name(kwargs):
+        state.memories.plans.remember(kwargs[prompt], plan)
+    for modality in state.family.modalities:
+        name = state.family.pixel_arguments[modality]
+        if kwargs.get(name) is not None:
+            kwargs[name] = with_own_memory(kwargs[name])
+
+
+def _enter_call(state: AdapterState, module: nn.Module, kwargs: dict[str, Any]) -> None:
+    """Of a call that may be computed again, or is: the scope that it is, or was, made in."""
+    context, prompt = state.context, _prompt_name(kwargs)
+    context.recomputed = None
+    context.may_be_recomputed = may_be_recomputed(module)
+    if not state.has_blocks or prompt is None or torch.compiler.is_compiling():
+        return
+    if not is_recomputing():
+        state.memories.scopes.remember(kwargs[prompt], state.scope)
+    elif (scope := state.memories.scopes.recall(kwargs[prompt])) is not None:
+        context.recomputed = (module, scope)
+
+
+def _leave_call(context: CallContext, module: nn.Module) -> None:
+    if context.recomputed is not None and context.recomputed[0] is module:
+        context.recomputed = None
+
+
+def _prompt_name(kwargs: dict[str, Any]) -> str | None:
+    return next((name for name in ("input_ids", "inputs_embeds") if isinstance(kwargs.get(name), Tensor)), None)
 
 
 def before_projector(projector: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
     """Replace the projector's input, the visual tokens, by aligned ones."""
     state = state_of(projector)
     visual_tokens, put_back = _first_argument(args, kwargs)
-    routed = _routed(state, visual_tokens)
-    if routed is None or not is_aligned(state, projector, routed.adapter):
+    route = _route(state, visual_tokens)
+    state.context.bypassed = route.adapter if isinstance(route, Bypass) else None
+    if isinstance(route, Bypass) or not is_aligned(state, projector, route.adapter):
         return None
     device = execution_device(projector)
     if device is not None:
         # As accelerate does with the projector's input, but only after this hook.
         visual_tokens = visual_tokens.to(device)
-    alignment = alignment_at(projector, routed.adapter)
+    alignment = alignment_at(projector, route.adapter)
     if not torch.compiler.is_compiling() and torch.distributed.is_available() and torch.distributed.is_initialized():
         check_wrapped_once_patched(alignment)
-    return put_back(routed.align(alignment, visual_tokens))
+    return put_back(route.align(alignment, visual_tokens))
 
 
 def after_projector(projector: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
     """While the adapter is disabled, a projector that was trained with it gives way to the original."""
     state = state_of(projector)
-    original = state.current.original_projectors.get(getattr(projector, PLACE_ATTRIBUTE))
-    if original is None or not _is_disabled(state, _first_argument(args, kwargs)[0]):
+    adapter, state.context.bypassed = state.context.bypassed, None
+    if adapter is None:
         return None
     trained = next(iter(projector_parameters(projector).values()), None)
     # Where the trained one ran, which may not be where its weights or its input lie.
     device = output.device
-    original.to(device, None if trained is None else trained.dtype)
+    original = state.adapters[adapter].original_projector(
+        getattr(projector, PLACE_ATTRIBUTE), device, None if trained is None else trained.dtype
+    )
+    if original is None:
+        return None
     args = tuple(value.to(device) if isinstance(value, Tensor) else value for value in args)
     kwargs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in kwargs.items()}
     return original(*args, **kwargs)
 
 
-def _is_disabled(state: AdapterState, visual_tokens: Tensor) -> bool:
-    """Whether the adapter is, or in the call that is recomputed was, disabled."""
-    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
-        seen, routed = state.memory.recall(visual_tokens)
-        # Aligned visual tokens, which the projector got if it was not, are not what is remembered.
-        return seen and routed is None
-    return bool(state.context.disabled)
+def _route(state: AdapterState, visual_tokens: Tensor) -> RoutedInstruction | Bypass:
+    """The instructions for this projector input."""
+    if is_recomputing() and (remembered := state.memories.routes.recall(visual_tokens)) is not None:
+        return remembered
+    found = _new_route(state, visual_tokens)
+    if not torch.compiler.is_compiling():
+        state.memories.routes.remember(visual_tokens, found)
+    return found
 
 
-def _routed(state: AdapterState, visual_tokens: Tensor) -> RoutedInstruction | None:
-    """The instruction for this projector input; None if the adapter is, or in the recomputed call was, disabled."""
+def _new_route(state: AdapterState, visual_tokens: Tensor) -> RoutedInstruction | Bypass:
     context = state.context
-    compiling = torch.compiler.is_compiling()
-    if not compiling and torch._C._current_graph_task_id() != -1:
-        seen, routed = state.memory.recall(visual_tokens)
-        if seen:
-            return routed
-    if context.disabled:
-        routed = None
-    elif context.plan is not None:
-        routed = route(state.family, context.plan, context.feature_call, visual_tokens)
-    elif (named := state.named_instruction) is not None:
+    plan = context.plan
+    if isinstance(plan, Bypass):
+        return plan
+    if state.scope.disabled:
+        return Bypass(state.active)
+    if plan is not None:
+        return route(state.family, plan, context.feature_call, visual_tokens)
+    if (named := state.named_instruction) is not None:
         inner = state.family.inner(state.model)
-        routed = route_without_prompt(state.family, inner, state.active, named, context.feature_call, visual_tokens)
-    else:
-        raise InstructionError(
-            "visual features were asked for outside of a call that has an instruction. Call model(**inputs) or "
-            'model.generate(**inputs), or say which instruction: with adapter.instruction("…"): …, or want none: '
-            "with adapter.disabled(): …"
-        )
-    if not compiling:
-        state.memory.remember(visual_tokens, routed)
-    return routed
+        return route_without_prompt(state.family, inner, state.active, named, context.feature_call, visual_tokens)
+    raise InstructionError(
+        "visual features were asked for outside of a call that has an instruction. Call model(**inputs) or "
+        'model.generate(**inputs), or say which instruction: with adapter.instruction("…"): …, or want none: '
+        "with adapter.disabled(): …"
+    )
 
 
 def _first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Callable[[Tensor], Arguments]]:
@@ -194,4 +247,5 @@ def pop_outer_call(kwargs: dict[str, Any]) -> OuterCall:
         assistant_mask=kwargs.pop("assistant_masks", None),
         instruction=kwargs.pop("instruction", None),
         instruction_mask=kwargs.pop("instruction_mask", None),
+        records_gradients=torch.is_grad_enabled(),
     )

@@ -70,7 +70,7 @@ def look_up(state: AdapterState, inner: nn.Module, arguments: Mapping[str, Any])
     """Take part in gathering sharded embeddings, which other processes do for their instructions."""
     embed: Any = embedder(inner)
     ids = arguments.get("input_ids")
-    reads_embeddings = state.pipeline.encoder is None and not state.context.all_named
+    reads_embeddings = state.pipeline.encoder is None and state.scope.named is None
     if ids is None or not reads_embeddings or not any(is_sharded(weight) for weight in embed.parameters()):
         return
     with torch.no_grad():

@@ -17,7 +17,7 @@ from .errors import PatchError
 from .families import find_family
 from .fitting import make_pipeline, make_reader, resolve_encoder, resolve_sizes
 from .fusion.dispatch import KernelUse
-from .guards import MethodGuard, guard_features, guard_generate
+from .guards import MethodGuard, guard_features, guard_generate, guard_replication
 from .hooks import install_call_hooks, remove_hooks
 from .instructions.cache import CacheInfo
 from .instructions.tokens import Instruction, embedder
@@ -75,6 +75,8 @@ def patch_model(
     install_call_hooks(model, inner)
     MethodGuard.install(model, "generate", guard_generate)
     MethodGuard.install(model, "save_pretrained", base_saves.guard_save_pretrained)
+    for module in dict.fromkeys((model, inner)):
+        MethodGuard.install(module, "_replicate_for_data_parallel", guard_replication)
     for modality in family.modalities:
         method = family.feature_methods.get(modality)
         if method is not None and hasattr(inner, method):
@@ -191,14 +193,14 @@ class EmmaAdapter:
         return attachment.alignments(self.model)[attachment.MAIN_PLACE]
 
     def disabled(self) -> AbstractContextManager[None]:
-        """``with adapter.disabled(): …`` is the original model, bit for bit, in this thread."""
+        """``with adapter.disabled(): …`` is the original model, bit for bit, in this thread or asynchronous task."""
         return self._state.disabled()
 
     def instruction(
         self, instruction: Instruction, instruction_mask: Tensor | None = None
     ) -> AbstractContextManager[None]:
         """``with adapter.instruction("…"): …``: the instruction of every call in the block that names none itself, in
-        this thread: one for all rows, or one for each. Also for direct calls to the vision side, as
+        this thread or asynchronous task: one for all rows, or one for each. Also for direct calls to the vision side, as
         ``model.get_image_features``, which have no prompt: one for all images, or one for each."""
         state = self._state
         inner = state.family.inner(self.model)
@@ -326,8 +328,8 @@ class EmmaAdapter:
 
 
 def base_of(model: nn.Module) -> nn.Module:
-    """The transformers model inside a PeftModel or DistributedDataParallel; any other model itself."""
-    if isinstance(model, nn.parallel.DistributedDataParallel):
+    """The transformers model inside a PeftModel, DataParallel or DistributedDataParallel; any other model itself."""
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         model = model.module
     get_base_model = getattr(model, "get_base_model", None)
     return get_base_model() if callable(get_base_model) else model

@@ -56,10 +56,11 @@ def pinned_plan(state: AdapterState, inner: nn.Module, pinned: PinnedPrompt, arg
     placeholders = {
         modality: where.sum(dim=1) for modality, where in _is_placeholder(state.family, inner, arguments).items()
     }
+    plan = pinned.plan
     # transformers < 5.18 repeats prompts and pixels for beams before it encodes the images.
-    repeats = next(iter(placeholders.values())).shape[0] // len(pinned.instruction)
+    repeats = next(iter(placeholders.values())).shape[0] // len(plan.instruction)
     own = _own_feature_call(state.family, arguments)
-    return CallPlan(inner, pinned.adapter, pinned.instruction, placeholders, own, repeats)
+    return CallPlan(inner, plan.adapter, plan.instruction, placeholders, own, repeats)
 
 
 def _own_feature_call(family: ModelFamily, arguments: Mapping[str, Any]) -> FeatureCall:
@@ -131,7 +132,7 @@ def _instruction_tokens(
         attention_mask=mask,
         labels=labels,
         assistant_mask=assistant_mask,
-        trains=inner.training and torch.is_grad_enabled(),
+        trains=inner.training and outer.records_gradients,
         has_media=has_media,
         placeholder_ids=frozenset(state.family.placeholder_id(inner, modality) for modality in state.family.modalities),
     )

@@ -6,23 +6,26 @@ import copy
 import threading
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 
-from .calls import CallPlan, FeatureCall, OuterCall, PinnedPrompt, RoutedInstruction
+from .blocks import Block, BlockOwner, Scope, current_scope, entered
+from .calls import Bypass, CallPlan, FeatureCall, OuterCall, PinnedPrompt, RoutedInstruction, same_plan, same_route
 from .config import EmmaConfig
 from .errors import InstructionError, PatchError
 from .families import ModelFamily
 from .instructions.tokens import InstructionPipeline, InstructionTokens
+from .recomputation import RecomputationMemory, is_recomputing
 
 #: Attribute of the outer model, the inner model and the projectors of a patched model.
 STATE_ATTRIBUTE = "_emma"
 #: Name of the adapter that ``patch_model`` makes.
 DEFAULT = "default"
+_OUTSIDE = Scope()
 
 
 @dataclass
@@ -33,8 +36,29 @@ class NamedAdapter:
     pipeline: InstructionPipeline
     #: Copies of the projectors as they were before training, once they are trained with the adapter.
     original_projectors: dict[str, nn.Module] = field(default_factory=dict)
+    #: The same, where and in the dtype in which the trained ones run.
+    placed_originals: dict[tuple[str, torch.device, torch.dtype | None], nn.Module] = field(default_factory=dict)
     #: What the adapter's training made of the projectors, while another adapter is active.
     parked_projectors: dict[str, Tensor] = field(default_factory=dict)
+
+    def original_projector(self, place: str, device: torch.device, dtype: torch.dtype | None) -> nn.Module | None:
+        """The projector at a place as it was before training, on a device; None if it wasn't trained."""
+        original = self.original_projectors.get(place)
+        if original is None or _is_at(original, device, dtype):
+            return original
+        key = (place, device, dtype)
+        with _placing:
+            # A copy: another thread, with a replica of the model on another device, may be using it.
+            if key not in self.placed_originals:
+                self.placed_originals[key] = copy.deepcopy(original).to(device, dtype)
+            return self.placed_originals[key]
+
+
+def _is_at(module: nn.Module, device: torch.device, dtype: torch.dtype | None) -> bool:
+    return all(p.device == device and dtype in (None, p.dtype) for p in module.parameters())
+
+
+_placing = threading.Lock()
 
 
 class CallContext(threading.local):
@@ -42,46 +66,40 @@ class CallContext(threading.local):
 
     def __init__(self) -> None:
         self.outer: OuterCall | None = None
-        self.plan: CallPlan | None = None
+        self.plan: CallPlan | Bypass | None = None
         self.feature_call: FeatureCall | None = None
         #: The prompt of a running ``generate`` and its instruction.
         self.pinned: PinnedPrompt | None = None
-        #: The instructions of running ``with adapter.instruction(...)``, the innermost last, and the adapter that they
-        #: were encoded for. Asynchronous code may leave them in another order than it entered them.
-        self.all_named: list[tuple[str, InstructionTokens]] = []
-        self.disabled = 0
+        #: Whether a backward may follow the running call.
+        self.may_be_recomputed = False
+        #: Of a call that is computed again for backward: the module it began with, and the scope it was made in.
+        self.recomputed: tuple[nn.Module, Scope] | None = None
+        #: Name of the adapter that a running projector passes by.
+        self.bypassed: str | None = None
         #: True until a call without images has its adapter parameters in its graph; see ``parallel``.
         self.ties_embeddings = False
         #: True while a ``generate`` without images runs.
         self.generates_without_images = False
 
 
-class RecomputationMemory:
-    """Finds the instruction of a projector input again when a checkpointed projector is recomputed in backward.
-
-    Recomputation may run in another thread and long after other calls, so the instruction is bound to what the
-    recomputation shares with the call: the storage of the projector's input. A weak reference to a storage keeps
-    its address from being used again, which makes the address a safe key.
-    """
+class Memories:
+    """For recomputation, by the tensor that a part of the model was given."""
 
     def __init__(self) -> None:
-        self._entries: dict[int, tuple[StorageWeakRef, RoutedInstruction | None]] = {}
-        self._lock = threading.Lock()
+        #: By token ids: the scope of a call.
+        self.scopes: RecomputationMemory[Scope] = RecomputationMemory(Scope.means)
+        #: By the token ids that the inner model was given: the plan of the call.
+        self.plans: RecomputationMemory[CallPlan | Bypass] = RecomputationMemory(same_plan)
+        #: By pixels: the plan of the call, or outside of one the scope.
+        self.features: RecomputationMemory[CallPlan | Bypass | Scope] = RecomputationMemory(_same_features)
+        #: By visual tokens.
+        self.routes: RecomputationMemory[RoutedInstruction | Bypass] = RecomputationMemory(same_route)
 
-    def remember(self, visual_tokens: Tensor, routed: RoutedInstruction | None) -> None:
-        """``None`` remembers that the adapter was disabled."""
-        reference = StorageWeakRef(visual_tokens.untyped_storage())
-        with self._lock:
-            for key in [key for key, (other, _) in self._entries.items() if other.expired()]:
-                del self._entries[key]
-            self._entries[reference.cdata] = (reference, routed)
 
-    def recall(self, visual_tokens: Tensor) -> tuple[bool, RoutedInstruction | None]:
-        """Whether this input was seen, and with what."""
-        key = visual_tokens.untyped_storage()._cdata
-        with self._lock:
-            entry = self._entries.get(key)
-        return (False, None) if entry is None else (True, entry[1])
+def _same_features(one: CallPlan | Bypass | Scope, other: CallPlan | Bypass | Scope) -> bool:
+    if isinstance(one, Scope) or isinstance(other, Scope):
+        return isinstance(one, Scope) and isinstance(other, Scope) and one.means(other)
+    return same_plan(one, other)
 
 
 class AdapterState:
@@ -106,17 +124,27 @@ class AdapterState:
         #: True once a call that trains the model was seen.
         self.seen_training = False
         self.context = CallContext()
-        self.memory = RecomputationMemory()
+        self.memories = Memories()
+        self._owner = BlockOwner()
+        #: True once a block was entered. Until then calls needn't ask, which not every compiler can follow.
+        self._has_blocks = False
+        #: In a replica, which runs in another thread: the scope of the call that it was made for.
+        self._inherited: Scope | None = None
         self._model = weakref.ref(model)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = {key: value for key, value in self.__dict__.items() if key not in ("context", "memory")}
-        return {**kept, "_model": self._model()}
+        calls = ("context", "memories", "_owner", "_has_blocks", "_inherited")
+        return {key: value for key, value in self.__dict__.items() if key not in calls} | {"_model": self._model()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(
-            state, context=CallContext(), memory=RecomputationMemory(), _model=weakref.ref(state["_model"])
-        )
+        self.__dict__.update(state, context=CallContext(), memories=Memories(), _model=weakref.ref(state["_model"]))
+        self._owner, self._has_blocks, self._inherited = BlockOwner(), False, None
+
+    def for_replica(self) -> AdapterState:
+        """The same state, for a copy of a module that will run this thread's call in another thread."""
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__, _inherited=self.scope)
+        return twin
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AdapterState:
         if id(self._model()) not in memo:
@@ -141,21 +169,35 @@ class AdapterState:
         return self.current.pipeline
 
     @property
+    def has_blocks(self) -> bool:
+        """False until the first block of this model was entered."""
+        return self._has_blocks
+
+    @property
+    def scope(self) -> Scope:
+        """What the blocks mean that the current call is in, or if it is computed again, was in."""
+        if self._inherited is not None:
+            return self._inherited
+        if self.context.recomputed is not None and is_recomputing():
+            return self.context.recomputed[1]
+        return current_scope(self._owner) if self._has_blocks else _OUTSIDE
+
+    @property
     def named_instruction(self) -> InstructionTokens | None:
-        """The instruction of the innermost ``with adapter.instruction(...)`` of this thread.
+        """The instruction of the innermost ``with adapter.instruction(...)``.
 
         Raises:
             InstructionError: if it was encoded for an adapter that is no longer the active one.
         """
-        if not self.context.all_named:
+        block = self.scope.named
+        if block is None:
             return None
-        adapter, instruction = self.context.all_named[-1]
-        if adapter != self.active:
+        if block.adapter != self.active:
             raise InstructionError(
-                f"this call is inside of an adapter.instruction(...) that was entered for adapter {adapter!r}, and now "
-                f"{self.active!r} is active: call set_active() before adapter.instruction()"
+                "this call is inside of an adapter.instruction(...) that was entered for adapter "
+                f"{block.adapter!r}, and now {self.active!r} is active: call set_active() before adapter.instruction()"
             )
-        return instruction
+        return block.instruction
 
     @property
     def model(self) -> nn.Module:
@@ -172,7 +214,7 @@ class AdapterState:
         """The context of a ``generate`` whose prompt gave this plan, and afterwards the one before it again."""
         context = self.context
         before = (context.outer, context.plan, context.pinned)
-        context.outer, context.plan, context.pinned = None, plan, PinnedPrompt(plan.adapter, plan.instruction, prompt)
+        context.outer, context.plan, context.pinned = None, plan, PinnedPrompt(plan, prompt)
         try:
             yield
         finally:
@@ -201,21 +243,31 @@ class AdapterState:
             context.feature_call = None
 
     @contextmanager
-    def naming(self, instruction: InstructionTokens) -> Iterator[None]:
-        named = self.context.all_named
-        named.append((self.active, instruction))
+    def recomputing(self, module: nn.Module, plan: CallPlan | Bypass | Scope) -> Iterator[None]:
+        """The context of a part of a call that is computed again outside of it."""
+        context = self.context
+        before = (context.plan, context.recomputed)
+        self.resume(module, plan)
         try:
             yield
         finally:
-            del named[next(i for i, (_, other) in enumerate(named) if other is instruction)]
+            context.plan, context.recomputed = before
 
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
-        self.context.disabled += 1
-        try:
-            yield
-        finally:
-            self.context.disabled -= 1
+    def resume(self, module: nn.Module, plan: CallPlan | Bypass | Scope) -> None:
+        """Make a recalled plan, or scope, that of the call which ``module`` is in."""
+        if isinstance(plan, Scope):
+            self.context.recomputed = (module, plan)
+        else:
+            self.context.plan = plan
+            self.context.recomputed = (module, Scope(disabled=isinstance(plan, Bypass)))
+
+    def naming(self, instruction: InstructionTokens) -> AbstractContextManager[None]:
+        self._has_blocks = True
+        return entered(Block(self._owner, self.active, instruction))
+
+    def disabled(self) -> AbstractContextManager[None]:
+        self._has_blocks = True
+        return entered(Block(self._owner, self.active, None))
 
 
 def state_of(model: nn.Module) -> AdapterState:

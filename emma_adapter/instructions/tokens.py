@@ -40,6 +40,15 @@ class InstructionTokens:
             return self
         return self.of_rows(torch.zeros(number, dtype=torch.long))
 
+    def equals(self, other: InstructionTokens) -> bool:
+        if self is other:
+            return True
+        if self.mask is None or other.mask is None:
+            same_mask = self.mask is other.mask
+        else:
+            same_mask = torch.equal(self.mask, other.mask)
+        return same_mask and self.tokens.device == other.tokens.device and torch.equal(self.tokens, other.tokens)
+
     def __len__(self) -> int:
         return self.tokens.shape[0]
 
