@@ -98,6 +98,9 @@ class RecomputationMemory(Generic[Value]):
             entry.pending = max(0, entry.pending - 1)
             return entry.value
 
+    def __len__(self) -> int:
+        return len(self._entries)
+
 
 class _Entry(Generic[Value]):
     def __init__(self, reference: StorageWeakRef, value: Value) -> None:
