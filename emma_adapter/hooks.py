@@ -215,6 +215,12 @@ def _new_route(state: AdapterState, visual_tokens: Tensor) -> RoutedInstruction 
     if (named := state.named_instruction) is not None:
         inner = state.family.inner(state.model)
         return route_without_prompt(state.family, inner, state.active, named, context.feature_call, visual_tokens)
+    if is_recomputing():
+        raise InstructionError(
+            "a checkpointed part of the vision side is computed again for backward, and it can't be told for which "
+            "call: it was made before patch_model, or goes round the model's methods. patch_model first; then "
+            "checkpoint model.get_image_features, the vision tower, its layers, or the whole model"
+        )
     raise InstructionError(
         "visual features were asked for outside of a call that has an instruction. Call model(**inputs) or "
         'model.generate(**inputs), or say which instruction: with adapter.instruction("…"): …, or want none: '

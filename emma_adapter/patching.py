@@ -200,8 +200,8 @@ class EmmaAdapter:
         self, instruction: Instruction, instruction_mask: Tensor | None = None
     ) -> AbstractContextManager[None]:
         """``with adapter.instruction("…"): …``: the instruction of every call in the block that names none itself, in
-        this thread or asynchronous task: one for all rows, or one for each. Also for direct calls to the vision side, as
-        ``model.get_image_features``, which have no prompt: one for all images, or one for each."""
+        this thread or asynchronous task: one for all rows, or one for each. Also for direct calls to the vision side,
+        as ``model.get_image_features``, which have no prompt: one for all images, or one for each."""
         state = self._state
         inner = state.family.inner(self.model)
         if state.pipeline.encoder is None and sharding.is_fully_sharded(self.model):

@@ -284,6 +284,17 @@ def test_features_alone_are_recomputed_for_the_instruction_of_their_block(reentr
     assert_same(*gradients)
 
 
+@MODES
+def test_features_that_were_checkpointed_before_patching_are_an_error(reentrant):
+    model = tiny.llava()
+    checkpoint_features(model, reentrant)
+    patch_model(model)
+    calls = Calls(model.train(), "nothing", reentrant)
+    calls(batches()[0])
+    with pytest.raises(InstructionError, match="patch_model first; then checkpoint"):
+        calls.gradients()
+
+
 def test_projector_of_another_adapter_in_backward():
     """Recomputed for the adapter that was disabled, not for the one that is active since."""
     gradients = []

@@ -17,6 +17,7 @@ from ..errors import InstructionError
 from .cache import LRUCache
 from .decoding import ANSWERED, TokenTexts
 from .templates import read_markers
+from .words import Tokenization
 
 IGNORE_INDEX = -100
 Words = TypeVar("Words", str, list[int])
@@ -95,6 +96,7 @@ class InstructionReader:
     ) -> None:
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.policy = policy
+        self._tokenization = Tokenization(self.tokenizer)
         self._texts = TokenTexts(self.tokenizer, special_ids)
         self.markers = read_markers(processor, self._texts, system_prompts) if processor is not None else None
         self._found: LRUCache[list[_Turn]] = LRUCache(1024)
@@ -151,9 +153,8 @@ class InstructionReader:
 
     def tokenize(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Ids and mask ``[B, T]`` of texts, in the language model's vocabulary, padded on the right."""
-        tokenizer = self._need_tokenizer("turn the text of instruction= into the language model's tokens")
-        rows = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-        return pad_right(rows)
+        self._need_tokenizer("turn the text of instruction= into the language model's tokens")
+        return pad_right([self._tokenization.ids(text) for text in texts])
 
     def _need_tokenizer(self, purpose: str) -> Any:
         if self.tokenizer is None:
