@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import inspect
 import weakref
@@ -98,7 +99,8 @@ def guard_generate(model: nn.Module, original: Callable[..., Any], *args: Any, *
     """Read the instruction from the prompt before ``generate`` starts: it may encode images before any forward,
     and later calls of forward no longer see the prompt alone."""
     state = state_of(model)
-    own = pop_outer_call(kwargs)
+    # What it is given holds no answer, also in the midst of training.
+    own = dataclasses.replace(pop_outer_call(kwargs), records_gradients=False)
     arguments = arguments_by_name(original, args, kwargs)
     if state.scope.disabled:
         return original(*args, **kwargs)

@@ -590,6 +590,13 @@ def test_training_without_labels_or_template_is_an_error():
         model(**inputs)
 
 
+def test_generate_in_the_midst_of_training_has_no_answer_to_leak():
+    model, _ = patched(with_processor=False)
+    inputs = tiny.token_inputs([1, 2])
+    expected = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    assert torch.equal(model.train().generate(**inputs, max_new_tokens=3, do_sample=False), expected)
+
+
 def test_labels_that_supervise_the_whole_prompt_are_an_error():
     """With a processor, the template tells what the user said."""
     model, _ = patched(with_processor=False)
