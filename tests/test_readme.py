@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -16,7 +17,8 @@ from emma_adapter import EmmaConfig, families, patch_model
 from emma_adapter.fusion import fusion_names
 from zoo import ZOO
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 # Classes that are not part of transformers, and the tests that hold them to the contract.
 ORIGINAL_CLASSES = {"internvl_chat", "llava_llama", "llava_mistral", "llava_qwen"}
 
@@ -59,6 +61,27 @@ def test_a_row_says_what_the_family_says(name):
         assert ZOO[name].videos == ("video" in family.modalities)
     else:
         assert linear == "✓"
+
+
+def promises() -> list[tuple[str, list[str]]]:
+    """Each promise, and the tests that hold it."""
+    lines = README.split("<!-- promises")[1].split("\n\n")[0].splitlines()[3:]
+    rows = [line.strip("|").split("|") for line in lines]
+    return [(promise.strip(), re.findall(r"`([^`]+)`", tests)) for promise, tests in rows]
+
+
+def test_every_promise_is_held_by_a_test():
+    assert len(promises()) >= 20
+    for promise, named in promises():
+        assert named, promise
+        for name in named:
+            path, _, test = name.partition("::")
+            functions = {
+                node.name
+                for node in ast.walk(ast.parse((ROOT / "tests" / path).read_text()))
+                if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
+            }
+            assert test in functions, f"{name}, which should hold: {promise}"
 
 
 def snippet_after(comment: str) -> str:
