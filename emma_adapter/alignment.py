@@ -18,7 +18,9 @@ from .official import read_official
 class EmmaAlignment(nn.Module):
     """Mixes an instruction into visual tokens; the identity, bit for bit, until it is trained.
 
-    Weights are float32; the work is done in the dtype of the visual tokens.
+    Weights are float32; the work is done in the dtype of the visual tokens. What is not finite in them is returned as
+    it is and left out of everything else: the whole token by ``attention`` and ``modulation``, the value alone by
+    ``linear``. NaN in a valid instruction token, and weights that float16 can't hold, make NaN of what they reach.
 
     Raises:
         ConfigError: if ``config`` lacks a size that the fusion needs.

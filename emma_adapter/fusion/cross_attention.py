@@ -12,6 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..errors import ShapeError
+from .broken import broken_tokens
 from .dispatch import weights_elsewhere
 from .layers import CastingLayerNorm, CastingLinear
 from .packing import Grid, Packing
@@ -67,7 +68,7 @@ class CrossAttention(nn.Module):
         grid: Grid | None,
     ) -> Tensor:
         """``[B, N, D], [B, T, Dt], bool [B, T] or None -> [B, N, D]``. Rows without a valid instruction token
-        hold arbitrary finite values; see :func:`_keep_uninstructed`."""
+        hold arbitrary finite values."""
         keys, values = self._keys_and_values(instruction_tokens, instruction_mask)
         mask = None
         if instruction_mask is not None:
@@ -180,8 +181,15 @@ class CrossAttentionFusion(Fusion):
             return attention.fused(
                 visual_tokens, instruction_tokens, instruction_mask, self.epilogue, position=positions
             )
-        update = attention(visual_tokens, instruction_tokens, instruction_mask, grid)
-        return _keep_uninstructed(self.apply_update(visual_tokens, update), visual_tokens, instruction_mask)
+        untouched = _untouched(visual_tokens, instruction_mask)
+        if untouched is None:
+            return self.apply_update(
+                visual_tokens, attention(visual_tokens, instruction_tokens, instruction_mask, grid)
+            )
+        # Blanked before anything is computed from them: a NaN there would reach all gradients through `where`.
+        blanked = visual_tokens.masked_fill(untouched, 0)
+        aligned = self.apply_update(blanked, attention(blanked, instruction_tokens, instruction_mask, grid))
+        return torch.where(untouched, visual_tokens, aligned)
 
     def forward_packed(
         self, visual_tokens: Tensor, instruction_tokens: Tensor, instruction_mask: Tensor | None, packing: Packing
@@ -218,11 +226,17 @@ class CrossAttentionFusion(Fusion):
         return layout
 
 
-def _keep_uninstructed(aligned: Tensor, visual_tokens: Tensor, instruction_mask: Tensor | None) -> Tensor:
-    """``aligned``, but the untouched visual tokens in rows whose instruction has no valid token."""
+def _untouched(visual_tokens: Tensor, instruction_mask: Tensor | None) -> Tensor | None:
+    """Visual tokens that are returned as they are, true in ``[B, N, 1]`` or ``[B, 1, 1]``: those of rows whose
+    instruction has no valid token, and those that aren't finite; None if it is known that there are none."""
+    untouched = broken_tokens(visual_tokens)
     if instruction_mask is None:
-        return aligned
-    return torch.where(instruction_mask.any(dim=1)[:, None, None], aligned, visual_tokens)
+        return untouched
+    uninstructed = ~instruction_mask.any(dim=1)[:, None, None]
+    if untouched is not None:
+        return untouched | uninstructed
+    # None of them broken: somebody has looked, and may look again.
+    return uninstructed if bool(uninstructed.any()) else None
 
 
 def _integers(values: list[int], device: torch.device) -> Tensor:

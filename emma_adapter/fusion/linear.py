@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ConfigError, ShapeError
+from .broken import finite_values
 from .dispatch import weights_elsewhere
 from .layers import CastingLinear, add_update
 from .packing import Grid
@@ -88,9 +89,9 @@ class LinearFusion(Fusion):
         if own_grid is None and hasattr(self, "image_weight"):
             return mix_tokens(visual_tokens, projected, self.image_weight, text_weight, self.bias)
         dtype = visual_tokens.dtype
-        native_tokens = visual_tokens
+        native_tokens = finite_values(visual_tokens)
         if own_grid is not None and self.native_grid is not None:
-            native_tokens = resample(visual_tokens, own_grid, self.native_grid, antialias=True)
+            native_tokens = resample(native_tokens, own_grid, self.native_grid, antialias=True)
         update = self._image_update(native_tokens) + text_weight.to(dtype) @ projected + self.bias.to(dtype)[:, None]
         if own_grid is not None and self.native_grid is not None:
             update = resample(update, self.native_grid, own_grid)
@@ -124,7 +125,9 @@ class LinearFusion(Fusion):
         dtype = visual_tokens.dtype
         if hasattr(self, "image_weight"):
             return self.image_weight.to(dtype) @ visual_tokens
-        return self.image_up.to(dtype) @ (self.image_down.to(dtype) @ visual_tokens)
+        # A sum over all tokens with random weights may be too large for float16, and 0 * Inf is NaN.
+        wide = torch.float32 if dtype == torch.float16 else dtype
+        return (self.image_up.to(wide) @ (self.image_down.to(wide) @ visual_tokens.to(wide))).to(dtype)
 
 
 def _blank(tokens: Tensor, mask: Tensor | None) -> Tensor:

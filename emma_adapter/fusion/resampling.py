@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .packing import Grid
@@ -28,8 +27,12 @@ def resample(tokens: Tensor, source: Grid, target: Grid, *, antialias: bool = Fa
     rows = _weights(source[0], target[0], antialias).to(tokens.device, tokens.dtype)
     columns = _weights(source[1], target[1], antialias).to(tokens.device, tokens.dtype)
     grid = tokens.unflatten(-2, source)
-    resampled = torch.einsum("yh,xw,...hwc->...yxc", rows, columns, grid)
-    return resampled.flatten(-3, -2)
+    # The shorter of both results first.
+    if target[0] * source[1] <= source[0] * target[1]:
+        grid = torch.einsum("yh,...hwc->...ywc", rows, grid)
+        return torch.einsum("xw,...ywc->...yxc", columns, grid).flatten(-3, -2)
+    grid = torch.einsum("xw,...hwc->...hxc", columns, grid)
+    return torch.einsum("yh,...hxc->...yxc", rows, grid).flatten(-3, -2)
 
 
 def _weights(source: int, target: int, antialias: bool) -> Tensor:
@@ -37,19 +40,25 @@ def _weights(source: int, target: int, antialias: bool) -> Tensor:
     key = (source, target, antialias)
     if torch.compiler.is_compiling():
         # A graph that had looked it up would be compiled again whenever there is more to look up.
-        return _one_hot_rows(*key)
+        return _triangles(*key)
     known = _WEIGHTS.get(key)
     if known is None:
-        known = _one_hot_rows(*key)
+        known = _triangles(*key)
         # In a tracer's tensors there are no numbers.
         if type(known) is Tensor and len(_WEIGHTS) < _MAX_WEIGHTS:
             _WEIGHTS[key] = known
     return known
 
 
-def _one_hot_rows(source: int, target: int, antialias: bool) -> Tensor:
-    """PyTorch's own weights, found by resampling one-hot rows."""
+def _triangles(source: int, target: int, antialias: bool) -> Tensor:
+    """PyTorch's weights: around the centre of each target token a triangle, which falls to zero at the next source
+    token or, where it averages, at the next target token."""
     with torch.inference_mode(False), torch.no_grad():
-        one_hot = torch.eye(source, dtype=torch.float64)[None, None]
-        size = (target, source)
-        return F.interpolate(one_hot, size=size, mode="bilinear", align_corners=False, antialias=antialias)[0, 0]
+        step = source / target
+        width = max(step, 1.0) if antialias else 1.0
+        centers = (torch.arange(target, dtype=torch.float64) + 0.5) * step - 0.5
+        if not antialias:
+            centers = centers.clamp(0, source - 1)
+        distances = torch.arange(source, dtype=torch.float64) - centers[:, None]
+        weights = (1 - distances.abs() / width).clamp_min(0)
+        return weights / weights.sum(dim=1, keepdim=True)

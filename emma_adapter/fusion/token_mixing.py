@@ -7,14 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .broken import finite_values
 from .layers import add_update
 
 
 def mix_tokens(x: Tensor, projected: Tensor, image_weight: Tensor, text_weight: Tensor, bias: Tensor) -> Tensor:
-    """``[B, N, D], [B, T, D], [N, N], [N, T], [N] -> [B, N, D]``; bit for bit x while the weights are zero."""
+    """``[B, N, D], [B, T, D], [N, N], [N, T], [N] -> [B, N, D]``; bit for bit x while the weights are zero. Values of
+    x that aren't finite stay where they are, and count as zero for the others."""
     # A compiler finds its own way, autocast mixes dtypes, and other devices allocate from a cache.
     if (
-        x.device.type == "cpu"
+        type(x) is Tensor
+        and x.device.type == "cpu"
         and x.dtype == projected.dtype
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()  # type: ignore[attr-defined]
@@ -27,7 +30,7 @@ def mix_tokens(x: Tensor, projected: Tensor, image_weight: Tensor, text_weight: 
 
 def _plain(x: Tensor, projected: Tensor, image_weight: Tensor, text_weight: Tensor, bias: Tensor) -> Tensor:
     image_weight, text_weight, bias = (weight.to(x.dtype) for weight in (image_weight, text_weight, bias))
-    return add_update(x, image_weight @ x + text_weight @ projected + bias[:, None])
+    return add_update(x, image_weight @ finite_values(x) + text_weight @ projected + bias[:, None])
 
 
 class MixTokensOnCPU(torch.autograd.Function):
@@ -41,11 +44,21 @@ class MixTokensOnCPU(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, projected: Tensor, image_weight: Tensor, text_weight: Tensor, bias: Tensor) -> Tensor:
         image_weight, text_weight, bias = (weight.to(x.dtype) for weight in (image_weight, text_weight, bias))
-        # The update, negated. It starts at 0 - bias, which is never -0.0, and so it isn't -0.0 where all weights are
-        # zero: the last line then returns every x, -0.0 too, bit for bit.
-        negated = torch.baddbmm((0 - bias)[None, :, None], _repeated(text_weight, x), projected, alpha=-1)
-        negated.baddbmm_(_repeated(image_weight, x), x, alpha=-1)
+        negated = MixTokensOnCPU._negated_update(x, projected, image_weight, text_weight, bias)
+        # Every token's update is a sum over all tokens of its image, so that one that isn't finite shows in the first.
+        if not bool(negated[:, 0].isfinite().all()):
+            finite = x.nan_to_num(0.0, 0.0, 0.0)
+            negated = MixTokensOnCPU._negated_update(finite, projected, image_weight, text_weight, bias)
         return torch.sub(x, negated, out=negated)
+
+    @staticmethod
+    def _negated_update(
+        x: Tensor, projected: Tensor, image_weight: Tensor, text_weight: Tensor, bias: Tensor
+    ) -> Tensor:
+        """It starts at 0 - bias, which is never -0.0, and so it isn't -0.0 where all weights are zero: subtracted, it
+        then leaves every x, -0.0 too, bit for bit."""
+        negated = torch.baddbmm((0 - bias)[None, :, None], _repeated(text_weight, x), projected, alpha=-1)
+        return negated.baddbmm_(_repeated(image_weight, x), x, alpha=-1)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -64,7 +77,7 @@ class MixTokensOnCPU(torch.autograd.Function):
         if need_projected:
             dprojected = torch.bmm(_repeated(text_weight.to(dy.dtype).mT, dy), dy)
         if need_image_weight:
-            dimage_weight = _sum_of_products(dy, x).to(image_weight.dtype)
+            dimage_weight = _sum_of_products(dy, finite_values(x)).to(image_weight.dtype)
         if need_text_weight:
             # Short times long is faster than long times short.
             dtext_weight = _sum_of_products(projected, dy).mT.to(text_weight.dtype)
@@ -82,7 +95,7 @@ class MixTokensOnCPU(torch.autograd.Function):
         if dprojected is not None:
             dy = dy + text_weight.to(x.dtype) @ dprojected
         if dimage_weight is not None:
-            dy = dy + dimage_weight.to(x.dtype) @ x
+            dy = dy + dimage_weight.to(x.dtype) @ finite_values(x)
         if dtext_weight is not None:
             dy = dy + dtext_weight.to(x.dtype) @ projected
         return dy if dbias is None else dy + dbias.to(x.dtype)[:, None]

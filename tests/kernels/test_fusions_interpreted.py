@@ -129,7 +129,8 @@ def test_a_broken_kernel_is_seen(mask, replacement, what, monkeypatch, tmp_path)
     broken = tmp_path / "broken.py"
     broken.write_text(
         "import triton\nimport triton.language as tl\nfrom emma_adapter.kernels.launch import dot, rounded\n"
-        "from emma_adapter.kernels.cross_attention.tiles import output_tile\n\n" + kernel.replace(mask, replacement)
+        "from emma_adapter.kernels.cross_attention.tiles import output_tile, updated_rows\n\n"
+        + kernel.replace(mask, replacement)
     )
     spec = importlib.util.spec_from_file_location("broken", broken)
     module = importlib.util.module_from_spec(spec)

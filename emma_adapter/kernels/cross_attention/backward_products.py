@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from ..launch import dot, rounded
-from .tiles import output_tile
+from .tiles import output_tile, updated_rows
 
 
 @triton.jit
@@ -53,19 +53,13 @@ def normalised(x_ptr, center_ptr, rstd_ptr, rows, row_inside, channels, D):
     return tl.where(inside, (x - reference[:, None] - center[:, None]) * rstd[:, None], 0.0)
 
 
-@triton.jit
-def instructed_rows(lse_ptr, rows, row_inside, num_heads):
-    """Which rows are tokens whose instruction has a key; the others were passed on untouched."""
-    lse = tl.load(lse_ptr + rows.to(tl.int64) * num_heads, mask=row_inside, other=float("-inf"))
-    return row_inside & (lse != float("-inf"))
-
-
 @triton.jit(do_not_specialize=["M", "num_heads"])
 def output_backward(
     grad_ptr,  # [M, D]
     x_ptr,  # [M, D]
     attended_ptr,  # [M, I]
     lse_ptr,  # float32 [M, H]
+    rstd_ptr,  # float32 [M]
     weight_ptr,  # [D, I]
     bias_ptr,  # float32 [D]
     attended_grad_ptr,  # out [M, I]
@@ -82,12 +76,12 @@ def output_backward(
     inner_blocks = tl.cdiv(I, BLOCK_I)
     rows = tl.program_id(0) // inner_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     inner = tl.program_id(0) % inner_blocks * BLOCK_I + tl.arange(0, BLOCK_I)
-    instructed = instructed_rows(lse_ptr, rows, rows < M, num_heads)
+    updated = updated_rows(lse_ptr, rstd_ptr, rows, rows < M, num_heads)
     attended_grad = tl.zeros([BLOCK_M, BLOCK_I], tl.float32)
     for first in range(0, D, BLOCK_D):
         channels = first + tl.arange(0, BLOCK_D)
         dz = update_gradient(
-            *(grad_ptr, x_ptr, attended_ptr, weight_ptr, bias_ptr, rows, instructed, channels, D, I),
+            *(grad_ptr, x_ptr, attended_ptr, weight_ptr, bias_ptr, rows, updated, channels, D, I),
             *(BLOCK_M, BLOCK_D, BLOCK_I, MODULATE),
         )
         weight = tl.load(
@@ -129,13 +123,13 @@ def query_weight_backward(
     stop = tl.minimum(split * rows_per_split + rows_per_split, M)
     for first in range(split * rows_per_split, stop, BLOCK_M):
         rows = first + tl.arange(0, BLOCK_M)
-        instructed = instructed_rows(lse_ptr, rows, rows < stop, num_heads)
+        updated = updated_rows(lse_ptr, rstd_ptr, rows, rows < stop, num_heads)
         query_grad = tl.load(
             query_grad_ptr + rows.to(tl.int64)[:, None] * I + inner[None, :],
-            mask=instructed[:, None] & (inner < I)[None, :],
+            mask=updated[:, None] & (inner < I)[None, :],
             other=0.0,
         )
-        x_hat = normalised(x_ptr, center_ptr, rstd_ptr, rows, instructed, channels, D)
+        x_hat = normalised(x_ptr, center_ptr, rstd_ptr, rows, updated, channels, D)
         weight_grad = dot(tl.trans(query_grad), rounded(x_hat, x_ptr.dtype.element_ty), weight_grad)
     tl.store(
         weight_partial_ptr + (split.to(tl.int64) * I + inner)[:, None] * D + channels[None, :],
@@ -150,6 +144,7 @@ def output_weight_backward(
     x_ptr,  # [M, D]
     attended_ptr,  # [M, I]
     lse_ptr,  # float32 [M, H]
+    rstd_ptr,  # float32 [M]
     weight_ptr,  # [D, I]
     bias_ptr,  # float32 [D]
     weight_partial_ptr,  # out float32 [splits, D, I]
@@ -174,14 +169,14 @@ def output_weight_backward(
     stop = tl.minimum(split * rows_per_split + rows_per_split, M)
     for first in range(split * rows_per_split, stop, BLOCK_M):
         rows = first + tl.arange(0, BLOCK_M)
-        instructed = instructed_rows(lse_ptr, rows, rows < stop, num_heads)
+        updated = updated_rows(lse_ptr, rstd_ptr, rows, rows < stop, num_heads)
         dz = update_gradient(
-            *(grad_ptr, x_ptr, attended_ptr, weight_ptr, bias_ptr, rows, instructed, channels, D, I),
+            *(grad_ptr, x_ptr, attended_ptr, weight_ptr, bias_ptr, rows, updated, channels, D, I),
             *(BLOCK_M, BLOCK_D, BLOCK_I, MODULATE),
         )
         attended = tl.load(
             attended_ptr + rows.to(tl.int64)[:, None] * I + inner[None, :],
-            mask=instructed[:, None] & (inner < I)[None, :],
+            mask=updated[:, None] & (inner < I)[None, :],
             other=0.0,
         )
         weight_grad = dot(tl.trans(rounded(dz, x_ptr.dtype.element_ty)), attended, weight_grad)
@@ -252,8 +247,8 @@ def visual_backward(
 ):
     """dx, through the residual and through LayerNorm; one program for BLOCK_M tokens."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    instructed = instructed_rows(lse_ptr, rows, rows < M, num_heads)
-    rstd = tl.load(rstd_ptr + rows, mask=instructed, other=0.0)
+    updated = updated_rows(lse_ptr, rstd_ptr, rows, rows < M, num_heads)
+    rstd = tl.load(rstd_ptr + rows, mask=updated, other=0.0)
 
     # LayerNorm's gradient needs two means over all channels. The product with W_q is cheaper to repeat than to keep.
     mean = tl.zeros([BLOCK_M], tl.float32)
@@ -261,10 +256,10 @@ def visual_backward(
     for first in range(0, D, BLOCK_D):
         channels = first + tl.arange(0, BLOCK_D)
         gradient = normed_gradient(
-            *(query_grad_ptr, query_weight_ptr, norm_weight_ptr, rows, instructed, channels, D, I),
+            *(query_grad_ptr, query_weight_ptr, norm_weight_ptr, rows, updated, channels, D, I),
             *(BLOCK_M, BLOCK_D, BLOCK_I),
         )
-        x_hat = normalised(x_ptr, center_ptr, rstd_ptr, rows, instructed, channels, D)
+        x_hat = normalised(x_ptr, center_ptr, rstd_ptr, rows, updated, channels, D)
         mean += tl.sum(gradient, 1)
         projection += tl.sum(gradient * x_hat, 1)
     mean = mean / D
@@ -273,10 +268,10 @@ def visual_backward(
     for first in range(0, D, BLOCK_D):
         channels = first + tl.arange(0, BLOCK_D)
         gradient = normed_gradient(
-            *(query_grad_ptr, query_weight_ptr, norm_weight_ptr, rows, instructed, channels, D, I),
+            *(query_grad_ptr, query_weight_ptr, norm_weight_ptr, rows, updated, channels, D, I),
             *(BLOCK_M, BLOCK_D, BLOCK_I),
         )
-        x_hat = normalised(x_ptr, center_ptr, rstd_ptr, rows, instructed, channels, D)
+        x_hat = normalised(x_ptr, center_ptr, rstd_ptr, rows, updated, channels, D)
         gradient = (gradient - mean[:, None] - x_hat * projection[:, None]) * rstd[:, None]
         places = rows.to(tl.int64)[:, None] * D + channels[None, :]
         inside = (rows < M)[:, None] & (channels < D)[None, :]
@@ -284,9 +279,9 @@ def visual_backward(
         residual = y_grad.to(tl.float32)
         if MODULATE:
             z = output_tile(
-                *(attended_ptr, weight_ptr, bias_ptr, rows, instructed, channels, D, I),
+                *(attended_ptr, weight_ptr, bias_ptr, rows, updated, channels, D, I),
                 *(BLOCK_M, BLOCK_D, BLOCK_I),
             )
             residual = residual * (2.0 * tl.sigmoid(z))
         x_grad = rounded(residual + gradient, x_grad_ptr.dtype.element_ty)
-        tl.store(x_grad_ptr + places, tl.where(instructed[:, None], x_grad, y_grad), mask=inside)
+        tl.store(x_grad_ptr + places, tl.where(updated[:, None], x_grad, y_grad), mask=inside)

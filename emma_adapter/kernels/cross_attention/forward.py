@@ -14,7 +14,17 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import Configuration, aligned, cdiv, dot, rounded
-from .tiles import BLOCKS, LOG2_E, configuration, head_block, output_tile, segment_slice, variants
+from .tiles import (
+    BLOCKS,
+    LOG2_E,
+    configuration,
+    head_block,
+    is_finite_token,
+    output_tile,
+    segment_slice,
+    updated_rows,
+    variants,
+)
 
 
 @triton.jit(
@@ -111,6 +121,7 @@ def query_forward(
             mask=((place >= 0) & (place < P))[:, None] & (inner < I)[None, :],
             other=0.0,
         )
+    query = tl.where(is_finite_token(rstd)[:, None], query, 0.0)
     tl.store(
         query_ptr + rows.to(tl.int64)[:, None] * I + inner[None, :],
         rounded(query, query_ptr.dtype.element_ty),
@@ -191,6 +202,7 @@ def output_forward(
     x_ptr,  # [M, D]
     attended_ptr,  # [M, I]
     lse_ptr,  # float32 [M, H]
+    rstd_ptr,  # float32 [M]
     weight_ptr,  # [D, I]
     bias_ptr,  # float32 [D]
     y_ptr,  # out [M, D]
@@ -209,14 +221,14 @@ def output_forward(
     channels = tl.program_id(0) % channel_blocks * BLOCK_D + tl.arange(0, BLOCK_D)
     row_inside = rows < M
     inside = row_inside[:, None] & (channels < D)[None, :]
-    instructed = tl.load(lse_ptr + rows.to(tl.int64) * num_heads, mask=row_inside, other=0.0) != float("-inf")
+    updated = updated_rows(lse_ptr, rstd_ptr, rows, row_inside, num_heads)
     z = output_tile(attended_ptr, weight_ptr, bias_ptr, rows, row_inside, channels, D, I, BLOCK_M, BLOCK_D, BLOCK_I)
     places = rows.to(tl.int64)[:, None] * D + channels[None, :]
     x = tl.load(x_ptr + places, mask=inside, other=0.0)
     y = x.to(tl.float32)
     y = y * (2.0 * tl.sigmoid(z)) if MODULATE else y + z
     # An untrained adapter is the identity bit for bit, -0.0 included, whatever the arithmetic above makes of it.
-    changed = instructed[:, None] & (z != 0.0)
+    changed = updated[:, None] & (z != 0.0)
     y = tl.where(changed, rounded(y, y_ptr.dtype.element_ty), x)
     tl.store(y_ptr + places, y, mask=inside)
 
@@ -301,6 +313,7 @@ def attend(
         x_ptr=x,
         attended_ptr=attended,
         lse_ptr=lse,
+        rstd_ptr=rstd,
         weight_ptr=aligned(output_weight, dtype),
         bias_ptr=aligned(output_bias, torch.float32),
         y_ptr=y,

@@ -64,7 +64,7 @@ def cross_attention_backward(
         configuration(kernel, dtype, **variant).launch(grid, device, **arguments)
 
     sizes = {"D": width, "I": inner, "num_heads": num_heads}
-    visual = {"grad_ptr": aligned(grad, dtype), "x_ptr": aligned(x), "lse_ptr": lse}
+    visual = {"grad_ptr": aligned(grad, dtype), "x_ptr": aligned(x), "lse_ptr": lse, "rstd_ptr": rstd}
     epilogue = {
         "attended_ptr": attended,
         "weight_ptr": aligned(output_weight, dtype),
@@ -110,7 +110,7 @@ def cross_attention_backward(
     launch(softmax.query_backward, (row_blocks + segments, num_heads), heads, **attention, query_grad_ptr=query_grad)
     if need_instruction:
         _key_value_gradients(attention, head_block(head_dim), tokens, rows, key_grad, value_grad)
-    normed = {"center_ptr": center, "rstd_ptr": rstd, "query_grad_ptr": query_grad}
+    normed = {"center_ptr": center, "query_grad_ptr": query_grad}
     if need_visual:
         launch(
             products.visual_backward,
@@ -152,7 +152,7 @@ def cross_attention_backward(
         products.query_weight_backward,
         (tiles, splits),
         {},
-        **{name: visual[name] for name in ("x_ptr", "lse_ptr")},
+        **{name: visual[name] for name in ("x_ptr", "lse_ptr", "rstd_ptr")},
         **normed,
         **sizes,
         **split,

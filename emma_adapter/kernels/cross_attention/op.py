@@ -201,8 +201,8 @@ def cross_attention(
 ) -> Tensor:
     """``x + z`` or ``x 2 sigmoid(z)``; ``z = softmax((LN(x) W_q^T + b_q + pos) K^T / sqrt(d) + mask) V W_o^T + b_o``.
 
-    Computed in the dtype of the visual tokens, with sums in float32; deterministic, backward included. Where z is 0,
-    and in segments whose instruction has no valid key, the result is x bit for bit.
+    Computed in the dtype of the visual tokens, with sums in float32; deterministic, backward included. Where z is 0, in
+    segments whose instruction has no valid key, and for tokens that hold NaN or Inf, the result is x bit for bit.
 
     Args:
         visual_tokens: x, ``[S, N, D]``; or, with ``cu_seqlens``, all segments one after another ``[M, D]``.

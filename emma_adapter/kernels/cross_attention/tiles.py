@@ -149,3 +149,17 @@ def output_tile(
         )
         z = dot(attended, tl.trans(weight), z)
     return z + tl.load(bias_ptr + columns, mask=columns < D, other=0.0)[None, :]
+
+
+@triton.jit
+def is_finite_token(rstd):
+    """False for tokens that hold NaN or Inf: their standard deviation is NaN."""
+    return rstd == rstd  # noqa: PLR0124
+
+
+@triton.jit
+def updated_rows(lse_ptr, rstd_ptr, rows, row_inside, num_heads):
+    """Which rows are tokens that are finite and whose instruction has a key; the others are passed on untouched."""
+    lse = tl.load(lse_ptr + rows.to(tl.int64) * num_heads, mask=row_inside, other=float("-inf"))
+    rstd = tl.load(rstd_ptr + rows, mask=row_inside, other=0.0)
+    return row_inside & (lse != float("-inf")) & is_finite_token(rstd)

@@ -15,7 +15,9 @@ from torch import Tensor
 from ..launch import DTYPES, Configuration, cdiv, dot, rounded
 from .tiles import (
     BLOCKS_ELEMENTWISE,
+    all_finite,
     elementwise_grid,
+    is_finite,
     packed_column,
     padded_size,
     product,
@@ -81,6 +83,53 @@ def mix_backward_inputs(
         )
 
 
+@triton.jit
+def weight_products(
+    dy_ptr,
+    z_ptr,
+    rows,
+    z_rows,
+    N,
+    num_z,
+    D,
+    first_chunk,
+    last_chunk,
+    with_sum,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    FINITE: tl.constexpr,
+):
+    """``dy z^T``, float32 ``[BLOCK_M, BLOCK_N]``, and the sum of dy over channels; with FINITE, values of z that aren't
+    count as zero."""
+    k = tl.arange(0, BLOCK_K)
+    product = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    chunks_an_image = tl.cdiv(D, BLOCK_K)
+    first_image = tl.full([], 0, tl.int64)
+    stages: tl.constexpr = 1 if FINITE else None
+    for chunk in tl.range(first_chunk, last_chunk, num_stages=stages):
+        image = first_image + chunk // chunks_an_image
+        channels = chunk % chunks_an_image * BLOCK_K + k
+        channel_inside = (channels < D)[None, :]
+        dy = tl.load(
+            dy_ptr + image * N * D + (rows[:, None] * D + channels[None, :]),
+            mask=(rows < N)[:, None] & channel_inside,
+            other=0.0,
+        )
+        z = tl.load(
+            z_ptr + image * num_z * D + (z_rows[:, None] * D + channels[None, :]),
+            mask=(z_rows < num_z)[:, None] & channel_inside,
+            other=0.0,
+        )
+        if FINITE:
+            z = tl.where(is_finite(z), z, 0.0)
+        product = dot(dy, tl.trans(z), product)
+        if with_sum:
+            row_sum += tl.sum(dy.to(tl.float32), 1)
+    return product, row_sum
+
+
 @triton.jit(do_not_specialize=["N", "T", "column_blocks", "num_chunks", "chunks_a_split"])
 def mix_backward_weights(
     dy_ptr,  # [B, N, D]
@@ -118,28 +167,15 @@ def mix_backward_weights(
     rows = row + tl.arange(0, BLOCK_M)
     columns = column + tl.arange(0, BLOCK_N)
     z_rows = columns - tl.where(is_image, 0, padded)
-    k = tl.arange(0, BLOCK_K)
-    product = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    row_sum = tl.zeros([BLOCK_M], tl.float32)
-    chunks_an_image = tl.cdiv(D, BLOCK_K)
-    first_image = tl.full([], 0, tl.int64)
-    for chunk in range(first_chunk, last_chunk):
-        image = first_image + chunk // chunks_an_image
-        channels = chunk % chunks_an_image * BLOCK_K + k
-        channel_inside = (channels < D)[None, :]
-        dy = tl.load(
-            dy_ptr + image * N * D + (rows[:, None] * D + channels[None, :]),
-            mask=(rows < N)[:, None] & channel_inside,
-            other=0.0,
+    product, row_sum = weight_products(
+        *(dy_ptr, z_ptr, rows, z_rows, N, num_z, D, first_chunk, last_chunk, with_sum, BLOCK_M, BLOCK_N, BLOCK_K, False)
+    )
+    # As in forward: visual tokens that aren't finite have no part in the update.
+    if is_image & (not all_finite(product)):
+        product, _ = weight_products(
+            *(dy_ptr, z_ptr, rows, z_rows, N, num_z, D, first_chunk, last_chunk, False),
+            *(BLOCK_M, BLOCK_N, BLOCK_K, True),
         )
-        z = tl.load(
-            z_ptr + image * num_z * D + (z_rows[:, None] * D + channels[None, :]),
-            mask=(z_rows < num_z)[:, None] & channel_inside,
-            other=0.0,
-        )
-        product = dot(dy, tl.trans(z), product)
-        if with_sum:
-            row_sum += tl.sum(dy.to(tl.float32), 1)
     tl.store(partial_ptr + split.to(tl.int64) * padded * K + (rows[:, None] * K + columns[None, :]), product)
     if with_sum:
         tl.store(partial_bias_ptr + split.to(tl.int64) * padded + rows, row_sum)

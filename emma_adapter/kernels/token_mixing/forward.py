@@ -15,7 +15,9 @@ from torch import Tensor
 from ..launch import DTYPES, Configuration, aligned, cdiv, dot, rounded
 from .tiles import (
     BLOCKS_ELEMENTWISE,
+    all_finite,
     elementwise_grid,
+    is_finite,
     packed_column,
     padded_size,
     product,
@@ -55,6 +57,44 @@ def pack_weights(
     tl.store(packed_ptr + row * K + column, weight)
 
 
+@triton.jit
+def image_update(
+    x_image,
+    projected_image,
+    weights,
+    channels,
+    N,
+    T,
+    D,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PADDING: tl.constexpr,
+    FINITE: tl.constexpr,
+):
+    """``dW_img x + W_txt T'``, float32 ``[BLOCK_M, BLOCK_N]``; with FINITE, values of x that aren't count as zero."""
+    channel_inside = (channels < D)[None, :]
+    k = tl.arange(0, BLOCK_K)
+    update = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    image_blocks = tl.cdiv(N, BLOCK_K)
+    # Rarely run, and so not worth the shared memory of a pipeline.
+    stages: tl.constexpr = 1 if FINITE else None
+    for block in tl.range(0, image_blocks + tl.cdiv(T, BLOCK_K), num_stages=stages):
+        # First over x, then over T': z is whichever it is.
+        is_image = block < image_blocks
+        z_rows = tl.where(is_image, block, block - image_blocks) * BLOCK_K + k
+        z = tl.load(
+            tl.where(is_image, x_image, projected_image) + (z_rows[:, None] * D + channels[None, :]),
+            mask=(z_rows < tl.where(is_image, N, T))[:, None] & channel_inside,
+            other=0.0,
+        )
+        if FINITE:
+            z = tl.where(is_finite(z) | (not is_image), z, 0.0)
+        weight = tl.load(weights + packed_column(block, N, BLOCK_K, PADDING))
+        update = dot(weight, z, update)
+    return update
+
+
 @triton.jit(do_not_specialize=["N", "T"])
 def mix_forward(
     x_ptr,  # [B, N, D]
@@ -81,22 +121,17 @@ def mix_forward(
     channel_inside = (channels < D)[None, :]
     k = tl.arange(0, BLOCK_K)
 
-    update = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     x_image = x_ptr + image * N * D
     projected_image = projected_ptr + image * T * D
     weights = packed_ptr + rows[:, None] * K + k[None, :]
-    image_blocks = tl.cdiv(N, BLOCK_K)
-    for block in range(0, image_blocks + tl.cdiv(T, BLOCK_K)):
-        # First over x, then over T': z is whichever it is.
-        is_image = block < image_blocks
-        z_rows = tl.where(is_image, block, block - image_blocks) * BLOCK_K + k
-        z = tl.load(
-            tl.where(is_image, x_image, projected_image) + (z_rows[:, None] * D + channels[None, :]),
-            mask=(z_rows < tl.where(is_image, N, T))[:, None] & channel_inside,
-            other=0.0,
+    update = image_update(
+        *(x_image, projected_image, weights, channels, N, T, D, BLOCK_M, BLOCK_N, BLOCK_K, PADDING, False)
+    )
+    # Even a weight of zero makes NaN of a value that isn't finite. Looking for those in the loop would slow it down.
+    if not all_finite(update):
+        update = image_update(
+            *(x_image, projected_image, weights, channels, N, T, D, BLOCK_M, BLOCK_N, BLOCK_K, PADDING, True)
         )
-        weight = tl.load(weights + packed_column(block, N, BLOCK_K, PADDING))
-        update = dot(weight, z, update)
 
     update += tl.load(bias_ptr + rows, mask=rows < N, other=0.0)[:, None]
     places = rows[:, None] * D + channels[None, :]

@@ -160,6 +160,7 @@ def token_mixing(x: Tensor, projected: Tensor, image_weight: Tensor, text_weight
 
     Products are summed in float32, in half precision of factors rounded to the dtype of x. Differentiable once in
     every argument; gradients are the same bits for the same inputs. Neither forward nor backward waits for the GPU.
+    Values of x that aren't finite stay where they are, and count as zero for all others and in the weights' gradients.
 
     Args:
         x: visual tokens ``[B, N, D]``, float32, float16 or bfloat16; D a multiple of 16.

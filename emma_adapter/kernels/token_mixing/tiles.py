@@ -35,6 +35,16 @@ def packed_column(block, N, BLOCK: tl.constexpr, PADDING: tl.constexpr):
     return tl.where(column < image_columns, column, column - image_columns + padded_size(N, PADDING))
 
 
+@triton.jit
+def is_finite(x):
+    return tl.abs(x) < float("inf")
+
+
+@triton.jit
+def all_finite(x):
+    return tl.min(tl.min(is_finite(x).to(tl.int32), 1), 0) == 1
+
+
 # BLOCK_M, BLOCK_N, BLOCK_K, warps, stages of the three products. What compiles without spills for every target, by
 # estimates from memory traffic; not tuned on a GPU.
 _BLOCKS: dict[Tile, tuple[int, int, int, int, int]] = {"large": (128, 128, 64, 8, 3), "small": (64, 64, 64, 4, 3)}

@@ -1,0 +1,40 @@
+"""Visual tokens that hold NaN or Inf. They are returned as they are, and nothing is computed from them.
+
+What a vision tower gives that isn't finite says nothing. Without this, an untrained adapter would not be the identity
+(``0 * Inf`` is NaN), and a trained one would spread a NaN over its image.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def broken_tokens(visual_tokens: Tensor) -> Tensor | None:
+    """True for tokens with a value that isn't finite, ``[..., D] -> [..., 1]``; None if it is known that there are
+    none. float32 tokens whose sum overflows count as well: LayerNorm has no mean of them."""
+    tokens = visual_tokens.detach()
+    # This sum may overflow in float16, where the one below decides; it is faster.
+    if _may_look(tokens) and bool(tokens.sum(-1).isfinite().all()):
+        return None
+    wide = torch.promote_types(tokens.dtype, torch.float32)
+    return ~tokens.sum(-1, keepdim=True, dtype=wide).isfinite()
+
+
+def finite_values(visual_tokens: Tensor) -> Tensor:
+    """``visual_tokens`` with zeros for values that aren't finite; itself if it is known that there are none."""
+    tokens = visual_tokens.detach()
+    if _may_look(tokens) and bool(tokens.sum(-1).isfinite().all()):
+        return visual_tokens
+    return visual_tokens.nan_to_num(0.0, 0.0, 0.0)
+
+
+def _may_look(tensor: Tensor) -> bool:
+    """Whether code may depend on values: a GPU would have to be waited for, and a tracer or ``vmap`` has none."""
+    return (
+        tensor.device.type == "cpu"
+        and type(tensor) is Tensor
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined]
+        and not torch._C._are_functorch_transforms_active()
+    )
