@@ -9,12 +9,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import attachment, checkpoint, saving, sharding
@@ -103,8 +101,5 @@ def _identities(tensors: Mapping[str, Tensor]) -> set[int]:
 
 
 def _save_trained(model: nn.Module, directory: Path, gathered: Mapping[str, Tensor] | None) -> None:
-    saving.save(model, directory, is_main_process=True, gathered=gathered)
     tensors = sharding.gather(model, _trained_names(model), gathered)
-    scratch = directory / f".{_TRAINER_WEIGHTS}.tmp"
-    save_file(tensors, scratch, metadata={"format": "pt"})
-    os.replace(scratch, directory / _TRAINER_WEIGHTS)
+    saving.save(model, directory, is_main_process=True, gathered=gathered, further={_TRAINER_WEIGHTS: tensors})

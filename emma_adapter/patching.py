@@ -243,6 +243,9 @@ class EmmaAdapter:
     def save_pretrained(self, directory: str | PathLike[str], *, is_main_process: bool | None = None) -> None:
         """Write ``adapter_config.json``, ``adapter_model.safetensors`` and a model card, atomically.
 
+        Whenever it is killed, ``load_adapter`` finds the adapter that was there before, or the new one; what is left
+        over is removed by the next save. Several processes and threads may save to one folder, and load from it.
+
         Of several processes, rank 0 writes. Weights that FSDP2 has sharded are gathered first: then every process must
         call this, and none goes on before the files are there. Without sharding there is nothing to wait for, and
         rank 0 may call it alone.
@@ -252,7 +255,9 @@ class EmmaAdapter:
             is_main_process: whether this process writes, if not rank 0 should.
 
         Raises:
-            OSError: if the folder can't be written; what it held before is intact.
+            OSError: if the folder can't be written, or holds an adapter of another tool. What it held is intact; the
+                message tells if it is the new adapter already, and only its config file or card couldn't be written.
+            CheckpointError: if weights are NaN or infinite, as after a training that diverged.
             PatchError: if the weights are held by something that only gathers them itself, as DeepSpeed ZeRO-3.
         """
         saving.save(self.model, directory, is_main_process=is_main_process)

@@ -1,23 +1,23 @@
-"""Writing an adapter folder: whole or not at all, by one process."""
+"""Writing an adapter folder, by one process of those that train it."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
-import platform
-import shutil
-import tempfile
-import time
 import uuid
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from safetensors.torch import save_file
+import torch
+from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from . import attachment, sharding
+from .atomic import replace_files
 from .checkpoint import (
     ALIGNMENT_PREFIX,
     CARD_NAME,
@@ -28,13 +28,11 @@ from .checkpoint import (
     WEIGHTS_NAME,
     digest,
 )
+from .errors import CheckpointError
 from .model_card import GENERATED_MARKER, model_card
 from .state import state_of
 from .training import count_parameters, trained_projector_parameters
 from .version import __version__
-
-_SCRATCH_PREFIX = ".emma-save-"
-_ABANDONED_AFTER = 24 * 3600  # seconds
 
 
 def save(
@@ -45,6 +43,7 @@ def save(
     location: str = "path/to/this/folder",
     is_main_process: bool | None = None,
     gathered: Mapping[str, Tensor] | None = None,
+    further: Mapping[str, Mapping[str, Tensor]] = MappingProxyType({}),
 ) -> None:
     """Write an adapter of a patched model, on rank 0 or where ``is_main_process`` says so.
 
@@ -58,6 +57,11 @@ def save(
         location: what the model card says to load.
         is_main_process: whether this process writes.
         gathered: see above.
+        further: tensor files to write with it, by their names; whole tensors.
+
+    Raises:
+        OSError: if the folder can't be written, or holds another tool's adapter; the adapter that it held is intact.
+        CheckpointError: if the weights aren't finite.
     """
     adapter = state_of(model).active if adapter is None else adapter
     own = _own_tensors(model, adapter)
@@ -65,44 +69,36 @@ def save(
     tensors = sharding.gather(model, own, gathered)
     try:
         if sharding.is_main_process() if is_main_process is None else is_main_process:
-            _write(model, Path(directory), adapter, tensors, location)
+            _write(model, Path(directory), adapter, tensors, location, further)
     finally:
         if together:
             sharding.wait_for_everyone()
 
 
-def _write(model: nn.Module, directory: Path, adapter: str, tensors: Mapping[str, Tensor], location: str) -> None:
-    """Write an adapter folder.
-
-    The new files are complete on disk before the first replaces its predecessor: whenever this is killed, the
-    folder holds the previous adapter or the new one.
-    """
-    if directory.exists() and not directory.is_dir():
-        raise NotADirectoryError(f"{directory} is a file; save_pretrained needs the name of a folder")
-    directory.mkdir(parents=True, exist_ok=True)
+def _write(
+    model: nn.Module,
+    directory: Path,
+    adapter: str,
+    tensors: Mapping[str, Tensor],
+    location: str,
+    further: Mapping[str, Mapping[str, Tensor]],
+) -> None:
+    """Write an adapter folder. The tensor file goes first: with it alone, the new adapter is whole."""
+    _check_not_foreign(directory)
+    # Of one moment, values and checksum, whatever another thread does to the model meanwhile.
+    tensors = {name: value.clone() for name, value in tensors.items()}
+    _check_finite(tensors, directory)
     description = _describe(model, adapter, tensors)
-    text = json.dumps(description, indent=2, sort_keys=True) + "\n"
     metadata = {"format": "pt", FORMAT: json.dumps(description, sort_keys=True)}
-
-    _remove_leftovers(directory)
-    scratch = Path(tempfile.mkdtemp(prefix=f"{_SCRATCH_PREFIX}{platform.node()}-{os.getpid()}-", dir=directory))
-    try:
-        save_file(dict(tensors), scratch / WEIGHTS_NAME, metadata=metadata)
-        (scratch / CONFIG_NAME).write_text(text, encoding="utf-8")
-        names = [WEIGHTS_NAME, CONFIG_NAME]
-        if _may_write_card(directory / CARD_NAME):
-            card = model_card(description, count_parameters(model, adapter), location)
-            (scratch / CARD_NAME).write_text(card, encoding="utf-8")
-            names.append(CARD_NAME)
-        for name in names:
-            # As readable as any file of this user; safetensors creates private ones.
-            os.chmod(scratch / name, 0o666 & ~_umask())
-            _flush(scratch / name)
-        for name in names:
-            os.replace(scratch / name, directory / name)
-        _flush(directory)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    files = {
+        WEIGHTS_NAME: serialize(tensors, metadata),
+        CONFIG_NAME: (json.dumps(description, indent=2, sort_keys=True) + "\n").encode(),
+    }
+    for name, others in further.items():
+        files[name] = serialize(dict(others), {"format": "pt"})
+    if _may_write_card(directory / CARD_NAME):
+        files[CARD_NAME] = model_card(description, count_parameters(model, adapter), location).encode()
+    replace_files(directory, files)
 
 
 def save_all(model: nn.Module, directory: Path, **more: Any) -> None:
@@ -139,45 +135,37 @@ def _own_tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
     return tensors | {PROJECTOR_PREFIX + name: value for name, value in projector.items()}
 
 
-def _remove_leftovers(directory: Path) -> None:
-    """Remove what killed saves left; the scratch folder of a save that still runs, here or elsewhere, stays."""
-    for leftover in directory.glob(f"{_SCRATCH_PREFIX}*"):
-        host, _, process = leftover.name.removeprefix(_SCRATCH_PREFIX).rpartition("-")[0].rpartition("-")
-        if host == platform.node() and process.isdigit() and _is_running(int(process)):
-            continue
-        if host == platform.node() or time.time() - leftover.stat().st_mtime > _ABANDONED_AFTER:
-            shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _is_running(process: int) -> bool:
-    if os.name == "nt":
-        return True  # a signal 0 would end it there
+def _check_not_foreign(directory: Path) -> None:
+    """Raises:
+    FileExistsError: if the files that would be replaced are another tool's adapter.
+    """
     try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+        description = json.loads((directory / CONFIG_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):  # not there, or nobody's
+        return
+    if isinstance(description, dict) and description.get("format") != FORMAT:
+        owner = "PEFT" if "peft_type" in description else "another tool"
+        raise FileExistsError(
+            errno.EEXIST, f"this is an adapter of {owner}, which would be lost; save to another folder", str(directory)
+        )
+
+
+def _check_finite(tensors: Mapping[str, Tensor], directory: Path) -> None:
+    """Raises:
+    CheckpointError: naming tensors with which ``load_adapter`` would refuse what is saved.
+    """
+    if broken := sorted(name for name, value in tensors.items() if not bool(torch.isfinite(value).all())):
+        raise CheckpointError(
+            f"{broken} hold NaN or infinite values, so that {directory} was left as it is: the training diverged; go "
+            "on from an earlier checkpoint, with a lower learning rate, or in float32 or bfloat16 if it was in float16"
+        )
 
 
 def _may_write_card(path: Path) -> bool:
-    """A card that somebody has written stays."""
-    return not path.exists() or GENERATED_MARKER in path.read_text(encoding="utf-8", errors="replace")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _flush(path: Path) -> None:
-    """Have the disk hold what was written: a rename must not survive a power cut that the content didn't."""
-    if path.is_dir() and os.name == "nt":
-        return
-    descriptor = os.open(path, os.O_RDONLY)
+    """A card that somebody has written stays, and so does whatever else somebody has put in its place."""
+    if not os.path.lexists(path):
+        return True
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        return path.is_file() and GENERATED_MARKER in path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False

@@ -1,19 +1,13 @@
 from __future__ import annotations
 
-import itertools
 import json
-import multiprocessing
 import os
-import random
 import shutil
-import signal
 import stat
 import subprocess
 import sys
 import tempfile
-import time
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import huggingface_hub
@@ -37,7 +31,6 @@ from emma_adapter import (
     load_adapter,
     patch_model,
     register_fusion,
-    saving,
     unpatch_model,
 )
 from emma_adapter.fusion import registry
@@ -815,16 +808,6 @@ def test_a_processor_that_was_forgotten_is_missed(tmp_path):
         load_adapter(base_model(), tmp_path, processor=tiny.processor())
 
 
-def test_saves_at_the_same_time_leave_each_other_alone(tmp_path):
-    """As when every rank of a training run saves to one folder."""
-    adapters = [get_adapter(trained(ATTENTION, seed=seed)) for seed in range(3)]
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(lambda i: adapters[i % 3].save_pretrained(tmp_path), range(30)))
-    loaded = load_adapter(tiny.llava(), tmp_path).alignment.state_dict()
-    assert any(same_values(loaded, adapter.alignment.state_dict()) for adapter in adapters)
-    assert not list(tmp_path.glob(".emma-save-*"))
-
-
 def test_newer_format(folder, victims):
     def change(description):
         description.update(format_version=2, library_version="9.1")
@@ -1076,177 +1059,3 @@ def test_second_load_with_a_text_tower_that_moved(clip_folder, tmp_path):
     for seed, model in enumerate(models, 1):
         load_adapter(other, tmp_path / str(seed), processor=tiny.processor(), instruction_encoder=moved)
         assert torch.equal(logits(other, CHAT), logits(model, CHAT))
-
-
-# ---------------------------------------------------------------------------------------------- interrupted saves
-
-OLD, NEW = FUSIONS["attention"], FUSIONS["modulation"]
-REPLACED = 3  # weights, config, card
-
-
-@pytest.fixture
-def old_and_new():
-    return trained(OLD, seed=1), trained(NEW, seed=2, projector=True)
-
-
-def which(folder, *candidates):
-    """The one of the candidates that is wholly in the folder: config, weights, outputs."""
-    model = base_model()
-    adapter = load_adapter(model, folder)
-    for candidate in candidates:
-        original = get_adapter(candidate)
-        if (
-            adapter.config == original.config
-            and same_values(adapter.alignment.state_dict(), original.alignment.state_dict())
-            and torch.equal(logits(model), logits(candidate))
-        ):
-            return candidate
-    pytest.fail(f"a mixture was loaded: {adapter.config}")
-
-
-def scratch_of(folder):
-    return list(folder.glob(".emma-save-*"))
-
-
-@pytest.mark.parametrize("before", range(REPLACED))
-def test_save_fails_between_two_replacements(before, old_and_new, tmp_path, monkeypatch):
-    old, new = old_and_new
-    get_adapter(old).save_pretrained(tmp_path)
-    calls = itertools.count()
-    replace = os.replace
-
-    def failing(source, target):
-        if next(calls) == before:
-            raise OSError("the disk is gone")
-        replace(source, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", failing)
-        with pytest.raises(OSError, match="disk is gone"):
-            get_adapter(new).save_pretrained(tmp_path)
-    assert next(calls) == before + 1
-    assert which(tmp_path, old, new) is (old if before == 0 else new)
-    assert not scratch_of(tmp_path)
-
-
-def in_fork(task):
-    """Run ``task`` in a child that never returns; its exit code."""
-    process = multiprocessing.get_context("fork").Process(target=task)
-    process.start()
-    process.join(60)
-    return process.exitcode
-
-
-@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize("number", range(REPLACED))
-def test_process_dies_at_a_replacement(number, after, old_and_new, tmp_path, monkeypatch):
-    old, new = old_and_new
-    get_adapter(old).save_pretrained(tmp_path)
-    calls = itertools.count()
-    replace = os.replace
-
-    def dying(source, target):
-        last = next(calls) == number
-        if not last or after:
-            replace(source, target)
-        if last:
-            os._exit(9)
-
-    monkeypatch.setattr(os, "replace", dying)
-    assert in_fork(lambda: get_adapter(new).save_pretrained(tmp_path)) == 9
-    monkeypatch.undo()
-
-    assert which(tmp_path, old, new) is (old if (number, after) == (0, False) else new)
-    assert scratch_of(tmp_path), "nothing ran that could clean up"
-    get_adapter(old).save_pretrained(tmp_path)
-    assert which(tmp_path, old, new) is old
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([CONFIG, WEIGHTS, CARD])
-
-
-@pytest.mark.parametrize("number", range(REPLACED))
-def test_first_save_dies(number, old_and_new, tmp_path, monkeypatch):
-    """Nothing was there before: the adapter is loaded whole, or refused."""
-    new = old_and_new[1]
-    calls = itertools.count()
-    replace = os.replace
-
-    def dying(source, target):
-        if next(calls) == number:
-            os._exit(9)
-        replace(source, target)
-
-    monkeypatch.setattr(os, "replace", dying)
-    assert in_fork(lambda: get_adapter(new).save_pretrained(tmp_path)) == 9
-    monkeypatch.undo()
-    if number < 2:
-        model = base_model()
-        with pytest.raises(CheckpointError):
-            load_adapter(model, tmp_path)
-        assert is_untouched(model)
-    else:
-        assert which(tmp_path, new) is new
-
-
-@pytest.mark.parametrize("where", ["save_file", "model_card", "_flush"])
-def test_failing_write_leaves_the_earlier_adapter(where, old_and_new, tmp_path, monkeypatch):
-    old, new = old_and_new
-    get_adapter(old).save_pretrained(tmp_path)
-    files = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-
-    def failing(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(saving, where, failing)
-        with pytest.raises(OSError, match="No space left"):
-            get_adapter(new).save_pretrained(tmp_path)
-    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == files
-    assert which(tmp_path, old, new) is old
-
-
-def test_new_files_are_on_disk_before_the_first_is_replaced(old_and_new, tmp_path, monkeypatch):
-    """A power cut keeps renames and loses content that was not flushed."""
-    steps = []
-    fsync, replace = os.fsync, os.replace
-
-    def noted_fsync(descriptor):
-        steps.append("fsync")
-        fsync(descriptor)
-
-    def noted_replace(source, target):
-        steps.append("replace")
-        replace(source, target)
-
-    monkeypatch.setattr(os, "fsync", noted_fsync)
-    monkeypatch.setattr(os, "replace", noted_replace)
-    get_adapter(old_and_new[0]).save_pretrained(tmp_path)
-    first = steps.index("replace")
-    assert steps[:first].count("fsync") == REPLACED
-    assert steps.count("replace") == REPLACED
-
-
-def test_killed_at_random_moments(old_and_new, tmp_path):
-    a, b = old_and_new
-    context = multiprocessing.get_context("fork")
-    dice = random.Random(0)
-    get_adapter(a).save_pretrained(tmp_path)
-    found = []
-    for _ in range(12):
-        started = context.Event()
-
-        def save_forever(started=started):
-            for model in itertools.cycle((b, a)):
-                get_adapter(model).save_pretrained(tmp_path)
-                started.set()
-
-        process = context.Process(target=save_forever)
-        process.start()
-        assert started.wait(30)
-        time.sleep(dice.uniform(0, 0.3))
-        os.kill(process.pid, signal.SIGKILL)
-        process.join(30)
-        assert process.exitcode == -signal.SIGKILL
-        found.append(which(tmp_path, a, b))
-    assert {id(model) for model in found} == {id(a), id(b)}, "both were met, so that a mixture could have been"
-    get_adapter(a).save_pretrained(tmp_path)
-    assert not scratch_of(tmp_path)

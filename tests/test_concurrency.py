@@ -414,3 +414,15 @@ def test_the_users_tokenizer_is_left_alone():
         asking.result()
     words = copy.deepcopy(processor.tokenizer)
     assert words.padding_side == processor.tokenizer.padding_side
+
+
+def test_patching_leaves_the_users_tokenizer_alone():
+    """Another thread may be about to use the padding and truncation that it asked for."""
+    processor = tiny.processor()
+    processor.tokenizer(["is there", "how many dogs are there?"], padding=True, truncation=True, max_length=5)
+    rust = processor.tokenizer.backend_tokenizer
+    before = rust.padding, rust.truncation
+    assert None not in before
+    adapter = patch_model(tiny.llava(), EmmaConfig(), processor=processor)
+    adapter.add("other", processor=processor)
+    assert (rust.padding, rust.truncation) == before

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
+from .words import Tokenization
+
 #: As a token id: an answer that is known from labels. Every other negative id says nothing.
 ANSWERED = -(2**63)
 #: Stands for a run of :data:`ANSWERED`: no marker is looked for in it or across it.
@@ -58,6 +60,7 @@ class TokenTexts:
 
     def __init__(self, tokenizer: Any, special_ids: Iterable[int] = ()) -> None:
         self.tokenizer = tokenizer
+        self.tokenization = Tokenization(tokenizer)
         self.special_ids = frozenset(special_ids) | _special_ids(tokenizer)
         self._texts: dict[int, str] = {ANSWERED: BARRIER}
 
@@ -92,7 +95,7 @@ class TokenTexts:
 
     def of_text(self, text: str) -> str:
         """``text`` as it is found in a row, once the tokenizer has been at it."""
-        return self.row(self.tokenizer(text, add_special_tokens=False)["input_ids"]).text
+        return self.row(self.tokenization.ids(text)).text
 
     def _whole_characters(self, tokens: Sequence[int], start: int) -> tuple[str, int]:
         """The text of the fewest tokens from ``start`` on that hold whole characters, and where they end."""

@@ -17,7 +17,6 @@ from ..errors import InstructionError
 from .cache import LRUCache
 from .decoding import ANSWERED, TokenTexts
 from .templates import read_markers
-from .words import Tokenization
 
 IGNORE_INDEX = -100
 Words = TypeVar("Words", str, list[int])
@@ -96,7 +95,6 @@ class InstructionReader:
     ) -> None:
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.policy = policy
-        self._tokenization = Tokenization(self.tokenizer)
         self._texts = TokenTexts(self.tokenizer, special_ids)
         self.markers = read_markers(processor, self._texts, system_prompts) if processor is not None else None
         self._found: LRUCache[list[_Turn]] = LRUCache(1024)
@@ -154,7 +152,7 @@ class InstructionReader:
     def tokenize(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Ids and mask ``[B, T]`` of texts, in the language model's vocabulary, padded on the right."""
         self._need_tokenizer("turn the text of instruction= into the language model's tokens")
-        return pad_right([self._tokenization.ids(text) for text in texts])
+        return pad_right([self._texts.tokenization.ids(text) for text in texts])
 
     def _need_tokenizer(self, purpose: str) -> Any:
         if self.tokenizer is None:

@@ -1,0 +1,197 @@
+"""Replacing files of a folder: each is the old one or the new one, whatever kills the process or fills the disk.
+
+New files are made in a scratch folder beside the old ones. Whoever makes it holds its lock while it lives, so that a
+scratch folder without a holder is left over: the operating system takes locks from killed processes, and knows neither
+reused process ids nor containers. Where there are no such locks (Windows, some network file systems), age tells.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import platform
+import shutil
+import stat
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+if sys.platform != "win32":
+    import fcntl
+
+_SCRATCH_PREFIX = ".emma-save-"
+_ABANDONED_AFTER = 24 * 3600  # seconds
+_LONGEST_WAIT = 10  # seconds
+
+
+def replace_files(directory: Path, files: Mapping[str, bytes]) -> None:
+    """Give a folder these files, the first one first. The folder is made if it isn't there.
+
+    All are on disk before the first replaces its predecessor. Several that do this take turns in replacing, so that
+    the files of one of them are left. Scratch folders of killed ones are removed.
+
+    A file keeps its predecessor's permissions. Instead of a link there is a file then; what it led to stays.
+
+    Raises:
+        OSError: saying what the folder holds now.
+    """
+    if os.path.lexists(directory) and not directory.is_dir():
+        raise NotADirectoryError(
+            errno.ENOTDIR,
+            "this is a file, or a link to nothing; save_pretrained needs the name of a folder",
+            str(directory),
+        )
+    replaced: list[str] = []
+    try:
+        _make_folder(directory)
+        _remove_leftovers(directory)
+        with _scratch_folder(directory) as scratch:
+            for name, content in files.items():
+                _write(scratch / name, content, _mode(directory / name))
+            # Not waiting for long for one that was stopped in the middle of it.
+            with _lock(directory, wait=_LONGEST_WAIT):
+                for name in files:
+                    os.replace(scratch / name, directory / name)
+                    replaced.append(name)
+        _flush_folder(directory)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        now = f"{', '.join(replaced)} of {directory} are new already" if replaced else f"{directory} is as it was"
+        # Of the same kind: which one, OSError finds by the number.
+        raise OSError(error.errno, f"{error.strerror} (nothing is half written: {now})", error.filename) from error
+
+
+def _make_folder(directory: Path) -> None:
+    missing = [folder for folder in (directory, *directory.parents) if not folder.exists()]
+    directory.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        _flush_folder(folder.parent)
+
+
+def _mode(path: Path) -> int | None:
+    """The permissions of a file; None if there is none.
+
+    Raises:
+        IsADirectoryError: for a folder.
+    """
+    try:
+        found = os.lstat(path).st_mode
+    except FileNotFoundError:
+        return None
+    if stat.S_ISDIR(found):
+        raise IsADirectoryError(errno.EISDIR, "a folder is where a file is to go; move it away", str(path))
+    return stat.S_IMODE(found) if stat.S_ISREG(found) else None
+
+
+def _write(path: Path, content: bytes, mode: int | None) -> None:
+    """Write and flush: a rename must not survive a power cut that the content didn't."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    if mode is not None and mode != stat.S_IMODE(path.stat().st_mode):
+        path.chmod(mode)
+
+
+@contextmanager
+def _scratch_folder(directory: Path) -> Iterator[Path]:
+    while True:
+        scratch = Path(tempfile.mkdtemp(prefix=f"{_SCRATCH_PREFIX}{platform.node()}-", dir=directory))
+        with _lock(scratch) as lock:
+            # Before it was locked, another process may have taken it for left over.
+            if lock is not False and scratch.exists():
+                try:
+                    yield scratch
+                finally:
+                    shutil.rmtree(scratch, ignore_errors=True)
+                return
+
+
+def _remove_leftovers(directory: Path) -> None:
+    for leftover in directory.glob(f"{_SCRATCH_PREFIX}*"):
+        if leftover.is_symlink() or not leftover.is_dir():
+            continue  # not one of ours
+        # Another machine's locks may not be seen here.
+        here = leftover.name.removeprefix(_SCRATCH_PREFIX).rpartition("-")[0] == platform.node()
+        with _lock(leftover) as lock:
+            if (lock and here) or (lock is not False and _age(leftover) > _ABANDONED_AFTER):
+                shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _age(path: Path) -> float:
+    try:
+        return time.time() - path.lstat().st_mtime
+    except FileNotFoundError:  # whoever used it has finished
+        return 0.0
+
+
+@contextmanager
+def _lock(folder: Path, *, wait: float = 0.0) -> Iterator[bool | None]:
+    """Take the lock of a folder, after at most ``wait`` seconds. Yields whether it is held here now; None if that
+    folder has no lock."""
+    descriptor = _open_folder(folder)
+    if descriptor is None:
+        yield None
+        return
+    until = time.monotonic() + wait
+    held = None
+    try:
+        while (held := _try_lock(descriptor)) is False and time.monotonic() < until:
+            time.sleep(0.002)
+        yield held
+    finally:
+        if held:
+            _unlock(descriptor)
+        os.close(descriptor)
+
+
+def _open_folder(folder: Path) -> int | None:
+    """None if it isn't there, isn't a folder, or can't be opened by this user or on this system."""
+    try:
+        return os.open(folder, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR):
+            raise
+        return None
+
+
+if sys.platform == "win32":
+
+    def _try_lock(descriptor: int) -> bool | None:
+        return None
+
+    def _unlock(descriptor: int) -> None:
+        pass
+
+else:
+
+    def _try_lock(descriptor: int) -> bool | None:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:  # a file system without locks
+            return None
+        return True
+
+    def _unlock(descriptor: int) -> None:
+        # Closing isn't enough where a process was forked meanwhile, which has the descriptor too.
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Have the disk hold what a folder lists, where that can be asked for."""
+    descriptor = _open_folder(folder)
+    if descriptor is None:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise
+    finally:
+        os.close(descriptor)
