@@ -175,7 +175,7 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         found.update(f"{name} {tensor.dtype} {list(tensor.shape)};".encode())
-        found.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+        found.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 
@@ -298,7 +298,7 @@ def _read_header(file: BinaryIO, path: Path) -> tuple[dict[str, Tensor], dict[st
             if not all(type(number) is int and 0 <= number < 2**63 for number in (*shape, start, stop)):
                 raise ValueError(f"the shape or place of {plain(name)} is made of other than numbers")
             if stop - start != math.prod(shape) * dtype.itemsize:
-                raise ValueError(f"{plain(name)} has {stop - start:,} bytes, which doesn't fit its shape {shown(shape)}")
+                raise ValueError(f"{plain(name)} has {stop - start:,} bytes, which don't fit its shape {shown(shape)}")
             tensors[name] = torch.empty(shape, dtype=dtype, device="meta")
             end = max(end, stop)
         if 8 + length + end != size:

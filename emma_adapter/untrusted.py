@@ -92,9 +92,8 @@ def nests_deeper(value: object, levels: int) -> bool:
     """Whether there are more than so many levels of lists and mappings within each other."""
     level = [value]
     for _ in range(levels + 1):
-        if not (level := [child for parent in level for child in _children(parent)]):
-            return False
-    return True
+        level = [child for parent in level for child in _children(parent)]
+    return bool(level)
 
 
 def _children(value: object) -> Iterable[object]:

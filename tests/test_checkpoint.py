@@ -1051,14 +1051,15 @@ def test_text_tower_round_trips_and_may_move(fusion, clip_folder, tmp_path):
     tiny.train_randomly(adapter.alignment)
     adapter.save_pretrained(tmp_path / "adapter")
     moved = shutil.copytree(clip_folder, tmp_path / "moved")
-    for encoder in (None, str(moved)):
+    for encoder in (str(clip_folder), str(moved)):
         other = base_model()
         load_adapter(other, tmp_path / "adapter", processor=tiny.processor(), instruction_encoder=encoder)
         assert torch.equal(logits(other, CHAT), logits(model, CHAT))
     edit_json(tmp_path / "adapter", lambda d: d["config"].update(instruction_encoder=str(tmp_path / "gone")))
     other = base_model()
-    with pytest.raises(EncoderError, match="gone"):
-        load_adapter(other, tmp_path / "adapter", processor=tiny.processor())
+    for encoder in (None, str(tmp_path / "gone")):
+        with pytest.raises(EncoderError, match="gone"):
+            load_adapter(other, tmp_path / "adapter", processor=tiny.processor(), instruction_encoder=encoder)
     assert is_untouched(other)
 
 
