@@ -7,10 +7,11 @@ save was interrupted after that moment, and the metadata is right.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -70,7 +71,7 @@ class SavedAdapter:
     projector: dict[str, Tensor]
     #: True if the instruction was found by a processor's chat template.
     reads_turns: bool
-    #: False if the tensors aren't those that were saved; None if they weren't read.
+    #: False if the tensors aren't those that were saved; None before they are read.
     intact: bool | None
     #: Hub id or folder of the model it was trained on, if that was known.
     base_model: str | None
@@ -106,25 +107,17 @@ def is_adapter(directory: Path, given: Path | None = None) -> bool:
     return True
 
 
-def describe(directory: Path) -> SavedAdapter:
-    """Check an adapter folder by its config and the header of its tensors, which are on the meta device.
-
-    Raises:
-        CheckpointError: naming what is wrong with which file.
-    """
-    return _read(directory, values=False)
-
-
-def read(directory: Path) -> SavedAdapter:
+def read(given: Path, check: Callable[[SavedAdapter], None] | None = None) -> SavedAdapter:
     """Read and check an adapter folder; its tensors are on the CPU.
 
+    Args:
+        given: the folder, or one that has adapters beside other things; see :func:`find`.
+        check: called before the values are read, which may be many, with the adapter as the header of its file tells
+            it: tensors on the meta device. What it raises is raised.
+
     Raises:
         CheckpointError: naming what is wrong with which file.
     """
-    return _read(directory, values=True)
-
-
-def _read(given: Path, *, values: bool) -> SavedAdapter:
     directory = find(given)
     config_path, weights_path = directory / CONFIG_NAME, directory / WEIGHTS_NAME
     written = _read_description(config_path, given)
@@ -148,25 +141,27 @@ def _read(given: Path, *, values: bool) -> SavedAdapter:
             config = EmmaConfig.from_dict(written.get("config", {}))
         except (ConfigError, TypeError) as error:
             raise CheckpointError(f"{config_path}: {error}") from error
-        # Before the values are read, which may be many.
         alignment, projector = _split(tensors, written, directory)
+        described = SavedAdapter(
+            source=directory,
+            config=config,
+            model_type=_text(written, "model_type", config_path),
+            alignment=alignment,
+            projector=projector,
+            reads_turns=written.get("reads_turns") is True,
+            intact=None,
+            base_model=_optional_text(written, "base_model_name_or_path", config_path),
+            library_version=_optional_text(written, "library_version", config_path),
+        )
         expected = _expected_alignment(config, alignment, directory)
         check_tensors(alignment, expected, weights_path)
-        if values:
-            tensors = _read_tensors(file, weights_path)
-            alignment, projector = _split(tensors, written, directory)
-            check_tensors(alignment, expected, weights_path)
-    return SavedAdapter(
-        source=directory,
-        config=config,
-        model_type=_text(written, "model_type", config_path),
-        alignment=alignment,
-        projector=projector,
-        reads_turns=written.get("reads_turns") is True,
-        intact=digest(tensors) == embedded.get("sha256") if values else None,
-        base_model=_optional_text(written, "base_model_name_or_path", config_path),
-        library_version=_optional_text(written, "library_version", config_path),
-    )
+        if check is not None:
+            check(described)
+        tensors = _read_tensors(file, weights_path)
+    alignment, projector = _split(tensors, written, directory)
+    check_tensors(alignment, expected, weights_path)
+    intact = digest(tensors) == embedded.get("sha256")
+    return dataclasses.replace(described, alignment=alignment, projector=projector, intact=intact)
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
@@ -196,8 +191,8 @@ def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], p
             problems.append(f"{name} is {tensor.dtype} and should be a floating-point tensor")
         elif not wanted.is_floating_point() and tensor.dtype != wanted.dtype:
             problems.append(f"{name} is {tensor.dtype} and should be {wanted.dtype}")
-        elif not tensor.is_meta and not bool(torch.isfinite(tensor.float()).all()):
-            problems.append(f"{name} holds NaN or infinite values")
+        elif not tensor.is_meta and not bool(torch.isfinite(tensor.to(wanted.dtype)).all()):
+            problems.append(f"{name} holds NaN or infinite values, in {wanted.dtype}")
     if problems:
         raise CheckpointError(f"{path} doesn't fit its config or the model: {'; '.join(problems)}")
 

@@ -28,8 +28,7 @@ def read_for(model: nn.Module, directory: Path, name: str | None = None) -> chec
         CheckpointError: if the files are damaged, or made for another model. That shows before the values are read.
         PatchError: if parts that would take the values are offloaded.
     """
-    check_fit(model, checkpoint.describe(directory))
-    saved = checkpoint.read(directory)
+    saved = checkpoint.read(directory, check=lambda described: check_fit(model, described))
     check_fit(model, saved)
     if not saved.intact:
         raise CheckpointError(
@@ -132,6 +131,12 @@ def check_fit(model: nn.Module, saved: checkpoint.SavedAdapter) -> None:
         raise CheckpointError(
             f"{saved.source} was made for {saved.config.num_visual_tokens} visual tokens an image; "
             f"this model has {number}"
+        )
+    if saved.config.num_visual_tokens is None and number is not None:
+        # patch_model would give it learned positions, which the file has no values for.
+        raise CheckpointError(
+            f"{saved.source} was made for a model that gives each image its own number of visual tokens; this model "
+            f"has {number} for every image"
         )
     places = attachment.places(family, saved.config, inner)
     if set(places) != {_place_of(name) for name in saved.alignment}:
