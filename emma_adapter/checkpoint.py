@@ -7,16 +7,17 @@ save was interrupted after that moment, and the metadata is right.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-import json
-from collections.abc import Iterable, Mapping
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import safetensors.torch
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
 from torch import Tensor
 
 from . import attachment
@@ -24,6 +25,7 @@ from .alignment import EmmaAlignment
 from .config import EmmaConfig
 from .errors import CheckpointError, ConfigError
 from .state import DEFAULT
+from .untrusted import listed, open_regular, parse_json, plain, shown
 from .version import __version__
 
 FORMAT_VERSION = 1
@@ -39,6 +41,23 @@ ALIGNMENT_PREFIX = "alignment."
 PROJECTOR_PREFIX = "projector."
 #: Config fields that may be edited in a saved folder: they don't change what the weights compute.
 _EDITABLE = frozenset({"cache_size", "instruction_encoder", "instruction_policy", "kernel"})
+#: In bytes. Configs have a few hundred and headers a few thousand, or as many more as there are ``fusion_options``.
+_MAX_CONFIG, _MAX_HEADER = 2**20, 2**22
+#: By safetensors' names: what weights may be saved in, and the buffers of a user's own fusion.
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 
 @dataclass(frozen=True)
@@ -52,12 +71,12 @@ class SavedAdapter:
     projector: dict[str, Tensor]
     #: True if the instruction was found by a processor's chat template.
     reads_turns: bool
-    #: False if the tensors aren't those that were saved.
-    intact: bool
+    #: False if the tensors aren't those that were saved; None before they are read.
+    intact: bool | None
     #: Hub id or folder of the model it was trained on, if that was known.
     base_model: str | None
-    #: Of the library that wrote it.
-    library_version: str
+    #: Of the library that wrote it, if it says so.
+    library_version: str | None
 
 
 def find(directory: Path, name: str = DEFAULT) -> Path:
@@ -70,72 +89,79 @@ def find(directory: Path, name: str = DEFAULT) -> Path:
     beside = directory / SUBFOLDER
     if is_adapter(directory) or not beside.is_dir():
         return directory
-    if is_adapter(beside):
+    if is_adapter(beside, directory):
         return beside
-    named = {folder.name: folder for folder in sorted(beside.iterdir()) if is_adapter(folder)}
+    named = {folder.name: folder for folder in sorted(beside.iterdir()) if is_adapter(folder, directory)}
     if len(named) > 1 and name not in named:
-        raise CheckpointError(f"{beside} holds the adapters {list(named)}; give the folder of one of them")
+        raise CheckpointError(f"{beside} holds the adapters {listed(named)}; give the folder of one of them")
     return named.get(name) or next(iter(named.values()), directory)
 
 
-def is_adapter(directory: Path) -> bool:
-    """Whether the config in a folder says that it is an adapter of this library."""
+def is_adapter(directory: Path, given: Path | None = None) -> bool:
+    """Whether the config in a folder, which may be one within the folder that was ``given``, says that it is an
+    adapter of this library."""
     try:
-        _read_description(directory / CONFIG_NAME)
+        _read_description(directory / CONFIG_NAME, given or directory)
     except CheckpointError:
         return False
     return True
 
 
-def read(directory: Path) -> SavedAdapter:
+def read(given: Path, check: Callable[[SavedAdapter], None] | None = None) -> SavedAdapter:
     """Read and check an adapter folder; its tensors are on the CPU.
+
+    Args:
+        given: the folder, or one that has adapters beside other things; see :func:`find`.
+        check: called before the values are read, which may be many, with the adapter as the header of its file tells
+            it: tensors on the meta device. What it raises is raised.
 
     Raises:
         CheckpointError: naming what is wrong with which file.
     """
-    directory = find(directory)
-    written = _read_description(directory / CONFIG_NAME)
+    directory = find(given)
+    config_path, weights_path = directory / CONFIG_NAME, directory / WEIGHTS_NAME
+    written = _read_description(config_path, given)
     _check_version(written, directory)
-    tensors, embedded = _read_tensors(directory / WEIGHTS_NAME)
-    if embedded.get("save_id") != written.get("save_id"):
-        # Interrupted between the two replacements: the tensor file is the newer one.
-        written = embedded
-    if edited := _edited_fields(written.get("config"), embedded.get("config")):
-        raise CheckpointError(
-            f"{directory / CONFIG_NAME} was changed since the adapter was saved, in {edited}: the weights were made "
-            "for the config they were saved with"
+    # Opened once: what is checked is what is loaded, and it stays so if the file is written to later.
+    with _open_weights(weights_path, given) as file:
+        tensors, metadata = _read_header(file, weights_path)
+        if not isinstance(metadata.get(FORMAT), str):
+            raise CheckpointError(f"{weights_path} was not written by emma_adapter: its metadata lacks {FORMAT!r}")
+        embedded = _parse_description(metadata[FORMAT], weights_path)
+        if embedded.get("save_id") != written.get("save_id"):
+            # Interrupted between the two replacements: the tensor file is the newer one.
+            written = embedded
+        if edited := _edited_fields(written.get("config"), embedded.get("config")):
+            raise CheckpointError(
+                f"{config_path} was changed since the adapter was saved, in {listed(edited)}: the weights were made "
+                "for the config they were saved with"
+            )
+        _check_version(written, directory)
+        try:
+            config = EmmaConfig.from_dict(written.get("config", {}))
+        except (ConfigError, TypeError) as error:
+            raise CheckpointError(f"{config_path}: {error}") from error
+        alignment, projector = _split(tensors, written, directory)
+        described = SavedAdapter(
+            source=directory,
+            config=config,
+            model_type=_text(written, "model_type", config_path),
+            alignment=alignment,
+            projector=projector,
+            reads_turns=written.get("reads_turns") is True,
+            intact=None,
+            base_model=_optional_text(written, "base_model_name_or_path", config_path),
+            library_version=_optional_text(written, "library_version", config_path),
         )
-    _check_version(written, directory)
-    try:
-        config = EmmaConfig.from_dict(written.get("config", {}))
-    except (ConfigError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{directory / CONFIG_NAME}: {error}") from error
-    model_type = written.get("model_type")
-    if not isinstance(model_type, str):
-        raise CheckpointError(f"{directory / CONFIG_NAME}: model_type should be a text and is {model_type!r}")
-    alignment = _with_prefix(tensors, ALIGNMENT_PREFIX)
-    projector = _with_prefix(tensors, PROJECTOR_PREFIX)
-    if stray := sorted(
-        set(tensors) - {ALIGNMENT_PREFIX + n for n in alignment} - {PROJECTOR_PREFIX + n for n in projector}
-    ):
-        raise CheckpointError(f"{directory / WEIGHTS_NAME}: unexpected tensor(s) {stray}")
-    if bool(projector) != bool(written.get("projector_trained")):
-        raise CheckpointError(
-            f"{directory}: the config says projector_trained={written.get('projector_trained')}, but the file holds "
-            f"{len(projector)} projector tensors"
-        )
-    check_tensors(alignment, _expected_alignment(config, alignment, directory), directory / WEIGHTS_NAME)
-    return SavedAdapter(
-        source=directory,
-        config=config,
-        model_type=model_type,
-        alignment=alignment,
-        projector=projector,
-        reads_turns=written.get("reads_turns") is True,
-        intact=digest(tensors) == embedded.get("sha256"),
-        base_model=written.get("base_model_name_or_path"),
-        library_version=str(written.get("library_version")),
-    )
+        expected = _expected_alignment(config, alignment, directory)
+        check_tensors(alignment, expected, weights_path)
+        if check is not None:
+            check(described)
+        tensors = _read_tensors(file, weights_path)
+    alignment, projector = _split(tensors, written, directory)
+    check_tensors(alignment, expected, weights_path)
+    intact = digest(tensors) == embedded.get("sha256")
+    return dataclasses.replace(described, alignment=alignment, projector=projector, intact=intact)
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
@@ -144,7 +170,7 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         found.update(f"{name} {tensor.dtype} {list(tensor.shape)};".encode())
-        found.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        found.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 
@@ -154,42 +180,51 @@ def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], p
     """
     problems = []
     if missing := sorted(set(expected) - set(found)):
-        problems.append(f"missing tensor(s) {missing}")
+        problems.append(f"missing tensor(s) {listed(missing)}")
     if unexpected := sorted(set(found) - set(expected)):
-        problems.append(f"unexpected tensor(s) {unexpected}")
+        problems.append(f"unexpected tensor(s) {listed(unexpected)}")
     for name in sorted(set(found) & set(expected)):
         tensor, wanted = found[name], expected[name]
         if tensor.shape != wanted.shape:
             problems.append(f"{name} is {list(tensor.shape)} and should be {list(wanted.shape)}")
-        elif not tensor.is_floating_point():
+        elif wanted.is_floating_point() and not tensor.is_floating_point():
             problems.append(f"{name} is {tensor.dtype} and should be a floating-point tensor")
-        elif not bool(torch.isfinite(tensor.float()).all()):
-            problems.append(f"{name} holds NaN or infinite values")
+        elif not wanted.is_floating_point() and tensor.dtype != wanted.dtype:
+            problems.append(f"{name} is {tensor.dtype} and should be {wanted.dtype}")
+        elif not tensor.is_meta and not bool(torch.isfinite(tensor.to(wanted.dtype)).all()):
+            problems.append(f"{name} holds NaN or infinite values, in {wanted.dtype}")
     if problems:
         raise CheckpointError(f"{path} doesn't fit its config or the model: {'; '.join(problems)}")
 
 
-def _read_description(path: Path) -> dict[str, Any]:
+def _read_description(path: Path, given: Path) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
+        with open_regular(path, given) as file:
+            content = file.read(_MAX_CONFIG + 1)
     except FileNotFoundError as error:
         raise CheckpointError(
             f"there is no {path.name} in {path.parent}: give the folder that adapter.save_pretrained wrote"
         ) from error
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{path} can't be read: {error}") from error
+    if len(content) > _MAX_CONFIG:
+        raise CheckpointError(f"{path} has more than {_MAX_CONFIG:,} bytes: that is no adapter's config")
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
         raise CheckpointError(f"{path} can't be read: {error}") from error
     return _parse_description(text, path)
 
 
 def _parse_description(text: str, path: Path) -> dict[str, Any]:
     try:
-        description = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        description = parse_json(text)
+    except ValueError as error:
         raise CheckpointError(f"{path} is not valid JSON (truncated?): {error}") from error
     if isinstance(description, dict) and "peft_type" in description:
         raise CheckpointError(
-            f"{path} describes an adapter of PEFT ({description['peft_type']}), not of emma_adapter: load it with "
-            "peft.PeftModel.from_pretrained"
+            f"{path} describes an adapter of PEFT ({plain(str(description['peft_type']))}), not of emma_adapter: load "
+            "it with peft.PeftModel.from_pretrained"
         )
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         raise CheckpointError(f"{path} doesn't describe an emma_adapter; another tool's adapter?")
@@ -199,11 +234,14 @@ def _parse_description(text: str, path: Path) -> dict[str, Any]:
 def _check_version(description: Mapping[str, Any], directory: Path) -> None:
     version = description.get("format_version")
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise CheckpointError(f"{directory / CONFIG_NAME}: format_version should be an integer >= 1 and is {version!r}")
+        raise CheckpointError(
+            f"{directory / CONFIG_NAME}: format_version should be an integer >= 1 and is {shown(version)}"
+        )
     if version > FORMAT_VERSION:
         raise CheckpointError(
-            f"{directory} has format_version {version}, written by emma_adapter {description.get('library_version')}; "
-            f"this is emma_adapter {__version__}, which reads up to {FORMAT_VERSION}: upgrade emma_adapter"
+            f"{directory} has format_version {shown(version)}, written by emma_adapter "
+            f"{plain(str(description.get('library_version')))}; this is emma_adapter {__version__}, which reads up to "
+            f"{FORMAT_VERSION}: upgrade emma_adapter"
         )
 
 
@@ -211,23 +249,90 @@ def _edited_fields(written: object, embedded: object) -> list[str]:
     if not isinstance(written, dict) or not isinstance(embedded, dict):
         return [] if written == embedded else ["config"]
     names = (set(written) | set(embedded)) - _EDITABLE
-    return sorted(str(name) for name in names if written.get(name) != embedded.get(name))
+    return sorted(name for name in names if written.get(name) != embedded.get(name))
 
 
-def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    if not path.is_file():
-        raise CheckpointError(f"there is no {path.name} in {path.parent}: the adapter's weights are missing")
+def _text(description: Mapping[str, Any], name: str, path: Path) -> str:
+    value = description.get(name)
+    if not isinstance(value, str):
+        raise CheckpointError(f"{path}: {name} should be a text and is {shown(value)}")
+    return value
+
+
+def _optional_text(description: Mapping[str, Any], name: str, path: Path) -> str | None:
+    return None if description.get(name) is None else _text(description, name, path)
+
+
+def _open_weights(path: Path, given: Path) -> BinaryIO:
     try:
-        # At once: safetensors' own opens the file twice, and a save may replace it in between.
-        content = path.read_bytes()
-        tensors = load_tensors(content)
-        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{path} is not a valid safetensors file (truncated or corrupted?): {error}") from error
-    metadata = header.get("__metadata__", {})
-    if FORMAT not in metadata:
-        raise CheckpointError(f"{path} was not written by emma_adapter: its metadata lacks {FORMAT!r}")
-    return tensors, _parse_description(metadata[FORMAT], path)
+        return open_regular(path, given)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"there is no {path.name} in {path.parent}: the adapter's weights are missing") from error
+
+
+def _read_header(file: BinaryIO, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a safetensors file, on the meta device, and its metadata.
+
+    Raises:
+        CheckpointError: if the file doesn't have the size that its header tells, or holds tensors of a dtype that no
+            adapter has. What else may be wrong with it, safetensors finds.
+    """
+    try:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        if length > min(_MAX_HEADER, size - 8):
+            raise ValueError(f"its header would have {length:,} of {size:,} bytes")
+        header = parse_json(file.read(length).decode("utf-8"))
+        metadata = header.pop("__metadata__", {})
+        tensors, end = {}, 0
+        for name, entry in header.items():
+            if entry["dtype"] not in _DTYPES:
+                raise ValueError(f"{plain(name)} is {shown(entry['dtype'])}, which no tensor of an adapter is")
+            dtype, shape = _DTYPES[entry["dtype"]], entry["shape"]
+            start, stop = entry["data_offsets"]
+            if not all(type(number) is int and 0 <= number < 2**63 for number in (*shape, start, stop)):
+                raise ValueError(f"the shape or place of {plain(name)} is made of other than numbers")
+            if stop - start != math.prod(shape) * dtype.itemsize:
+                raise ValueError(f"{plain(name)} has {stop - start:,} bytes, which don't fit its shape {shown(shape)}")
+            tensors[name] = torch.empty(shape, dtype=dtype, device="meta")
+            end = max(end, stop)
+        if 8 + length + end != size:
+            raise ValueError(f"it has {size:,} bytes instead of {8 + length + end:,}")
+        if not isinstance(metadata, dict):
+            raise ValueError("its metadata is no object")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        raise _invalid(path, error) from error
+    return tensors, metadata
+
+
+def _read_tensors(file: BinaryIO, path: Path) -> dict[str, Tensor]:
+    try:
+        file.seek(0)
+        read = safetensors.torch.load(file.read())
+        # In memory of PyTorch's own, as tensors usually are.
+        return {name: read.pop(name).clone() for name in list(read)}
+    except Exception as error:
+        raise _invalid(path, error) from error
+
+
+def _invalid(path: Path, error: Exception) -> CheckpointError:
+    reason = plain(str(error)) or type(error).__name__
+    return CheckpointError(f"{path} is not a valid safetensors file (truncated or corrupted?): {reason}")
+
+
+def _split(
+    tensors: Mapping[str, Tensor], description: Mapping[str, Any], directory: Path
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The alignment's tensors and the projector's, by their names in the model."""
+    alignment, projector = _with_prefix(tensors, ALIGNMENT_PREFIX), _with_prefix(tensors, PROJECTOR_PREFIX)
+    if stray := sorted(name for name in tensors if not name.startswith((ALIGNMENT_PREFIX, PROJECTOR_PREFIX))):
+        raise CheckpointError(f"{directory / WEIGHTS_NAME}: unexpected tensor(s) {listed(stray)}")
+    if bool(projector) != bool(description.get("projector_trained")):
+        raise CheckpointError(
+            f"{directory}: the config says projector_trained={shown(description.get('projector_trained'))}, but the "
+            f"file holds {len(projector)} projector tensors"
+        )
+    return alignment, projector
 
 
 def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -240,7 +345,9 @@ def _expected_alignment(config: EmmaConfig, found: Iterable[str], directory: Pat
         with torch.device("meta"):
             expected = EmmaAlignment(config).state_dict()
     except (ConfigError, RuntimeError, OverflowError, TypeError, AssertionError) as error:
-        raise CheckpointError(f"{directory / CONFIG_NAME} describes no adapter that can be built: {error}") from error
+        raise CheckpointError(
+            f"{directory / CONFIG_NAME} describes no adapter that can be built: {plain(str(error))}"
+        ) from error
     places = [attachment.MAIN_PLACE]
     if config.align_deepstack:
         places += sorted({match[0] for name in found if (match := attachment.DEEPSTACK_PLACE.match(name))})

@@ -12,6 +12,13 @@ from typing import Any, Literal, get_args
 from .errors import ConfigError
 from .fusion.dispatch import Kernel
 from .fusion.registry import fusion_names
+from .untrusted import listed, parse_json, shown
+
+#: Of any size: products of two still fit into 64 bits.
+_MAX_SIZE = 2**31 - 1
+#: Of ``fusion_options``, in levels and in characters of the config file: what is saved must load again.
+_MAX_OPTIONS_NESTING, _MAX_OPTIONS_LENGTH = 64, 2**19
+_MAX_ENCODER_LENGTH = 4096
 
 InstructionPolicy = Literal["last_turn", "shortest_turn", "all_turns"]
 
@@ -85,8 +92,8 @@ class EmmaConfig:
                 self._require_int(name, minimum=1)
         for name in ("inner_dim", "num_heads"):
             self._require_int(name, minimum=1)
-        self._require_int("cache_size", minimum=0)
-        self._require_int("instruction_layer")
+        self._require_int("cache_size", minimum=0, maximum=2**63 - 1)
+        self._require_int("instruction_layer", minimum=-_MAX_SIZE)
         if self.inner_dim % self.num_heads:
             raise self._error("inner_dim", f"a multiple of num_heads={self.num_heads}")
         self._check_grid()
@@ -101,6 +108,8 @@ class EmmaConfig:
                 "instruction_encoder",
                 'a non-empty string: "llm", a hub id or folder of a text tower, or "open_clip:MODEL:PRETRAINED"',
             )
+        if len(self.instruction_encoder) > _MAX_ENCODER_LENGTH:
+            raise self._error("instruction_encoder", f"at most {_MAX_ENCODER_LENGTH} characters")
         self._check_fusion_options()
 
     @classmethod
@@ -132,27 +141,29 @@ class EmmaConfig:
             raise ConfigError(f"an adapter's config must be a JSON object, not {type(values).__name__}")
         known = {f.name for f in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - known, key=repr):
-            raise ConfigError(f"unknown config field(s) {unknown}; known are {sorted(known)}")
+            raise ConfigError(f"unknown config field(s) {listed(unknown)}; known are {sorted(known)}")
         return cls(**values)
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2, sort_keys=True, allow_nan=False)
 
     @classmethod
-    def from_json(cls, text: str) -> EmmaConfig:
+    def from_json(cls, text: str | bytes) -> EmmaConfig:
         try:
-            values = json.loads(text)
+            values = parse_json(text)
         except ValueError as error:
             raise ConfigError(f"an adapter's config must be JSON: {error}") from error
         return cls.from_dict(values)
 
     def _error(self, name: str, allowed: str) -> ConfigError:
-        return ConfigError(f"EmmaConfig.{name} must be {allowed}; got {getattr(self, name)!r}")
+        return ConfigError(f"EmmaConfig.{name} must be {allowed}; got {shown(getattr(self, name))}")
 
-    def _require_int(self, name: str, minimum: int | None = None) -> None:
+    def _require_int(self, name: str, *, minimum: int, maximum: int = _MAX_SIZE) -> None:
         value = getattr(self, name)
-        if not _is_int(value) or (minimum is not None and value < minimum):
-            raise self._error(name, "an integer" if minimum is None else f"an integer >= {minimum}")
+        if not _is_int(value) or value < minimum:
+            raise self._error(name, f"an integer >= {minimum}")
+        if value > maximum:
+            raise self._error(name, f"an integer <= {maximum}")
 
     def _require_text(self, name: str, allowed: tuple[str, ...]) -> None:
         value = getattr(self, name)
@@ -167,6 +178,7 @@ class EmmaConfig:
             raise self._error("visual_grid", "None or two integers (height, width) >= 1")
         if self.num_visual_tokens is None:
             object.__setattr__(self, "num_visual_tokens", grid[0] * grid[1])
+            self._require_int("num_visual_tokens", minimum=1)
         elif grid[0] * grid[1] != self.num_visual_tokens:
             raise self._error("visual_grid", f"(height, width) of num_visual_tokens={self.num_visual_tokens} tokens")
 
@@ -175,21 +187,26 @@ class EmmaConfig:
         if not isinstance(options, Mapping) or not all(isinstance(key, str) for key in options):
             raise self._error("fusion_options", "a mapping from names to JSON values")
         # A private copy in JSON's own types, so that the round trip is exact and nobody changes it later.
+        private = {key: self._json_value(value, _MAX_OPTIONS_NESTING) for key, value in options.items()}
         try:
-            private = {key: self._json_value(value) for key, value in options.items()}
-        except RecursionError:
-            raise ConfigError("EmmaConfig.fusion_options must be JSON values; got ones nested too deeply") from None
+            length = len(json.dumps({"config": {"fusion_options": private}}, indent=2))  # as it will lie in the file
+        except ValueError:
+            raise self._error("fusion_options", "made of JSON values, and integers of at most 4300 digits") from None
+        if length > _MAX_OPTIONS_LENGTH:
+            raise self._error("fusion_options", f"at most {_MAX_OPTIONS_LENGTH:,} characters in the config file")
         object.__setattr__(self, "fusion_options", private)
 
-    def _json_value(self, value: Any) -> Any:
+    def _json_value(self, value: Any, levels: int) -> Any:
+        if levels < 0:
+            raise self._error("fusion_options", f"nested at most {_MAX_OPTIONS_NESTING} levels deep")
         if isinstance(value, float) and not math.isfinite(value):
             raise self._error("fusion_options", "made of JSON values, without NaN and infinities")
         if value is None or isinstance(value, (bool, int, float, str)):
             return value
         if isinstance(value, (list, tuple)):
-            return [self._json_value(item) for item in value]
+            return [self._json_value(item, levels - 1) for item in value]
         if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
-            return {key: self._json_value(item) for key, item in value.items()}
+            return {key: self._json_value(item, levels - 1) for key, item in value.items()}
         raise self._error("fusion_options", "made of JSON values")
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from . import checkpoint, hub, restoring, sharding
+from . import hub, restoring, sharding
 from .errors import PatchError
 from .fusion.dispatch import Kernel
-from .patching import EmmaAdapter, base_of, patch_model
+from .patching import EmmaAdapter, base_of, patch_model, unpatch_model
 from .state import DEFAULT, STATE_ATTRIBUTE
 
 
@@ -28,6 +28,10 @@ def load_adapter(
 ) -> EmmaAdapter:
     """Load a saved adapter into a model, which is patched if it isn't yet.
 
+    The folder may come from anybody. Nothing in it is run; nothing outside of it is read because a file in it says so,
+    but for a text tower by its name on the hub or in open_clip's list, and of that neither code nor pickled objects;
+    and if this raises, the model is as it was.
+
     Args:
         model: as for :func:`patch_model`.
         source: a folder that ``save_pretrained`` wrote, or a hub id.
@@ -35,16 +39,16 @@ def load_adapter(
             name; it is not made the active one. Default: the active one, or ``"default"`` if the model is patched now.
         processor: as for :func:`patch_model`; an already patched model keeps the one it has, if none is given.
         instruction_encoder: where the adapter's instruction encoder is found now, if elsewhere than when it was
-            saved; needed for an encoder module of your own.
+            saved. Needed for a text tower in a folder or file, as an adapter's config leads to no path on its own, and
+            for an encoder module of your own.
         kernel: what computes the adapter, as in :class:`EmmaConfig`; default: ``"auto"``, or what an already patched
             model was told.
         revision: branch, tag or commit on the hub.
         local_files_only: don't ask the hub; use what was downloaded before.
 
     Raises:
-        CheckpointError: if the files are incomplete, damaged, of a newer format, or made for another model. The
-            model is then as it was.
-        EncoderError: if the instruction encoder can't be loaded.
+        CheckpointError: if the files are incomplete, damaged, of a newer format, or made for another model.
+        EncoderError: if the instruction encoder can't be loaded, or is at a path that only the adapter names.
         PatchError: if the model is patched with another kind of adapter, or sharded by FSDP.
     """
     if sharding.is_fully_sharded(model):
@@ -55,11 +59,10 @@ def load_adapter(
         raise PatchError(
             f"the first adapter of a model is called {DEFAULT!r}: load without name=, or patch_model(model) first"
         )
-    saved = checkpoint.read(hub.local_folder(source, revision=revision, local_files_only=local_files_only))
-    restoring.check_fit(model, saved)
-    restoring.check_not_offloaded(model, saved, name)
+    folder = hub.local_folder(source, revision=revision, local_files_only=local_files_only)
+    saved = restoring.read_for(model, folder, name)
     if not patched:
-        restoring.check_encoder_fit(model, saved)
+        restoring.check_encoder(model, saved, instruction_encoder)
         if saved.reads_turns and processor is None:
             warnings.warn(
                 f"{saved.source} was used with a processor, which tells the user's turns from the rest of the prompt; "
@@ -67,8 +70,13 @@ def load_adapter(
                 stacklevel=2,
             )
         config = saved.config if kernel is None else saved.config.replace(kernel=kernel)
-        patch_model(given, config, processor=processor, instruction_encoder=instruction_encoder)
-        restoring.assign(model, saved)
+        try:
+            patch_model(given, config, processor=processor, instruction_encoder=instruction_encoder)
+            restoring.assign(model, DEFAULT, saved)
+        except BaseException:
+            if hasattr(model, STATE_ATTRIBUTE):
+                unpatch_model(model)
+            raise
     else:
         restoring.restore(
             model, saved, name=name, processor=processor, instruction_encoder=instruction_encoder, kernel=kernel

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
-import pickle
+import os
+import pickletools
+import re
+import zipfile
 from os import PathLike
 from pathlib import Path
+from typing import IO, BinaryIO
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .config import EmmaConfig
 from .errors import CheckpointError
+from .untrusted import open_regular, plain, shown
 
 _TENSORS = (
     "text_projection.weight",  # [D, Dt]
@@ -20,6 +25,18 @@ _TENSORS = (
     "image_text_infusion.bias",  # [N]
 )
 _PREFIX = "model.vision_tower."
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+#: All that the pickle of a state dict refers to.
+_GLOBALS = re.compile(
+    r"collections OrderedDict|torch\._utils (_rebuild_tensor_v2|_rebuild_parameter)|torch [A-Z][A-Za-z0-9]*Storage"
+)
+_TUPLES = frozenset({"TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"})
+#: In bytes: what describes the tensors of the authors' file has a hundred thousand.
+_MAX_PICKLE = 2**22
+_MAX_TUPLES = 8
+#: The pickles at the beginning of a file in PyTorch's older format: two numbers, the machine, the dict and its keys.
+_LEGACY_PICKLES = 5
 
 
 def read_official(path: str | PathLike[str]) -> tuple[EmmaConfig, dict[str, Tensor]]:
@@ -28,10 +45,11 @@ def read_official(path: str | PathLike[str]) -> tuple[EmmaConfig, dict[str, Tens
     Both key forms are understood: bare, and prefixed with ``model.vision_tower.``.
 
     Raises:
-        CheckpointError: if the file can't be read safely, lacks a tensor, or has inconsistent shapes.
+        CheckpointError: if the file can't be read safely, lacks a tensor, has inconsistent shapes, or holds values that
+            aren't finite.
     """
-    stored = _load(Path(path))
-    found = {name: _one_of(stored, name, path) for name in _TENSORS}
+    stored, size = _load(Path(path))
+    found = {name: _one_of(stored, name, path, size) for name in _TENSORS}
     if any(key.removeprefix(_PREFIX) == "learnable_tokens" for key in stored):
         raise CheckpointError(
             f"{path} holds learnable tokens: it is the authors' variant v2 or v3; only the published EMMA, v1, is read"
@@ -41,13 +59,13 @@ def read_official(path: str | PathLike[str]) -> tuple[EmmaConfig, dict[str, Tens
     if not matrices or infusion.shape[1] <= infusion.shape[0]:
         raise CheckpointError(
             f"{path}: expected text_projection.weight [D, Dt] and image_text_infusion.weight [N, N + T], none empty; "
-            f"got {list(projection.shape)} and {list(infusion.shape)}"
+            f"got {shown(list(projection.shape))} and {shown(list(infusion.shape))}"
         )
     visual_dim, instruction_dim = projection.shape
     num_visual = infusion.shape[0]
     for name, size in (("text_projection.bias", visual_dim), ("image_text_infusion.bias", num_visual)):
         if found[name].shape != (size,):
-            raise CheckpointError(f"{path}: {name} should be [{size}] and is {list(found[name].shape)}")
+            raise CheckpointError(f"{path}: {name} should be [{size}] and is {shown(list(found[name].shape))}")
     side = math.isqrt(num_visual)
     config = EmmaConfig.paper(
         visual_dim=visual_dim,
@@ -56,43 +74,122 @@ def read_official(path: str | PathLike[str]) -> tuple[EmmaConfig, dict[str, Tens
         visual_grid=(side, side) if side * side == num_visual else None,
         max_instruction_tokens=infusion.shape[1] - num_visual,
     )
-    weight = infusion.double()
-    return config, {
+    image_weight = infusion[:, :num_visual].to(torch.float64, copy=True)
+    image_weight.diagonal().sub_(1)
+    read = {
         "fusion.instruction_projection.weight": projection.float(),
         "fusion.instruction_projection.bias": found["text_projection.bias"].float(),
-        "fusion.image_weight": (weight[:, :num_visual] - torch.eye(num_visual, dtype=torch.float64)).float(),
-        "fusion.text_weight": weight[:, num_visual:].float().contiguous(),
+        "fusion.image_weight": image_weight.float(),
+        "fusion.text_weight": infusion[:, num_visual:].float().contiguous(),
         "fusion.bias": found["image_text_infusion.bias"].float(),
     }
+    if not all(bool(torch.isfinite(value).all()) for value in read.values()):
+        raise CheckpointError(
+            f"{path} holds NaN or infinite values, or such that float32 can't hold; take another copy"
+        )
+    return config, read
 
 
-def _load(path: Path) -> dict[str, object]:
+def _load(path: Path) -> tuple[dict[str, object], int]:
+    """The state dict, and the size of the file in bytes."""
     try:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            is_zip = file.read(4) == b"PK\x03\x04"
+            file.seek(0)
+            if is_zip:
+                _check_zip(file)
+            else:
+                for _ in range(_LEGACY_PICKLES):
+                    _check_pickle(file)
         # mmap leaves the towers, which are hundreds of times larger than what is wanted, on disk.
-        stored = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+        stored = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except FileNotFoundError as error:
         raise CheckpointError(f"there is no file {path}; give the path of the authors' vision_tower.bin") from error
-    except pickle.UnpicklingError as error:
+    except CheckpointError:
+        raise
+    except _ForeignPickleError as error:
         raise CheckpointError(
             f"{path} is not a file of tensors, or holds objects beside tensors, which are never unpickled: {error}"
         ) from error
     except Exception as error:
-        raise CheckpointError(f"{path} can't be read as a PyTorch checkpoint (truncated?): {error}") from error
+        raise CheckpointError(
+            f"{path} can't be read as a PyTorch checkpoint (truncated?): {plain(str(error)) or type(error).__name__}"
+        ) from error
     if not isinstance(stored, dict):
         raise CheckpointError(f"{path} holds a {type(stored).__name__} instead of a state dict")
-    return {key: value for key, value in stored.items() if isinstance(key, str)}
+    return {key: value for key, value in stored.items() if isinstance(key, str)}, size
 
 
-def _is_zip(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(4) == b"PK\x03\x04"
+class _ForeignPickleError(Exception):
+    """A pickle that isn't a state dict's."""
 
 
-def _one_of(stored: dict[str, object], name: str, path: str | PathLike[str]) -> Tensor:
+def _check_zip(file: BinaryIO) -> None:
+    """That an archive is one as ``torch.save`` makes them: uncompressed, with one pickle, of a state dict."""
+    with zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise _ForeignPickleError("its parts are compressed, as PyTorch leaves none")
+        pickles = [entry for entry in entries if entry.filename.lower().endswith(".pkl")]
+        if len(pickles) != 1:
+            raise _ForeignPickleError(f"it has {len(pickles)} pickles instead of one")
+        with archive.open(pickles[0]) as content:
+            _check_pickle(content)
+
+
+def _check_pickle(file: IO[bytes]) -> None:
+    """That the pickle which begins here refers to nothing but tensors, and can be unpickled in a time and memory that
+    its length bounds.
+
+    PyTorch's own check, ``weights_only``, lets calls pass that allocate any amount; and to put a tuple of tuples into
+    a dict, each of them the same one twice, Python hashes the innermost 2^depth times.
+
+    Raises:
+        _ForeignPickleError: if it does else.
+        ValueError: if it is no pickle.
+    """
+    begin = file.tell()
+    depths: list[int | None] = []  # tuples within each other, for each value on the stack; None is a mark
+    memo: dict[object, int] = {}
+    for opcode, argument, position in pickletools.genops(file):
+        if position is not None and position - begin > _MAX_PICKLE:
+            raise _ForeignPickleError(f"it describes its tensors in more than {_MAX_PICKLE:,} bytes")
+        if opcode.name in ("GLOBAL", "STACK_GLOBAL", "INST") and not _GLOBALS.fullmatch(str(argument)):
+            raise _ForeignPickleError(plain(str(argument or opcode.name)))
+        if opcode.name in ("BINPUT", "LONG_BINPUT"):
+            memo[argument] = depths[-1] or 0
+            continue
+        taken = _take(depths, opcode)
+        depth = max(taken, default=0) + 1 if opcode.name in _TUPLES else 0
+        if opcode.name in ("BINGET", "LONG_BINGET") and memo.get(argument):
+            raise _ForeignPickleError("it uses a tuple twice")
+        if depth > _MAX_TUPLES:
+            raise _ForeignPickleError(f"it nests tuples more than {_MAX_TUPLES} deep")
+        depths += [None if kind is pickletools.markobject else depth for kind in opcode.stack_after]
+
+
+def _take(depths: list[int | None], opcode: pickletools.OpcodeInfo) -> list[int]:
+    """Take from the stack what an opcode takes from it."""
+    wanted = opcode.stack_before
+    taken: list[int] = []
+    if pickletools.markobject in wanted:
+        while (depth := depths.pop()) is not None:
+            taken.append(depth)
+        wanted = wanted[: wanted.index(pickletools.markobject)]
+    return taken + [depths.pop() or 0 for _ in wanted]
+
+
+def _one_of(stored: dict[str, object], name: str, path: str | PathLike[str], size: int) -> Tensor:
     for key in (name, _PREFIX + name):
         value = stored.get(key)
         if isinstance(value, Tensor):
-            if not value.is_floating_point():
+            if value.dtype not in _DTYPES:
                 raise CheckpointError(f"{path}: {key} should hold floating-point weights and holds {value.dtype}")
-            return value
+            if type(value) not in (Tensor, nn.Parameter) or value.layout != torch.strided or value.device.type != "cpu":
+                raise CheckpointError(f"{path}: {key} should be a plain tensor and is a {type(value).__name__}")
+            # Strides of zero make much of little.
+            if value.numel() * value.itemsize > min(value.untyped_storage().nbytes(), size):
+                raise CheckpointError(f"{path}: {key} would be {shown(list(value.shape))}, more than is in the file")
+            return value.detach()
     raise CheckpointError(f"{path} has no tensor {name!r}, bare or prefixed with {_PREFIX!r}: not an EMMA checkpoint")

@@ -2,18 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from . import attachment, base_saves, checkpoint, named, training
 from .config import EmmaConfig
-from .errors import CheckpointError, PatchError
+from .errors import CheckpointError, EncoderError, PatchError
 from .families import find_family
 from .fitting import embedding_dim, make_pipeline, make_reader, resolve_encoder
 from .fusion.dispatch import Kernel
+from .instructions.encoders import names_a_path
 from .instructions.tokens import LLM
 from .state import STATE_ATTRIBUTE, state_of
+from .untrusted import listed, shown
+
+
+def read_for(model: nn.Module, directory: Path, name: str | None = None) -> checkpoint.SavedAdapter:
+    """A saved adapter that can be loaded into this model, of which nothing is changed yet.
+
+    Raises:
+        CheckpointError: if the files are damaged, or made for another model. That shows before the values are read.
+        PatchError: if parts that would take the values are offloaded.
+    """
+    saved = checkpoint.read(directory, check=lambda described: check_fit(model, described))
+    check_fit(model, saved)
+    if not saved.intact:
+        raise CheckpointError(
+            f"{saved.source / checkpoint.WEIGHTS_NAME} is damaged: its tensors don't match the checksum they were "
+            "saved with; take another copy"
+        )
+    check_not_offloaded(model, saved, name)
+    return saved
 
 
 def restore(
@@ -25,41 +48,68 @@ def restore(
     instruction_encoder: str | nn.Module | None = None,
     kernel: Kernel | None = None,
 ) -> None:
-    """Load into the adapter of that name (default: the active one), which is added if there is none.
+    """Load into the adapter of that name (default: the active one), which is added if there is none. Which one is
+    active stays as it is, also meanwhile. If it fails, nothing has changed.
 
     Raises:
         PatchError: if it is an adapter of another kind than the saved one.
     """
     state = state_of(model)
-    active = state.active
-    name = active if name is None else name
+    name = state.active if name is None else name
     if name not in state.adapters:
         config = saved.config if kernel is None else saved.config.replace(kernel=kernel)
-        check_encoder_fit(model, saved)
-        named.add(model, name, config, processor, instruction_encoder)
-    else:
-        here = state.adapters[name].config
-        if not _same_build(here, saved.config, ignore_encoder=instruction_encoder is not None):
-            raise PatchError(
-                "the model is patched with another kind of adapter than the saved one; unpatch_model(model) first, and "
-                "load_adapter will patch it, or load_adapter(model, …, name=…) under another name. "
-                f"Here: {here}; saved: {saved.config}"
-            )
+        check_encoder(model, saved, instruction_encoder)
+        try:
+            named.add(model, name, config, processor, instruction_encoder)
+            assign(model, name, saved)
+        except BaseException:
+            if name in state.adapters:
+                named.remove(model, name)
+            raise
+        return
+    here = state.adapters[name].config
+    if not _same_build(here, saved.config, ignore_encoder=instruction_encoder is not None):
+        raise PatchError(
+            "the model is patched with another kind of adapter than the saved one; unpatch_model(model) first, and "
+            "load_adapter will patch it, or load_adapter(model, …, name=…) under another name. "
+            f"Here and in {saved.source} differ: {listed(_differences(here, saved.config))}"
+        )
+    with _undone_on_failure(model, name, projector=bool(saved.projector or state.adapters[name].original_projectors)):
         _refit(model, name, processor, instruction_encoder, kernel)
-    named.activate(model, name)
-    assign(model, saved)
-    named.activate(model, active)
+        assign(model, name, saved)
 
 
-def assign(model: nn.Module, saved: checkpoint.SavedAdapter) -> None:
-    """Give the active adapter, and the projector, the saved values."""
-    if saved.projector:
-        training.keep_original_projectors(model)
-    else:
-        training.reset_projectors(model)
-    training.assign(model, saved.alignment, saved.projector)
+def assign(model: nn.Module, name: str, saved: checkpoint.SavedAdapter) -> None:
+    """Give an adapter, and the projector trained with it, the saved values."""
+    training.assign(model, name, saved.alignment, saved.projector)
     if state_of(model).adapter_only:
         base_saves.expect_adapter_only(model)
+
+
+@contextmanager
+def _undone_on_failure(model: nn.Module, name: str, *, projector: bool) -> Iterator[None]:
+    """Take back what loading has changed of an adapter, and with ``projector=True`` of the projector, if the block
+    raises."""
+    state = state_of(model)
+    adapter = state.adapters[name]
+    fields = dict(vars(adapter))
+    # An adapter's values are replaced, a projector's written over.
+    values = {tensor: tensor.data for tensor in attachment.state_dict(model, name, keep_vars=True).values()}
+    own = training.projector_parameters(model, name).values() if projector else ()
+    written_over = {parameter: parameter.detach().clone() for parameter in own}
+    kernels = {alignment: alignment.config.kernel for alignment in attachment.alignments(model, name).values()}
+    try:
+        yield
+    except BaseException:
+        vars(adapter).update(fields)
+        for tensor, data in values.items():
+            tensor.data = data
+        for parameter, value in written_over.items():
+            parameter.data.copy_(value)
+        for alignment, kernel in kernels.items():
+            if alignment.config.kernel != kernel:
+                alignment.use_kernel(kernel)
+        raise
 
 
 def check_fit(model: nn.Module, saved: checkpoint.SavedAdapter) -> None:
@@ -69,7 +119,7 @@ def check_fit(model: nn.Module, saved: checkpoint.SavedAdapter) -> None:
     config: Any = model.config
     if saved.model_type != config.model_type:
         raise CheckpointError(
-            f"{saved.source} was made for model_type {saved.model_type!r}; this model is {config.model_type!r}"
+            f"{saved.source} was made for model_type {shown(saved.model_type)}; this model is {config.model_type!r}"
         )
     if saved.config.visual_dim != family.visual_dim(inner):
         raise CheckpointError(
@@ -81,6 +131,12 @@ def check_fit(model: nn.Module, saved: checkpoint.SavedAdapter) -> None:
         raise CheckpointError(
             f"{saved.source} was made for {saved.config.num_visual_tokens} visual tokens an image; "
             f"this model has {number}"
+        )
+    if saved.config.num_visual_tokens is None and number is not None:
+        # patch_model would give it learned positions, which the file has no values for.
+        raise CheckpointError(
+            f"{saved.source} was made for a model that gives each image its own number of visual tokens; this model "
+            f"has {number} for every image"
         )
     places = attachment.places(family, saved.config, inner)
     if set(places) != {_place_of(name) for name in saved.alignment}:
@@ -95,11 +151,6 @@ def check_fit(model: nn.Module, saved: checkpoint.SavedAdapter) -> None:
             for name, parameter in attachment.projector_parameters(projector).items()
         }
         checkpoint.check_tensors(saved.projector, own, saved.source)
-    if not saved.intact:
-        raise CheckpointError(
-            f"{saved.source / checkpoint.WEIGHTS_NAME} is damaged: its tensors don't match the checksum they were "
-            "saved with; take another copy"
-        )
 
 
 def check_not_offloaded(model: nn.Module, saved: checkpoint.SavedAdapter, name: str | None) -> None:
@@ -127,14 +178,29 @@ def _place_of(name: str) -> str:
     return match[0] if match else attachment.MAIN_PLACE
 
 
-def check_encoder_fit(model: nn.Module, saved: checkpoint.SavedAdapter) -> None:
-    if saved.config.instruction_encoder == LLM:
+def check_encoder(
+    model: nn.Module, saved: checkpoint.SavedAdapter, instruction_encoder: str | nn.Module | None
+) -> None:
+    """That the encoder which a new adapter is going to have fits, and isn't a file that only the saved config names.
+
+    Raises:
+        CheckpointError: if the language model's embeddings are of another width.
+        EncoderError: if the config names a path, and the caller doesn't.
+    """
+    spec = saved.config.instruction_encoder
+    if spec == LLM:
         width = embedding_dim(find_family(model).inner(model))
         if saved.config.instruction_dim != width:
             raise CheckpointError(
                 f"{saved.source} was made for a language model with embeddings of {saved.config.instruction_dim} "
                 f"channels; this model's have {width}"
             )
+    elif instruction_encoder is None and names_a_path(spec):
+        raise EncoderError(
+            f"{saved.source} was made with the instruction encoder at {shown(spec)}. Loading an adapter reads no path "
+            "that only the adapter names: say where the text tower is, "
+            f"load_adapter(model, …, instruction_encoder={shown(spec)})"
+        )
 
 
 def _same_build(one: EmmaConfig, other: EmmaConfig, *, ignore_encoder: bool) -> bool:
@@ -145,19 +211,24 @@ def _same_build(one: EmmaConfig, other: EmmaConfig, *, ignore_encoder: bool) -> 
     return one.replace(**ignored) == other.replace(**ignored)
 
 
+def _differences(one: EmmaConfig, other: EmmaConfig) -> list[str]:
+    others = other.to_dict()
+    return [f"{name}: {value!r} and {others[name]!r}" for name, value in one.to_dict().items() if value != others[name]]
+
+
 def _refit(
     model: nn.Module, name: str, processor: Any, instruction_encoder: str | nn.Module | None, kernel: Kernel | None
 ) -> None:
     """Give an adapter another processor, encoder or kernel, where one is given."""
     state = state_of(model)
     adapter = state.adapters[name]
+    config, reader, encoder = adapter.config, adapter.pipeline.reader, adapter.pipeline.encoder
+    if processor is not None:
+        reader = make_reader(model, config, processor)
+    if instruction_encoder is not None:
+        config, encoder = resolve_encoder(config, instruction_encoder, state.family.inner(model))
     if kernel is not None:
-        adapter.config = adapter.config.replace(kernel=kernel)
+        config = config.replace(kernel=kernel)
         for alignment in attachment.alignments(model, name).values():
             alignment.use_kernel(kernel)
-    reader, encoder = adapter.pipeline.reader, adapter.pipeline.encoder
-    if processor is not None:
-        reader = make_reader(model, adapter.config, processor)
-    if instruction_encoder is not None:
-        adapter.config, encoder = resolve_encoder(adapter.config, instruction_encoder, state.family.inner(model))
-    adapter.pipeline = make_pipeline(adapter.config, reader, encoder)
+    adapter.config, adapter.pipeline = config, make_pipeline(config, reader, encoder)

@@ -22,11 +22,12 @@ def count_parameters(model: nn.Module, adapter: str | None = None) -> tuple[int,
     return own, sum(parameter.numel() for parameter in model.parameters()) - adapters + own
 
 
-def projector_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of the projectors themselves, by place and name."""
+def projector_parameters(model: nn.Module, adapter: str | None = None) -> dict[str, nn.Parameter]:
+    """The parameters, by place and name, of the projectors themselves that an adapter sits at; default: the active
+    adapter."""
     return {
         place + name: parameter
-        for place, projector in attachment.projectors(model).items()
+        for place, projector in attachment.projectors(model, adapter).items()
         for name, parameter in attachment.projector_parameters(projector).items()
     }
 
@@ -79,21 +80,27 @@ def parameter_groups(
     return groups
 
 
-def keep_original_projectors(model: nn.Module) -> None:
-    """Remember the projectors as they are, so that ``disabled()`` and ``unpatch_model`` can go back to them."""
-    originals = state_of(model).current.original_projectors
-    if originals:
+def keep_original_projectors(model: nn.Module, adapter: str | None = None) -> None:
+    """Remember the projectors as they were before training, for an adapter (default: the active one) that has its own,
+    so that ``disabled()`` and ``unpatch_model`` can go back to them."""
+    state = state_of(model)
+    named = state.adapters[adapter or state.active]
+    if named.original_projectors:
         return
     if is_fully_sharded(model):
         raise PatchError(
             "FSDP has sharded the projector, of which the original is to be kept: train_only(projector=True) first, "
             "then shard"
         )
-    for place, projector in attachment.projectors(model).items():
-        original = copy.deepcopy(projector)
-        remove_hooks(original)
-        attachment.detach(original)
+    originals: dict[str, nn.Module] = {}
+    for place, projector in attachment.projectors(model, adapter).items():
+        kept = state.current.original_projectors.get(place)
+        original = copy.deepcopy(projector if kept is None else kept)
+        if kept is None:
+            remove_hooks(original)
+            attachment.detach(original)
         originals[place] = original.requires_grad_(False)
+    named.original_projectors = originals
 
 
 def trained_projector_parameters(model: nn.Module, adapter: str | None = None) -> Mapping[str, Tensor]:
@@ -110,23 +117,40 @@ def trained_projectors(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in trained_projector_parameters(model).items()}
 
 
-def original_projectors(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors that :func:`trained_projectors` had before training."""
+def original_projectors(model: nn.Module, adapter: str | None = None) -> dict[str, Tensor]:
+    """The tensors that :func:`trained_projector_parameters` had before training."""
+    state = state_of(model)
     return {
         place + name: parameter
-        for place, original in state_of(model).current.original_projectors.items()
+        for place, original in state.adapters[adapter or state.active].original_projectors.items()
         for name, parameter in original.named_parameters()
     }
 
 
-def assign(model: nn.Module, alignment: Mapping[str, Tensor], projector: Mapping[str, Tensor]) -> None:
-    """Give adapter and projectors these values. The adapter takes their dtype too: it is saved as it was used."""
-    own = attachment.state_dict(model, keep_vars=True)
+def assign(model: nn.Module, adapter: str, alignment: Mapping[str, Tensor], projector: Mapping[str, Tensor]) -> None:
+    """Give an adapter, and the projectors trained with it if there are any in ``projector``, these values.
+
+    The adapter takes their dtype too: it is saved as it was used. Projectors of an adapter that isn't active are put
+    by until it is.
+    """
+    own = attachment.state_dict(model, adapter, keep_vars=True)
+    parameters = projector_parameters(model, adapter)
+    # All that needs memory comes before the first change.
+    alignment = {name: value.to(own[name].device) for name, value in alignment.items()}
+    projector = {name: value.to(parameters[name].device, parameters[name].dtype) for name, value in projector.items()}
+    if projector:
+        keep_original_projectors(model, adapter)
+    # Without trained projectors in the file, those of before give way.
+    projector = projector or {name: value.clone() for name, value in original_projectors(model, adapter).items()}
+    state = state_of(model)
+    if adapter == state.active:
+        _check_not_offloaded(parameters, projector)
+        for name, value in projector.items():
+            parameters[name].data.copy_(value)
+    else:
+        state.adapters[adapter].parked_projectors = projector
     for name, value in alignment.items():
-        own[name].data = value.to(own[name].device)
-    parameters = projector_parameters(model)
-    for name, value in projector.items():
-        parameters[name].data.copy_(value)
+        own[name].data = value
 
 
 def reset_projectors(model: nn.Module) -> None:
@@ -136,10 +160,14 @@ def reset_projectors(model: nn.Module) -> None:
         PatchError: if they were trained, and are offloaded.
     """
     parameters, originals = projector_parameters(model), original_projectors(model)
-    if any(parameters[name].is_meta for name in originals):
+    _check_not_offloaded(parameters, originals)
+    for name, value in originals.items():
+        parameters[name].data.copy_(value)
+
+
+def _check_not_offloaded(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    if any(parameters[name].is_meta for name in values):
         raise PatchError(
             "the trained projector is offloaded, so that its original values can't be put back; take accelerate's "
             "hooks off first: accelerate.hooks.remove_hook_from_submodules(model)"
         )
-    for name, value in originals.items():
-        parameters[name].data.copy_(value)

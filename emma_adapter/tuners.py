@@ -142,7 +142,5 @@ def _load_with_adapter(model: Any, original: Callable[..., Any], *args: Any, **k
     state = state_of(model)
     folder = checkpoint.find(Path(arguments["model_id"]), state.active)
     if arguments["adapter_name"] in model.active_adapters and checkpoint.is_adapter(folder):
-        saved = checkpoint.read(folder)
-        restoring.check_fit(state.model, saved)
-        restoring.restore(state.model, saved)
+        restoring.restore(state.model, restoring.read_for(state.model, folder))
     return result

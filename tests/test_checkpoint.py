@@ -908,6 +908,16 @@ def test_linear_adapter_into_a_model_of_varying_size(tmp_path):
     assert adapter.config.visual_grid == (tiny.GRID, tiny.GRID)
 
 
+def test_position_blind_adapter_into_a_model_of_fixed_size(tmp_path):
+    """It would get positions that nobody has trained."""
+    patch_model(tiny.pixtral_llava(), ATTENTION).save_pretrained(tmp_path)
+    model = base_model()
+    with pytest.raises(CheckpointError, match="its own number of visual tokens"):
+        load_adapter(model, tmp_path)
+    assert is_untouched(model)
+    load_adapter(tiny.pixtral_llava(), tmp_path)
+
+
 # ---------------------------------------------------------------------------------------------- sources
 
 
@@ -1034,14 +1044,15 @@ def test_text_tower_round_trips_and_may_move(fusion, clip_folder, tmp_path):
     tiny.train_randomly(adapter.alignment)
     adapter.save_pretrained(tmp_path / "adapter")
     moved = shutil.copytree(clip_folder, tmp_path / "moved")
-    for encoder in (None, str(moved)):
+    for encoder in (str(clip_folder), str(moved)):
         other = base_model()
         load_adapter(other, tmp_path / "adapter", processor=tiny.processor(), instruction_encoder=encoder)
         assert torch.equal(logits(other, CHAT), logits(model, CHAT))
     edit_json(tmp_path / "adapter", lambda d: d["config"].update(instruction_encoder=str(tmp_path / "gone")))
     other = base_model()
-    with pytest.raises(EncoderError, match="gone"):
-        load_adapter(other, tmp_path / "adapter", processor=tiny.processor())
+    for encoder in (None, str(tmp_path / "gone")):
+        with pytest.raises(EncoderError, match="gone"):
+            load_adapter(other, tmp_path / "adapter", processor=tiny.processor(), instruction_encoder=encoder)
     assert is_untouched(other)
 
 

@@ -162,7 +162,8 @@ def test_convert(tmp_path, clip_folder):
     run("convert", write(tmp_path, tensors), tmp_path / "out", "--text-tower", clip_folder)
 
     model = AutoModelForImageTextToText.from_pretrained(MODEL_ID)
-    adapter = load_adapter(model, tmp_path / "out", processor=AutoProcessor.from_pretrained(MODEL_ID))
+    processor = AutoProcessor.from_pretrained(MODEL_ID)
+    adapter = load_adapter(model, tmp_path / "out", processor=processor, instruction_encoder=str(clip_folder))
     assert adapter.config.instruction_policy == "shortest_turn"
     seen = []
     adapter.alignment.register_forward_hook(lambda _, inputs, output: seen.append((*inputs[:2], output)))

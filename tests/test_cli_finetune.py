@@ -50,9 +50,9 @@ def refused(*arguments, **options):
     return line
 
 
-def loaded(folder):
+def loaded(folder, **options):
     model = AutoModelForImageTextToText.from_pretrained(MODEL_ID).eval()
-    return model, load_adapter(model, folder, processor=AutoProcessor.from_pretrained(MODEL_ID))
+    return model, load_adapter(model, folder, processor=AutoProcessor.from_pretrained(MODEL_ID), **options)
 
 
 def answers(model):
@@ -80,14 +80,18 @@ def test_a_text_tower_and_the_projector(tmp_path, clip_folder):
     """The rates reach their groups: the projector, at rate zero, stays as it was."""
     base = tiny.llava()
     options = ["--fusion", "linear", "--instruction-encoder", clip_folder, "--projector", "--projector-lr", 0]
-    finetune(tmp_path, *options, "--max_steps", 1, "--learning_rate", 1e-2)
-    model, adapter = loaded(tmp_path)
+    said = finetune(tmp_path, *options, "--max_steps", 1, "--learning_rate", 1e-2).stdout
+    assert f'instruction_encoder="{clip_folder}")' in said
+    model, adapter = loaded(tmp_path, instruction_encoder=str(clip_folder))
     assert (adapter.config.fusion, adapter.config.instruction_dim) == ("linear", 24)
     assert adapter.alignment.fusion.bias.abs().max() > 0
     facts = json.loads((tmp_path / "adapter_config.json").read_text())
     assert facts["projector_trained"] is True
     projector = model.model.multi_modal_projector
     assert torch.equal(projector.linear_1.weight, base.model.multi_modal_projector.linear_1.weight)
+    go_on = ["--adapter", tmp_path, "--max_steps", 1]
+    assert "instruction_encoder=" in finetune(tmp_path / "more", *go_on, code=2).stderr
+    finetune(tmp_path / "more", *go_on, "--instruction-encoder", clip_folder)
 
 
 def test_checkpoints_are_resumed_and_an_adapter_starts(tmp_path):

@@ -71,7 +71,7 @@ def main(
 
     adapter.save_pretrained(output / "adapter")
     fresh = arms.load_base()
-    load_adapter(fresh, output / "adapter", processor=processor)
+    load_adapter(fresh, output / "adapter", processor=processor, instruction_encoder=instruction_encoder)
     again = answer(arms.Arm("reloaded", fresh, [], 0.0), data.test, processor)
     if again != results[1].answers:
         raise click.ClickException("the reloaded adapter answers differently")

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from ..errors import EmmaError
+from ..untrusted import plain
 from ..version import __version__
 from .convert import convert
 from .diff import diff
@@ -40,7 +41,7 @@ class _Program(click.Group):
 
 
 def _complain(message: str) -> int:
-    click.echo(f"Error: {' '.join(message.split())}", err=True)
+    click.echo(f"Error: {plain(' '.join(message.split()), cut=False)}", err=True)
     return _BAD_INPUT
 
 

@@ -20,6 +20,7 @@ def convert(source: Path, output: Path, model: str, text_tower: str) -> None:
     """Make an adapter folder of the authors' vision_tower.bin."""
     from ..alignment import EmmaAlignment
     from ..errors import CheckpointError, ConfigError, UnsupportedModelError
+    from ..model_card import load_call
     from ..patching import patch_model
     from .models import load_processor, model_without_weights
 
@@ -43,4 +44,4 @@ def convert(source: Path, output: Path, model: str, text_tower: str) -> None:
         ) from error
     adapter.alignment.load_state_dict(official.state_dict())
     adapter.save_pretrained(output)
-    click.echo(f'Saved to {output}. To use it: load_adapter(model, "{output}", processor=processor)')
+    click.echo(f"Saved to {output}. To use it: {load_call(str(output), text_tower)}")

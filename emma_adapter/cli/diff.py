@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ..untrusted import plain
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -27,7 +29,7 @@ def diff(context: click.Context, one: Path, other: Path) -> None:
     adapters = [checkpoint.read(folder) for folder in (one, other)]
     lines = [*_config_lines(*adapters), *_tensor_lines(*adapters)]
     for line in lines:
-        click.echo(line)
+        click.echo(plain(line, cut=False))
     context.exit(_DIFFERENT if lines else 0)
 
 

@@ -38,7 +38,7 @@ _DECIDED_HERE = {
 @click.option("--images", type=click.Path(path_type=Path), help="Folder of the images. Default: that of the data.")
 @click.option("--adapter", help="An adapter to start from: a folder or a hub id.")
 @click.option("--fusion", help='How the instruction enters the visual tokens. Default: "attention".')
-@click.option("--instruction-encoder", help='"llm", or a text tower. Default: "llm".')
+@click.option("--instruction-encoder", help='"llm", or a text tower. Default: "llm", or that of the --adapter.')
 @click.option("--instruction-policy", help='Which user turns are the instruction. Default: "last_turn".')
 @click.option("--projector", is_flag=True, help="Train the projector too.")
 @click.option("--projector-lr", type=float, help="Its own learning rate.")
@@ -75,11 +75,7 @@ def finetune(
     """
     chosen: dict[str, Any] = {
         name: value
-        for name, value in (
-            ("fusion", fusion),
-            ("instruction_encoder", instruction_encoder),
-            ("instruction_policy", instruction_policy),
-        )
+        for name, value in (("fusion", fusion), ("instruction_policy", instruction_policy))
         if value is not None
     }
     if adapter is not None and chosen:
@@ -92,6 +88,7 @@ def finetune(
 
     from ..config import EmmaConfig
     from ..loading import load_adapter
+    from ..model_card import load_call
     from ..patching import patch_model
     from .examples import Examples
     from .models import load_model, load_processor
@@ -111,9 +108,9 @@ def finetune(
 
     set_seed(settings.seed)
     if adapter is None:
-        handle = patch_model(base, config, processor=processor)
+        handle = patch_model(base, config, processor=processor, instruction_encoder=instruction_encoder)
     else:
-        handle = load_adapter(base, adapter, processor=processor)
+        handle = load_adapter(base, adapter, processor=processor, instruction_encoder=instruction_encoder)
     handle.train_only(projector=projector)
     trainer = _trainer(handle, settings, processor, examples, train_examples, eval_examples, projector_lr)
     result = trainer.train(resume_from_checkpoint=resumed_from)
@@ -123,7 +120,7 @@ def finetune(
         click.echo(f"Trained {handle.num_parameters():,} parameters; mean loss {result.training_loss:.4f}")
         if evaluated:
             click.echo(f"Loss on {eval_data}: {evaluated['eval_loss']:.4f}")
-        click.echo(f'Saved to {output}. To use it: load_adapter(model, "{output}", processor=processor)')
+        click.echo(f"Saved to {output}. To use it: {load_call(str(output), handle.config.instruction_encoder)}")
 
 
 def _training_arguments(arguments: tuple[str, ...], output: Path) -> Any:

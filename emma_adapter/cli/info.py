@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from ..untrusted import plain
+
 
 @click.command()
 @click.argument("target", metavar="ADAPTER|MODEL")
@@ -65,7 +67,7 @@ def _adapter_facts(folder: Path) -> dict[str, Any]:
         "projector_trained": bool(saved.projector),
         "file_size": (saved.source / checkpoint.WEIGHTS_NAME).stat().st_size,
         "checksum": "right" if saved.intact else "wrong: the file is damaged, take another copy",
-        "written_by": f"emma_adapter {saved.library_version}",
+        "written_by": f"emma_adapter {saved.library_version or ''}".strip(),
     }
 
 
@@ -117,4 +119,4 @@ def _readable(value: Any) -> str:
         return f"{value['parameters']:,} parameters, {value['share']:.3%} of the model with it"
     if isinstance(value, tuple):
         return " x ".join(map(str, value))
-    return f"{value:,}" if isinstance(value, int) else "not known" if value is None else str(value)
+    return f"{value:,}" if isinstance(value, int) else "not known" if value is None else plain(str(value), cut=False)

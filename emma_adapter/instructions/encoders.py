@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import EncoderError
 from .cache import CacheInfo, LRUCache
-from .text_towers import OpenClipTextTower, TransformersTextTower
+from .text_towers import OpenClipTextTower, TransformersTextTower, is_hub_id, is_open_clip_name
 
 OPEN_CLIP_PREFIX = "open_clip:"
 CUSTOM_PREFIX = "custom:"
@@ -126,6 +126,15 @@ def build_encoder(spec: str, layer: int) -> nn.Module:
     if spec.startswith(OPEN_CLIP_PREFIX):
         return OpenClipTextTower(spec.removeprefix(OPEN_CLIP_PREFIX), layer)
     return TransformersTextTower(spec, layer)
+
+
+def names_a_path(spec: str) -> bool:
+    """Whether :func:`build_encoder` would read a file or folder that ``spec`` names, rather than a download."""
+    if spec.startswith(CUSTOM_PREFIX):
+        return False
+    if spec.startswith(OPEN_CLIP_PREFIX):
+        return not is_open_clip_name(spec.removeprefix(OPEN_CLIP_PREFIX))
+    return not is_hub_id(spec)
 
 
 def check_protocol(encoder: object) -> nn.Module:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import EncoderError
+from ..untrusted import plain, shown
 
 #: ``model_type`` of a checkpoint, with both towers or the text tower alone, to the class of its text tower.
 _TEXT_MODELS = {
@@ -18,6 +20,19 @@ _TEXT_MODELS = {
     "siglip2": "Siglip2TextModel",
     "siglip2_text_model": "Siglip2TextModel",
 }
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether a text tower of this name would be looked for on the hub, and nowhere on this machine."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(source)
+    except HFValidationError:
+        return False
+    # transformers takes a folder of that name, if there is one.
+    return not os.path.lexists(source)
 
 
 class TransformersTextTower(nn.Module):
@@ -78,18 +93,20 @@ def _load_from_transformers(source: str, options: dict[str, Any]) -> tuple[Any, 
         model_type = transformers.PreTrainedConfig.get_config_dict(source, **options)[0].get("model_type")
         if model_type not in _TEXT_MODELS:
             raise EncoderError(
-                f"{source!r} is a checkpoint of model_type {model_type!r}; text towers of these can be used: "
+                f"{source!r} is a checkpoint of model_type {shown(model_type)}; text towers of these can be used: "
                 f"{', '.join(_TEXT_MODELS)}"
             )
         model_class = getattr(transformers, _TEXT_MODELS[model_type])
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
-        tower, info = model_class.from_pretrained(source, output_loading_info=True, **options)
+        # Not even after asking, as is the default.
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
+        tower, info = model_class.from_pretrained(source, output_loading_info=True, weights_only=True, **options)
     except EncoderError:
         raise
     except Exception as error:
         raise EncoderError(
-            f"the text tower {source!r} can't be loaded ({type(error).__name__}: {error}). Give a hub id or a local "
-            'folder that holds a CLIP or SigLIP checkpoint and its tokenizer, or use instruction_encoder="llm"'
+            f"the text tower {shown(source)} can't be loaded ({type(error).__name__}: {plain(str(error))}). "
+            "Give a hub id or a local folder that holds a CLIP or SigLIP checkpoint and its tokenizer, or use "
+            'instruction_encoder="llm"'
         ) from error
     # transformers makes up what a checkpoint lacks, and only logs it.
     if missing := sorted(info["missing_keys"]):
@@ -119,21 +136,29 @@ class OpenClipTextTower(nn.Module):
 
         name, pretrained = _split_open_clip_source(source)
         try:
+            text_config = (open_clip.get_model_config(name) or {}).get("text_cfg", {})
+            # Through AutoModel, which offers to run a checkpoint's own code.
+            if text_config.get("hf_model_name"):
+                raise EncoderError(_other_tower(source, "HFTextEncoder"))
+            # A config may ask for a tokenizer's own code to be run. Tokenizers of open_clip don't have the option.
+            options = {"trust_remote_code": False} if text_config.get("hf_tokenizer_name") else {}
             # The custom-text form holds the text tower as a module of its own, whatever the model. Weights are
             # required: open_clip's default is a tower of random ones.
-            clip = open_clip.create_model(name, pretrained=pretrained, force_custom_text=True, require_pretrained=True)
-            self.tokenizer = open_clip.get_tokenizer(name)
+            clip = open_clip.create_model(
+                name, pretrained=pretrained, force_custom_text=True, require_pretrained=True, weights_only=True
+            )
+            self.tokenizer = open_clip.get_tokenizer(name, **options)
+        except EncoderError:
+            raise
         except Exception as error:
             raise EncoderError(
-                f"open_clip can't load {source!r} ({type(error).__name__}: {error}). See open_clip.list_pretrained(), "
-                "or give MODEL:PATH with a local weights file, or local-dir:FOLDER with weights and tokenizer"
+                f"open_clip can't load {shown(source)} ({type(error).__name__}: {plain(str(error))}). "
+                "See open_clip.list_pretrained(), or give MODEL:PATH with a local weights file, or local-dir:FOLDER "
+                "with weights and tokenizer"
             ) from error
         self.tower = clip.text
         if not isinstance(self.tower, open_clip.transformer.TextTransformer):
-            raise EncoderError(
-                f"open_clip's {source!r} has a {type(self.tower).__name__} as text tower; "
-                "a TextTransformer, as CLIP and SigLIP have, is needed"
-            )
+            raise EncoderError(_other_tower(source, type(self.tower).__name__))
         # hidden_states of transformers starts with the embeddings, open_clip counts blocks.
         self.block = _checked_layer(layer, len(self.tower.transformer.resblocks), source) - 1
         if self.block < 0:
@@ -173,6 +198,25 @@ class OpenClipTextTower(nn.Module):
         if made.strip_sep_token:
             ids = ids.masked_fill(ids == made.tokenizer.sep_token_id, 0)
         return ids, mask
+
+
+def is_open_clip_name(source: str) -> bool:
+    """Whether open_clip would download this from where its own list says, or from the hub, and read no file that
+    ``source`` names."""
+    import open_clip
+
+    name, pretrained = _split_open_clip_source(source)
+    if name.startswith("hf-hub:"):
+        return is_hub_id(name.removeprefix("hf-hub:"))
+    if name.startswith("local-dir:"):
+        return False
+    return pretrained is None or bool(open_clip.get_pretrained_cfg(name.replace("/", "-"), pretrained))
+
+
+def _other_tower(source: str, kind: str) -> str:
+    return (
+        f"open_clip's {shown(source)} has a {kind} as text tower; a TextTransformer, as CLIP and SigLIP have, is needed"
+    )
 
 
 def _split_open_clip_source(source: str) -> tuple[str, str | None]:

@@ -1,0 +1,128 @@
+"""Files that somebody else made: which are opened, how much of them is read, and how they are quoted in messages."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from .errors import CheckpointError
+
+#: Levels of lists and objects within each other; more are refused, so that no walk over what was read ends in a
+#: RecursionError, whatever the depth of the stack it starts at.
+MAX_NESTING = 80
+_MAX_SHOWN = 200
+_MAX_NAMED = 5
+
+
+def open_regular(path: Path, folder: Path | None = None) -> BinaryIO:
+    """Open a regular file for reading; a pipe or a device, which might never end, is not even opened.
+
+    Args:
+        path: the file, or a link to one.
+        folder: what links must not lead out of, if given. From a snapshot in the hub's cache they lead to the blobs of
+            the same repository, where huggingface_hub keeps its files.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        CheckpointError: if it is no regular file, or a link out of ``folder``, or can't be opened.
+    """
+    try:
+        target = Path(os.path.realpath(path, strict=True))
+        if folder is not None and not _belongs_to(target, Path(os.path.realpath(folder))):
+            raise CheckpointError(
+                f"{path} is a link out of {folder}, to {target}: nothing outside of an adapter's folder is read. "
+                "Copy the file into it"
+            )
+        _require_regular(os.stat(target).st_mode, path)
+        # Whatever has taken its place since: a link isn't followed, a pipe isn't waited for.
+        flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0)
+        descriptor = os.open(target, flags)
+        try:
+            _require_regular(os.fstat(descriptor).st_mode, path)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return os.fdopen(descriptor, "rb")
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"{path} can't be read: {error}") from error
+
+
+def _require_regular(mode: int, path: Path) -> None:
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe, a socket or a device"
+        raise CheckpointError(f"{path} can't be read: it should be a file and is {kind}")
+
+
+def _belongs_to(target: Path, folder: Path) -> bool:
+    if target.is_relative_to(folder):
+        return True
+    # <cache>/models--<org>--<name>/snapshots/<commit>/… links to <cache>/models--<org>--<name>/blobs/….
+    snapshots = next((parent for parent in folder.parents if parent.name == "snapshots"), None)
+    return (
+        snapshots is not None
+        and snapshots.parent.name.startswith("models--")
+        and target.parent == snapshots.parent / "blobs"
+    )
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: if it isn't JSON, or is nested more than :data:`MAX_NESTING` deep.
+    """
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ValueError(plain(str(error))) from error
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if nests_deeper(value, MAX_NESTING):
+        raise ValueError(f"nested more than {MAX_NESTING} levels deep")
+    return value
+
+
+def nests_deeper(value: object, levels: int) -> bool:
+    """Whether there are more than so many levels of lists and mappings within each other."""
+    level = [value]
+    for _ in range(levels + 1):
+        level = [child for parent in level for child in _children(parent)]
+    return bool(level)
+
+
+def _children(value: object) -> Iterable[object]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, (list, tuple)) else ()
+
+
+def shown(value: object) -> str:
+    """``repr(value)`` for a message, cut if it is long."""
+    try:
+        return _cut(repr(value))
+    except (ValueError, RecursionError):  # an integer of thousands of digits; a value that holds itself
+        return f"a {type(value).__name__} that is too large to show"
+
+
+def listed(names: Iterable[object]) -> str:
+    """The first of some names for a message, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
+    return f"[{', '.join(map(shown, names[:_MAX_NAMED]))}]{more}"
+
+
+def plain(text: str, *, cut: bool = True) -> str:
+    """A text for a message or a terminal: on one line, control characters escaped, and cut if it is long."""
+    if cut:
+        text = _cut(text)
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}… ({len(text):,} characters)"
