@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -29,8 +30,9 @@ def load_adapter(
     """Load a saved adapter into a model, which is patched if it isn't yet.
 
     The folder may come from anybody. Nothing in it is run; nothing outside of it is read because a file in it says so,
-    but for a text tower by its name on the hub or in open_clip's list, and of that neither code nor pickled objects;
-    and if this raises, the model is as it was.
+    but the text tower that its config names: on the hub, in open_clip's list or, if the folder wasn't downloaded here,
+    at a path of this machine. Of a text tower neither code nor pickled objects are run. If this raises, the model is
+    as it was.
 
     Args:
         model: as for :func:`patch_model`.
@@ -39,8 +41,7 @@ def load_adapter(
             name; it is not made the active one. Default: the active one, or ``"default"`` if the model is patched now.
         processor: as for :func:`patch_model`; an already patched model keeps the one it has, if none is given.
         instruction_encoder: where the adapter's instruction encoder is found now, if elsewhere than when it was
-            saved. Needed for a text tower in a folder or file, as an adapter's config leads to no path on its own, and
-            for an encoder module of your own.
+            saved. Needed for an encoder module of your own, and where an adapter from the hub names a path.
         kernel: what computes the adapter, as in :class:`EmmaConfig`; default: ``"auto"``, or what an already patched
             model was told.
         revision: branch, tag or commit on the hub.
@@ -48,7 +49,7 @@ def load_adapter(
 
     Raises:
         CheckpointError: if the files are incomplete, damaged, of a newer format, or made for another model.
-        EncoderError: if the instruction encoder can't be loaded, or is at a path that only the adapter names.
+        EncoderError: if the instruction encoder can't be loaded, or an adapter from the hub names a path as such.
         PatchError: if the model is patched with another kind of adapter, or sharded by FSDP.
     """
     if sharding.is_fully_sharded(model):
@@ -60,9 +61,10 @@ def load_adapter(
             f"the first adapter of a model is called {DEFAULT!r}: load without name=, or patch_model(model) first"
         )
     folder = hub.local_folder(source, revision=revision, local_files_only=local_files_only)
+    downloaded = folder != Path(source)
     saved = restoring.read_for(model, folder, name)
     if not patched:
-        restoring.check_encoder(model, saved, instruction_encoder)
+        restoring.check_encoder(model, saved, instruction_encoder, downloaded=downloaded)
         if saved.reads_turns and processor is None:
             warnings.warn(
                 f"{saved.source} was used with a processor, which tells the user's turns from the rest of the prompt; "
@@ -79,6 +81,12 @@ def load_adapter(
             raise
     else:
         restoring.restore(
-            model, saved, name=name, processor=processor, instruction_encoder=instruction_encoder, kernel=kernel
+            model,
+            saved,
+            name=name,
+            processor=processor,
+            instruction_encoder=instruction_encoder,
+            kernel=kernel,
+            downloaded=downloaded,
         )
     return EmmaAdapter(model)

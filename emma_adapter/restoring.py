@@ -47,6 +47,7 @@ def restore(
     processor: Any = None,
     instruction_encoder: str | nn.Module | None = None,
     kernel: Kernel | None = None,
+    downloaded: bool = False,
 ) -> None:
     """Load into the adapter of that name (default: the active one), which is added if there is none. Which one is
     active stays as it is, also meanwhile. If it fails, nothing has changed.
@@ -58,7 +59,7 @@ def restore(
     name = state.active if name is None else name
     if name not in state.adapters:
         config = saved.config if kernel is None else saved.config.replace(kernel=kernel)
-        check_encoder(model, saved, instruction_encoder)
+        check_encoder(model, saved, instruction_encoder, downloaded=downloaded)
         try:
             named.add(model, name, config, processor, instruction_encoder)
             assign(model, name, saved)
@@ -179,13 +180,13 @@ def _place_of(name: str) -> str:
 
 
 def check_encoder(
-    model: nn.Module, saved: checkpoint.SavedAdapter, instruction_encoder: str | nn.Module | None
+    model: nn.Module, saved: checkpoint.SavedAdapter, instruction_encoder: str | nn.Module | None, *, downloaded: bool
 ) -> None:
-    """That the encoder which a new adapter is going to have fits, and isn't a file that only the saved config names.
+    """That the encoder which a new adapter is going to have fits, and isn't a path that a stranger has named.
 
     Raises:
         CheckpointError: if the language model's embeddings are of another width.
-        EncoderError: if the config names a path, and the caller doesn't.
+        EncoderError: if an adapter from the hub names a path of this machine, and the caller doesn't.
     """
     spec = saved.config.instruction_encoder
     if spec == LLM:
@@ -195,11 +196,11 @@ def check_encoder(
                 f"{saved.source} was made for a language model with embeddings of {saved.config.instruction_dim} "
                 f"channels; this model's have {width}"
             )
-    elif instruction_encoder is None and names_a_path(spec):
+    elif downloaded and instruction_encoder is None and names_a_path(spec):
         raise EncoderError(
-            f"{saved.source} was made with the instruction encoder at {shown(spec)}. Loading an adapter reads no path "
-            "that only the adapter names: say where the text tower is, "
-            f"load_adapter(model, …, instruction_encoder={shown(spec)})"
+            f"{saved.source} comes from the hub, and names the path {shown(spec)} as its instruction encoder. Only an "
+            "adapter that lies on this machine may lead to a path on it: say where the text tower is, "
+            "load_adapter(model, …, instruction_encoder=…)"
         )
 
 
