@@ -168,7 +168,7 @@ def register_family(family: ModelFamily) -> ModelFamily:
     if not isinstance(family, ModelFamily):
         raise UnsupportedModelError(
             "register_family takes an instance of a subclass of emma_adapter.ModelFamily: "
-            f"register_family(YourFamily()); got {family!r:.200}"
+            f"register_family(YourFamily()); got {family if isinstance(family, type) else type(family)}"
         )
     for model_type in family.model_types:
         _FAMILIES[model_type] = family

@@ -115,7 +115,7 @@ def make_reader(model: nn.Module, config: EmmaConfig, processor: Any) -> Instruc
     if processor is not None and (isinstance(tokenizer, type) or not callable(getattr(tokenizer, "decode", None))):
         raise ConfigError(
             "processor= must be the model's processor or tokenizer, as AutoProcessor.from_pretrained(…) returns it, or "
-            f"None to take the whole prompt as the instruction; got {processor!r:.200}"
+            f"None to take the whole prompt as the instruction; got {type(processor)}, which can't decode tokens"
         )
     return InstructionReader(processor, _special_ids(model), config.instruction_policy)
 

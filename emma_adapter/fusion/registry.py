@@ -86,7 +86,7 @@ def register_fusion(name: str) -> Callable[[FusionClass], FusionClass]:
 
     def register(cls: FusionClass) -> FusionClass:
         if not (isinstance(cls, type) and issubclass(cls, Fusion)):
-            raise ConfigError(f"a fusion must be a subclass of emma_adapter.Fusion; got {cls!r}")
+            raise ConfigError(f"a fusion must be a subclass of emma_adapter.Fusion; got a {type(cls).__name__}")
         if _FUSIONS.setdefault(name, cls) is not cls:
             raise ConfigError(f"a fusion named {name!r} is registered already: {_FUSIONS[name]!r}; choose another name")
         return cls

@@ -91,8 +91,8 @@ def _load_from_transformers(source: str, options: dict[str, Any]) -> tuple[Any, 
         raise
     except Exception as error:
         raise EncoderError(
-            f"the text tower {source!r} can't be loaded ({type(error).__name__}: {error}). Give a hub id or a local "
-            'folder that holds a CLIP or SigLIP checkpoint and its tokenizer, or use instruction_encoder="llm"'
+            f"the text tower {source!r} can't be loaded ({type(error).__name__}: {error!s:.400}). Give a hub id or a "
+            'local folder that holds a CLIP or SigLIP checkpoint and its tokenizer, or use instruction_encoder="llm"'
         ) from error
     # transformers makes up what a checkpoint lacks, and only logs it.
     if missing := sorted(info["missing_keys"]):
@@ -128,8 +128,9 @@ class OpenClipTextTower(nn.Module):
             self.tokenizer = open_clip.get_tokenizer(name)
         except Exception as error:
             raise EncoderError(
-                f"open_clip can't load {source!r} ({type(error).__name__}: {error}). See open_clip.list_pretrained(), "
-                "or give MODEL:PATH with a local weights file, or local-dir:FOLDER with weights and tokenizer"
+                f"open_clip can't load {source!r} ({type(error).__name__}: {error!s:.400}). See "
+                "open_clip.list_pretrained(), or give MODEL:PATH with a local weights file, or local-dir:FOLDER with "
+                "weights and tokenizer"
             ) from error
         self.tower = clip.text
         if not isinstance(self.tower, open_clip.transformer.TextTransformer):
