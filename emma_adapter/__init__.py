@@ -9,6 +9,7 @@ from .config import EmmaConfig
 from .errors import (
     CheckpointError,
     ConfigError,
+    DataError,
     EmmaError,
     EncoderError,
     InstructionError,
@@ -32,6 +33,7 @@ __all__ = [
     "CacheInfo",
     "CheckpointError",
     "ConfigError",
+    "DataError",
     "EmmaAdapter",
     "EmmaAlignment",
     "EmmaConfig",

@@ -28,6 +28,8 @@ class EmmaAlignment(nn.Module):
 
     def __init__(self, config: EmmaConfig) -> None:
         super().__init__()
+        if not isinstance(config, EmmaConfig):
+            raise ConfigError(f"an EmmaAlignment is built from an EmmaConfig; got a {type(config).__name__}")
         for name in ("visual_dim", "instruction_dim"):
             if getattr(config, name) is None:
                 raise ConfigError(f"EmmaConfig.{name} must be given to build an EmmaAlignment; patch_model infers it")
@@ -62,9 +64,9 @@ class EmmaAlignment(nn.Module):
             KernelError: if the config asks for Triton kernels that can't compute this.
         """
         self._check(visual_tokens, instruction_tokens, instruction_mask, packing)
-        if grid is not None and (len(grid) != 2 or min(grid) < 1 or grid[0] * grid[1] != visual_tokens.shape[1]):
+        if grid is not None and not _is_grid_of(visual_tokens, grid):
             raise ShapeError(
-                f"grid={grid} should be the (height, width) of an image of {visual_tokens.shape[1]} visual tokens"
+                f"grid={grid!r} should be the (height, width) of an image of {visual_tokens.shape[1]} visual tokens"
             )
         if instruction_mask is not None:
             instruction_mask = instruction_mask.to(visual_tokens.device, torch.bool)
@@ -115,6 +117,9 @@ class EmmaAlignment(nn.Module):
         packing: Packing | None,
     ) -> None:
         config = self.config
+        for name, given in (("visual_tokens", visual_tokens), ("instruction_tokens", instruction_tokens)):
+            if not isinstance(given, Tensor):
+                raise ShapeError(f"{name} must be a tensor; got a {type(given).__name__}")
         shape = f"[B, N, {config.visual_dim}]" if packing is None else f"[M, {config.visual_dim}] with packing"
         if visual_tokens.ndim != (3 if packing is None else 2) or visual_tokens.shape[-1] != config.visual_dim:
             raise ShapeError(f"visual_tokens must be {shape}; got {list(visual_tokens.shape)}")
@@ -131,13 +136,22 @@ class EmmaAlignment(nn.Module):
                 f"visual_tokens and instruction_tokens must have the same batch size; got {visual_tokens.shape[0]} "
                 f"and {instruction_tokens.shape[0]}"
             )
-        if instruction_mask is not None and instruction_mask.shape != instruction_tokens.shape[:2]:
-            raise ShapeError(
-                f"instruction_mask must be {list(instruction_tokens.shape[:2])}; got {list(instruction_mask.shape)}"
-            )
+        if instruction_mask is None:
+            return
+        if not isinstance(instruction_mask, Tensor) or instruction_mask.shape != instruction_tokens.shape[:2]:
+            found = list(instruction_mask.shape) if isinstance(instruction_mask, Tensor) else type(instruction_mask)
+            raise ShapeError(f"instruction_mask must be {list(instruction_tokens.shape[:2])}; got {found}")
+
+
+def _is_grid_of(visual_tokens: Tensor, grid: Grid) -> bool:
+    if not isinstance(grid, (tuple, list)) or len(grid) != 2:
+        return False
+    return min(grid) >= 1 and grid[0] * grid[1] == visual_tokens.shape[1]
 
 
 def _check_packing(packing: Packing, num_visual_tokens: int, num_instructions: int) -> None:
+    if not isinstance(packing, Packing):
+        raise ShapeError(f"packing must be an emma_adapter.Packing; got a {type(packing).__name__}")
     announced = sum(packing.lengths)
     if announced != num_visual_tokens:
         raise ShapeError(f"packing announces {announced} visual tokens and there are {num_visual_tokens}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from .errors import InstructionError
+from .errors import ConfigError, InstructionError
 from .instructions.extraction import choose_turns, pad_right
 from .patching import EmmaAdapter
 from .state import state_of
@@ -32,6 +32,7 @@ class InstructionCollator:
 
     Raises:
         InstructionError: if ``as_tokens`` is asked for and the model was patched without a processor.
+        ConfigError: if ``adapter`` is no handle, but the model, say.
     """
 
     def __init__(
@@ -42,6 +43,11 @@ class InstructionCollator:
         instruction_of: Callable[[Row], str] | None = None,
         as_tokens: bool = False,
     ) -> None:
+        if not isinstance(adapter, EmmaAdapter):
+            raise ConfigError(
+                f"InstructionCollator takes the handle that patch_model gave, or get_adapter(model); got a "
+                f"{type(adapter).__name__}"
+            )
         self.collator = collator
         self.instruction_of = instruction_of
         self.policy = adapter.config.instruction_policy
@@ -69,14 +75,21 @@ class InstructionCollator:
     def _turns(self, row: Row) -> list[str]:
         if self.instruction_of is not None:
             return [self.instruction_of(row)]
-        messages = row.get("messages") or row.get("prompt")
+        messages = (row.get("messages") or row.get("prompt")) if isinstance(row, Mapping) else None
         if isinstance(messages, str) or not isinstance(messages, Sequence):
+            found = sorted(row) if isinstance(row, Mapping) else f"no columns: it is a {type(row).__name__}"
             raise InstructionError(
                 "InstructionCollator reads rows with a list of messages in 'messages' or 'prompt'; this one has "
-                f"{sorted(row)}. Say what its instruction is: InstructionCollator(…, instruction_of=lambda row: …); "
+                f"{found}. Say what its instruction is: InstructionCollator(…, instruction_of=lambda row: …); "
                 "Trainer keeps other columns with remove_unused_columns=False"
             )
-        turns = [_text_of(message["content"]) for message in messages if message["role"] == "user"]
+        try:
+            turns = [_text_of(message["content"]) for message in messages if message["role"] == "user"]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InstructionError(
+                'a message needs a "role" and a "content", a text or a list of parts with a "type", as chat templates '
+                f"take them; got {messages!r:.300}. Or say what the instruction is: instruction_of="
+            ) from error
         if not turns:
             raise InstructionError("a row without a message of the user; say what its instruction is: instruction_of=")
         return turns

@@ -160,7 +160,16 @@ _FAMILIES: dict[str, ModelFamily] = {}
 
 
 def register_family(family: ModelFamily) -> ModelFamily:
-    """Make a family known under its ``model_types``; it replaces one found through an entry point."""
+    """Make a family known under its ``model_types``; it replaces one found through an entry point.
+
+    Raises:
+        UnsupportedModelError: if it isn't a :class:`ModelFamily`, but its class, say.
+    """
+    if not isinstance(family, ModelFamily):
+        raise UnsupportedModelError(
+            "register_family takes an instance of a subclass of emma_adapter.ModelFamily: "
+            f"register_family(YourFamily()); got {family if isinstance(family, type) else type(family)}"
+        )
     for model_type in family.model_types:
         _FAMILIES[model_type] = family
     return family
@@ -169,6 +178,17 @@ def register_family(family: ModelFamily) -> ModelFamily:
 def family_names() -> tuple[str, ...]:
     """Every supported ``config.model_type``, without importing the families."""
     return tuple(sorted({*_FAMILIES, *_advertised()}))
+
+
+def require_model(model: Any) -> None:
+    """Raises:
+    UnsupportedModelError: if it isn't a model at all, but its name, say.
+    """
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(
+            f"a model is needed, as AutoModelForImageTextToText.from_pretrained(…) returns it; got a "
+            f"{type(model).__name__} (the model of a handle is adapter.model)"
+        )
 
 
 def find_family(model: Any) -> ModelFamily:
@@ -204,7 +224,7 @@ def _load(entry: EntryPoint) -> ModelFamily:
     except Exception as error:
         package = entry.dist.name if entry.dist is not None else "unknown"
         raise UnsupportedModelError(
-            f"the integration {entry.value!r} for model_type {entry.name!r} (package {package}) can't be loaded: "
-            f"{type(error).__name__}: {error}"
+            f"the integration {entry.value!r} for model_type {entry.name!r} (package {package}) can't be loaded "
+            f"({type(error).__name__}: {error}): install what it needs, or a release of it that fits this environment"
         ) from error
     return family

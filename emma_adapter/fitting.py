@@ -46,7 +46,8 @@ def _with_encoder_sizes(config: EmmaConfig, name: str, dim: int, context: int | 
         longest = context or _LLM_MAX_INSTRUCTION_TOKENS
     elif context is not None and longest > context:
         raise ConfigError(
-            f"EmmaConfig.max_instruction_tokens is {longest}, but {name!r} reads at most {context} tokens"
+            f"EmmaConfig.max_instruction_tokens is {longest}, but {name!r} reads at most {context} tokens: lower it, "
+            "or leave it None"
         )
     return config.replace(instruction_encoder=name, instruction_dim=dim, max_instruction_tokens=longest)
 
@@ -58,6 +59,11 @@ def resolve_sizes(config: EmmaConfig, family: ModelFamily, inner: nn.Module) -> 
         ConfigError: if a size in ``config`` contradicts the model.
         UnsupportedModelError: if the fusion needs a fixed number of visual tokens and the tower has none.
     """
+    if not isinstance(config, EmmaConfig):
+        raise ConfigError(
+            f"config must be an EmmaConfig; got a {type(config).__name__}: EmmaConfig(fusion=…), or "
+            "EmmaConfig.from_dict(…) of a dict; a processor goes to processor=…"
+        )
     visual_dim = family.visual_dim(inner)
     _require_agreement("visual_dim", config.visual_dim, visual_dim, f"this {type(inner).__name__}")
     fixed = family.has_fixed_size(inner)
@@ -68,7 +74,8 @@ def resolve_sizes(config: EmmaConfig, family: ModelFamily, inner: nn.Module) -> 
         )
     if config.align_deepstack and not family.deepstack_projectors(inner):
         raise ConfigError(
-            f"EmmaConfig.align_deepstack is True, but this {type(inner).__name__} has no deepstack projectors"
+            f"EmmaConfig.align_deepstack is True, but this {type(inner).__name__} has no deepstack projectors: leave "
+            "it False"
         )
     number, grid = family.visual_size(inner)
     if config.num_visual_tokens is None:
@@ -101,6 +108,15 @@ def _special_ids(model: nn.Module) -> set[int]:
 
 
 def make_reader(model: nn.Module, config: EmmaConfig, processor: Any) -> InstructionReader:
+    """Raises:
+    ConfigError: if ``processor`` is neither None nor holds a tokenizer.
+    """
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if processor is not None and (isinstance(tokenizer, type) or not callable(getattr(tokenizer, "decode", None))):
+        raise ConfigError(
+            "processor= must be the model's processor or tokenizer, as AutoProcessor.from_pretrained(…) returns it, or "
+            f"None to take the whole prompt as the instruction; got {type(processor)}, which can't decode tokens"
+        )
     return InstructionReader(processor, _special_ids(model), config.instruction_policy)
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from . import hub, restoring, sharding
 from .errors import PatchError
+from .families import require_model
 from .fusion.dispatch import Kernel
 from .patching import EmmaAdapter, base_of, patch_model, unpatch_model
 from .state import DEFAULT, STATE_ATTRIBUTE
@@ -52,6 +53,7 @@ def load_adapter(
         EncoderError: if the instruction encoder can't be loaded, or an adapter from the hub names a path as such.
         PatchError: if the model is patched with another kind of adapter, or sharded by FSDP.
     """
+    require_model(model)
     if sharding.is_fully_sharded(model):
         raise PatchError("the model is sharded by FSDP: load_adapter first, then shard")
     given, model = model, base_of(model)

@@ -28,10 +28,10 @@ def add(
         PatchError: if the name is taken, or is none that a submodule can have.
     """
     state = state_of(model)
-    if name in state.adapters:
-        raise PatchError(f"the model has an adapter {name!r} already: {sorted(state.adapters)}; choose another name")
     if not isinstance(name, str) or not name.isidentifier():
         raise PatchError(f"the name of an adapter must be letters, digits and underscores; got {name!r}")
+    if name in state.adapters:
+        raise PatchError(f"the model has an adapter {name!r} already: {sorted(state.adapters)}; choose another name")
     if is_fully_sharded(model):
         raise PatchError("the model is sharded by FSDP: add every adapter first, then shard")
     inner = state.family.inner(model)
@@ -112,8 +112,10 @@ def remove(model: nn.Module, name: str) -> None:
 
 
 def _known(state: AdapterState, name: str) -> NamedAdapter:
-    if name not in state.adapters:
-        raise PatchError(f"the model has no adapter {name!r}; it has {sorted(state.adapters)}")
+    if not isinstance(name, str) or name not in state.adapters:
+        raise PatchError(
+            f"the model has no adapter {name!r}; it has {sorted(state.adapters)}: name one of these, or add() it"
+        )
     return state.adapters[name]
 
 

@@ -79,14 +79,14 @@ def register_fusion(name: str) -> Callable[[FusionClass], FusionClass]:
     """Class decorator: make a :class:`Fusion` known as ``EmmaConfig(fusion=name)``.
 
     Raises:
-        ConfigError: if another class has that name already.
+        ConfigError: if the name is none, or another class has it already.
     """
+    if not isinstance(name, str) or not name:
+        raise ConfigError(f'the name of a fusion must be a non-empty text, as @register_fusion("mine"); got {name!r}')
 
     def register(cls: FusionClass) -> FusionClass:
-        if not isinstance(name, str) or not name:
-            raise ConfigError(f"the name of a fusion must be a non-empty text; got {name!r}")
         if not (isinstance(cls, type) and issubclass(cls, Fusion)):
-            raise ConfigError(f"a fusion must be a subclass of emma_adapter.Fusion; got {cls!r}")
+            raise ConfigError(f"a fusion must be a subclass of emma_adapter.Fusion; got a {type(cls).__name__}")
         if _FUSIONS.setdefault(name, cls) is not cls:
             raise ConfigError(f"a fusion named {name!r} is registered already: {_FUSIONS[name]!r}; choose another name")
         return cls

@@ -227,9 +227,10 @@ def _answers(prompt: Prompt) -> Tensor | None:
     ):
         if given is None:
             continue
-        if given.shape != prompt.input_ids.shape:
+        if not isinstance(given, Tensor) or given.shape != prompt.input_ids.shape:
+            found = list(given.shape) if isinstance(given, Tensor) else f"(a {type(given).__name__})"
             raise InstructionError(
-                f"{name} {list(given.shape)} and input_ids {list(prompt.input_ids.shape)} differ in shape, so that "
+                f"{name} {found} and input_ids {list(prompt.input_ids.shape)} differ in shape, so that "
                 f"answers can't be told from the instruction; {_PASS_IT}"
             )
         marked = (given != ignored).cpu()

@@ -41,7 +41,8 @@ def rows_of_media(placeholders: Tensor, tokens_per_medium: Sequence[int], *, rep
             )
         if bool(((rows != last_rows) & (lengths > 0)).any()):
             raise RoutingError(
-                "an image would begin in one row of the batch and end in another "
-                f"(placeholder tokens per row: {placeholders.tolist()}, tokens per image: {list(tokens_per_medium)})"
+                "an image would begin in one row of the batch and end in another (placeholder tokens per row: "
+                f"{placeholders.tolist()}, tokens per image: {list(tokens_per_medium)}): give the images in the order "
+                "of the rows, and let the model's processor make text and images together"
             )
     return rows

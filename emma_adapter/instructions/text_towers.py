@@ -61,7 +61,10 @@ class TransformersTextTower(nn.Module):
         self.lower_cases = config.model_type.startswith("siglip")
         self.pad_id = self.tokenizer.pad_token_id if self.lower_cases else 0
         if self.pad_id is None:
-            raise EncoderError(f"the tokenizer of {source!r} has no padding token, which SigLIP's text tower reads")
+            raise EncoderError(
+                f"the tokenizer of {source!r} has no padding token, which SigLIP's text tower reads: give one that the "
+                "checkpoint was trained with"
+            )
         self.layer = _checked_layer(layer, config.num_hidden_layers, source)
         self.instruction_dim = config.hidden_size
         self.max_instruction_tokens = config.max_position_embeddings
@@ -163,7 +166,8 @@ class OpenClipTextTower(nn.Module):
         self.block = _checked_layer(layer, len(self.tower.transformer.resblocks), source) - 1
         if self.block < 0:
             raise EncoderError(
-                f"instruction_layer={layer} of {source!r} is its embedding layer; open_clip gives blocks only"
+                f"instruction_layer={layer} of {source!r} is its embedding layer; open_clip gives blocks only: "
+                "choose another layer"
             )
         self.instruction_dim = int(self.tower.ln_final.weight.shape[0])
         self.max_instruction_tokens = int(self.tower.context_length)

@@ -35,7 +35,10 @@ class InstructionTokens:
             InstructionError: if there are several, but not ``number``.
         """
         if len(self) not in (1, number):
-            raise InstructionError(f"adapter.instruction() was given {len(self)} instructions for {number} {what}")
+            raise InstructionError(
+                f"adapter.instruction() was given {len(self)} instructions for {number} {what}: give one for all, or "
+                "one for each"
+            )
         if len(self) == number:
             return self
         return self.of_rows(torch.zeros(number, dtype=torch.long))
@@ -77,9 +80,9 @@ class InstructionPipeline:
         """
         if isinstance(instruction, str):
             instruction = [instruction] * (1 if num_rows is None else num_rows)
-        if isinstance(instruction, Mapping):
+        if isinstance(instruction, Mapping) and "input_ids" in instruction:
             mask = instruction.get("attention_mask") if mask is None else mask
-            instruction = instruction.get("input_ids")  # type: ignore[assignment]
+            instruction = instruction["input_ids"]
         texts: list[str] | None = None
         ids: Tensor | None = None
         if isinstance(instruction, Tensor):
@@ -90,6 +93,11 @@ class InstructionPipeline:
             raise InstructionError(
                 "instruction= must be a text, a list with one text per row, token ids [B, T] (with "
                 f"instruction_mask= if they are padded), or a tokenizer's output; got {type(instruction).__name__}"
+            )
+        if texts is not None and mask is not None:
+            raise InstructionError(
+                "instruction_mask= says which token ids of instruction= are padding, and instruction= is text: leave "
+                "the mask out, or give the ids"
             )
         if texts is not None and not texts:
             raise InstructionError("instruction= is an empty list; give one text per row, or one text for all")
@@ -146,12 +154,15 @@ def embedder(model: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def _checked_ids(ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    if ids.ndim != 2 or ids.is_floating_point() or ids.is_complex():
+    if ids.ndim != 2 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise InstructionError(f"token ids of instruction= must be integers [B, T]; got {ids.dtype} {list(ids.shape)}")
     if mask is None:
         return ids, torch.ones_like(ids, dtype=torch.bool)
-    if mask.shape != ids.shape:
-        raise InstructionError(f"instruction_mask= must be {list(ids.shape)} as the token ids; got {list(mask.shape)}")
+    if not isinstance(mask, Tensor) or mask.shape != ids.shape:
+        found = list(mask.shape) if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
+        raise InstructionError(
+            f"instruction_mask= must be a tensor {list(ids.shape)} as the token ids, 1 where they count; got {found}"
+        )
     return ids, mask.bool()
 
 

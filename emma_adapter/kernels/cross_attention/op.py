@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...errors import KernelError, ShapeError
+from ...errors import ConfigError, KernelError, ShapeError
 from ..launch import refuse_forward_mode, visual_tokens_problem
 from . import forward
 from .gradients import cross_attention_backward
@@ -233,7 +233,7 @@ def cross_attention(
         ShapeError: if tensors don't fit each other.
     """
     if epilogue not in ("add", "modulate"):
-        raise ValueError(f'epilogue must be "add" or "modulate"; got {epilogue!r}')
+        raise ConfigError(f'epilogue must be "add" or "modulate"; got {epilogue!r}')
     refuse_forward_mode(visual_tokens, key, value, query_weight, output_weight)
     if visual_tokens.ndim != (3 if cu_seqlens is None else 2):
         raise ShapeError(f"visual_tokens must be [S, N, D], or [M, D] with cu_seqlens; got {list(visual_tokens.shape)}")

@@ -1,0 +1,289 @@
+"""Errors about adapter folders, the authors' checkpoint and the hub."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import cpu_offload
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import tiny
+from emma_adapter import CheckpointError, EmmaAlignment, EmmaConfig, PatchError, load_adapter, patch_model
+from zoo import ZOO
+
+from .triggers import Bench, raises
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def load(folder: Any, model: Any = None, **settings: Any) -> None:
+    load_adapter(tiny.llava() if model is None else model, folder, **{"processor": tiny.processor(), **settings})
+
+
+Change = Callable[[dict[str, Any]], Any]
+
+
+def edit(folder: Path, change: Change, *, tensors: Change | None = None) -> Path:
+    """Change what the folder's two files say of the adapter, and its tensors, as one who knows the format."""
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        description = json.loads(file.metadata()["emma_adapter"])
+    values = load_file(folder / WEIGHTS)
+    change(description)
+    if tensors is not None:
+        tensors(values)
+    save_file(values, folder / WEIGHTS, metadata={"format": "pt", "emma_adapter": json.dumps(description)})
+    (folder / CONFIG).write_text(json.dumps(description))
+    return folder
+
+
+# ----------------------------------------------------------------------------------------- adapter folders
+
+
+@raises(CheckpointError, "checkpoint.py:find", "give the folder of one of them")
+def a_folder_with_several_adapters(bench: Bench) -> None:
+    adapter = bench.adapter()
+    for name in ("first", "second"):
+        adapter.save_pretrained(bench.folder / "emma_adapter" / name)
+    load(bench.folder)
+
+
+@raises(CheckpointError, "checkpoint.py:read", "was changed since the adapter was saved")
+def an_edited_config(bench: Bench) -> None:
+    path = bench.saved() / CONFIG
+    path.write_text(path.read_text().replace('"fusion": "attention"', '"fusion": "modulation"'))
+    load(path.parent)
+
+
+@raises(CheckpointError, "checkpoint.py:read", "{error}")
+def a_config_with_an_impossible_value(bench: Bench) -> None:
+    load(edit(bench.saved(), lambda description: description["config"].update(num_heads=-1)))
+
+
+@raises(CheckpointError, "checkpoint.py:read", "model_type should be a text")
+def a_folder_without_a_model_type(bench: Bench) -> None:
+    load(edit(bench.saved(), lambda description: description.pop("model_type")))
+
+
+@raises(CheckpointError, "checkpoint.py:read", "unexpected tensor(s)")
+def a_tensor_that_belongs_to_nothing(bench: Bench) -> None:
+    load(edit(bench.saved(), lambda _: None, tensors=lambda values: values.update(stray=torch.ones(1))))
+
+
+@raises(CheckpointError, "checkpoint.py:read", "projector_trained")
+def a_projector_that_is_not_there(bench: Bench) -> None:
+    load(edit(bench.saved(), lambda description: description.update(projector_trained=True)))
+
+
+@raises(CheckpointError, "checkpoint.py:check_tensors", "doesn't fit its config")
+def a_tensor_that_is_missing(bench: Bench) -> None:
+    load(edit(bench.saved(), lambda _: None, tensors=lambda values: values.pop(min(values))))
+
+
+@raises(CheckpointError, "checkpoint.py:_read_description", "there is no")
+def an_empty_folder(bench: Bench) -> None:
+    load(bench.folder)
+
+
+@raises(CheckpointError, "checkpoint.py:_read_description", "can't be read")
+def a_config_that_is_no_text(bench: Bench) -> None:
+    (bench.folder / CONFIG).write_bytes(b"\xff\xfe\xff")
+    load(bench.folder)
+
+
+@raises(CheckpointError, "checkpoint.py:_parse_description", "is not valid JSON")
+def an_adapter_config_that_is_cut_off(bench: Bench) -> None:
+    (bench.folder / CONFIG).write_text('{"format": "emma')
+    load(bench.folder)
+
+
+@raises(CheckpointError, "checkpoint.py:_parse_description", "an adapter of PEFT")
+def an_adapter_of_peft(bench: Bench) -> None:
+    (bench.folder / CONFIG).write_text('{"peft_type": "LORA"}')
+    load(bench.folder)
+
+
+@raises(CheckpointError, "checkpoint.py:_parse_description", "another tool's adapter?")
+def the_config_of_something_else(bench: Bench) -> None:
+    (bench.folder / CONFIG).write_text("[]")
+    load(bench.folder)
+
+
+@raises(CheckpointError, "checkpoint.py:_check_version", "should be an integer")
+def a_version_that_is_no_number(bench: Bench) -> None:
+    load(edit(bench.saved(), lambda description: description.update(format_version="1")))
+
+
+@raises(CheckpointError, "checkpoint.py:_check_version", "upgrade emma_adapter")
+def a_folder_from_the_future(bench: Bench) -> None:
+    load(edit(bench.saved(), lambda description: description.update(format_version=99)))
+
+
+@raises(CheckpointError, "checkpoint.py:_read_tensors", "the adapter's weights are missing")
+def a_folder_without_weights(bench: Bench) -> None:
+    folder = bench.saved()
+    (folder / WEIGHTS).unlink()
+    load(folder)
+
+
+@raises(CheckpointError, "checkpoint.py:_read_tensors", "is not a valid safetensors file")
+def weights_that_are_cut_off(bench: Bench) -> None:
+    path = bench.saved() / WEIGHTS
+    path.write_bytes(path.read_bytes()[:-100])
+    load(path.parent)
+
+
+@raises(CheckpointError, "checkpoint.py:_read_tensors", "was not written by emma_adapter")
+def weights_of_another_tool(bench: Bench) -> None:
+    folder = bench.saved()
+    save_file(load_file(folder / WEIGHTS), folder / WEIGHTS)
+    load(folder)
+
+
+@raises(CheckpointError, "checkpoint.py:_expected_alignment", "describes no adapter that can be built")
+def a_config_without_sizes(bench: Bench) -> None:
+    load(edit(bench.saved(), lambda description: description["config"].update(visual_dim=None)))
+
+
+# -------------------------------------------------------------------------------------------- another model
+
+
+@raises(CheckpointError, "restoring.py:check_fit", "model_type")
+def an_adapter_of_another_family(bench: Bench) -> None:
+    load(bench.saved(), ZOO["qwen2_vl"].model())
+
+
+@raises(CheckpointError, "restoring.py:check_fit", "another vision tower")
+def an_adapter_of_another_vision_tower(bench: Bench) -> None:
+    vision = tiny.vision_config()
+    vision.hidden_size = 48
+    load(bench.saved(), tiny.llava(vision_config=vision))
+
+
+@raises(CheckpointError, "restoring.py:check_fit", "visual tokens an image")
+def an_adapter_for_smaller_images(bench: Bench) -> None:
+    vision = tiny.vision_config()
+    vision.image_size = 2 * tiny.IMAGE_SIZE
+    load(bench.saved(), tiny.llava(vision_config=vision))
+
+
+@raises(CheckpointError, "restoring.py:check_fit", "deepstack projectors")
+def an_adapter_for_fewer_deepstack_projectors(bench: Bench) -> None:
+    model = ZOO["qwen3_vl"].model()
+    patch_model(model, EmmaConfig(align_deepstack=True)).save_pretrained(bench.folder)
+    other = ZOO["qwen3_vl"].model()
+    del other.model.visual.deepstack_merger_list[0]
+    load(bench.folder, other)
+
+
+@raises(CheckpointError, "restoring.py:check_fit", "is damaged")
+def weights_with_another_value(bench: Bench) -> None:
+    folder = bench.saved()
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        metadata = file.metadata()
+    values = load_file(folder / WEIGHTS)
+    values[min(values)].view(-1)[0] += 1
+    save_file(values, folder / WEIGHTS, metadata=metadata)
+    load(folder)
+
+
+@raises(CheckpointError, "restoring.py:check_encoder_fit", "made for a language model")
+def an_adapter_of_another_language_model(bench: Bench) -> None:
+    text = tiny.llama_config(380)
+    text.hidden_size = 48
+    text.head_dim = 12
+    load(bench.saved(), tiny.llava(text_config=text))
+
+
+@raises(PatchError, "restoring.py:restore", "another kind of adapter")
+def an_adapter_of_another_kind(bench: Bench) -> None:
+    load(bench.saved(), bench.adapter(EmmaConfig(fusion="modulation")).model)
+
+
+@raises(PatchError, "restoring.py:check_not_offloaded", "are offloaded")
+def loading_into_an_offloaded_adapter(bench: Bench) -> None:
+    folder, model = bench.saved(), bench.adapter().model
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    load(folder, model)
+
+
+@raises(PatchError, "loading.py:load_adapter", "the first adapter of a model")
+def another_name_for_the_first_adapter(bench: Bench) -> None:
+    load(bench.saved(), name="other")
+
+
+# ------------------------------------------------------------------------------------------------- the hub
+
+
+@raises(CheckpointError, "hub.py:local_folder", "neither a folder here nor an adapter")
+def a_repository_that_was_never_downloaded(bench: Bench) -> None:
+    load("someone/an-adapter", local_files_only=True)
+
+
+# ------------------------------------------------------------------------------------ the authors' checkpoint
+
+OFFICIAL = {
+    "text_projection.weight": torch.ones(8, 6),
+    "text_projection.bias": torch.ones(8),
+    "image_text_infusion.weight": torch.ones(4, 9),
+    "image_text_infusion.bias": torch.ones(4),
+}
+
+
+def official(bench: Bench, content: Any = None, **changes: Any) -> None:
+    path = bench.folder / "vision_tower.bin"
+    tensors = {**OFFICIAL, **{name.replace("__", "."): value for name, value in changes.items()}}
+    torch.save(tensors if content is None else content, path)
+    EmmaAlignment.from_official(path)
+
+
+@raises(CheckpointError, "official.py:read_official", "learnable tokens")
+def a_later_variant(bench: Bench) -> None:
+    official(bench, learnable_tokens=torch.ones(2))
+
+
+@raises(CheckpointError, "official.py:read_official", "none empty")
+def matrices_that_do_not_fit(bench: Bench) -> None:
+    official(bench, image_text_infusion__weight=torch.ones(4, 4))
+
+
+@raises(CheckpointError, "official.py:read_official", "should be [{size}]")
+def a_bias_that_does_not_fit(bench: Bench) -> None:
+    official(bench, text_projection__bias=torch.ones(9))
+
+
+@raises(CheckpointError, "official.py:_load", "there is no file")
+def an_official_file_that_does_not_exist(bench: Bench) -> None:
+    EmmaAlignment.from_official(bench.folder / "vision_tower.bin")
+
+
+@raises(CheckpointError, "official.py:_load", "never unpickled")
+def a_file_that_holds_objects(bench: Bench) -> None:
+    official(bench, content={"model": EmmaConfig()})
+
+
+@raises(CheckpointError, "official.py:_load", "can't be read as a PyTorch checkpoint")
+def an_official_file_that_is_cut_off(bench: Bench) -> None:
+    path = bench.folder / "vision_tower.bin"
+    torch.save(OFFICIAL, path)
+    path.write_bytes(path.read_bytes()[:200])
+    EmmaAlignment.from_official(path)
+
+
+@raises(CheckpointError, "official.py:_load", "instead of a state dict")
+def a_file_with_one_tensor(bench: Bench) -> None:
+    official(bench, content=torch.ones(2))
+
+
+@raises(CheckpointError, "official.py:_one_of", "floating-point weights")
+def an_official_file_of_integers(bench: Bench) -> None:
+    official(bench, text_projection__bias=torch.ones(8, dtype=torch.long))
+
+
+@raises(CheckpointError, "official.py:_one_of", "not an EMMA checkpoint")
+def a_checkpoint_of_something_else(bench: Bench) -> None:
+    official(bench, content={"weight": torch.ones(2)})

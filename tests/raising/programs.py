@@ -1,0 +1,323 @@
+"""Errors of the command line and of ``--model emma`` in lmms-eval."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import click
+import torch
+
+import tiny
+from emma_adapter import CheckpointError, ConfigError, DataError, UnsupportedModelError
+from emma_adapter.cli import main
+from workspace import MODEL_ID, make_workspace
+from zoo import ZOO
+
+from .files import OFFICIAL
+from .triggers import Bench, raises
+
+
+def command(*arguments: object) -> None:
+    """``emma-adapter``, without the part that turns errors into a line and an exit code."""
+    click.Group.main(main, [str(argument) for argument in arguments], standalone_mode=False)
+
+
+# --------------------------------------------------------------------------------------------------- info
+
+
+@raises(CheckpointError, "cli/info.py:_adapter_folder", "is a file")
+def info_about_a_file(bench: Bench) -> None:
+    command("info", bench.saved() / "adapter_config.json")
+
+
+@raises(CheckpointError, "cli/info.py:_adapter_folder", "neither an adapter")
+def info_about_an_empty_folder(bench: Bench) -> None:
+    command("info", bench.folder)
+
+
+@raises(UnsupportedModelError, "cli/models.py:_explained", "can't be loaded as a vision-language model")
+def info_about_a_language_model(bench: Bench) -> None:
+    tiny.llava().config.text_config.save_pretrained(bench.folder)
+    command("info", bench.folder)
+
+
+# ------------------------------------------------------------------------------------------------ convert
+
+
+def convert(bench: Bench, entry: str, tensors: dict[str, torch.Tensor]) -> None:
+    made = ZOO[entry]
+    made.model().config.save_pretrained(bench.folder / "model")
+    made.processor().save_pretrained(bench.folder / "model")
+    clip = tiny.clip_text_folder(bench.folder / "clip")
+    source = bench.folder / "vision_tower.bin"
+    torch.save(tensors, source)
+    command("convert", source, bench.folder / "out", "--model", bench.folder / "model", "--text-tower", clip)
+
+
+@raises(UnsupportedModelError, "cli/convert.py:convert", "the authors' weights are for LLaVA-1.5")
+def converting_for_another_family(bench: Bench) -> None:
+    convert(bench, "qwen2_vl", OFFICIAL)
+
+
+@raises(CheckpointError, "cli/convert.py:convert", "was trained for")
+def converting_for_another_vision_tower(bench: Bench) -> None:
+    convert(bench, "llava", OFFICIAL)
+
+
+# ----------------------------------------------------------------------------------------------- finetune
+
+
+def finetune(bench: Bench, data: str | bytes | dict[str, Any], name: str = "data.jsonl", *more: object) -> None:
+    """With a data file of this content, or the one row."""
+    folder = bench.folder if (bench.folder / "train.jsonl").is_file() else make_workspace(bench.folder)
+    text = json.dumps(data) if isinstance(data, dict) else data
+    (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    bench.monkeypatch.chdir(folder)
+    fast = ["--use_cpu", "true", "--max_steps", 1, "--save_strategy", "no", "--gradient_checkpointing", "false"]
+    command("finetune", "--model", MODEL_ID, "--data", name, "--output", "out", *more, *fast)
+
+
+IMAGE = "images/0.png"
+USER = {"role": "user", "content": "is there a cat?"}
+ANSWER = {"role": "assistant", "content": "no"}
+
+
+def talk(*messages: object, images: object = (IMAGE,)) -> dict[str, Any]:
+    return {"images": list(images) if isinstance(images, tuple) else images, "messages": list(messages)}
+
+
+@raises(DataError, "cli/rows.py:FileRows.__init__", "is not UTF-8")
+def data_in_another_encoding(bench: Bench) -> None:
+    finetune(bench, '{"messages": "für"}'.encode("latin-1"))
+
+
+@raises(DataError, "cli/rows.py:FileRows.__init__", "must hold a list of rows")
+def one_row_where_a_list_is_expected(bench: Bench) -> None:
+    finetune(bench, talk(USER, ANSWER), "data.json")
+
+
+@raises(DataError, "cli/rows.py:FileRows._row", "should be a JSON object")
+def a_row_that_is_a_list(bench: Bench) -> None:
+    finetune(bench, "[1, 2]")
+
+
+@raises(DataError, "cli/rows.py:FileRows._paths", "must be a list of file names")
+def an_image_that_is_a_number(bench: Bench) -> None:
+    finetune(bench, talk(USER, ANSWER, images=[1]))
+
+
+@raises(DataError, "cli/rows.py:FileRows._paths", "there is no image")
+def an_image_that_does_not_exist(bench: Bench) -> None:
+    finetune(bench, talk(USER, ANSWER, images=["nowhere.png"]))
+
+
+@raises(DataError, "cli/rows.py:_parse", "is not valid JSON")
+def a_row_that_is_cut_off(bench: Bench) -> None:
+    finetune(bench, '{"images": [')
+
+
+@raises(DataError, "cli/rows.py:DatasetRows.__init__", "has the columns")
+def a_dataset_with_other_columns(bench: Bench) -> None:
+    from datasets import Dataset
+
+    Dataset.from_list([{"question": "is there a cat?"}]).save_to_disk(bench.folder / "questions")
+    make_workspace(bench.folder)
+    bench.monkeypatch.chdir(bench.folder)
+    command("finetune", "--model", MODEL_ID, "--data", "questions", "--output", "out")
+
+
+@raises(DataError, "cli/rows.py:_load_dataset", "can't be loaded with split")
+def a_split_that_does_not_exist(bench: Bench) -> None:
+    from datasets import Dataset, DatasetDict
+
+    DatasetDict(test=Dataset.from_list([{"messages": [], "images": []}])).save_to_disk(bench.folder / "split")
+    make_workspace(bench.folder)
+    bench.monkeypatch.chdir(bench.folder)
+    command("finetune", "--model", MODEL_ID, "--data", "split", "--output", "out")
+
+
+@raises(DataError, "cli/conversations.py:read_messages", "the turns show")
+def two_placeholders_for_one_image(bench: Bench) -> None:
+    finetune(bench, talk({"role": "user", "content": "<image><image> which?"}, ANSWER))
+
+
+@raises(DataError, "cli/conversations.py:_turns", "there are no messages")
+def a_row_without_messages(bench: Bench) -> None:
+    finetune(bench, talk())
+
+
+@raises(DataError, "cli/conversations.py:_message", "is no message but")
+def a_message_that_is_a_text(bench: Bench) -> None:
+    finetune(bench, talk("is there a cat?", ANSWER))
+
+
+@raises(DataError, "cli/conversations.py:_message", "the role is")
+def a_role_that_does_not_exist(bench: Bench) -> None:
+    finetune(bench, talk({**USER, "role": "critic"}, ANSWER))
+
+
+@raises(DataError, "cli/conversations.py:_message", "the content is")
+def a_content_that_is_a_number(bench: Bench) -> None:
+    finetune(bench, talk({**USER, "content": 5}, ANSWER))
+
+
+@raises(DataError, "cli/conversations.py:_message", "only users show images")
+def an_answer_with_an_image(bench: Bench) -> None:
+    finetune(bench, talk(USER, {**ANSWER, "content": "<image>"}))
+
+
+@raises(DataError, "cli/conversations.py:_message", "the answer is empty")
+def an_answer_without_a_word(bench: Bench) -> None:
+    finetune(bench, talk(USER, {**ANSWER, "content": " "}))
+
+
+@raises(DataError, "cli/conversations.py:_parts", "a part of the content is")
+def a_part_without_a_type(bench: Bench) -> None:
+    finetune(bench, talk({**USER, "content": [{"text": "is there a cat?"}]}, ANSWER))
+
+
+@raises(DataError, "cli/conversations.py:_parts", "half a character")
+def half_a_character(bench: Bench) -> None:
+    finetune(bench, talk({**USER, "content": "\ud83d"}, ANSWER))
+
+
+@raises(DataError, "cli/conversations.py:_check_order", "no turn of the assistant")
+def a_question_without_an_answer(bench: Bench) -> None:
+    finetune(bench, talk(USER))
+
+
+@raises(DataError, "cli/conversations.py:_check_order", "must follow a turn of the user")
+def an_answer_without_a_question(bench: Bench) -> None:
+    finetune(bench, talk(ANSWER, USER))
+
+
+@raises(DataError, "cli/examples.py:Examples.add", "nothing to learn from")
+def conversations_without_images(bench: Bench) -> None:
+    finetune(bench, talk(USER, ANSWER, images=[]))
+
+
+@raises(DataError, "cli/examples.py:Examples.__call__", "doesn't end a conversation with its answer")
+def a_processor_that_writes_something_after_the_answer(bench: Bench) -> None:
+    from transformers import LlavaProcessor
+
+    original = LlavaProcessor.__call__
+
+    def with_an_end(self: Any, *args: Any, **settings: Any) -> Any:
+        made = original(self, *args, **settings)
+        made["input_ids"][:, -1] = 9
+        return made
+
+    bench.monkeypatch.setattr(LlavaProcessor, "__call__", with_an_end)
+    finetune(bench, talk(USER, ANSWER))
+
+
+# ---------------------------------------------------------------------------------------------- lmms-eval
+
+
+def emma(**arguments: Any) -> Any:
+    from emma_adapter.integrations.lmms_eval import Emma
+
+    return Emma(**{"pretrained": "nowhere", "device": "cpu", **arguments})
+
+
+def emma_of(bench: Bench, entry: str = "llava", **arguments: Any) -> Any:
+    """With a model and a processor that exist."""
+    made = ZOO[entry]
+    made.model().save_pretrained(bench.folder / "model")
+    made.processor().save_pretrained(bench.folder / "model")
+    return emma(pretrained=str(bench.folder / "model"), **arguments)
+
+
+IN_LMMS_EVAL = "integrations/lmms_eval.py"
+
+
+@raises(ConfigError, f"{IN_LMMS_EVAL}:Emma.__init__", "unknown model argument")
+def a_model_argument_that_does_not_exist(bench: Bench) -> None:
+    emma(adaptor="x")
+
+
+@raises(ConfigError, f"{IN_LMMS_EVAL}:Emma.__init__", "pretrained is missing")
+def no_model(bench: Bench) -> None:
+    emma(pretrained=None)
+
+
+@raises(ConfigError, f"{IN_LMMS_EVAL}:Emma.__init__", "add adapter=")
+def an_instruction_without_an_adapter(bench: Bench) -> None:
+    emma(instruction="first_line")
+
+
+@raises(ConfigError, f"{IN_LMMS_EVAL}:_check_texts", "must be a text that is not empty")
+def a_number_for_an_adapter(bench: Bench) -> None:
+    emma(adapter=1)
+
+
+@raises(ConfigError, f"{IN_LMMS_EVAL}:_check_choice", "must be one of")
+def a_dtype_that_does_not_exist(bench: Bench) -> None:
+    emma(dtype="int3")
+
+
+@raises(ConfigError, f"{IN_LMMS_EVAL}:_positive", "must be an integer >= 1")
+def batches_of_no_row(bench: Bench) -> None:
+    emma(batch_size=0)
+
+
+@raises(ConfigError, f"{IN_LMMS_EVAL}:_json_object", ": {error}")
+def processor_settings_that_are_cut_off(bench: Bench) -> None:
+    emma(processor_kwargs="{")
+
+
+@raises(ConfigError, f"{IN_LMMS_EVAL}:_json_object", "must be a JSON object; got {value}$")
+def processor_settings_in_a_list(bench: Bench) -> None:
+    emma(processor_kwargs="[1]")
+
+
+def in_two_processes(bench: Bench, kind: str) -> None:
+    from emma_adapter.integrations import lmms_eval
+
+    accelerator = SimpleNamespace(
+        process_index=0, num_processes=2, distributed_type=lmms_eval.DistributedType[kind], device=torch.device("cpu")
+    )
+    bench.monkeypatch.setattr(lmms_eval, "Accelerator", lambda: accelerator)
+
+
+@raises(ConfigError, f"{IN_LMMS_EVAL}:Emma._place", "has a whole model in each process")
+def lmms_eval_under_fsdp(bench: Bench) -> None:
+    in_two_processes(bench, "FSDP")
+    emma()
+
+
+@raises(ConfigError, f"{IN_LMMS_EVAL}:Emma._place", "spreads one model over all GPUs")
+def a_device_map_in_two_processes(bench: Bench) -> None:
+    in_two_processes(bench, "MULTI_CPU")
+    emma(device_map="auto")
+
+
+@raises(ConfigError, f"{IN_LMMS_EVAL}:Emma._prepare_processor", "is no file")
+def a_chat_template_that_does_not_exist(bench: Bench) -> None:
+    emma_of(bench, chat_template="nowhere.jinja")
+
+
+@raises(UnsupportedModelError, f"{IN_LMMS_EVAL}:Emma._prepare_processor", "has no chat template")
+def a_processor_without_a_chat_template(bench: Bench) -> None:
+    from transformers import AutoProcessor
+
+    processor = tiny.processor()
+    processor.chat_template = None
+    bench.monkeypatch.setattr(AutoProcessor, "from_pretrained", lambda *args, **settings: processor)
+    emma()
+
+
+def ask(bench: Bench, kind: str) -> None:
+    emma_of(bench)._answer([[{"role": "user", "content": [{"type": kind, kind: "x"}]}]], {})
+
+
+@raises(UnsupportedModelError, f"{IN_LMMS_EVAL}:Emma._encode", "the task has audio")
+def a_task_with_audio(bench: Bench) -> None:
+    ask(bench, "audio")
+
+
+@raises(UnsupportedModelError, f"{IN_LMMS_EVAL}:Emma._encode", "the task has videos")
+def a_task_with_videos(bench: Bench) -> None:
+    ask(bench, "video")
