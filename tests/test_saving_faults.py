@@ -942,6 +942,18 @@ def test_a_save_that_was_stopped_is_not_waited_for(old_and_new, tmp_path, monkey
     process.join(60)
 
 
+def test_a_worker_that_was_forked_meanwhile_holds_no_lock(tmp_path):
+    """As a data loader's workers, which other threads start."""
+    done = FORK.Event()
+    with atomic._lock(tmp_path) as held:
+        assert held
+        worker = started(lambda: done.wait(120))
+    with atomic._lock(tmp_path) as held:
+        assert held
+    done.set()
+    worker.join(60)
+
+
 # ---------------------------------------------------------------------------------------------- what is around it
 
 
