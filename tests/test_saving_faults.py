@@ -287,7 +287,10 @@ def test_killed_at_random_moments(old_and_new, tmp_path):
     dice = random.Random(0)
     by_adapter(models[0], tmp_path)
     found = set()
-    for _ in range(8):
+    for number in itertools.count():
+        if number >= 8 and len(found) == 2:  # both were met, so that a mixture could have been
+            break
+        assert number < 100
         begun = FORK.Event()
 
         def save_forever(begun=begun):
@@ -305,7 +308,6 @@ def test_killed_at_random_moments(old_and_new, tmp_path):
         model = base_model()
         load_adapter(model, tmp_path)
         assert torch.equal(logits(model), logits(models[which(tmp_path, *candidates)]))
-    assert found == {0, 1}, "both were met, so that a mixture could have been"
     by_adapter(models[0], tmp_path)
     assert not scratch_of(tmp_path)
 
@@ -454,7 +456,8 @@ def test_full_disk(old_and_new, tmp_path):
     old, new = old_and_new
 
     def task():
-        mount(tmp_path, 0, "size=256k")
+        page = os.sysconf("SC_PAGE_SIZE")
+        mount(tmp_path, 0, f"size={64 * page}")
         folder, ballast = tmp_path / "adapter", tmp_path / "ballast"
         by_adapter(old, folder)
         files = contents(folder)
@@ -473,8 +476,8 @@ def test_full_disk(old_and_new, tmp_path):
             assert contents(folder) == files
             assert which(folder, values_of(old)) == 0
             assert not scratch_of(folder)
-            os.truncate(ballast, ballast.stat().st_size - 4096)
-        assert failed > 4
+            os.truncate(ballast, ballast.stat().st_size - page)
+        assert failed > 2
         assert which(folder, values_of(new)) == 0
 
     with_own_mounts(task)
@@ -516,15 +519,21 @@ def test_folder_that_may_not_be_written(old_and_new, shared_folder):
 
     def task():
         if os.geteuid() == 0:
-            os.setgroups([])
-            os.setgid(65534)
-            os.setuid(65534)
+            try:
+                os.setgroups([])
+                os.setgid(65534)
+                os.setuid(65534)
+            except OSError:
+                os._exit(_NOT_PERMITTED)
         for target in (folder, folder / "within"):
             with pytest.raises(PermissionError, match="as it was"):
                 by_adapter(new, target)
         assert which(folder, values_of(old)) == 0
 
-    assert in_fork(task) == 0
+    code = in_fork(task)
+    if code == _NOT_PERMITTED:
+        pytest.skip("root may not become another user here; test_read_only_file_system runs all the same")
+    assert code == 0
     folder.chmod(0o755)
     assert contents(folder) == files
 
@@ -768,15 +777,22 @@ def test_processes_save_while_another_loads(way, writers, tmp_path):
             trainers.append(safetensors.torch.load_file(tmp_path / str(number) / TRAINER))
     folder = tmp_path / "adapter"
 
+    enough = FORK.Event()
+
     def save_often(number):
-        for i in range(25):
+        for i in itertools.count():
             way(models[number + i % 2], folder)
+            if i >= 10 and enough.is_set():
+                return
 
     processes = [started(lambda number=2 * number: save_often(number)) for number in range(writers)]
-    seen, refused = set(), []
+    seen, refused, reads = set(), [], 0
     deadline = time.monotonic() + 300
     while any(process.is_alive() for process in processes):
         assert time.monotonic() < deadline
+        reads += 1
+        if reads >= 100 and len(seen) > 2:
+            enough.set()
         try:
             seen.add(which(folder, *candidates))
         except CheckpointError as error:
@@ -786,7 +802,6 @@ def test_processes_save_while_another_loads(way, writers, tmp_path):
             found = safetensors.torch.load((folder / TRAINER).read_bytes())
             assert any(same_values(found, one) for one in trainers)
     assert [process.exitcode for process in processes] == [0] * writers
-    assert len(seen) > 1, "they met"
     assert all("there is no" in message for message in refused)
     which(folder, *candidates)
     assert not scratch_of(folder)
@@ -940,6 +955,18 @@ def test_a_save_that_was_stopped_is_not_waited_for(old_and_new, tmp_path, monkey
     assert which(tmp_path, values_of(old_and_new[0])) == 0
     done.set()
     process.join(60)
+
+
+def test_a_worker_that_was_forked_meanwhile_holds_no_lock(tmp_path):
+    """As a data loader's workers, which other threads start."""
+    done = FORK.Event()
+    with atomic._lock(tmp_path) as held:
+        assert held
+        worker = started(lambda: done.wait(120))
+    with atomic._lock(tmp_path) as held:
+        assert held
+    done.set()
+    worker.join(60)
 
 
 # ---------------------------------------------------------------------------------------------- what is around it
