@@ -908,16 +908,6 @@ def test_linear_adapter_into_a_model_of_varying_size(tmp_path):
     assert adapter.config.visual_grid == (tiny.GRID, tiny.GRID)
 
 
-def test_position_blind_adapter_into_a_model_of_fixed_size(tmp_path):
-    """It would get positions that nobody has trained."""
-    patch_model(tiny.pixtral_llava(), ATTENTION).save_pretrained(tmp_path)
-    model = base_model()
-    with pytest.raises(CheckpointError, match="its own number of visual tokens"):
-        load_adapter(model, tmp_path)
-    assert is_untouched(model)
-    load_adapter(tiny.pixtral_llava(), tmp_path)
-
-
 # ---------------------------------------------------------------------------------------------- sources
 
 
