@@ -15,7 +15,7 @@ def broken_tokens(visual_tokens: Tensor) -> Tensor | None:
     none. float32 tokens whose sum overflows count as well: LayerNorm has no mean of them."""
     tokens = visual_tokens.detach()
     # This sum may overflow in float16, where the one below decides; it is faster.
-    if _may_look(tokens) and bool(tokens.sum(-1).isfinite().all()):
+    if may_look(tokens) and bool(tokens.sum(-1).isfinite().all()):
         return None
     wide = torch.promote_types(tokens.dtype, torch.float32)
     return ~tokens.sum(-1, keepdim=True, dtype=wide).isfinite()
@@ -24,12 +24,12 @@ def broken_tokens(visual_tokens: Tensor) -> Tensor | None:
 def finite_values(visual_tokens: Tensor) -> Tensor:
     """``visual_tokens`` with zeros for values that aren't finite; itself if it is known that there are none."""
     tokens = visual_tokens.detach()
-    if _may_look(tokens) and bool(tokens.sum(-1).isfinite().all()):
+    if may_look(tokens) and bool(tokens.sum(-1).isfinite().all()):
         return visual_tokens
     return visual_tokens.nan_to_num(0.0, 0.0, 0.0)
 
 
-def _may_look(tensor: Tensor) -> bool:
+def may_look(tensor: Tensor) -> bool:
     """Whether code may depend on values: a GPU would have to be waited for, and a tracer or ``vmap`` has none."""
     return (
         tensor.device.type == "cpu"

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .broken import finite_values
+from .broken import finite_values, may_look
 from .layers import add_update
 
 
@@ -77,7 +77,7 @@ class MixTokensOnCPU(torch.autograd.Function):
         if need_projected:
             dprojected = torch.bmm(_repeated(text_weight.to(dy.dtype).mT, dy), dy)
         if need_image_weight:
-            dimage_weight = _sum_of_products(dy, finite_values(x)).to(image_weight.dtype)
+            dimage_weight = _image_weight_gradient(dy, x).to(image_weight.dtype)
         if need_text_weight:
             # Short times long is faster than long times short.
             dtext_weight = _sum_of_products(projected, dy).mT.to(text_weight.dtype)
@@ -108,6 +108,16 @@ class MixTokensOnCPU(torch.autograd.Function):
 def _repeated(weight: Tensor, batch: Tensor) -> Tensor:
     """One view of the matrix an image."""
     return weight.expand(len(batch), -1, -1)
+
+
+def _image_weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
+    """``sum_b dy[b] x[b]^T`` over the values of x that are finite."""
+    if may_look(x):
+        gradient = _sum_of_products(dy, x)
+        # As in forward: what isn't finite shows in the first row.
+        if bool(gradient[0].isfinite().all()):
+            return gradient
+    return _sum_of_products(dy, x.nan_to_num(0.0, 0.0, 0.0))
 
 
 def _sum_of_products(left: Tensor, right: Tensor) -> Tensor:
