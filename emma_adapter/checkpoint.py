@@ -201,18 +201,15 @@ def _read_description(path: Path, given: Path) -> dict[str, Any]:
     try:
         with open_regular(path, given) as file:
             content = file.read(_MAX_CONFIG + 1)
+        text = content.decode("utf-8")
     except FileNotFoundError as error:
         raise CheckpointError(
             f"there is no {path.name} in {path.parent}: give the folder that adapter.save_pretrained wrote"
         ) from error
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} can't be read: {error}") from error
     if len(content) > _MAX_CONFIG:
         raise CheckpointError(f"{path} has more than {_MAX_CONFIG:,} bytes: that is no adapter's config")
-    try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path} can't be read: {error}") from error
     return _parse_description(text, path)
 
 

@@ -14,8 +14,12 @@ SITES = [site for site in all_sites() if site.is_ours]
 CLASSES = [value for value in vars(errors).values() if isinstance(value, type)]
 #: What is no error of this library by design: others catch it, or print it.
 FOREIGN = {
+    "emma_adapter/atomic.py": {"NotADirectoryError", "IsADirectoryError", "OSError"},  # as any error of a folder is
+    "emma_adapter/checkpoint.py": {"ValueError"},  # caught there: what is wrong with a header
     "emma_adapter/cli/finetune.py": {"click.UsageError"},  # printed with the command's usage
-    "emma_adapter/saving.py": {"NotADirectoryError"},  # of the operating system, as any error of a folder is
+    "emma_adapter/official.py": {"_ForeignPickleError"},  # caught there: what is wrong with a pickle
+    "emma_adapter/saving.py": {"FileExistsError"},  # as any error of a folder is
+    "emma_adapter/untrusted.py": {"ValueError"},  # of a JSON text, as json's own
     "integrations/lmms_eval.py": {"NotImplementedError"},  # how lmms-eval asks what a model can't do
 }
 

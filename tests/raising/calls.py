@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import tiny
 from emma_adapter import (
@@ -145,9 +146,28 @@ def an_image_too_few_for_the_original_llava(bench: Bench) -> None:
 # -------------------------------------------------------------------------------- an instruction in the call
 
 
-@raises(InstructionError, "hooks.py:_routed", "outside of a call")
+@raises(InstructionError, "hooks.py:_new_route", "outside of a call")
 def features_outside_of_a_call(bench: Bench) -> None:
     bench.adapter().model.get_image_features(pixel_values=question()["pixel_values"])
+
+
+@raises(InstructionError, "hooks.py:_new_route", "patch_model first; then checkpoint")
+def features_that_were_checkpointed_before_patching(bench: Bench) -> None:
+    model = tiny.llava()
+    plain = model.model.get_image_features
+    model.model.get_image_features = lambda *args, **more: checkpoint(plain, *args, use_reentrant=False, **more)
+    patch_model(model, processor=tiny.processor())
+    model(**question()).logits.sum().backward()
+
+
+@raises(InstructionError, "recomputation.py:RecomputationMemory.recall", "{_AMBIGUOUS}")
+def whole_calls_that_cannot_be_told_apart(bench: Bench) -> None:
+    adapter = bench.adapter()
+    inputs = question()
+    with adapter.disabled():
+        one = checkpoint(adapter.model, **inputs, use_reentrant=False).logits
+    other = checkpoint(adapter.model, **inputs, use_reentrant=False).logits
+    (one + other).sum().backward()
 
 
 @raises(InstructionError, "planning.py:_instruction_tokens", "can't be read from inputs_embeds")

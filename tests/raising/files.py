@@ -13,7 +13,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import tiny
-from emma_adapter import CheckpointError, EmmaAlignment, EmmaConfig, PatchError, load_adapter, patch_model
+from emma_adapter import (
+    CheckpointError,
+    EmmaAlignment,
+    EmmaConfig,
+    EncoderError,
+    PatchError,
+    load_adapter,
+    patch_model,
+)
 from zoo import ZOO
 
 from .triggers import Bench, raises
@@ -64,17 +72,17 @@ def a_config_with_an_impossible_value(bench: Bench) -> None:
     load(edit(bench.saved(), lambda description: description["config"].update(num_heads=-1)))
 
 
-@raises(CheckpointError, "checkpoint.py:read", "model_type should be a text")
+@raises(CheckpointError, "checkpoint.py:_text", "should be a text")
 def a_folder_without_a_model_type(bench: Bench) -> None:
     load(edit(bench.saved(), lambda description: description.pop("model_type")))
 
 
-@raises(CheckpointError, "checkpoint.py:read", "unexpected tensor(s)")
+@raises(CheckpointError, "checkpoint.py:_split", "unexpected tensor(s)")
 def a_tensor_that_belongs_to_nothing(bench: Bench) -> None:
     load(edit(bench.saved(), lambda _: None, tensors=lambda values: values.update(stray=torch.ones(1))))
 
 
-@raises(CheckpointError, "checkpoint.py:read", "projector_trained")
+@raises(CheckpointError, "checkpoint.py:_split", "projector_trained")
 def a_projector_that_is_not_there(bench: Bench) -> None:
     load(edit(bench.saved(), lambda description: description.update(projector_trained=True)))
 
@@ -123,21 +131,93 @@ def a_folder_from_the_future(bench: Bench) -> None:
     load(edit(bench.saved(), lambda description: description.update(format_version=99)))
 
 
-@raises(CheckpointError, "checkpoint.py:_read_tensors", "the adapter's weights are missing")
+@raises(CheckpointError, "checkpoint.py:_open_weights", "the adapter's weights are missing")
 def a_folder_without_weights(bench: Bench) -> None:
     folder = bench.saved()
     (folder / WEIGHTS).unlink()
     load(folder)
 
 
-@raises(CheckpointError, "checkpoint.py:_read_tensors", "is not a valid safetensors file")
+@raises(CheckpointError, "checkpoint.py:_read_header", "{path} {error}")
 def weights_that_are_cut_off(bench: Bench) -> None:
     path = bench.saved() / WEIGHTS
     path.write_bytes(path.read_bytes()[:-100])
     load(path.parent)
 
 
-@raises(CheckpointError, "checkpoint.py:_read_tensors", "was not written by emma_adapter")
+@raises(CheckpointError, "checkpoint.py:_read_tensors", "{path} {error}")
+def weights_that_lie_over_each_other(bench: Bench) -> None:
+    path = bench.saved() / WEIGHTS
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    sizes: dict[int, str] = {}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            start, stop = entry["data_offsets"]
+            twin = sizes.setdefault(stop - start, name)
+            if start != 0 and twin != name:
+                entry["data_offsets"] = header[twin]["data_offsets"]
+                break
+    encoded = json.dumps(header).encode()
+    path.write_bytes(len(encoded).to_bytes(8, "little") + encoded + content[8 + length :])
+    load(path.parent)
+
+
+@raises(CheckpointError, "checkpoint.py:_read_description", "no adapter's config")
+def a_config_without_an_end(bench: Bench) -> None:
+    (bench.folder / CONFIG).write_text(" " * 2**21)
+    load(bench.folder)
+
+
+@raises(CheckpointError, "untrusted.py:open_regular", "nothing outside of an adapter's folder is read")
+def a_config_that_leads_elsewhere(bench: Bench) -> None:
+    folder = bench.saved()
+    (folder / CONFIG).rename(bench.folder / "elsewhere.json")
+    (folder / CONFIG).symlink_to(bench.folder / "elsewhere.json")
+    load(folder)
+
+
+@raises(CheckpointError, "untrusted.py:open_regular", "can't be read")
+def a_config_that_leads_to_itself(bench: Bench) -> None:
+    (bench.folder / CONFIG).symlink_to(CONFIG)
+    load(bench.folder)
+
+
+@raises(CheckpointError, "untrusted.py:_require_regular", "it should be a file")
+def a_config_that_is_a_folder(bench: Bench) -> None:
+    (bench.folder / CONFIG).mkdir()
+    load(bench.folder)
+
+
+@raises(CheckpointError, "saving.py:_check_finite", "the training diverged")
+def saving_what_diverged(bench: Bench) -> None:
+    adapter = bench.adapter()
+    next(adapter.parameters()).data.fill_(float("nan"))
+    adapter.save_pretrained(bench.folder)
+
+
+@raises(CheckpointError, "restoring.py:check_fit", "its own number of visual tokens")
+def an_adapter_for_images_of_any_size(bench: Bench) -> None:
+    def drop_positions(values: dict[str, Any]) -> None:
+        for name in [name for name in values if name.endswith("position")]:
+            del values[name]
+
+    def change(description: dict[str, Any]) -> None:
+        description["config"].update(num_visual_tokens=None, visual_grid=None)
+
+    load(edit(bench.saved(), change, tensors=drop_positions))
+
+
+@raises(EncoderError, "restoring.py:check_encoder", "comes from the hub")
+def an_adapter_from_the_hub_that_names_a_path(bench: Bench) -> None:
+    tower = tiny.clip_text_folder(bench.folder / "clip")
+    folder = bench.saved(instruction_encoder=str(tower))
+    bench.monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *args, **settings: str(folder))
+    load("user/adapter")
+
+
+@raises(CheckpointError, "checkpoint.py:read", "was not written by emma_adapter")
 def weights_of_another_tool(bench: Bench) -> None:
     folder = bench.saved()
     save_file(load_file(folder / WEIGHTS), folder / WEIGHTS)
@@ -180,7 +260,7 @@ def an_adapter_for_fewer_deepstack_projectors(bench: Bench) -> None:
     load(bench.folder, other)
 
 
-@raises(CheckpointError, "restoring.py:check_fit", "is damaged")
+@raises(CheckpointError, "restoring.py:read_for", "is damaged")
 def weights_with_another_value(bench: Bench) -> None:
     folder = bench.saved()
     with safe_open(folder / WEIGHTS, framework="pt") as file:
@@ -191,7 +271,7 @@ def weights_with_another_value(bench: Bench) -> None:
     load(folder)
 
 
-@raises(CheckpointError, "restoring.py:check_encoder_fit", "made for a language model")
+@raises(CheckpointError, "restoring.py:check_encoder", "made for a language model")
 def an_adapter_of_another_language_model(bench: Bench) -> None:
     text = tiny.llama_config(380)
     text.hidden_size = 48
@@ -282,6 +362,16 @@ def a_file_with_one_tensor(bench: Bench) -> None:
 @raises(CheckpointError, "official.py:_one_of", "floating-point weights")
 def an_official_file_of_integers(bench: Bench) -> None:
     official(bench, text_projection__bias=torch.ones(8, dtype=torch.long))
+
+
+@raises(CheckpointError, "official.py:read_official", "; take another copy")
+def an_official_file_that_diverged(bench: Bench) -> None:
+    official(bench, text_projection__bias=torch.full((8,), float("nan")))
+
+
+@raises(CheckpointError, "official.py:_one_of", "more than is in the file")
+def an_official_file_that_would_be_huge(bench: Bench) -> None:
+    official(bench, image_text_infusion__bias=torch.ones(1).expand(10**9))
 
 
 @raises(CheckpointError, "official.py:_one_of", "not an EMMA checkpoint")

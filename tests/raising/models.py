@@ -274,7 +274,7 @@ def training_a_sharded_projector(bench: Bench) -> None:
         adapter.train_only(projector=True)
 
 
-@raises(PatchError, "training.py:reset_projectors", "is offloaded")
+@raises(PatchError, "training.py:_check_not_offloaded", "is offloaded")
 def unpatching_an_offloaded_projector(bench: Bench) -> None:
     model = bench.adapter().train_only(projector=True).model
     cpu_offload(model, execution_device=torch.device("cpu"))

@@ -68,7 +68,7 @@ def a_config_that_is_cut_off(bench: Bench) -> None:
     EmmaConfig.from_json('{"fusion": ')
 
 
-@raises(ConfigError, "config.py:EmmaConfig._require_int", "an integer")
+@raises(ConfigError, "config.py:EmmaConfig._require_int", "an integer >=")
 def a_fraction_for_a_size(bench: Bench) -> None:
     EmmaConfig(visual_dim=1.5)
 
@@ -98,11 +98,31 @@ def a_list_of_fusion_options(bench: Bench) -> None:
     EmmaConfig(fusion_options=["scale"])
 
 
-@raises(ConfigError, "config.py:EmmaConfig._check_fusion_options", "nested too deeply")
+@raises(ConfigError, "config.py:EmmaConfig._json_value", "levels deep")
 def fusion_options_without_an_end(bench: Bench) -> None:
     nested: dict = {}
     nested["again"] = nested
     EmmaConfig(fusion_options=nested)
+
+
+@raises(ConfigError, "config.py:EmmaConfig._require_int", "an integer <=")
+def a_size_beyond_all_memory(bench: Bench) -> None:
+    EmmaConfig(visual_dim=2**40)
+
+
+@raises(ConfigError, "config.py:EmmaConfig.__post_init__", "characters")
+def a_book_for_an_encoder(bench: Bench) -> None:
+    EmmaConfig(instruction_encoder="a" * 5000)
+
+
+@raises(ConfigError, "config.py:EmmaConfig._check_fusion_options", "4300 digits")
+def a_fusion_option_of_many_digits(bench: Bench) -> None:
+    EmmaConfig(fusion_options={"scale": 10**5000})
+
+
+@raises(ConfigError, "config.py:EmmaConfig._check_fusion_options", "characters in the config file")
+def fusion_options_that_fill_the_file(bench: Bench) -> None:
+    EmmaConfig(fusion_options={"text": "a" * 2**20})
 
 
 @raises(ConfigError, "config.py:EmmaConfig._json_value", "infinities")

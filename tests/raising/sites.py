@@ -27,8 +27,8 @@ class Site:
 
     @property
     def is_ours(self) -> bool:
-        """Whether it is of the family; a config's ``_error`` makes one."""
-        return self.raised in FAMILY or self.raised == "self._error"
+        """Whether it is of the family; a config's ``_error`` and a file's ``_invalid`` make one."""
+        return self.raised in FAMILY or self.raised in ("self._error", "_invalid")
 
 
 def all_sites() -> list[Site]:
