@@ -136,7 +136,7 @@ def open_clip_folder(bench: Bench, **text_changes) -> str:
     return f"open_clip:local-dir:{bench.folder}"
 
 
-@raises(EncoderError, "instructions/text_towers.py:OpenClipTextTower.__init__", "'HFTextEncoder'")
+@raises(EncoderError, "instructions/text_towers.py:OpenClipTextTower.__init__", "HFTextEncoder")
 def an_open_clip_model_with_a_tower_of_another_kind(bench: Bench) -> None:
     patch_model(tiny.llava(), instruction_encoder="open_clip:xlm-roberta-base-ViT-B-32:laion5b_s13b_b90k")
 
@@ -151,7 +151,7 @@ def the_embedding_layer_of_an_open_clip_tower(bench: Bench) -> None:
     patch_model(tiny.llava(), EmmaConfig(instruction_layer=0), instruction_encoder=open_clip_folder(bench))
 
 
-@raises(EncoderError, "instructions/text_towers.py:OpenClipTextTower.__init__", "type(self.tower)")
+@raises(EncoderError, "instructions/text_towers.py:OpenClipTextTower.__init__", "HFTextEncoder")
 def an_open_clip_tower_of_another_kind(bench: Bench) -> None:
     from transformers import BertConfig, BertModel
 
