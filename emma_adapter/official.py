@@ -33,7 +33,7 @@ _GLOBALS = re.compile(
 )
 _TUPLES = frozenset({"TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"})
 #: In bytes: what describes the tensors of the authors' file has a hundred thousand.
-_MAX_PICKLE = 2**22
+_MAX_PICKLE = 2**20
 _MAX_TUPLES = 8
 #: The pickles at the beginning of a file in PyTorch's older format: two numbers, the machine, the dict and its keys.
 _LEGACY_PICKLES = 5
@@ -84,9 +84,7 @@ def read_official(path: str | PathLike[str]) -> tuple[EmmaConfig, dict[str, Tens
         "fusion.bias": found["image_text_infusion.bias"].float(),
     }
     if not all(bool(torch.isfinite(value).all()) for value in read.values()):
-        raise CheckpointError(
-            f"{path} holds NaN or infinite values, or such that float32 can't hold; take another copy"
-        )
+        raise CheckpointError(f"{path} holds values that are NaN, infinite or too large for float32; take another copy")
     return config, read
 
 

@@ -105,7 +105,7 @@ def _children(value: object) -> Iterable[object]:
 def shown(value: object) -> str:
     """``repr(value)`` for a message, cut if it is long."""
     try:
-        return _cut(repr(value))
+        return _cut(repr(value), _MAX_SHOWN)
     except (ValueError, RecursionError):  # an integer of thousands of digits; a value that holds itself
         return f"a {type(value).__name__} that is too large to show"
 
@@ -117,12 +117,11 @@ def listed(names: Iterable[object]) -> str:
     return f"[{', '.join(map(shown, names[:_MAX_NAMED]))}]{more}"
 
 
-def plain(text: str, *, cut: bool = True) -> str:
+def plain(text: str, longest: int = 600) -> str:
     """A text for a message or a terminal: on one line, control characters escaped, and cut if it is long."""
-    if cut:
-        text = _cut(text)
+    text = _cut(" ".join(text.split()), longest)
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}… ({len(text):,} characters)"
+def _cut(text: str, longest: int) -> str:
+    return text if len(text) <= longest else f"{text[:longest]}… ({len(text):,} characters)"

@@ -41,7 +41,7 @@ class _Program(click.Group):
 
 
 def _complain(message: str) -> int:
-    click.echo(f"Error: {plain(' '.join(message.split()), cut=False)}", err=True)
+    click.echo(f"Error: {plain(message, longest=10_000)}", err=True)
     return _BAD_INPUT
 
 

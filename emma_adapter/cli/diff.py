@@ -29,7 +29,7 @@ def diff(context: click.Context, one: Path, other: Path) -> None:
     adapters = [checkpoint.read(folder) for folder in (one, other)]
     lines = [*_config_lines(*adapters), *_tensor_lines(*adapters)]
     for line in lines:
-        click.echo(plain(line, cut=False))
+        click.echo(plain(line))
     context.exit(_DIFFERENT if lines else 0)
 
 

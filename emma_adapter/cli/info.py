@@ -119,4 +119,4 @@ def _readable(value: Any) -> str:
         return f"{value['parameters']:,} parameters, {value['share']:.3%} of the model with it"
     if isinstance(value, tuple):
         return " x ".join(map(str, value))
-    return f"{value:,}" if isinstance(value, int) else "not known" if value is None else plain(str(value), cut=False)
+    return f"{value:,}" if isinstance(value, int) else "not known" if value is None else plain(str(value))
