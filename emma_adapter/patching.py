@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -49,6 +50,7 @@ def patch_model(
         ConfigError: if a size in ``config`` contradicts the model or the encoder.
         EncoderError: if the instruction encoder can't be loaded.
     """
+    require_model(model)
     if isinstance(model, nn.parallel.DistributedDataParallel) or sharding.is_fully_sharded(model):
         raise PatchError(
             "the model is wrapped in DistributedDataParallel, or sharded by FSDP, which would never learn of the "
@@ -92,7 +94,7 @@ def unpatch_model(model: nn.Module) -> None:
     Raises:
         PatchError: if the model is not patched, or was sharded since.
     """
-    model = base_of(model)
+    given, model = model, base_of(model)
     state = state_of(model)
     if sharding.is_fully_sharded(model):
         raise PatchError(
@@ -102,11 +104,16 @@ def unpatch_model(model: nn.Module) -> None:
     training.undo_train_only(model)
     base_saves.expect_everything(model)
     # Every module, not just the patched ones: other tools copy projectors, hooks and all.
-    for module in [module for module in model.modules() if module.__dict__.get(STATE_ATTRIBUTE) is state]:
+    modules = set(model.modules())
+    with contextlib.suppress(PatchError):
+        # A shallow copy (copy.copy) shares all that the model which it was made of has, but not its attributes.
+        modules.add(state.model)
+    for module in [module for module in modules if module.__dict__.get(STATE_ATTRIBUTE) is state]:
         for guard in [value for value in module.__dict__.values() if isinstance(value, MethodGuard)]:
             guard.remove(module)
         remove_hooks(module)
         attachment.detach(module)
+    tuners.release_wrappers(_undistributed(given))
 
 
 def get_adapter(model: nn.Module) -> EmmaAdapter:
@@ -237,7 +244,8 @@ class EmmaAdapter:
     def parameter_groups(
         self, lr: float, *, projector_lr: float | None = None, weight_decay: float = 0.0
     ) -> list[dict[str, Any]]:
-        """Groups for an optimizer; the projector's own, at ``projector_lr`` (default ``lr``), if it is trained."""
+        """Groups for an optimizer; the projector's own, at ``projector_lr`` (default ``lr``), if it is trained with the
+        adapter: after ``train_only(projector=True)``."""
         return training.parameter_groups(self.model, lr, projector_lr=projector_lr, weight_decay=weight_decay)
 
     def save_pretrained(self, directory: str | PathLike[str], *, is_main_process: bool | None = None) -> None:
@@ -334,7 +342,10 @@ class EmmaAdapter:
 
 def base_of(model: nn.Module) -> nn.Module:
     """The transformers model inside a PeftModel, DataParallel or DistributedDataParallel; any other model itself."""
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        model = model.module
+    model = _undistributed(model)
     get_base_model = getattr(model, "get_base_model", None)
     return get_base_model() if callable(get_base_model) else model
+
+
+def _undistributed(model: nn.Module) -> nn.Module:
+    return model.module if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) else model

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from . import attachment
-from .errors import PatchError
+from .errors import ConfigError, PatchError
 from .hooks import remove_hooks
 from .sharding import is_fully_sharded
 from .state import state_of
@@ -70,14 +71,32 @@ def undo_train_only(model: nn.Module) -> None:
 def parameter_groups(
     model: nn.Module, lr: float, *, projector_lr: float | None, weight_decay: float
 ) -> list[dict[str, Any]]:
-    """One group for the adapter, and one for the projector if it is trained."""
+    """One group for the adapter, and one for the projector if it is trained with the adapter.
+
+    Otherwise it is the model's, trainable or not: trained here, it would neither be saved nor be put back.
+
+    Raises:
+        ConfigError: if a rate is no number, or negative.
+    """
+    for name, rate in (("lr", lr), ("projector_lr", projector_lr), ("weight_decay", weight_decay)):
+        _check_rate(name, rate)
     adapter = [parameter for parameter in attachment.named_parameters(model).values() if parameter.requires_grad]
-    projector = [parameter for parameter in projector_parameters(model).values() if parameter.requires_grad]
+    projector = []
+    if state_of(model).current.original_projectors:
+        projector = [parameter for parameter in projector_parameters(model).values() if parameter.requires_grad]
     groups: list[dict[str, Any]] = [{"params": adapter, "lr": lr, "weight_decay": weight_decay}]
     if projector:
         rate = lr if projector_lr is None else projector_lr
         groups.append({"params": projector, "lr": rate, "weight_decay": weight_decay})
     return groups
+
+
+def _check_rate(name: str, rate: Any) -> None:
+    # An optimizer looks at its own rate, never at those of its groups.
+    if isinstance(rate, Tensor) or (rate is None and name == "projector_lr"):
+        return
+    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate < math.inf:
+        raise ConfigError(f"{name} of parameter_groups must be a number >= 0; got {rate!r}")
 
 
 def keep_original_projectors(model: nn.Module, adapter: str | None = None) -> None:

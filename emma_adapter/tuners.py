@@ -47,6 +47,15 @@ def guard_wrappers(model: nn.Module) -> None:
             _guard_tuner(tuner)
 
 
+def release_wrappers(model: nn.Module) -> None:
+    """Take the guards off a ``PeftModel``, and off its tuner, whose model was unpatched."""
+    if callable(getattr(type(model), "get_base_model", None)):
+        wrappers: tuple[Any, ...] = (model, model.base_model)
+        for wrapper in wrappers:
+            for guard in [value for value in vars(wrapper).values() if isinstance(value, MethodGuard)]:
+                guard.remove(wrapper)
+
+
 def _on_registration(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
     if name == "model" and _is_tuner(module) and _is_patched(submodule):
         _guard_tuner(module)
