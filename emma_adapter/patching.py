@@ -15,7 +15,7 @@ from . import attachment, base_saves, hub, named, saving, sharding, training, tu
 from .alignment import EmmaAlignment
 from .config import EmmaConfig
 from .errors import PatchError
-from .families import find_family
+from .families import find_family, require_model
 from .fitting import make_pipeline, make_reader, resolve_encoder, resolve_sizes
 from .fusion.dispatch import KernelUse
 from .guards import MethodGuard, guard_features, guard_generate, guard_replication
