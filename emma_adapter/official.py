@@ -182,10 +182,12 @@ def _one_of(stored: dict[str, object], name: str, path: str | PathLike[str], siz
     for key in (name, _PREFIX + name):
         value = stored.get(key)
         if isinstance(value, Tensor):
-            if value.dtype not in _DTYPES:
-                raise CheckpointError(f"{path}: {key} should hold floating-point weights and holds {value.dtype}")
-            if type(value) not in (Tensor, nn.Parameter) or value.layout != torch.strided or value.device.type != "cpu":
-                raise CheckpointError(f"{path}: {key} should be a plain tensor and is a {type(value).__name__}")
+            is_plain = type(value) in (Tensor, nn.Parameter) and value.layout == torch.strided
+            if value.dtype not in _DTYPES or not is_plain or value.device.type != "cpu":
+                raise CheckpointError(
+                    f"{path}: {key} should be a plain tensor of floating-point weights and is a {type(value).__name__} "
+                    f"of {value.dtype}"
+                )
             # Strides of zero make much of little.
             if value.numel() * value.itemsize > min(value.untyped_storage().nbytes(), size):
                 raise CheckpointError(f"{path}: {key} would be {shown(list(value.shape))}, more than is in the file")

@@ -65,6 +65,13 @@ def folder(tmp_path):
     return tmp_path / "adapter"
 
 
+@pytest.fixture
+def downloaded(folder, monkeypatch):
+    """The hub id of an adapter whose download is ``folder``."""
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(folder))
+    return "somebody/adapter"
+
+
 def name_encoder(folder, spec):
     """Have both files of an adapter name this encoder."""
     made = Folder.read(folder)
@@ -76,7 +83,7 @@ def name_encoder(folder, spec):
 # ---------------------------------------------------------------------------------------------- paths
 
 
-def test_paths_that_only_the_adapter_names_are_not_even_looked_at(folder, monkeypatch):
+def test_paths_that_a_downloaded_adapter_names_are_not_even_looked_at(folder, downloaded, monkeypatch):
     def looked(*_, **__):
         raise AssertionError("it was looked at")
 
@@ -90,7 +97,7 @@ def test_paths_that_only_the_adapter_names_are_not_even_looked_at(folder, monkey
         name_encoder(folder, spec)
         for victim, name in ((model, None), (trained, "another")):
             with pytest.raises(EncoderError, match=r"instruction_encoder=") as caught:
-                load_adapter(victim, folder, name=name, processor=tiny.processor())
+                load_adapter(victim, downloaded, name=name, processor=tiny.processor())
             assert str(caught.value).isprintable()
         assert [fingerprint(victim) for victim in (model, trained)] == before, ascii(spec)
 
@@ -108,7 +115,7 @@ def test_a_name_that_is_a_folder_here_is_a_path(tmp_path):
     assert names_a_path("open_clip:hf-hub:org/name")
 
 
-def test_a_path_is_followed_if_the_caller_names_it(clip_folder, folder):
+def test_a_path_is_followed_if_the_caller_names_it_or_has_the_adapter_here(clip_folder, folder, downloaded):
     model = tiny.llava()
     adapter = patch_model(model, FUSIONS["attention"], processor=tiny.processor(), instruction_encoder=str(clip_folder))
     tiny.train_randomly(adapter.alignment)
@@ -118,10 +125,13 @@ def test_a_path_is_followed_if_the_caller_names_it(clip_folder, folder):
         expected = model(**chat).logits
     other = tiny.llava()
     with pytest.raises(EncoderError, match=r"say where the text tower is"):
-        load_adapter(other, folder, processor=tiny.processor())
-    load_adapter(other, folder, processor=tiny.processor(), instruction_encoder=str(clip_folder))
+        load_adapter(other, downloaded, processor=tiny.processor())
+    load_adapter(other, downloaded, processor=tiny.processor(), instruction_encoder=str(clip_folder))
+    local = tiny.llava()
+    load_adapter(local, folder, processor=tiny.processor())
     with torch.no_grad():
         assert torch.equal(other(**chat).logits, expected)
+        assert torch.equal(local(**chat).logits, expected)
     # The encoder is there now: nothing is looked for.
     load_adapter(model, folder)
     assert f'instruction_encoder="{clip_folder}")' in (folder / "README.md").read_text()
