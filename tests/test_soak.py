@@ -12,7 +12,14 @@ import pytest
 import torch
 
 from benchmarks.soak import load
-from benchmarks.soak.figures import ALLOWED_BYTES, ALLOWED_OBJECTS, ALLOWED_TENSORS, Sample, problems
+from benchmarks.soak.figures import (
+    ALLOWED_BYTES,
+    ALLOWED_OBJECTS,
+    ALLOWED_RESIDENT_BYTES,
+    ALLOWED_TENSORS,
+    Sample,
+    problems,
+)
 from benchmarks.soak.run import Soak
 from emma_adapter.instructions import cache, encoders
 
@@ -37,6 +44,7 @@ FLAT = [
         seconds=10.0 * i,
         calls=100 * i,
         resident=10**9 + 10**6 * (i % 3),
+        in_use=3 * 10**8 + 10**5 * (i % 5),
         objects=10**5 + 50 * (i % 4),
         tensors=500 + 10 * (i % 2),
         threads=6,
@@ -65,7 +73,8 @@ def test_figures_that_go_up_and_down_are_flat():
     [
         ("more tensors", lambda n, sample: {"tensors": sample.tensors + ALLOWED_TENSORS * n // 10}),
         ("more objects", lambda n, sample: {"objects": sample.objects + ALLOWED_OBJECTS * n // 10}),
-        ("more bytes of memory", lambda n, sample: {"resident": sample.resident + ALLOWED_BYTES * n // 10}),
+        ("more bytes in use", lambda n, sample: {"in_use": sample.in_use + ALLOWED_BYTES * n // 10}),
+        ("more bytes of memory", lambda n, sample: {"resident": sample.resident + ALLOWED_RESIDENT_BYTES * n // 10}),
         ("more threads", lambda n, sample: {"threads": 6 + n // 10}),
         ("more open files", lambda n, sample: {"descriptors": 6 + n // 5}),
         ("cache held 17", lambda n, sample: {"cached": 17 if n == 5 else 16}),
