@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -56,7 +56,8 @@ class CallPlan:
     Its rows are those of the batch, or the samples that are packed in them.
     """
 
-    inner: nn.Module
+    #: None in a plan that is remembered, which the model itself holds.
+    inner: nn.Module | None
     #: Name of the adapter that the instruction is encoded for.
     adapter: str
     instruction: InstructionTokens
@@ -66,6 +67,9 @@ class CallPlan:
     feature_call: FeatureCall
     #: Rows of the call for each row of the instruction: generation repeats rows for beams.
     repeats: int = 1
+
+    def without_model(self) -> CallPlan:
+        return replace(self, inner=None)
 
 
 @dataclass(frozen=True)
@@ -157,6 +161,7 @@ def route(
     Raises:
         RoutingError: if images, visual tokens and placeholders don't match.
     """
+    assert plan.inner is not None
     running = plan.feature_call if feature_call is None else feature_call
     placeholders = plan.placeholders[running.modality]
     layout = _checked_layout(family, _projector_call(plan.inner, running, visual_tokens, placeholders))

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .calls import FeatureCall
+from .calls import CallPlan, FeatureCall
 from .errors import PatchError
 from .hooks import pop_outer_call
 from .parallel import look_up
@@ -142,7 +142,8 @@ def _call_of_features(state: AdapterState, inner: nn.Module, pixels: Any) -> Abs
         if context.plan is None and may_be_recomputed(inner):
             memory.remember(pixels, state.scope)
         elif context.plan is not None and context.pinned is None and context.may_be_recomputed:
-            memory.remember(pixels, context.plan)
+            plan = context.plan
+            memory.remember(pixels, plan.without_model() if isinstance(plan, CallPlan) else plan)
     elif context.plan is None and context.recomputed is None:
         known = memory.recall(pixels)
         if known is not None:

@@ -127,7 +127,8 @@ def _plan(state: AdapterState, inner: nn.Module, outer: OuterCall, kwargs: dict[
 def _remember_call(state: AdapterState, plan: CallPlan | Bypass, kwargs: dict[str, Any]) -> None:
     """For when only a part of this call is computed again."""
     if prompt := _prompt_name(kwargs):
-        state.memories.plans.remember(kwargs[prompt], plan)
+        remembered = plan.without_model() if isinstance(plan, CallPlan) else plan
+        state.memories.plans.remember(kwargs[prompt], remembered)
     for modality in state.family.modalities:
         name = state.family.pixel_arguments[modality]
         if kwargs.get(name) is not None:

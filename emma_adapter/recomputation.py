@@ -70,6 +70,9 @@ class RecomputationMemory(Generic[Value]):
         self._lock = threading.Lock()
 
     def remember(self, tensor: Tensor, value: Value) -> None:
+        if torch.compiler.is_compiling():
+            # Of this function alone, where the compiler gave up on its caller.
+            return
         key, reference = _key_of(tensor), StorageWeakRef(tensor.untyped_storage())
         with self._lock:
             for other in [other for other, entry in self._entries.items() if entry.reference.expired()]:

@@ -7,7 +7,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -254,11 +254,11 @@ class AdapterState:
             context.plan, context.recomputed = before
 
     def resume(self, module: nn.Module, plan: CallPlan | Bypass | Scope) -> None:
-        """Make a recalled plan, or scope, that of the call which ``module`` is in."""
+        """Make a recalled plan, or scope, that of the call which ``module``, the inner model, is in."""
         if isinstance(plan, Scope):
             self.context.recomputed = (module, plan)
         else:
-            self.context.plan = plan
+            self.context.plan = replace(plan, inner=module) if isinstance(plan, CallPlan) else plan
             self.context.recomputed = (module, Scope(disabled=isinstance(plan, Bypass)))
 
     def naming(self, instruction: InstructionTokens) -> AbstractContextManager[None]:
