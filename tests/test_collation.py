@@ -215,7 +215,8 @@ def test_trainer_hands_instructions_on(tmp_path, as_tokens, options):
 
     def losses(**told):
         def named(adapter):
-            adapter.model._emma.pipeline.reader.tokenizer = PROCESSOR.tokenizer
+            reader = adapter.model._emma.pipeline.reader
+            reader.tokenizer = reader._texts.tokenization.tokenizer = PROCESSOR.tokenizer
             return InstructionCollator(Collator(), adapter, as_tokens=as_tokens, **told)
 
         return trained_with(tmp_path, named, dataset, processor, **options)
