@@ -31,20 +31,49 @@ def mark(projector: nn.Module, place: str, state: AdapterState) -> None:
     setattr(projector, PLACE_ATTRIBUTE, place)
 
 
+class OriginalProjector(nn.Module):
+    """Holds a copy of a projector as it was before training. The copy is no part of the model, but is cast and moved
+    with it: what ``unpatch_model`` puts back must be what the model would be now."""
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        # Hidden: a submodule would be among the model's parameters and in its state dict.
+        self.__dict__["original"] = original
+        self.training = original.training
+
+    def _apply(self, fn: Any, recurse: bool = True) -> OriginalProjector:
+        self.__dict__["original"]._apply(fn, recurse)
+        return super()._apply(fn, recurse)
+
+
 def attach(projector: nn.Module, adapter: str, alignment: EmmaAlignment) -> None:
+    _holder(projector).add_module(submodule_name(adapter), alignment)
+
+
+def attach_original(projector: nn.Module, adapter: str, original: nn.Module) -> None:
+    _holder(projector).add_module(_original_name(adapter), OriginalProjector(original))
+
+
+def _original_name(adapter: str) -> str:
+    return f"{submodule_name(adapter)}__original"
+
+
+def _holder(projector: nn.Module) -> nn.Module:
     holder = projector
     while isinstance(holder, nn.Sequential):
         # It would run the alignment as one of its layers; a layer's own submodules it leaves alone.
         holder = next(iter(holder.children()))
-    holder.add_module(submodule_name(adapter), alignment)
+    return holder
 
 
 def detach(module: nn.Module) -> None:
-    """Take off what :func:`mark` and :func:`attach` put on a projector, or patching on another module."""
+    """Take off what :func:`mark`, :func:`attach` and :func:`attach_original` put on a projector, or patching on another
+    module."""
     if PLACE_ATTRIBUTE in module.__dict__:
         delattr(module, PLACE_ATTRIBUTE)
         for holder in list(module.modules()):
-            for name in [name for name, child in holder._modules.items() if isinstance(child, EmmaAlignment)]:
+            ours = [n for n, child in holder._modules.items() if isinstance(child, (EmmaAlignment, OriginalProjector))]
+            for name in ours:
                 delattr(holder, name)
     delattr(module, STATE_ATTRIBUTE)
 
@@ -52,8 +81,9 @@ def detach(module: nn.Module) -> None:
 def remove(projector: nn.Module, adapter: str) -> None:
     """Take one adapter off a projector."""
     for holder in list(projector.modules()):
-        if isinstance(holder._modules.get(submodule_name(adapter)), EmmaAlignment):
-            delattr(holder, submodule_name(adapter))
+        for name in (submodule_name(adapter), _original_name(adapter)):
+            if isinstance(holder._modules.get(name), (EmmaAlignment, OriginalProjector)):
+                delattr(holder, name)
 
 
 def alignment_at(projector: nn.Module, adapter: str) -> EmmaAlignment:
