@@ -11,6 +11,7 @@ from .alignment import EmmaAlignment
 from .config import EmmaConfig
 from .errors import PatchError
 from .families import ModelFamily
+from .original_projector import OriginalProjector
 from .state import DEFAULT, STATE_ATTRIBUTE, AdapterState, state_of
 
 #: Attribute of a projector: which of the model's projectors it is.
@@ -32,28 +33,52 @@ def mark(projector: nn.Module, place: str, state: AdapterState) -> None:
 
 
 def attach(projector: nn.Module, adapter: str, alignment: EmmaAlignment) -> None:
+    _holder(projector).add_module(submodule_name(adapter), alignment)
+
+
+def attach_original(projector: nn.Module, adapter: str, original: OriginalProjector) -> None:
+    _holder(projector).add_module(_original_name(adapter), original)
+
+
+def _original_name(adapter: str) -> str:
+    return f"{submodule_name(adapter)}__original"
+
+
+def _holder(projector: nn.Module) -> nn.Module:
     holder = projector
     while isinstance(holder, nn.Sequential):
         # It would run the alignment as one of its layers; a layer's own submodules it leaves alone.
         holder = next(iter(holder.children()))
-    holder.add_module(submodule_name(adapter), alignment)
+    return holder
 
 
 def detach(module: nn.Module) -> None:
-    """Take off what :func:`mark` and :func:`attach` put on a projector, or patching on another module."""
+    """Take off what :func:`mark`, :func:`attach` and :func:`attach_original` put on a projector, or patching on another
+    module."""
     if PLACE_ATTRIBUTE in module.__dict__:
         delattr(module, PLACE_ATTRIBUTE)
         for holder in list(module.modules()):
-            for name in [name for name, child in holder._modules.items() if isinstance(child, EmmaAlignment)]:
+            ours = [n for n, child in holder._modules.items() if isinstance(child, (EmmaAlignment, OriginalProjector))]
+            for name in ours:
                 delattr(holder, name)
     delattr(module, STATE_ATTRIBUTE)
 
 
 def remove(projector: nn.Module, adapter: str) -> None:
     """Take one adapter off a projector."""
+    _remove(projector, submodule_name(adapter), EmmaAlignment)
+    remove_original(projector, adapter)
+
+
+def remove_original(projector: nn.Module, adapter: str) -> None:
+    """Undo :func:`attach_original`."""
+    _remove(projector, _original_name(adapter), OriginalProjector)
+
+
+def _remove(projector: nn.Module, name: str, kind: type[nn.Module]) -> None:
     for holder in list(projector.modules()):
-        if isinstance(holder._modules.get(submodule_name(adapter)), EmmaAlignment):
-            delattr(holder, submodule_name(adapter))
+        if isinstance(holder._modules.get(name), kind):
+            delattr(holder, name)
 
 
 def alignment_at(projector: nn.Module, adapter: str) -> EmmaAlignment:

@@ -14,7 +14,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from .calls import CallPlan, FeatureCall
-from .errors import PatchError
 from .hooks import pop_outer_call
 from .parallel import look_up
 from .planning import has_pixels, plan_call
@@ -26,7 +25,9 @@ class MethodGuard:
     """Stands before a method of one model, as an attribute of that instance.
 
     ``guard(model, original, *args, **kwargs)`` is called instead; ``original`` is the method as it was, bound.
-    The model is held weakly, and a copy or pickle of the model carries a guard of its own.
+    The model is held weakly, so that deleting it frees its memory at once, and a copy or pickle of the model carries a
+    guard of its own. Like a bound method, a guard that is held itself still works without the model: it is looked up on
+    one that is deleted before the call, as in ``PeftModel.from_pretrained(model, path).merge_and_unload()``.
     """
 
     def __init__(self, model: nn.Module, name: str, guard: Callable[..., Any]) -> None:
@@ -34,7 +35,7 @@ class MethodGuard:
         self.guard = guard
         #: What another tool had put on the instance under this name before.
         self.previous = model.__dict__.get(name)
-        self._model = weakref.ref(model)
+        self._bind(model)
 
     @classmethod
     def install(cls, model: nn.Module, name: str, guard: Callable[..., Any]) -> None:
@@ -49,7 +50,7 @@ class MethodGuard:
             model.__dict__[self.name] = self.previous
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        model = self._living_model()
+        model = self._model_or_twin()
         original = self.previous or functools.partial(getattr(type(model), self.name), model)
         if not hasattr(model, STATE_ATTRIBUTE):
             return original(*args, **kwargs)
@@ -57,7 +58,7 @@ class MethodGuard:
 
     @property
     def __wrapped__(self) -> Any:
-        return self.previous or getattr(type(self._living_model()), self.name)
+        return self.previous or getattr(type(self._model_or_twin()), self.name)
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -68,31 +69,43 @@ class MethodGuard:
         twin = object.__new__(type(self))
         twin.name, twin.guard, twin.previous = self.name, self.guard, copy.deepcopy(self.previous, memo)
         # nn.Module registers its copy before it copies its attributes.
-        model = self._living_model()
-        twin._model = weakref.ref(memo.get(id(model), model))
+        model = self._model_or_twin()
+        twin._bind(memo.get(id(model), model))
         return twin
 
     def bound_to(self, model: nn.Module) -> MethodGuard:
         """This guard for a shallow copy of its model."""
         twin = object.__new__(type(self))
-        twin.name, twin.guard, twin.previous, twin._model = self.name, self.guard, self.previous, weakref.ref(model)
+        twin.name, twin.guard, twin.previous = self.name, self.guard, self.previous
+        twin._bind(model)
         return twin
 
-    def _living_model(self) -> nn.Module:
+    def _bind(self, model: nn.Module) -> None:
+        guard = weakref.ref(self)
+
+        def outlive(_: object) -> None:
+            # The model is about to be freed, and its attributes with it, unless somebody holds this guard.
+            if (own := guard()) is not None:
+                own._attributes = {n: v for n, v in own._attributes.items() if not isinstance(v, MethodGuard)}
+
+        self._type = type(model)
+        self._attributes: dict[str, Any] = model.__dict__
+        self._model = weakref.ref(model, outlive)
+
+    def _model_or_twin(self) -> nn.Module:
+        """The model, or one with its attributes if it was deleted while this guard was held."""
         model = self._model()
         if model is None:
-            # Held weakly, so that deleting a model frees its memory at once.
-            raise PatchError(
-                f"the patched model of this {self.name} no longer exists: keep it in a variable while it is called"
-            )
+            model = object.__new__(self._type)
+            model.__dict__.update(self._attributes)
         return model
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"name": self.name, "guard": self.guard, "previous": self.previous, "model": self._model()}
+        return {"name": self.name, "guard": self.guard, "previous": self.previous, "model": self._model_or_twin()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.name, self.guard, self.previous = state["name"], state["guard"], state["previous"]
-        self._model = weakref.ref(state["model"])
+        self._bind(state["model"])
 
 
 def guard_generate(model: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -161,7 +161,7 @@ def before_projector(projector: nn.Module, args: tuple[Any, ...], kwargs: dict[s
     """Replace the projector's input, the visual tokens, by aligned ones."""
     state = state_of(projector)
     visual_tokens, put_back = _first_argument(args, kwargs)
-    route = _route(state, visual_tokens)
+    route = _route(state, projector, visual_tokens)
     state.context.bypassed = route.adapter if isinstance(route, Bypass) else None
     if isinstance(route, Bypass) or not is_aligned(state, projector, route.adapter):
         return None
@@ -181,25 +181,25 @@ def after_projector(projector: nn.Module, args: Any, kwargs: Any, output: Any) -
     adapter, state.context.bypassed = state.context.bypassed, None
     if adapter is None:
         return None
+    kept = state.adapters[adapter].original_projectors.get(getattr(projector, PLACE_ATTRIBUTE))
+    if kept is None:
+        return None
     trained = next(iter(projector_parameters(projector).values()), None)
     # Where the trained one ran, which may not be where its weights or its input lie.
     device = output.device
-    original = state.adapters[adapter].original_projector(
-        getattr(projector, PLACE_ATTRIBUTE), device, None if trained is None else trained.dtype
-    )
-    if original is None:
-        return None
+    original = kept.at(device, None if trained is None else trained.dtype)
     args = tuple(value.to(device) if isinstance(value, Tensor) else value for value in args)
     kwargs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in kwargs.items()}
     return original(*args, **kwargs)
 
 
-def _route(state: AdapterState, visual_tokens: Tensor) -> RoutedInstruction | Bypass:
+def _route(state: AdapterState, projector: nn.Module, visual_tokens: Tensor) -> RoutedInstruction | Bypass:
     """The instructions for this projector input."""
     if is_recomputing() and (remembered := state.memories.routes.recall(visual_tokens)) is not None:
         return remembered
     found = _new_route(state, visual_tokens)
-    if not torch.compiler.is_compiling():
+    # Reentrant checkpointing of a frozen projector records no gradients, and shows in its input alone.
+    if state.context.may_be_recomputed or may_be_recomputed(projector) or visual_tokens.requires_grad:
         state.memories.routes.remember(visual_tokens, found)
     return found
 

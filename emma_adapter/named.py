@@ -70,12 +70,17 @@ def activate(model: nn.Module, name: str) -> None:
     """Make another adapter the active one. It is trainable if the one before was, which is frozen.
 
     Raises:
-        PatchError: if there is no adapter of that name.
+        PatchError: if there is no adapter of that name, or PEFT has wrapped a projector that changes with it.
     """
     state = state_of(model)
     incoming, outgoing = _known(state, name), state.current
     if incoming is outgoing:
         return
+    if training.is_wrapped(model) and (incoming.original_projectors or outgoing.original_projectors):
+        raise PatchError(
+            f"PEFT has wrapped the projector, whose trained values come and go with adapter {name!r}: unload() or "
+            "merge_and_unload() the LoRA first"
+        )
     trainable = any(parameter.requires_grad for parameter in attachment.named_parameters(model).values())
     outgoing.parked_projectors = {key: value.clone() for key, value in training.trained_projectors(model).items()}
     training.reset_projectors(model)
@@ -85,10 +90,14 @@ def activate(model: nn.Module, name: str) -> None:
     for parameter in attachment.named_parameters(model).values():
         parameter.requires_grad_(trainable)
     projector = training.projector_parameters(model)
+    for place, original in incoming.original_projectors.items():
+        # The model's own may be another by now: merged with a LoRA, or loaded from a checkpoint.
+        original.assign({key: projector[place + key] for key in original.values()})
     for key, value in incoming.parked_projectors.items():
         projector[key].data.copy_(value)
     incoming.parked_projectors = {}
     if outgoing.original_projectors or incoming.original_projectors:
+        training.remember_trainable(model)
         # Trained by nobody's adapter, the projector would be saved with none.
         for parameter in projector.values():
             parameter.requires_grad_(trainable and bool(incoming.original_projectors))

@@ -103,6 +103,9 @@ def _undone_on_failure(model: nn.Module, name: str, *, projector: bool) -> Itera
         yield
     except BaseException:
         vars(adapter).update(fields)
+        if not adapter.original_projectors:
+            for place in attachment.projectors(model, name).values():
+                attachment.remove_original(place, name)
         for tensor, data in values.items():
             tensor.data = data
         for parameter, value in written_over.items():

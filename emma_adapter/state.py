@@ -10,7 +10,6 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .blocks import Block, BlockOwner, Scope, current_scope, entered
@@ -19,6 +18,7 @@ from .config import EmmaConfig
 from .errors import InstructionError, PatchError
 from .families import ModelFamily
 from .instructions.tokens import InstructionPipeline, InstructionTokens
+from .original_projector import OriginalProjector
 from .recomputation import RecomputationMemory, is_recomputing
 
 #: Attribute of the outer model, the inner model and the projectors of a patched model.
@@ -34,31 +34,10 @@ class NamedAdapter:
 
     config: EmmaConfig
     pipeline: InstructionPipeline
-    #: Copies of the projectors as they were before training, once they are trained with the adapter.
-    original_projectors: dict[str, nn.Module] = field(default_factory=dict)
-    #: The same, where and in the dtype in which the trained ones run.
-    placed_originals: dict[tuple[str, torch.device, torch.dtype | None], nn.Module] = field(default_factory=dict)
+    #: The projectors as they were before training, by place, once they are trained with the adapter.
+    original_projectors: dict[str, OriginalProjector] = field(default_factory=dict)
     #: What the adapter's training made of the projectors, while another adapter is active.
     parked_projectors: dict[str, Tensor] = field(default_factory=dict)
-
-    def original_projector(self, place: str, device: torch.device, dtype: torch.dtype | None) -> nn.Module | None:
-        """The projector at a place as it was before training, on a device; None if it wasn't trained."""
-        original = self.original_projectors.get(place)
-        if original is None or _is_at(original, device, dtype):
-            return original
-        key = (place, device, dtype)
-        with _placing:
-            # A copy: another thread, with a replica of the model on another device, may be using it.
-            if key not in self.placed_originals:
-                self.placed_originals[key] = copy.deepcopy(original).to(device, dtype)
-            return self.placed_originals[key]
-
-
-def _is_at(module: nn.Module, device: torch.device, dtype: torch.dtype | None) -> bool:
-    return all(p.device == device and dtype in (None, p.dtype) for p in module.parameters())
-
-
-_placing = threading.Lock()
 
 
 class CallContext(threading.local):

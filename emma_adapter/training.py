@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,8 +14,12 @@ from torch import Tensor, nn
 from . import attachment
 from .errors import ConfigError, PatchError
 from .hooks import remove_hooks
+from .original_projector import OriginalProjector
 from .sharding import is_fully_sharded
 from .state import state_of
+
+#: In the name of a parameter that PEFT has wrapped.
+_WRAPPERS = re.compile(r"(?<![^.])(base_layer|original_module|modules_to_save\.[^.]+)\.")
 
 
 def count_parameters(model: nn.Module, adapter: str | None = None) -> tuple[int, int]:
@@ -35,21 +41,17 @@ def projector_parameters(model: nn.Module, adapter: str | None = None) -> dict[s
 
 def is_wrapped(model: nn.Module) -> bool:
     """Whether PEFT has put weights of its own around those of the projector."""
-    wrappers = (".base_layer.", ".modules_to_save.")
-    return any(wrapper in f".{name}" for name in projector_parameters(model) for wrapper in wrappers)
+    return any(_WRAPPERS.search(name) for name in projector_parameters(model))
 
 
 def train_only(model: nn.Module, *, projector: bool) -> None:
     """Freeze everything but the adapter, and optionally the projector."""
-    state = state_of(model)
     if projector and is_wrapped(model):
         raise PatchError(
             "the projector is wrapped by PEFT (LoRA, or modules_to_save), so that it can't be saved as one; "
             "merge_and_unload() first, or train_only() without projector=True"
         )
-    if state.trainable_before is None:
-        adapters = {id(parameter) for parameter in attachment.all_parameters(model)}
-        state.trainable_before = {n: p.requires_grad for n, p in model.named_parameters() if id(p) not in adapters}
+    remember_trainable(model)
     model.requires_grad_(False)
     for parameter in attachment.named_parameters(model).values():
         parameter.requires_grad_(True)
@@ -59,13 +61,47 @@ def train_only(model: nn.Module, *, projector: bool) -> None:
             parameter.requires_grad_(True)
 
 
+def remember_trainable(model: nn.Module) -> None:
+    """Note which of the model's parameters are trainable, before the first of them is frozen."""
+    state = state_of(model)
+    if state.trainable_before is None:
+        state.trainable_before = _trainable(model)
+
+
 def undo_train_only(model: nn.Module) -> None:
     """Make trainable again what was, and give the projector its original values."""
     reset_projectors(model)
-    before = state_of(model).trainable_before or {}
+    _make_trainable(model, state_of(model).trainable_before or {})
+
+
+@contextmanager
+def as_before_train_only(model: nn.Module) -> Iterator[None]:
+    """For another tool that freezes or replaces parts of the model: what it finds and leaves trainable is what
+    ``unpatch_model`` will go back to."""
+    state = state_of(model)
+    if state.trainable_before is None:
+        yield
+        return
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    _make_trainable(model, state.trainable_before)
+    try:
+        yield
+    finally:
+        state.trainable_before = _trainable(model)
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+
+def _trainable(model: nn.Module) -> dict[str, bool]:
+    """Whether the model's own parameters are trainable."""
+    adapters = {id(parameter) for parameter in attachment.all_parameters(model)}
+    return {n: p.requires_grad for n, p in model.named_parameters() if id(p) not in adapters}
+
+
+def _make_trainable(model: nn.Module, wanted: Mapping[str, bool]) -> None:
     for name, parameter in model.named_parameters():
-        if name in before:
-            parameter.requires_grad_(before[name])
+        if name in wanted:
+            parameter.requires_grad_(wanted[name])
 
 
 def parameter_groups(
@@ -111,15 +147,24 @@ def keep_original_projectors(model: nn.Module, adapter: str | None = None) -> No
             "FSDP has sharded the projector, of which the original is to be kept: train_only(projector=True) first, "
             "then shard"
         )
-    originals: dict[str, nn.Module] = {}
-    for place, projector in attachment.projectors(model, adapter).items():
-        kept = state.current.original_projectors.get(place)
-        original = copy.deepcopy(projector if kept is None else kept)
-        if kept is None:
-            remove_hooks(original)
-            attachment.detach(original)
-        originals[place] = original.requires_grad_(False)
-    named.original_projectors = originals
+    projectors = attachment.projectors(model, adapter)
+    kept = {
+        place: _original(projector, state.current.original_projectors.get(place))
+        for place, projector in projectors.items()
+    }
+    named.original_projectors = kept
+    for place, projector in projectors.items():
+        attachment.attach_original(projector, adapter or state.active, kept[place])
+
+
+def _original(projector: nn.Module, kept: OriginalProjector | None) -> OriginalProjector:
+    """What to keep for one more adapter; ``kept`` is what the active one keeps, if the projector is trained with it."""
+    if kept is not None:
+        return copy.deepcopy(kept)
+    original = copy.deepcopy(projector)
+    remove_hooks(original)
+    attachment.detach(original)
+    return OriginalProjector(original)
 
 
 def trained_projector_parameters(model: nn.Module, adapter: str | None = None) -> Mapping[str, Tensor]:
@@ -142,7 +187,7 @@ def original_projectors(model: nn.Module, adapter: str | None = None) -> dict[st
     return {
         place + name: parameter
         for place, original in state.adapters[adapter or state.active].original_projectors.items()
-        for name, parameter in original.named_parameters()
+        for name, parameter in original.values().items()
     }
 
 
@@ -163,7 +208,7 @@ def assign(model: nn.Module, adapter: str, alignment: Mapping[str, Tensor], proj
     projector = projector or {name: value.clone() for name, value in original_projectors(model, adapter).items()}
     state = state_of(model)
     if adapter == state.active:
-        _check_not_offloaded(parameters, projector)
+        _check_not_offloaded(*(parameters[name] for name in projector))
         for name, value in projector.items():
             parameters[name].data.copy_(value)
     else:
@@ -178,14 +223,17 @@ def reset_projectors(model: nn.Module) -> None:
     Raises:
         PatchError: if they were trained, and are offloaded.
     """
-    parameters, originals = projector_parameters(model), original_projectors(model)
-    _check_not_offloaded(parameters, originals)
-    for name, value in originals.items():
-        parameters[name].data.copy_(value)
+    originals = original_projectors(model)
+    # A LoRA that came too late may be around them, or a copy that PEFT trains beside them.
+    for name, parameter in projector_parameters(model).items():
+        original = originals.get(_WRAPPERS.sub("", name))
+        if original is not None:
+            _check_not_offloaded(parameter)
+            parameter.data.copy_(original)
 
 
-def _check_not_offloaded(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    if any(parameters[name].is_meta for name in values):
+def _check_not_offloaded(*projector: nn.Parameter) -> None:
+    if any(parameter.is_meta for parameter in projector):
         raise PatchError(
             "the trained projector is offloaded, so that its original values can't be put back; take accelerate's "
             "hooks off first: accelerate.hooks.remove_hook_from_submodules(model)"

@@ -21,8 +21,6 @@ from .guards import MethodGuard, arguments_by_name
 from .hooks import install_projector_hooks, remove_hooks
 from .state import STATE_ATTRIBUTE, AdapterState, state_of
 
-#: Methods of a tuner that replace modules of its model, or freeze its parameters.
-_CHANGING = ("inject_adapter", "merge_and_unload", "unload", "delete_adapter")
 _PEFT_PREFIX = "base_model.model."
 _watching = False
 
@@ -72,7 +70,9 @@ def _is_patched(module: nn.Module | None) -> bool:
 
 
 def _guard_tuner(tuner: nn.Module) -> None:
-    for name in _CHANGING:
+    # What replaces modules of the model, or freezes its parameters.
+    _install(tuner, "inject_adapter", _keep_adapters_and_trained_projectors)
+    for name in ("merge_and_unload", "unload", "delete_adapter"):
         _install(tuner, name, _keep_adapters)
 
 
@@ -92,16 +92,37 @@ def _keep_adapters(tuner: nn.Module, original: Callable[..., Any], *args: Any, *
     state = state_of(model)
     held = {adapter: attachment.alignments(model, adapter) for adapter in state.adapters}
     trainable = [(parameter, parameter.requires_grad) for parameter in attachment.all_parameters(model)]
-    result = original(*args, **kwargs)
-    for adapter, alignments in held.items():
-        for place, alignment in alignments.items():
-            projector = attachment.projectors(model, adapter)[place]
-            if attachment.PLACE_ATTRIBUTE not in projector.__dict__:
-                _move_here(projector, place, state)
-            _put(projector, adapter, alignment)
+    with training.as_before_train_only(model):
+        result = original(*args, **kwargs)
+        for adapter, alignments in held.items():
+            projectors = attachment.projectors(model, adapter)
+            for place, alignment in alignments.items():
+                if attachment.PLACE_ATTRIBUTE not in projectors[place].__dict__:
+                    _move_here(projectors[place], place, state)
+                _put(projectors[place], adapter, alignment)
+            for place, before_training in state.adapters[adapter].original_projectors.items():
+                attachment.attach_original(projectors[place], adapter, before_training)
     for parameter, before in trainable:
         parameter.requires_grad_(before)
-    _check_trained_projectors(model)
+    return result
+
+
+def _keep_adapters_and_trained_projectors(tuner: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    model = state_of(tuner).model
+    state = state_of(model)
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    trainable_before = state.trainable_before
+    result = _keep_adapters(tuner, original, *args, **kwargs)
+    if training.is_wrapped(model) and any(adapter.original_projectors for adapter in state.adapters.values()):
+        if len(tuner.peft_config) == 1:
+            tuner.unload()
+            state.trainable_before = trainable_before
+            for parameter, before in trainable:
+                parameter.requires_grad_(before)
+        raise PatchError(
+            "PEFT would wrap the projector, trained with the EMMA adapter, which could no longer be saved with it: "
+            "leave one of the two out, by train_only() without projector=True, or by LoraConfig(exclude_modules=…)"
+        )
     return result
 
 
@@ -118,14 +139,6 @@ def _move_here(projector: nn.Module, place: str, state: AdapterState) -> None:
 def _put(projector: nn.Module, adapter: str, alignment: EmmaAlignment) -> None:
     if not any(module is alignment for module in projector.modules()):
         attachment.attach(projector, adapter, alignment)
-
-
-def _check_trained_projectors(model: nn.Module) -> None:
-    if training.is_wrapped(model) and state_of(model).current.original_projectors:
-        raise PatchError(
-            "PEFT has wrapped the projector, trained with the EMMA adapter, which can no longer be saved with it: "
-            "leave one of the two out, by train_only() without projector=True, or by LoraConfig(exclude_modules=…)"
-        )
 
 
 def _save_with_adapters(model: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

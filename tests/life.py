@@ -181,8 +181,11 @@ class Life:
         #: Whether ``train_only`` was called since the model was patched; the twin knows what was trainable before.
         self.narrowed = False
         self.trainable = {name: True for name, _ in self.twin.named_parameters()}
+        #: Whether accelerate's hooks were ever on it: a bound method stays, with which it can't be pickled.
         self.hooked = False
-        self._answers: dict[str, Any] = {}
+        #: Whether ``generate`` is asked too, which takes longer than the rest.
+        self.writes = True
+        self._answers: dict[tuple[str, bool], tuple[Tensor, ...]] = {}
 
     # What the model is asked.
 
@@ -220,22 +223,27 @@ class Life:
         return made
 
     @torch.no_grad()
-    def answer(self, model: Any) -> tuple[Tensor, Tensor]:
+    def answer(self, model: Any) -> tuple[Tensor, ...]:
         inputs = self.inputs()
-        return model(**inputs).logits, model.generate(**inputs, max_new_tokens=2, do_sample=False)
+        made = (model(**inputs).logits,)
+        return (*made, model.generate(**inputs, max_new_tokens=2, do_sample=False)) if self.writes else made
 
-    def original(self) -> tuple[Tensor, Tensor]:
-        if "original" not in self._answers:
+    def original(self) -> tuple[Tensor, ...]:
+        def ask() -> tuple[Tensor, ...]:
             with same_gradients(self.model, self.twin):
-                self._answers["original"] = self.answer(self.twin)
-        return self._answers["original"]
+                return self.answer(self.twin)
 
-    def expected(self) -> tuple[Tensor, Tensor]:
-        if "expected" not in self._answers:
-            self._answers["expected"] = self.answer_of_another(copy.deepcopy(self.twin))
-        return self._answers["expected"]
+        return self._once("original", ask)
 
-    def answer_of_another(self, made: nn.Module) -> tuple[Tensor, Tensor]:
+    def expected(self) -> tuple[Tensor, ...]:
+        return self._once("expected", lambda: self.answer_of_another(copy.deepcopy(self.twin)))
+
+    def _once(self, what: str, ask: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        if (what, self.writes) not in self._answers:
+            self._answers[what, self.writes] = ask()
+        return self._answers[what, self.writes]
+
+    def answer_of_another(self, made: nn.Module) -> tuple[Tensor, ...]:
         """What a model of the same weights answers that is patched for the first time and given the same tensors."""
         learned = self.current
         parameters = base_parameters(made)
@@ -394,6 +402,9 @@ class Life:
         if outgoing.projector is not None or incoming.projector is not None:
             own = set(self.projector_names()) if incoming.projector is not None and trains else set()
             self.trainable |= {name: name in own for name in places}
+            self.narrowed = True
+            if incoming.projector is not None:
+                incoming.projector = {key: value.to(self.dtype) for key, value in incoming.projector.items()}
         incoming.tensors = incoming.tensors or self.learned()
         self.changed()
 
@@ -528,22 +539,28 @@ class Life:
         """accelerate's hooks, as it puts them on every module of a model that it dispatches."""
         remove_hook_from_submodules(self.model)
         if on:
+            self.hooked = True
             for module in self.model.modules():
                 add_hook_to_module(module, AlignDevicesHook(execution_device="cpu", io_same_device=True))
-        self.hooked = on
 
     def wrap(self, target: str) -> None:
         """LoRA by PEFT, around the model and around its twin."""
-        trained = any(learned.projector for learned in self.adapters.values())
-        if self.wrapped or (trained and target != "language model"):
+        if self.wrapped:
             return
         torch.manual_seed(1)
+        if target != "language model" and any(learned.projector for learned in self.adapters.values()):
+            with pytest.raises(PatchError, match="PEFT would wrap the projector"):
+                get_peft_model(self.model, self.kind.lora(target))
+            return
         self.model = get_peft_model(self.model, self.kind.lora(target))
         self.twin = get_peft_model(self.twin, self.kind.lora(target))
-        state = self.model.state_dict()
-        self.twin.load_state_dict({name: state[name] for name in self.twin.state_dict()})
+        loras = {name: value for name, value in self.model.state_dict().items() if "lora_" in name}
+        assert loras
+        self.twin.load_state_dict(loras, strict=False)
         self.train(self.twin.training)
-        self.trainable = {name: p.requires_grad for name, p in base_parameters(self.twin).items()}
+        # What train_only has frozen stays so; the rest is as PEFT has it.
+        now = {name: parameter.requires_grad for name, parameter in base_parameters(self.twin).items()}
+        self.trainable = {name: self.trainable.get(name, True) and value for name, value in now.items()}
         self.changed()
 
     def _trainable_by_identity(self) -> dict[int, bool]:
@@ -587,10 +604,10 @@ def same_gradients(model: nn.Module, other: nn.Module) -> Iterator[None]:
         parameter.requires_grad_(before[name])
 
 
-def assert_same_answer(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
+def assert_same_answer(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
     assert torch.isfinite(expected[0]).all()
-    assert torch.equal(found[0], expected[0])
-    assert torch.equal(found[1], expected[1])
+    assert len(found) == len(expected)
+    assert [torch.equal(one, other) for one, other in zip(found, expected, strict=True)] == [True] * len(expected)
 
 
 def assert_same_state(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

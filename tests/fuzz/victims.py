@@ -78,7 +78,7 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
             found[name] = (
                 adapter.config,
                 *map(id, (adapter.pipeline, adapter.pipeline.reader, adapter.pipeline.encoder)),
-                [(place, *map(id, module.parameters())) for place, module in adapter.original_projectors.items()],
+                [(place, *map(id, kept.values().values())) for place, kept in adapter.original_projectors.items()],
                 {key: _bytes(value).tolist() for key, value in adapter.parked_projectors.items()},
             )
             found["kernels"] = [

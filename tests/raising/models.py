@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from contextlib import contextmanager
 
@@ -190,13 +191,6 @@ def a_part_of_a_deleted_model(bench: Bench) -> None:
     inner(**tiny.token_inputs([0]))
 
 
-@raises(PatchError, "guards.py:MethodGuard._living_model", "no longer exists")
-def a_method_of_a_deleted_model(bench: Bench) -> None:
-    generate = bench.adapter().model.generate
-    gc.collect()
-    generate(**question())
-
-
 # ------------------------------------------------------------------------------------- several adapters
 
 
@@ -262,9 +256,18 @@ def training_a_projector_that_peft_trains(bench: Bench) -> None:
     patch_model(get_peft_model(tiny.llava(), ON_THE_PROJECTOR)).train_only(projector=True)
 
 
-@raises(PatchError, "tuners.py:_check_trained_projectors", "PEFT has wrapped the projector")
+@raises(PatchError, "tuners.py:_keep_adapters_and_trained_projectors", "PEFT would wrap the projector")
 def a_lora_on_a_trained_projector(bench: Bench) -> None:
     get_peft_model(bench.adapter().train_only(projector=True).model, ON_THE_PROJECTOR)
+
+
+@raises(PatchError, "named.py:activate", "PEFT has wrapped the projector")
+def another_adapter_after_a_second_lora_came_too_late(bench: Bench) -> None:
+    adapter = bench.adapter().train_only(projector=True).add("other")
+    wrapped = get_peft_model(adapter.model, LoraConfig(r=2, target_modules=["q_proj"]))
+    with contextlib.suppress(PatchError):
+        wrapped.add_adapter("second", ON_THE_PROJECTOR)
+    adapter.set_active("other")
 
 
 @raises(PatchError, "training.py:keep_original_projectors", "FSDP has sharded the projector")
