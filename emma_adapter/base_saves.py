@@ -26,6 +26,9 @@ _TRAINER_WEIGHTS = "model.safetensors"
 
 def guard_save_pretrained(model: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     kwargs = arguments_by_name(original, args, kwargs)
+    if "save_directory" not in kwargs:
+        # It knows best what to say.
+        return original(**kwargs)
     directory = Path(kwargs["save_directory"])
     by_trainer = "state_dict" in kwargs
     gathered = kwargs.get("state_dict")

@@ -126,7 +126,10 @@ def read(given: Path, check: Callable[[SavedAdapter], None] | None = None) -> Sa
     with _open_weights(weights_path, given) as file:
         tensors, metadata = _read_header(file, weights_path)
         if not isinstance(metadata.get(FORMAT), str):
-            raise CheckpointError(f"{weights_path} was not written by emma_adapter: its metadata lacks {FORMAT!r}")
+            raise CheckpointError(
+                f"{weights_path} was not written by emma_adapter: its metadata lacks {FORMAT!r}; give "
+                "the folder that adapter.save_pretrained wrote"
+            )
         embedded = _parse_description(metadata[FORMAT], weights_path)
         if embedded.get("save_id") != written.get("save_id"):
             # Interrupted between the two replacements: the tensor file is the newer one.
@@ -134,13 +137,13 @@ def read(given: Path, check: Callable[[SavedAdapter], None] | None = None) -> Sa
         if edited := _edited_fields(written.get("config"), embedded.get("config")):
             raise CheckpointError(
                 f"{config_path} was changed since the adapter was saved, in {listed(edited)}: the weights were made "
-                "for the config they were saved with"
+                "for the config they were saved with; undo the changes, or train a new adapter"
             )
         _check_version(written, directory)
         try:
             config = EmmaConfig.from_dict(written.get("config", {}))
         except (ConfigError, TypeError) as error:
-            raise CheckpointError(f"{config_path}: {error}") from error
+            raise CheckpointError(f"{config_path}: {error}; take another copy") from error
         alignment, projector = _split(tensors, written, directory)
         described = SavedAdapter(
             source=directory,
@@ -194,7 +197,10 @@ def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], p
         elif not tensor.is_meta and not bool(torch.isfinite(tensor.to(wanted.dtype)).all()):
             problems.append(f"{name} holds NaN or infinite values, in {wanted.dtype}")
     if problems:
-        raise CheckpointError(f"{path} doesn't fit its config or the model: {'; '.join(problems)}")
+        raise CheckpointError(
+            f"{path} doesn't fit its config or the model: {'; '.join(problems)}. Take another copy, or load it into "
+            "the model it was made for, in the dtype it was trained in"
+        )
 
 
 def _read_description(path: Path, given: Path) -> dict[str, Any]:
@@ -207,9 +213,11 @@ def _read_description(path: Path, given: Path) -> dict[str, Any]:
             f"there is no {path.name} in {path.parent}: give the folder that adapter.save_pretrained wrote"
         ) from error
     except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} can't be read: {error}") from error
+        raise CheckpointError(f"{path} can't be read: {error}; take another copy") from error
     if len(content) > _MAX_CONFIG:
-        raise CheckpointError(f"{path} has more than {_MAX_CONFIG:,} bytes: that is no adapter's config")
+        raise CheckpointError(
+            f"{path} has more than {_MAX_CONFIG:,} bytes: that is no adapter's config; take another copy"
+        )
     return _parse_description(text, path)
 
 
@@ -217,14 +225,14 @@ def _parse_description(text: str, path: Path) -> dict[str, Any]:
     try:
         description = parse_json(text)
     except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON (truncated?): {error}") from error
+        raise CheckpointError(f"{path} is not valid JSON: {error}; take another copy") from error
     if isinstance(description, dict) and "peft_type" in description:
         raise CheckpointError(
             f"{path} describes an adapter of PEFT ({plain(str(description['peft_type']))}), not of emma_adapter: load "
             "it with peft.PeftModel.from_pretrained"
         )
     if not isinstance(description, dict) or description.get("format") != FORMAT:
-        raise CheckpointError(f"{path} doesn't describe an emma_adapter; another tool's adapter?")
+        raise CheckpointError(f"{path} doesn't describe an emma_adapter: load it with the tool that wrote it")
     return description
 
 
@@ -232,7 +240,8 @@ def _check_version(description: Mapping[str, Any], directory: Path) -> None:
     version = description.get("format_version")
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise CheckpointError(
-            f"{directory / CONFIG_NAME}: format_version should be an integer >= 1 and is {shown(version)}"
+            f"{directory / CONFIG_NAME}: format_version should be an integer >= 1 and is {shown(version)}; "
+            "take another copy"
         )
     if version > FORMAT_VERSION:
         raise CheckpointError(
@@ -252,7 +261,7 @@ def _edited_fields(written: object, embedded: object) -> list[str]:
 def _text(description: Mapping[str, Any], name: str, path: Path) -> str:
     value = description.get(name)
     if not isinstance(value, str):
-        raise CheckpointError(f"{path}: {name} should be a text and is {shown(value)}")
+        raise CheckpointError(f"{path}: {name} should be a text and is {shown(value)}; take another copy")
     return value
 
 
@@ -264,7 +273,9 @@ def _open_weights(path: Path, given: Path) -> BinaryIO:
     try:
         return open_regular(path, given)
     except FileNotFoundError as error:
-        raise CheckpointError(f"there is no {path.name} in {path.parent}: the adapter's weights are missing") from error
+        raise CheckpointError(
+            f"there is no {path.name} in {path.parent}: the adapter's weights are missing; copy the whole folder"
+        ) from error
 
 
 def _read_header(file: BinaryIO, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -314,7 +325,7 @@ def _read_tensors(file: BinaryIO, path: Path) -> dict[str, Tensor]:
 
 def _invalid(path: Path, error: Exception) -> CheckpointError:
     reason = plain(str(error)) or type(error).__name__
-    return CheckpointError(f"{path} is not a valid safetensors file (truncated or corrupted?): {reason}")
+    return CheckpointError(f"{path} is not a valid safetensors file: {reason}; take another copy")
 
 
 def _split(
@@ -323,11 +334,11 @@ def _split(
     """The alignment's tensors and the projector's, by their names in the model."""
     alignment, projector = _with_prefix(tensors, ALIGNMENT_PREFIX), _with_prefix(tensors, PROJECTOR_PREFIX)
     if stray := sorted(name for name in tensors if not name.startswith((ALIGNMENT_PREFIX, PROJECTOR_PREFIX))):
-        raise CheckpointError(f"{directory / WEIGHTS_NAME}: unexpected tensor(s) {listed(stray)}")
+        raise CheckpointError(f"{directory / WEIGHTS_NAME}: unexpected tensor(s) {listed(stray)}; take another copy")
     if bool(projector) != bool(description.get("projector_trained")):
         raise CheckpointError(
             f"{directory}: the config says projector_trained={shown(description.get('projector_trained'))}, but the "
-            f"file holds {len(projector)} projector tensors"
+            f"file holds {len(projector)} projector tensors; take another copy"
         )
     return alignment, projector
 
@@ -343,7 +354,7 @@ def _expected_alignment(config: EmmaConfig, found: Iterable[str], directory: Pat
             expected = EmmaAlignment(config).state_dict()
     except (ConfigError, RuntimeError, OverflowError, TypeError, AssertionError) as error:
         raise CheckpointError(
-            f"{directory / CONFIG_NAME} describes no adapter that can be built: {plain(str(error))}"
+            f"{directory / CONFIG_NAME} describes no adapter that can be built: {plain(str(error))}; take another copy"
         ) from error
     places = [attachment.MAIN_PLACE]
     if config.align_deepstack:

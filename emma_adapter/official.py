@@ -25,6 +25,7 @@ _TENSORS = (
     "image_text_infusion.bias",  # [N]
 )
 _PREFIX = "model.vision_tower."
+_REMEDY = "give the vision_tower.bin that the authors' training wrote"
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 #: All that the pickle of a state dict refers to.
@@ -52,20 +53,23 @@ def read_official(path: str | PathLike[str]) -> tuple[EmmaConfig, dict[str, Tens
     found = {name: _one_of(stored, name, path, size) for name in _TENSORS}
     if any(key.removeprefix(_PREFIX) == "learnable_tokens" for key in stored):
         raise CheckpointError(
-            f"{path} holds learnable tokens: it is the authors' variant v2 or v3; only the published EMMA, v1, is read"
+            f"{path} holds learnable tokens: it is the authors' variant v2 or v3; only the published EMMA, v1, is "
+            f"read; {_REMEDY}"
         )
     projection, infusion = found["text_projection.weight"], found["image_text_infusion.weight"]
     matrices = projection.ndim == infusion.ndim == 2 and projection.numel() > 0 and infusion.numel() > 0
     if not matrices or infusion.shape[1] <= infusion.shape[0]:
         raise CheckpointError(
             f"{path}: expected text_projection.weight [D, Dt] and image_text_infusion.weight [N, N + T], none empty; "
-            f"got {shown(list(projection.shape))} and {shown(list(infusion.shape))}"
+            f"got {shown(list(projection.shape))} and {shown(list(infusion.shape))}; {_REMEDY}"
         )
     visual_dim, instruction_dim = projection.shape
     num_visual = infusion.shape[0]
     for name, size in (("text_projection.bias", visual_dim), ("image_text_infusion.bias", num_visual)):
         if found[name].shape != (size,):
-            raise CheckpointError(f"{path}: {name} should be [{size}] and is {shown(list(found[name].shape))}")
+            raise CheckpointError(
+                f"{path}: {name} should be [{size}] and is {shown(list(found[name].shape))}; {_REMEDY}"
+            )
     side = math.isqrt(num_visual)
     config = EmmaConfig.paper(
         visual_dim=visual_dim,
@@ -108,14 +112,15 @@ def _load(path: Path) -> tuple[dict[str, object], int]:
         raise
     except _ForeignPickleError as error:
         raise CheckpointError(
-            f"{path} is not a file of tensors, or holds objects beside tensors, which are never unpickled: {error}"
+            f"{path} is not a file of tensors, or holds objects beside tensors, which are never unpickled: {error}; "
+            f"{_REMEDY}"
         ) from error
     except Exception as error:
         raise CheckpointError(
-            f"{path} can't be read as a PyTorch checkpoint (truncated?): {plain(str(error)) or type(error).__name__}"
+            f"{path} can't be read as a PyTorch checkpoint: {plain(str(error)) or type(error).__name__}; {_REMEDY}"
         ) from error
     if not isinstance(stored, dict):
-        raise CheckpointError(f"{path} holds a {type(stored).__name__} instead of a state dict")
+        raise CheckpointError(f"{path} holds a {type(stored).__name__} instead of a state dict; {_REMEDY}")
     return {key: value for key, value in stored.items() if isinstance(key, str)}, size
 
 
@@ -186,10 +191,14 @@ def _one_of(stored: dict[str, object], name: str, path: str | PathLike[str], siz
             if value.dtype not in _DTYPES or not is_plain or value.device.type != "cpu":
                 raise CheckpointError(
                     f"{path}: {key} should be a plain tensor of floating-point weights and is a {type(value).__name__} "
-                    f"of {value.dtype}"
+                    f"of {value.dtype}; {_REMEDY}"
                 )
             # Strides of zero make much of little.
             if value.numel() * value.itemsize > min(value.untyped_storage().nbytes(), size):
-                raise CheckpointError(f"{path}: {key} would be {shown(list(value.shape))}, more than is in the file")
+                raise CheckpointError(
+                    f"{path}: {key} would be {shown(list(value.shape))}, more than is in the file; {_REMEDY}"
+                )
             return value.detach()
-    raise CheckpointError(f"{path} has no tensor {name!r}, bare or prefixed with {_PREFIX!r}: not an EMMA checkpoint")
+    raise CheckpointError(
+        f"{path} has no tensor {name!r}, bare or prefixed with {_PREFIX!r}: not an EMMA checkpoint; {_REMEDY}"
+    )

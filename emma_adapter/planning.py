@@ -71,15 +71,23 @@ def _own_feature_call(family: ModelFamily, arguments: Mapping[str, Any]) -> Feat
 def _is_placeholder(family: ModelFamily, inner: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Tensor]:
     """Bool ``[B, L]`` for each modality."""
     ids, embeds = arguments.get("input_ids"), arguments.get("inputs_embeds")
+    if isinstance(ids, Tensor) and (ids.ndim != 2 or ids.is_floating_point() or ids.is_complex()):
+        raise RoutingError(f"input_ids must be integers [B, L]; got {ids.dtype} {list(ids.shape)}")
+    if isinstance(embeds, Tensor) and embeds.ndim != 3:
+        raise RoutingError(f"inputs_embeds must be [B, L, D]; got {list(embeds.shape)}")
     found = {}
     for modality in family.modalities:
         token_id = family.placeholder_id(inner, modality)
-        if ids is not None:
+        if isinstance(ids, Tensor):
             found[modality] = ids == token_id
-        elif embeds is not None:
+        elif ids is None and isinstance(embeds, Tensor):
             found[modality] = _equals_embedding(inner, token_id, embeds)
         else:
-            raise RoutingError("a call with images needs input_ids or inputs_embeds")
+            given = ids if embeds is None else embeds
+            raise RoutingError(
+                "a call with images needs input_ids or inputs_embeds, a tensor as the model's processor returns with "
+                f'return_tensors="pt"; got {type(given).__name__}'
+            )
     return found
 
 
@@ -107,6 +115,11 @@ def _instruction_tokens(
     """The call's instruction, explicit or inferred: one row per row (or packed sample) of the call."""
     embed = embedder(inner)
     rows, device = len(has_media), has_media.device
+    if outer.instruction_mask is not None and outer.instruction is None:
+        raise InstructionError(
+            "instruction_mask= says which token ids of instruction= are padding, and there is no instruction=: give "
+            "both, or neither"
+        )
     if outer.instruction is not None:
         return state.pipeline.explicit(outer.instruction, outer.instruction_mask, rows, embed, device)
     if (named := state.named_instruction) is not None:

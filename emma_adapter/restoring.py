@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from . import attachment, base_saves, checkpoint, named, training
@@ -19,6 +21,8 @@ from .instructions.encoders import names_a_path
 from .instructions.tokens import LLM
 from .state import STATE_ATTRIBUTE, state_of
 from .untrusted import listed, shown
+
+_REMEDY = "load it into the model it was made for"
 
 
 def read_for(model: nn.Module, directory: Path, name: str | None = None) -> checkpoint.SavedAdapter:
@@ -123,30 +127,31 @@ def check_fit(model: nn.Module, saved: checkpoint.SavedAdapter) -> None:
     config: Any = model.config
     if saved.model_type != config.model_type:
         raise CheckpointError(
-            f"{saved.source} was made for model_type {shown(saved.model_type)}; this model is {config.model_type!r}"
+            f"{saved.source} was made for model_type {shown(saved.model_type)}; this model is {config.model_type!r}: "
+            f"{_REMEDY}"
         )
     if saved.config.visual_dim != family.visual_dim(inner):
         raise CheckpointError(
             f"{saved.source} was made for visual tokens of {saved.config.visual_dim} channels; this model's have "
-            f"{family.visual_dim(inner)}: it was trained on another vision tower"
+            f"{family.visual_dim(inner)}: it was trained on another vision tower; {_REMEDY}"
         )
     number, _ = family.visual_size(inner)
     if family.has_fixed_size(inner) and saved.config.num_visual_tokens not in (None, number):
         raise CheckpointError(
             f"{saved.source} was made for {saved.config.num_visual_tokens} visual tokens an image; "
-            f"this model has {number}"
+            f"this model has {number}; {_REMEDY}"
         )
     if saved.config.num_visual_tokens is None and number is not None:
         # patch_model would give it learned positions, which the file has no values for.
         raise CheckpointError(
             f"{saved.source} was made for a model that gives each image its own number of visual tokens; this model "
-            f"has {number} for every image"
+            f"has {number} for every image; {_REMEDY}"
         )
     places = attachment.places(family, saved.config, inner)
     if set(places) != {_place_of(name) for name in saved.alignment}:
         raise CheckpointError(
             f"{saved.source} was made for a model with {len({_place_of(name) for name in saved.alignment}) - 1} "
-            f"deepstack projectors; this model has {len(places) - 1}"
+            f"deepstack projectors; this model has {len(places) - 1}; {_REMEDY}"
         )
     if saved.projector:
         own = {
@@ -155,6 +160,19 @@ def check_fit(model: nn.Module, saved: checkpoint.SavedAdapter) -> None:
             for name, parameter in attachment.projector_parameters(projector).items()
         }
         checkpoint.check_tensors(saved.projector, own, saved.source)
+    _check_range(saved, next(iter(inner.parameters())).dtype)
+
+
+def _check_range(saved: checkpoint.SavedAdapter, dtype: torch.dtype) -> None:
+    """That no value becomes infinite in the dtype that the model runs in, and with it every visual token."""
+    largest = torch.finfo(dtype).max if dtype.is_floating_point else math.inf
+    read = {name: value for name, value in saved.alignment.items() if not value.is_meta and value.is_floating_point()}
+    beyond = [name for name, value in read.items() if bool((value.abs() > largest).any())]
+    if beyond:
+        raise CheckpointError(
+            f"{saved.source}: {listed(beyond)} hold values beyond the range of {dtype}, in which this model is: load "
+            "the model in bfloat16 or float32"
+        )
 
 
 def check_not_offloaded(model: nn.Module, saved: checkpoint.SavedAdapter, name: str | None) -> None:
@@ -197,7 +215,7 @@ def check_encoder(
         if saved.config.instruction_dim != width:
             raise CheckpointError(
                 f"{saved.source} was made for a language model with embeddings of {saved.config.instruction_dim} "
-                f"channels; this model's have {width}"
+                f"channels; this model's have {width}; {_REMEDY}"
             )
     elif downloaded and instruction_encoder is None and names_a_path(spec):
         raise EncoderError(

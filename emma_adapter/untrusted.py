@@ -50,13 +50,13 @@ def open_regular(path: Path, folder: Path | None = None) -> BinaryIO:
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise CheckpointError(f"{path} can't be read: {error}") from error
+        raise CheckpointError(f"{path} can't be read: {error}; take another copy") from error
 
 
 def _require_regular(mode: int, path: Path) -> None:
     if not stat.S_ISREG(mode):
         kind = "a folder" if stat.S_ISDIR(mode) else "a pipe, a socket or a device"
-        raise CheckpointError(f"{path} can't be read: it should be a file and is {kind}")
+        raise CheckpointError(f"{path} can't be read: it should be a file and is {kind}; take another copy")
 
 
 def _belongs_to(target: Path, folder: Path) -> bool:

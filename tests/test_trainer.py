@@ -659,6 +659,13 @@ def test_save_pretrained_writes_the_base(train_only, keyword, tmp_path):
     assert same_values(other.state_dict(), base.state_dict())
 
 
+def test_save_pretrained_without_a_folder_says_what_transformers_says():
+    model = tiny.llava()
+    patch_model(model, processor=tiny.processor())
+    with pytest.raises(TypeError, match="save_directory"):
+        model.save_pretrained()
+
+
 def test_save_pretrained_changes_nothing(tmp_path):
     model = patched()
     get_adapter(model).train_only(projector=True)

@@ -99,7 +99,13 @@ class CachedEncoder:
             raise EncoderError(
                 f"{name} returned {tokens.shape[1]} tokens a text and declares at most {self.max_instruction_tokens}"
             )
-        return tokens.detach(), mask.bool()
+        mask = mask.bool()
+        if not bool(torch.isfinite(tokens[mask] if not self.encodes_padding else tokens).all()):
+            raise EncoderError(
+                f"{name} gives NaN or infinite values in {tokens.dtype}: load it in float32 or bfloat16, or check its "
+                "weights"
+            )
+        return tokens.detach(), mask
 
     def __deepcopy__(self, memo: dict[int, object]) -> CachedEncoder:
         # Frozen, hence safe to share between copies of a model.

@@ -38,6 +38,31 @@ def pixels_alone(bench: Bench) -> None:
     bench.adapter().model(pixel_values=question()["pixel_values"])
 
 
+@raises(RoutingError, "planning.py:_is_placeholder", "; got {type(given).__name__}")
+def token_ids_in_a_list(bench: Bench) -> None:
+    inputs = question()
+    bench.adapter().model(pixel_values=inputs["pixel_values"], input_ids=inputs["input_ids"].tolist())
+
+
+@raises(RoutingError, "planning.py:_is_placeholder", "input_ids must be integers")
+def token_ids_of_a_row_alone(bench: Bench) -> None:
+    inputs = question()
+    bench.adapter().model.generate(pixel_values=inputs["pixel_values"], input_ids=inputs["input_ids"][0])
+
+
+@raises(RoutingError, "planning.py:_is_placeholder", "input_ids must be integers")
+def token_ids_as_floats(bench: Bench) -> None:
+    inputs = question()
+    bench.adapter().model(pixel_values=inputs["pixel_values"], input_ids=inputs["input_ids"].float())
+
+
+@raises(RoutingError, "planning.py:_is_placeholder", "inputs_embeds must be")
+def embeddings_of_a_row_alone(bench: Bench) -> None:
+    model = bench.adapter().model
+    embeds = model.get_input_embeddings()(torch.ones(8, dtype=torch.long))
+    model(inputs_embeds=embeds, pixel_values=question()["pixel_values"], instruction="is there a cat?")
+
+
 @raises(RoutingError, "planning.py:_equals_embedding", "has no embedding")
 def embeddings_without_one_for_the_placeholder(bench: Bench) -> None:
     model = tiny.llava(image_token=10**6)
@@ -176,6 +201,11 @@ def embeddings_without_an_instruction(bench: Bench) -> None:
     inputs = question()
     embeds = model.get_input_embeddings()(inputs["input_ids"])
     model(inputs_embeds=embeds, pixel_values=inputs["pixel_values"])
+
+
+@raises(InstructionError, "planning.py:_instruction_tokens", "there is no instruction=")
+def a_mask_without_an_instruction(bench: Bench) -> None:
+    bench.adapter().model(**question(), instruction_mask=torch.ones(1, 3))
 
 
 @raises(InstructionError, "instructions/tokens.py:InstructionPipeline.explicit", "must be a text")

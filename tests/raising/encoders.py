@@ -49,6 +49,11 @@ def an_encoder_that_returns_more_tokens_than_it_declares(bench: Bench) -> None:
     ask(bench, (torch.ones(1, 9, 6), torch.ones(1, 9)))
 
 
+@raises(EncoderError, "instructions/encoders.py:CachedEncoder._checked", "NaN or infinite")
+def an_encoder_that_overflows(bench: Bench) -> None:
+    ask(bench, (torch.full((1, 4, 6), torch.inf), torch.ones(1, 4)))
+
+
 @raises(EncoderError, "instructions/encoders.py:build_encoder", "pass it again")
 def loading_without_the_encoder_of_ones_own(bench: Bench) -> None:
     load_adapter(tiny.llava(), bench.saved(instruction_encoder=Mine()), processor=tiny.processor())

@@ -115,7 +115,7 @@ def an_adapter_of_peft(bench: Bench) -> None:
     load(bench.folder)
 
 
-@raises(CheckpointError, "checkpoint.py:_parse_description", "another tool's adapter?")
+@raises(CheckpointError, "checkpoint.py:_parse_description", "doesn't describe an emma_adapter")
 def the_config_of_something_else(bench: Bench) -> None:
     (bench.folder / CONFIG).write_text("[]")
     load(bench.folder)
@@ -258,6 +258,15 @@ def an_adapter_for_fewer_deepstack_projectors(bench: Bench) -> None:
     other = ZOO["qwen3_vl"].model()
     del other.model.visual.deepstack_merger_list[0]
     load(bench.folder, other)
+
+
+@raises(CheckpointError, "restoring.py:_check_range", "beyond the range of")
+def weights_beyond_the_range_of_the_model(bench: Bench) -> None:
+    adapter = bench.adapter()
+    with torch.no_grad():
+        next(adapter.parameters()).fill_(1e5)
+    adapter.save_pretrained(bench.folder)
+    load(bench.folder, tiny.llava().half())
 
 
 @raises(CheckpointError, "restoring.py:read_for", "is damaged")
