@@ -285,6 +285,23 @@ def test_features_alone_are_recomputed_for_the_instruction_of_their_block(reentr
 
 
 @MODES
+def test_a_projector_in_evaluation_mode_is_recomputed_for_the_instruction_of_its_block(reentrant):
+    """Reentrant checkpointing records no gradients there: that some are wanted shows in the visual tokens alone."""
+    gradients = []
+    for checkpoints in (False, True):
+        model = trained().eval()
+        projector = model.model.multi_modal_projector
+        visual_tokens = torch.randn(1, 4, tiny.vision_config().hidden_size, generator=torch.Generator().manual_seed(0))
+        visual_tokens.requires_grad_(True)
+        with get_adapter(model).instruction(INSTRUCTIONS[:1]):
+            call = checkpointed(projector, reentrant) if checkpoints else projector
+            total = call(visual_tokens).square().sum()
+        total.backward()
+        gradients.append([visual_tokens.grad, *(parameter.grad for parameter in projector.parameters())])
+    assert_same(*gradients)
+
+
+@MODES
 def test_features_that_were_checkpointed_before_patching_are_an_error(reentrant):
     model = tiny.llava()
     checkpoint_features(model, reentrant)
