@@ -27,6 +27,7 @@ from .checkpoint import (
     PROJECTOR_PREFIX,
     WEIGHTS_NAME,
     digest,
+    is_adapter,
 )
 from .errors import CheckpointError
 from .model_card import GENERATED_MARKER, model_card
@@ -107,6 +108,13 @@ def save_all(model: nn.Module, directory: Path, **more: Any) -> None:
     active = state_of(model).active
     for adapter in state_of(model).adapters:
         save(model, directory if adapter == active else directory / adapter, adapter, **more)
+
+
+def discard(directory: Path) -> None:
+    """Take an adapter of this library out of a folder; what else is there stays."""
+    if is_adapter(directory):
+        for name in (CONFIG_NAME, WEIGHTS_NAME):
+            (directory / name).unlink(missing_ok=True)
 
 
 def _describe(model: nn.Module, adapter: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -154,6 +154,8 @@ def _save_with_adapters(model: nn.Module, original: Callable[..., Any], *args: A
         folder = Path(arguments["save_directory"]) / checkpoint.SUBFOLDER
         for adapter in state_of(base).adapters:
             saving.save(base, folder / adapter, adapter, is_main_process=is_main_process, gathered=gathered)
+        # Left by a save of the base model, it would be found before these.
+        saving.discard(folder)
     return result
 
 

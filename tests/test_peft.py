@@ -247,6 +247,25 @@ def test_an_adapter_that_is_loaded_into_a_peft_model_is_saved_and_kept_with_it(t
     assert_same(logits(model.merge_and_unload().eval()), expected)
 
 
+def test_the_later_of_two_saves_to_one_folder_is_loaded(tmp_path):
+    """A base model's save, and a LoRA's, lay the adapter in other places."""
+    model = tiny.llava()
+    adapter = patch_model(model, processor=tiny.processor())
+    tiny.train_randomly(adapter.alignment, seed=1)
+    model.save_pretrained(tmp_path)
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    tiny.train_randomly(adapter.alignment, seed=2)
+    expected = logits(wrapped)
+    wrapped.save_pretrained(tmp_path)
+    found = load_adapter(tiny.llava(), tmp_path, processor=tiny.processor())
+    assert_same(logits(found.model.eval()), expected)
+    tiny.train_randomly(adapter.alignment, seed=3)
+    expected = logits(wrapped)
+    wrapped.unload().save_pretrained(tmp_path)
+    found = load_adapter(tiny.llava(), tmp_path, processor=tiny.processor())
+    assert_same(logits(found.model.eval()), expected)
+
+
 def test_several_of_each_are_saved_together(tmp_path):
     wrapped, adapter = make(LoraConfig(r=2, target_modules=["q_proj"]), "patched first")
     adapter.add("other", EmmaConfig(fusion="modulation")).set_active("other")
