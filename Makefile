@@ -17,7 +17,8 @@ test-oldest: $(OLDEST_VENV)/.installed
 	$(OLDEST_VENV)/bin/python -m pytest -n auto tests/test_families.py tests/test_original_classes.py \
 		tests/test_qwen_vl.py tests/test_packing.py tests/test_llava.py tests/test_extraction.py \
 		tests/test_encoders.py tests/test_zoo.py tests/test_dispatch.py tests/test_token_mixing.py tests/test_fusion.py \
-		tests/test_peft.py tests/test_named.py \
+		tests/test_peft.py tests/test_named.py tests/test_recomputation.py tests/test_concurrency.py \
+		tests/test_life_cycle.py tests/test_numbers.py \
 		tests/kernels/test_interpreter.py tests/kernels/test_launches.py
 
 # Time and memory of the fusions and their Triton kernels; without a GPU, a subset of it.
