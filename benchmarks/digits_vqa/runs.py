@@ -113,6 +113,8 @@ def make_batch(
 def _instruction(
     arm: Arm, data: QuestionSet, chosen: Sequence[int] | np.ndarray, rng: np.random.Generator
 ) -> dict[str, Any]:
+    if arm.constant_instruction is not None:
+        return {"instruction": [arm.constant_instruction] * len(chosen)}
     if not arm.shuffle_instructions:
         return {}
     return {"instruction": [data.questions[i].text for i in rng.permutation(np.asarray(chosen))]}
