@@ -28,6 +28,8 @@ class Arm:
     learning_rate: float
     #: True for the control whose adapter is told the question of another scene, in training and in the test.
     shuffle_instructions: bool = False
+    #: True if the question is passed as ``instruction=`` instead of being read from the prompt: the same, and faster.
+    names_instruction: bool = False
     #: The control whose adapter is told this, whatever is asked.
     constant_instruction: str | None = None
 
@@ -111,9 +113,7 @@ def lora(rank: int, layers: str = ALL_LINEAR_LAYERS, *, projector: bool = False)
 def lora_of_size(model: PooledLlava, num_parameters: int, layers: str = ALL_LINEAR_LAYERS) -> int:
     """The rank at which LoRA has about as many parameters."""
     adapted = [
-        layer
-        for name, layer in model.named_modules()
-        if isinstance(layer, nn.Linear) and re.fullmatch(layers, name)
+        layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and re.fullmatch(layers, name)
     ]
     per_rank = sum(layer.in_features + layer.out_features for layer in adapted)
     return max(1, round(num_parameters / per_rank))

@@ -2,7 +2,8 @@
 
 Stage 1 trains vision and text tower together, contrastively, as CLIP is trained. Stage 2 freezes the vision
 tower and trains projector and language model on captions and multi-turn questions. Step counts and seeds are
-fixed; it takes ten to fifteen minutes. (The ablation makes further ones, with other seeds and other pooling.) Only training scans are used.
+fixed; it takes ten to fifteen minutes. Only training scans are used. (The ablation makes further checkpoints, with
+other seeds and other pooling.)
 """
 
 from __future__ import annotations
