@@ -66,45 +66,34 @@ Job = Base | Cell
 def plan(fusion: str) -> list[Job]:
     """All jobs, the most valuable first; ``fusion`` is the one whose instructions are shuffled, and that meets other
     poolings."""
-    bases: list[Job] = [Base(base, 1) for base in BASES]
     main = [PROJECTOR, LORA_QV, LORA_ALL, PROJECTOR_LORA, fusion]
     main += [other for other in recipes.FUSIONS if other != fusion]
     main += [recipes.shuffled(fusion), recipes.constant(fusion), recipes.random_tower(fusion)]
     with_projector = [recipes.with_projector(other) for other in recipes.FUSIONS]
     parts = [*recipes.LINEAR_PARTS, *recipes.ATTENTION_CHANGES]
-    jobs = [*bases, *_stage(main, 1), *_stage(with_projector, 1), *_stage(parts, 1)]
+    jobs = [*_stage(main, 1, with_base=True), *_stage(with_projector, 1), *_stage(parts, 1)]
     for pooled_tokens in POOLINGS[1:]:
-        jobs += [Base(base, pooled_tokens) for base in BASES]
-        jobs += _stage([PROJECTOR, LORA_ALL, fusion, recipes.with_projector(fusion)], pooled_tokens)
+        # Each adapter beside LoRA of its own size.
+        arms = [LORA_ALL, fusion, PROJECTOR_LORA, recipes.with_projector(fusion)]
+        jobs += _stage(arms, pooled_tokens, with_base=True)
     return [*jobs, *_stage([recipes.llm_embeddings(fusion)], 1)]
 
 
-def _stage(arms: list[str], pooled_tokens: int) -> Iterator[Cell]:
+def _stage(arms: list[str], pooled_tokens: int, *, with_base: bool = False) -> Iterator[Job]:
     """Rates of all arms; then all arms of one base and seed after the other."""
+    if with_base:
+        yield Base(0, pooled_tokens)
     for arm in arms:
         for rate in RATES:
             yield Cell(arm, pooled_tokens, 0, TUNING_SEED, "validation", rate)
-    if PROJECTOR in arms:
+    if with_base:
+        yield from (Base(base, pooled_tokens) for base in BASES[1:])
         # Nothing is trained: no rate, and one seed.
-        for base in BASES:
-            yield Cell(BASE, pooled_tokens, base, 0, "test", 0.0)
+        yield from (Cell(BASE, pooled_tokens, base, 0, "test", 0.0) for base in BASES)
     for seed in SEEDS:
         for base in BASES:
             for arm in arms:
                 yield Cell(arm, pooled_tokens, base, seed, "test", None)
-
-
-def seconds(job: Job, settings: Settings) -> float:
-    """What a job was seen to take on one slow core."""
-    if isinstance(job, Base):
-        if job.pooled_tokens > 1:
-            steps = settings.pooled_steps
-            return _AROUND_BASE + steps * _LANGUAGE_STEP * (1 + _PER_IMAGE_TOKEN / 3 * job.pooled_tokens)
-        if job.base == 0:
-            return 0.0
-        return _AROUND_BASE + settings.contrastive_steps * _CONTRASTIVE_STEP + settings.language_steps * _LANGUAGE_STEP
-    steps = 0 if job.arm == BASE else settings.steps
-    return _AROUND + steps * _STEP * (settings.batch_size / 32) * (1 + _PER_IMAGE_TOKEN * (job.pooled_tokens - 1))
 
 
 def only_arms(jobs: Iterable[Job], arms: Collection[str]) -> list[Job]:
@@ -121,6 +110,19 @@ def only_arms(jobs: Iterable[Job], arms: Collection[str]) -> list[Job]:
     cells = [job for job in jobs if isinstance(job, Cell) and job.arm in arms]
     needed = {Base(cell.base, tokens) for cell in cells for tokens in (1, cell.pooled_tokens)}
     return [job for job in jobs if job in (needed if isinstance(job, Base) else cells)]
+
+
+def seconds(job: Job, settings: Settings) -> float:
+    """What a job was seen to take on one slow core."""
+    if isinstance(job, Base):
+        if job.pooled_tokens > 1:
+            steps = settings.pooled_steps
+            return _AROUND_BASE + steps * _LANGUAGE_STEP * (1 + _PER_IMAGE_TOKEN / 3 * job.pooled_tokens)
+        if job.base == 0:
+            return 0.0
+        return _AROUND_BASE + settings.contrastive_steps * _CONTRASTIVE_STEP + settings.language_steps * _LANGUAGE_STEP
+    steps = 0 if job.arm == BASE else settings.steps
+    return _AROUND + steps * _STEP * (settings.batch_size / 32) * (1 + _PER_IMAGE_TOKEN * (job.pooled_tokens - 1))
 
 
 def describe(jobs: Iterable[Job], settings: Settings, workers: int) -> str:

@@ -69,8 +69,8 @@ class Results:
         pairs_right: dict[int, list[np.ndarray]] = {}
         for record in found:
             right.setdefault(record.base, []).append(unpack(record.right, len(self.questions.scenes)))
-            both: np.ndarray = unpack(record.pairs_right, 2 * len(self.pairs.scenes)).reshape(-1, 2).all(1)
-            pairs_right.setdefault(record.base, []).append(both)
+            of_pairs = unpack(record.pairs_right, 2 * len(self.pairs.scenes)).reshape(-1, 2)
+            pairs_right.setdefault(record.base, []).append(of_pairs[:, 0] & of_pairs[:, 1])
         first = found[0]
         return ArmResult(
             first.arm,

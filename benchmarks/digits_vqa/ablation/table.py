@@ -23,7 +23,7 @@ def sections(fusion: str) -> dict[str, list[str]]:
 
 
 def pooled_arms(fusion: str) -> list[str]:
-    return [recipes.BASE, recipes.PROJECTOR, recipes.LORA_ALL, fusion, recipes.with_projector(fusion)]
+    return [recipes.BASE, recipes.LORA_ALL, recipes.PROJECTOR_LORA, fusion, recipes.with_projector(fusion)]
 
 
 def markdown(results: Results) -> str:
@@ -129,7 +129,7 @@ def _goal(results: Results) -> list[str]:
             gain = results.gain(arm, control)
             verdict = "reached" if gain.value >= GOAL else "missed"
             lines.append(
-                f"- {name}, {tokens} token{'s' * (tokens > 1)} an image: {_signed(gain)} points over {control.arm}, the "
-                f"best control of equal size; the goal of {100 * GOAL:.0f} is {verdict}."
+                f"- {name}, {tokens} token{'s' * (tokens > 1)} an image: {_signed(gain)} points over {control.arm}, "
+                f"the best control of equal size; the goal of {100 * GOAL:.0f} is {verdict}."
             )
     return lines
