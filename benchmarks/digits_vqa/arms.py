@@ -28,7 +28,7 @@ class Arm:
     learning_rate: float
     #: True for the control whose adapter is told the question of another scene, in training and in the test.
     shuffle_instructions: bool = False
-    #: True if the question is passed as ``instruction=`` instead of being read from the prompt: the same, and faster.
+    #: True if the question is passed as ``instruction=``, which is faster than reading it from the prompt.
     names_instruction: bool = False
     #: The control whose adapter is told this, whatever is asked.
     constant_instruction: str | None = None
