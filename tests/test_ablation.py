@@ -148,7 +148,7 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(tmp_path):
 
 def test_a_job_that_fails_is_named_and_what_was_finished_stays(tmp_path):
     jobs = [Cell("no such arm", 1, 0, 0, "test", 1e-3)]
-    with ThreadPoolExecutor(1) as executor, pytest.raises(click.ClickException, match="no such arm.*is kept"):
+    with ThreadPoolExecutor(1) as executor, pytest.raises(click.ClickException, match=r"no such arm.*is kept"):
         Sweep(jobs, TINY, tmp_path / "results.jsonl", tmp_path / "work").run(executor, 1)
 
 
@@ -384,7 +384,8 @@ def made_up_records(settings):
                     arm=arm, pooled_tokens=1, base=base, seed=0, split="test", rate=5e-3, rate_at_edge=False,
                     settings=dataclasses.asdict(settings), parameters=size[arm], seconds=1.0, cpu_seconds=1.0,
                     mean=float(np.mean(list(accuracy.values()))), accuracy=accuracy, pairs=0.5,
-                    right=records.pack(right), pairs_right=records.pack(of_pairs), questions=fingerprint(questions + pairs),
+                    right=records.pack(right), pairs_right=records.pack(of_pairs),
+                    questions=fingerprint(questions + pairs),
                 )
             )  # fmt: skip
     return made
