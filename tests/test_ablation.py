@@ -73,8 +73,9 @@ def test_the_plan_holds_every_comparison():
     single += [*recipes.LINEAR_PARTS, *recipes.ATTENTION_CHANGES]
     assert {(arm, 1) for arm in single} <= planned
     for tokens in (2, 4, 16):
-        wanted = ("attention", "projector + attention", recipes.LORA_ALL, recipes.PROJECTOR_LORA)
-        assert {(arm, tokens) for arm in wanted} <= planned
+        assert {(arm, tokens) for arm in (recipes.BASE, "attention", recipes.LORA_ALL)} <= planned
+    for tokens in (4, 16):
+        assert {(arm, tokens) for arm in ("projector + attention", recipes.PROJECTOR_LORA)} <= planned
     known = recipes.builders(TEXT_TOWER_DIR, TEXT_TOWER_DIR)
     assert {arm for arm, _ in planned} <= set(known)
 

@@ -28,6 +28,10 @@ def workspace(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _inside(workspace, monkeypatch):
     monkeypatch.chdir(workspace)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def run(output, *options):
@@ -36,6 +40,7 @@ def run(output, *options):
     return CliRunner().invoke(command.main, [*arguments, *options])
 
 
+@pytest.mark.slow
 def test_all_experiments_with_one_command_that_goes_on(tmp_path):
     output = tmp_path / "records.jsonl"
     result = run(output)

@@ -73,8 +73,10 @@ def plan(fusion: str) -> list[Job]:
     parts = [*recipes.LINEAR_PARTS, *recipes.ATTENTION_CHANGES]
     jobs = [*_stage(main, 1, with_base=True), *_stage(with_projector, 1), *_stage(parts, 1)]
     for pooled_tokens in POOLINGS[1:]:
-        # Each adapter beside LoRA of its own size.
-        arms = [LORA_ALL, fusion, PROJECTOR_LORA, recipes.with_projector(fusion)]
+        # Each adapter beside LoRA of its own size; without the projector where 1 and 4 tokens tell what to expect.
+        arms = [LORA_ALL, fusion]
+        if pooled_tokens != POOLINGS[-1]:
+            arms += [PROJECTOR_LORA, recipes.with_projector(fusion)]
         jobs += _stage(arms, pooled_tokens, with_base=True)
     return [*jobs, *_stage([recipes.llm_embeddings(fusion)], 1)]
 
