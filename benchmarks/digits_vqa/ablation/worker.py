@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from dataclasses import asdict
 from functools import cache
@@ -28,8 +30,17 @@ from .records import Record, at_edge, pack
 def start_process(log: Path) -> None:
     """What a worker process begins with: the console is the sweep's, and it is the one that is interrupted."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A pool's processes outlive a parent that is killed, and would wait for jobs forever.
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     sys.stdout = sys.stderr = log.with_name(f"{log.stem}-{os.getpid()}.log").open("w", buffering=1)
     torch.set_num_threads(1)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def execute(job: Base | Cell, settings: Settings, work: Path) -> Record | None:
