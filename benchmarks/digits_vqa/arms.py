@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +28,10 @@ class Arm:
     learning_rate: float
     #: True for the control whose adapter is told the question of another scene, in training and in the test.
     shuffle_instructions: bool = False
+    #: True if the question is passed as ``instruction=``, which is faster than reading it from the prompt.
+    names_instruction: bool = False
+    #: The control whose adapter is told this, whatever is asked.
+    constant_instruction: str | None = None
 
     @property
     def num_parameters(self) -> int:
@@ -41,13 +47,22 @@ def base(model: PooledLlava, processor: LlavaProcessor) -> Arm:
     return Arm("base", model.requires_grad_(False), [], 0.0)
 
 
-def emma(fusion: str, instruction_encoder: str = str(TEXT_TOWER_DIR), **changes: Any) -> Builder:
-    """The adapter alone is trained."""
+def projector_only(model: PooledLlava, processor: LlavaProcessor) -> Arm:
+    trained = list(model.requires_grad_(False).model.multi_modal_projector.requires_grad_(True).parameters())
+    return Arm("projector only", model, trained, 3e-3)
+
+
+def emma(
+    fusion: str, instruction_encoder: str = str(TEXT_TOWER_DIR), *, projector: bool = False, **changes: Any
+) -> Builder:
+    """The adapter alone is trained, or the projector with it."""
 
     def build(model: PooledLlava, processor: LlavaProcessor) -> Arm:
         config = EmmaConfig(fusion=fusion, instruction_encoder=instruction_encoder, **changes)
-        adapter = patch_model(model, config, processor=processor).train_only()
-        return Arm(f"EMMA, {fusion}", model, list(adapter.parameters()), LEARNING_RATES[fusion])
+        patch_model(model, config, processor=processor).train_only(projector=projector)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        name = f"EMMA, {fusion}" + (", and projector" if projector else "")
+        return Arm(name, model, trained, LEARNING_RATES.get(fusion, 6e-3))
 
     return build
 
@@ -64,28 +79,45 @@ def shuffled(builder: Builder) -> Builder:
     return build
 
 
-def lora(rank: int) -> Builder:
-    """LoRA on every linear layer of the language model, through peft."""
+def constant(builder: Builder, instruction: str) -> Builder:
+    """The control for "any text helps": the same adapter, always the same instruction."""
 
     def build(model: PooledLlava, processor: LlavaProcessor) -> Arm:
-        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=r".*language_model.*_proj")
-        wrapped = get_peft_model(model, config)
-        trained = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
-        return Arm(f"LoRA, rank {rank}", wrapped, trained, 3e-3)
+        arm = builder(model, processor)
+        arm.name += ", constant instruction"
+        arm.constant_instruction = instruction
+        return arm
 
     return build
 
 
-def lora_of_size(model: PooledLlava, num_parameters: int) -> int:
+#: Which layers of the language model LoRA adapts.
+ALL_LINEAR_LAYERS = r".*language_model.*_proj"
+QUERIES_AND_VALUES = r".*language_model.*\.(q|v)_proj"
+
+
+def lora(rank: int, layers: str = ALL_LINEAR_LAYERS, *, projector: bool = False) -> Builder:
+    """LoRA on layers of the language model, through peft; with the projector, if asked for."""
+
+    def build(model: PooledLlava, processor: LlavaProcessor) -> Arm:
+        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=layers)
+        wrapped = get_peft_model(model, config)
+        if projector:
+            model.model.multi_modal_projector.requires_grad_(True)
+        trained = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
+        return Arm(f"LoRA, rank {rank}" + (", and projector" if projector else ""), wrapped, trained, 3e-3)
+
+    return build
+
+
+def lora_of_size(model: PooledLlava, num_parameters: int, layers: str = ALL_LINEAR_LAYERS) -> int:
     """The rank at which LoRA has about as many parameters."""
-    layers = [
-        layer
-        for name, layer in model.model.language_model.named_modules()
-        if isinstance(layer, nn.Linear) and name.endswith("_proj")
+    adapted = [
+        layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and re.fullmatch(layers, name)
     ]
-    per_rank = sum(layer.in_features + layer.out_features for layer in layers)
+    per_rank = sum(layer.in_features + layer.out_features for layer in adapted)
     return max(1, round(num_parameters / per_rank))
 
 
-def load_base() -> PooledLlava:
-    return PooledLlava.from_pretrained(BASE_DIR, dtype=torch.float32).eval()
+def load_base(folder: Path = BASE_DIR) -> PooledLlava:
+    return PooledLlava.from_pretrained(folder, dtype=torch.float32).eval()

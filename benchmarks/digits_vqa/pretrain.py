@@ -2,12 +2,14 @@
 
 Stage 1 trains vision and text tower together, contrastively, as CLIP is trained. Stage 2 freezes the vision
 tower and trains projector and language model on captions and multi-turn questions. Step counts and seeds are
-fixed; it takes ten to fifteen minutes. Only training scans are used.
+fixed; it takes ten to fifteen minutes. Only training scans are used. (The ablation makes further checkpoints, with
+other seeds and other pooling.)
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import click
@@ -17,7 +19,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import CLIPConfig, CLIPModel
+from transformers import CLIPConfig, CLIPModel, CLIPTextModel
 
 from .questions import QUESTION_TYPES, ask, ask_any, caption
 from .scenes import CELLS, COLOURS, DIGITS, EMPTY, GRID, POSITIONS, Scenes, render, sample_scenes
@@ -126,9 +128,9 @@ def region_accuracy(model: Contrastive, split: str, n: int = 500) -> float:
     return (predicted == labels)[labels != _EMPTY_PROMPT].float().mean().item()
 
 
-def train_towers(steps: int) -> CLIPModel:
-    torch.manual_seed(0)
-    rng = np.random.default_rng(1)
+def train_towers(steps: int, seed: int = 0) -> CLIPModel:
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(1 + 1000 * seed)
     model = Contrastive()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.02)
     pairs = torch.arange(CONTRASTIVE_BATCH)
@@ -176,10 +178,13 @@ def _words(text: str) -> list[int]:
     return [TOKEN_ID[word] for word in text.split()]
 
 
-def _conversation(digits: np.ndarray, colours: np.ndarray, rng: np.random.Generator) -> tuple[list[int], list[int]]:
+def _conversation(
+    digits: np.ndarray, colours: np.ndarray, rng: np.random.Generator, pooled_tokens: int
+) -> tuple[list[int], list[int]]:
     """Token ids and labels of four turns about one scene, or of its caption."""
     user, assistant = _words("USER:"), _words("ASSISTANT:")
-    ids, labels = [BOS, *user, IMAGE], [IGNORE, IGNORE, IGNORE]
+    ids = [BOS, *user, *[IMAGE] * pooled_tokens]
+    labels = [IGNORE] * len(ids)
     turns = (
         [("", caption(digits, colours))]
         if rng.random() < 0.15
@@ -194,10 +199,10 @@ def _conversation(digits: np.ndarray, colours: np.ndarray, rng: np.random.Genera
 
 
 def _embed(model: PooledLlava, tokens: Tensor, ids: Tensor) -> Tensor:
-    """Input embeddings with the one image placeholder, at position 2, replaced by the projected image."""
+    """Input embeddings with the image placeholders, from position 2 on, replaced by the projected image."""
     embeddings = model.get_input_embeddings()(ids)
     image = model.model.multi_modal_projector(tokens)
-    return torch.cat([embeddings[:, :2], image, embeddings[:, 3:]], dim=1)
+    return torch.cat([embeddings[:, :2], image, embeddings[:, 2 + image.shape[1] :]], dim=1)
 
 
 @torch.no_grad()
@@ -205,6 +210,7 @@ def answer_accuracy(model: PooledLlava, split: str, n: int = 400) -> dict[str, f
     rng = np.random.default_rng(11)
     scenes = sample_scenes(n, split, rng)
     tokens = visual_tokens(model, scenes)
+    placeholders = [IMAGE] * model.config.image_seq_length
     accuracy = {}
     for type in QUESTION_TYPES:
         asked = [(i, ask(type, scenes.digits[i], scenes.colours[i], rng)) for i in range(n)]
@@ -212,20 +218,30 @@ def answer_accuracy(model: PooledLlava, split: str, n: int = 400) -> dict[str, f
         for i, question in asked:
             if question is None:
                 continue
-            ids = torch.tensor([[BOS, *_words("USER:"), IMAGE, *_words(question[0]), *_words("ASSISTANT:")]])
+            ids = torch.tensor([[BOS, *_words("USER:"), *placeholders, *_words(question[0]), *_words("ASSISTANT:")]])
             hidden = model.model.language_model(inputs_embeds=_embed(model, tokens[i : i + 1], ids)).last_hidden_state
             correct.append(model.lm_head(hidden[0, -1]).argmax().item() == TOKEN_ID[question[1]])
         accuracy[type] = round(float(np.mean(correct)), 3)
     return accuracy
 
 
-def train_language(clip: CLIPModel, steps: int) -> PooledLlava:
-    torch.manual_seed(0)
-    rng = np.random.default_rng(2)
-    model = PooledLlava(llava_config())
+def train_language(
+    vision_tower: Mapping[str, Tensor],
+    steps: int,
+    *,
+    seed: int = 0,
+    pooled_tokens: int = 1,
+    start: Mapping[str, Tensor] | None = None,
+) -> PooledLlava:
+    """``vision_tower``: the state of a CLIP vision model; ``start``: that of a model whose training goes on."""
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(2 + 1000 * seed)
+    model = PooledLlava(llava_config(pooled_tokens))
     model.model.vision_tower.load_state_dict(
-        {key.removeprefix("vision_model."): value for key, value in clip.vision_model.state_dict().items()}
+        {key.removeprefix("vision_model."): value for key, value in vision_tower.items()}
     )
+    if start is not None:
+        model.load_state_dict(start)
     model.model.vision_tower.requires_grad_(False)
     scenes = sample_scenes(LANGUAGE_SCENES, "train", rng)
     tokens = visual_tokens(model, scenes)
@@ -246,7 +262,7 @@ def train_language(clip: CLIPModel, steps: int) -> PooledLlava:
             for group in optimizer.param_groups:
                 group["lr"] = rate * cosine(step, steps, 80, 0.02)
         chosen = rng.integers(0, len(scenes), LANGUAGE_BATCH)
-        talks = [_conversation(scenes.digits[i], scenes.colours[i], rng) for i in chosen]
+        talks = [_conversation(scenes.digits[i], scenes.colours[i], rng, pooled_tokens) for i in chosen]
         longest = max(len(ids) for ids, _ in talks)
         ids = torch.tensor([ids + [PAD] * (longest - len(ids)) for ids, _ in talks])
         labels = torch.tensor([labels + [IGNORE] * (longest - len(labels)) for _, labels in talks])
@@ -267,6 +283,14 @@ def train_language(clip: CLIPModel, steps: int) -> PooledLlava:
     return model
 
 
+def save_base(model: PooledLlava, text_tower: CLIPTextModel, output: Path) -> None:
+    # Half precision halves the shipped file.
+    model.half().save_pretrained(output)
+    processor().save_pretrained(output)
+    text_tower.half().save_pretrained(output / "text_tower")
+    word_tokenizer(for_text_tower=True).save_pretrained(output / "text_tower")
+
+
 @click.command(help=__doc__)
 @click.option("--output", type=click.Path(path_type=Path), default=BASE_DIR, show_default=True)
 @click.option("--contrastive-steps", default=CONTRASTIVE_STEPS, show_default=True)
@@ -275,13 +299,7 @@ def main(output: Path, contrastive_steps: int, language_steps: int) -> None:
     # At this width one thread is faster than two.
     torch.set_num_threads(1)
     clip = train_towers(contrastive_steps)
-    model = train_language(clip, language_steps)
-    # Half precision halves the shipped file.
-    model.half().save_pretrained(output)
-    processor().save_pretrained(output)
-    tower = output / "text_tower"
-    clip.text_model.half().save_pretrained(tower)
-    word_tokenizer(for_text_tower=True).save_pretrained(tower)
+    save_base(train_language(clip.vision_model.state_dict(), language_steps), clip.text_model, output)
 
 
 if __name__ == "__main__":

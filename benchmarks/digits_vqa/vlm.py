@@ -6,6 +6,7 @@ visual tokens worth having: a bottleneck between the visual tokens and the langu
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -76,11 +77,26 @@ CHAT_TEMPLATE = (
 )
 
 
+#: Tokens an image is pooled to, and the grid they are the averages of.
+POOLED_GRIDS = {1: (1, 1), 2: (2, 1), 4: (2, 2), 16: (4, 4)}
+
+
 class PooledProjector(LlavaMultiModalProjector):
-    """LLaVA's projector followed by average pooling of all visual tokens of an image into one."""
+    """LLaVA's projector followed by average pooling of the visual tokens of an image into ``image_seq_length``."""
+
+    def __init__(self, config: LlavaConfig):
+        super().__init__(config)
+        self.grid = POOLED_GRIDS[config.image_seq_length]
 
     def forward(self, image_features: torch.Tensor) -> torch.Tensor:
-        return super().forward(image_features).mean(dim=1, keepdim=True)
+        projected = super().forward(image_features)
+        height, width = self.grid
+        if height * width == 1:
+            return projected.mean(dim=1, keepdim=True)
+        side = math.isqrt(projected.shape[1])
+        return rearrange(
+            projected, "n (r h c w) d -> n (r c) (h w) d", r=height, c=width, h=side // height, w=side // width
+        ).mean(dim=2)
 
 
 class PooledLlava(LlavaForConditionalGeneration):
@@ -119,7 +135,7 @@ def text_tower_config() -> CLIPTextConfig:
     )
 
 
-def llava_config() -> LlavaConfig:
+def llava_config(pooled_tokens: int = 1) -> LlavaConfig:
     return LlavaConfig(
         vision_config=vision_config(),
         text_config=LlamaConfig(
@@ -136,7 +152,7 @@ def llava_config() -> LlavaConfig:
             eos_token_id=EOS,
         ),
         image_token_index=IMAGE,
-        image_seq_length=1,
+        image_seq_length=pooled_tokens,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
         tie_word_embeddings=True,

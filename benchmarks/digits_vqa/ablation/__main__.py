@@ -1,0 +1,107 @@
+"""The ablation on real handwritten digits, resumable: ``python -m benchmarks.digits_vqa.ablation``.
+
+Trains every arm of the plan on cached features, tests it on unseen handwriting, and appends one JSON line a finished
+run. Interrupted, the same command goes on where it stopped. At the end it writes table and figure.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from filelock import FileLock, Timeout
+
+from . import recipes
+from .plan import Settings, describe, only_arms, plan
+from .report import RESULTS, write_report
+from .sweep import Sweep
+from .worker import start_process
+
+_DEFAULTS = {field.name: field.default for field in fields(Settings)}
+
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def _setting(name: str, help: str) -> Callable[[Command], Command]:
+    return click.option(
+        f"--{name.replace('_', '-')}", type=click.IntRange(min=1), default=_DEFAULTS[name], show_default=True, help=help
+    )
+
+
+@click.command(help=__doc__)
+@click.option("--plan", "only_plan", is_flag=True, help="Print how many runs are left and how long they take; no more.")
+@click.option("--workers", type=click.IntRange(min=1), default=2, show_default=True, help="Processes of one thread.")
+@click.option(
+    "--fusion",
+    type=click.Choice(recipes.FUSIONS),
+    default="modulation",
+    show_default=True,
+    help="The one with shuffled, constant and random instructions, and with other poolings.",
+)
+@click.option("--only", multiple=True, help="Only arms of this name, and what they need. Repeatable.")
+@click.option("--results", type=click.Path(path_type=Path, dir_okay=False), default=RESULTS, show_default=True)
+@click.option(
+    "--work",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("ablation-work"),
+    show_default=True,
+    help="Folder of the base checkpoints that are made on the way, and of logs.",
+)
+@_setting("steps", "Training steps of each run.")
+@_setting("batch_size", "Questions a step.")
+@_setting("train_scenes", "Scenes to train on, four questions each.")
+@_setting("test_scenes", "Scenes to test on, up to seven questions each; and pairs.")
+@_setting("contrastive_steps", "Of a base checkpoint's towers.")
+@_setting("language_steps", "Of a base checkpoint's projector and language model.")
+@_setting("pooled_steps", "Further steps of a base checkpoint that pools to several tokens.")
+def main(
+    only_plan: bool, workers: int, fusion: str, only: tuple[str, ...], results: Path, work: Path, **settings: int
+) -> None:
+    chosen = Settings(**settings)
+    jobs = plan(fusion)
+    if only:
+        try:
+            jobs = only_arms(jobs, only)
+        except ValueError as error:
+            raise click.BadParameter(str(error), param_hint="--only") from None
+    if only_plan:
+        click.echo(describe(Sweep(jobs, chosen, results, work).pending, chosen, workers))
+        return
+    work.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(work / "sweep.lock", timeout=0):
+            sweep = Sweep(jobs, chosen, results, work)
+            click.echo(describe(sweep.pending, chosen, workers))
+            _run(sweep, workers, work)
+    except Timeout:
+        raise click.ClickException(
+            f"another sweep is running in {work}; wait for it, or choose another --work and --results"
+        ) from None
+    write_report(results, chosen, fusion)
+
+
+def _run(sweep: Sweep, workers: int, work: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    others = set(multiprocessing.active_children())
+    executor = ProcessPoolExecutor(
+        workers, mp_context=context, initializer=start_process, initargs=(work / "worker.log",)
+    )
+    try:
+        sweep.run(executor, workers)
+    except KeyboardInterrupt:
+        raise click.ClickException("interrupted; start the command again to go on where it stopped") from None
+    finally:
+        # What is still running would only keep the console waiting.
+        for process in set(multiprocessing.active_children()) - others:
+            process.terminate()
+        executor.shutdown(wait=False, cancel_futures=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""Run what is left of the plan: whatever is ready, the most valuable first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from pathlib import Path
+
+import click
+from tqdm import tqdm
+
+from . import bases, records, worker
+from .plan import Base, Cell, Job, Settings, seconds
+from .records import Record
+
+
+class Sweep:
+    """The state of a sweep: what is finished is in the results file and the work folder, and nowhere else."""
+
+    def __init__(self, jobs: Sequence[Job], settings: Settings, results: Path, work: Path) -> None:
+        self.settings, self.results, self.work = settings, results, work
+        self._records = records.of_settings(records.read(results), settings)
+        self._finished = {record.cell for record in self._records}
+        self.pending = [job for job in jobs if not self.is_done(job)]
+
+    def is_done(self, job: Job) -> bool:
+        if isinstance(job, Base):
+            return bases.is_made(job, self.settings, self.work)
+        resolved = self._resolved(job)
+        return resolved is not None and resolved in self._finished
+
+    def run(self, executor: Executor, workers: int) -> None:
+        """Until nothing is pending; after an interruption, what was running is lost and nothing else.
+
+        Raises:
+            click.ClickException: if a job failed, naming it.
+        """
+        self.results.parent.mkdir(parents=True, exist_ok=True)
+        self.work.mkdir(parents=True, exist_ok=True)
+        records.drop_cut_off_line(self.results)
+        running: dict[Future[Record | None], Job] = {}
+        total = sum(seconds(job, self.settings) for job in self.pending)
+        # In seconds of one core, because jobs differ: the time left is then right.
+        layout = "{desc}: {percentage:3.0f}% |{bar}| {elapsed} < {remaining}{postfix}"
+        with tqdm(total=total, bar_format=layout, desc="0 done", mininterval=1) as bar:
+            done, number = 0, len(self.pending)
+            while self.pending or running:
+                while len(running) < workers and (job := self._next()) is not None:
+                    future = executor.submit(worker.execute, self._resolved(job) or job, self.settings, self.work)
+                    running[future] = job
+                for future in wait(running, timeout=5, return_when=FIRST_COMPLETED).done:
+                    job = running.pop(future)
+                    self._finish(job, future)
+                    done += 1
+                    bar.update(seconds(job, self.settings))
+                    bar.set_postfix_str(_name(job), refresh=False)
+                bar.set_description(f"{done} of {number} jobs")
+
+    def _next(self) -> Job | None:
+        """The first that waits for nothing, taken out."""
+        for place, job in enumerate(self.pending):
+            if self._is_ready(job):
+                return self.pending.pop(place)
+        return None
+
+    def _is_ready(self, job: Job) -> bool:
+        single = Base(job.base, 1)
+        if isinstance(job, Base):
+            return job == single or self.is_done(single)
+        own = Base(job.base, job.pooled_tokens)
+        return self._resolved(job) is not None and self.is_done(single) and self.is_done(own)
+
+    def _resolved(self, job: Job) -> Cell | None:
+        """The run with its rate; None if that isn't known yet, or it is no run."""
+        if isinstance(job, Base):
+            return None
+        if job.rate is not None:
+            return job
+        rate = records.best_rate(self._records, job.arm, job.pooled_tokens)
+        return None if rate is None else job._replace(rate=rate)
+
+    def _finish(self, job: Job, future: Future[Record | None]) -> None:
+        try:
+            record = future.result()
+        except Exception as error:
+            raise click.ClickException(
+                f"the job {_name(job)} failed: {type(error).__name__}: {error}. What was finished before is kept; "
+                f"start the command again to go on. Logs are in {self.work}"
+            ) from error
+        if record is not None:
+            records.append(self.results, record)
+            self._records.append(record)
+            self._finished.add(record.cell)
+
+
+def _name(job: Job) -> str:
+    if isinstance(job, Base):
+        return f"base {job.base}, {job.pooled_tokens} token(s)"
+    return f"{job.arm}, {job.pooled_tokens} token(s), base {job.base}, seed {job.seed}, {job.split}"

@@ -1,0 +1,135 @@
+"""The table, and what it says, in Markdown."""
+
+from __future__ import annotations
+
+from . import recipes
+from .plan import BASES, RATES, SEEDS
+from .results import ArmResult, Results
+from .statistics import Estimate
+
+#: The gain over the best control of equal size that is asked of the adapter.
+GOAL = 0.05
+
+
+def sections(fusion: str) -> dict[str, list[str]]:
+    """Arms at one token an image, in the order of table and figure."""
+    return {
+        "controls": [recipes.BASE, *recipes.controls(fusion)],
+        "adapter only": [*recipes.FUSIONS, recipes.llm_embeddings(fusion), recipes.random_tower(fusion)],
+        "projector + adapter": [recipes.with_projector(other) for other in recipes.FUSIONS],
+        "parts of linear": list(recipes.LINEAR_PARTS),
+        "attention, one thing changed": list(recipes.ATTENTION_CHANGES),
+    }
+
+
+def pooled_arms(fusion: str) -> list[str]:
+    return [recipes.BASE, recipes.LORA_ALL, recipes.PROJECTOR_LORA, fusion, recipes.with_projector(fusion)]
+
+
+def markdown(results: Results) -> str:
+    """Table, poolings, and the gains over each control."""
+    lines = [_header("arm"), _RULE]
+    for section, arms in sections(results.fusion).items():
+        found = [arm for name in arms if (arm := results.get(name)) is not None]
+        if found:
+            lines.append(f"| *{section}* |" + " |" * 7)
+        lines += [_row(results, arm, is_control=section == "controls") for arm in found]
+    poolings = sorted({tokens for _, tokens in results.arms if tokens > 1})
+    for tokens in poolings:
+        lines.append(f"| *{tokens} tokens an image* |" + " |" * 7)
+        found = [arm for name in pooled_arms(results.fusion) if (arm := results.get(name, tokens)) is not None]
+        controls = (recipes.BASE, *recipes.controls(results.fusion))
+        lines += [_row(results, arm, is_control=arm.arm in controls) for arm in found]
+    return "\n".join([*lines, "", _notes(results), "", *_conclusions(results), ""])
+
+
+_RULE = "|---|---:|---:|---:|---:|---:|---:|---:|"
+
+
+def _header(name: str) -> str:
+    return (
+        f"| {name} | parameters | s a run | rate | mean, % | pairs, both right, % | gain over the best control | "
+        "by base checkpoint |"
+    )
+
+
+def _row(results: Results, arm: ArmResult, *, is_control: bool) -> str:
+    rate = "" if not arm.parameters else f"{arm.rate:g}" + ("*" if arm.rate_at_edge else "")
+    gain = by_base = ""
+    if not is_control and (control := results.best_control(arm)) is not None:
+        gain = _signed(results.gain(arm, control))
+        by_base = ", ".join(f"{100 * value:+.1f}" for value in results.gain_by_base(arm, control))
+    complete = arm.arm == recipes.BASE or arm.runs == len(BASES) * len(SEEDS)
+    cells = [
+        arm.arm + ("" if complete else f" ({arm.runs} runs)"),
+        f"{arm.parameters:,}",
+        f"{arm.seconds:.0f}",
+        rate,
+        _plain(results.mean(arm)),
+        _plain(results.pair_accuracy(arm)),
+        gain,
+        by_base,
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def _plain(estimate: Estimate) -> str:
+    return f"{100 * estimate.value:.1f} ± {100 * estimate.half_width:.1f}"
+
+
+def _signed(estimate: Estimate) -> str:
+    return f"{100 * estimate.value:+.1f} ({100 * estimate.low:+.1f} to {100 * estimate.high:+.1f})"
+
+
+def _notes(results: Results) -> str:
+    return (
+        f"Means over {len(BASES)} base checkpoints and {len(SEEDS)} seeds each, of the test split; ± and ranges are "
+        "95 % intervals of a bootstrap over scenes, paired by question where two arms are compared. The best control "
+        "is the one with the highest mean on the test itself, among the controls with at most 5 % more parameters than "
+        f"the arm, or than {recipes.ADAPTER_SIZE:,}. Rates were chosen on the validation split, from the same "
+        f"{len(RATES)} for every arm; *: the lowest or highest of them."
+    )
+
+
+def _conclusions(results: Results) -> list[str]:
+    lines = []
+    fusion = results.get(results.fusion)
+    if fusion is not None:
+        for weaker in results.controls(fusion):
+            lines.append(f"- `{fusion.arm}` over {weaker.arm}: {_signed(results.gain(fusion, weaker))} points.")
+        if (other := results.get(recipes.random_tower(results.fusion))) is not None:
+            lines.append(f"- `{fusion.arm}` over {other.arm}: {_signed(results.gain(fusion, other))} points.")
+    if (attention := results.get("attention")) is not None:
+        for name in recipes.ATTENTION_CHANGES:
+            if (changed := results.get(name)) is not None:
+                lines.append(f"- {name}, over `attention`: {_signed(results.gain(changed, attention))} points.")
+    lines += _goal(results)
+    not_gained: list[str] = []
+    for arm in results.arms.values():
+        if arm.arm in (recipes.BASE, *recipes.controls(results.fusion)):
+            continue
+        control = results.best_control(arm)
+        if control is not None:
+            name = f"{arm.arm} ({arm.pooled_tokens} token{'s' * (arm.pooled_tokens > 1)})"
+            if results.gain(arm, control).low <= 0:
+                not_gained.append(name)
+    lines.append(
+        f"- No gain over the best control that the interval tells from zero: {'; '.join(not_gained) or 'none'}."
+    )
+    return lines
+
+
+def _goal(results: Results) -> list[str]:
+    lines = []
+    for (name, tokens), arm in sorted(results.arms.items(), key=lambda item: item[0][1]):
+        if name not in (results.fusion, recipes.with_projector(results.fusion)):
+            continue
+        control = results.best_control(arm)
+        if control is not None:
+            gain = results.gain(arm, control)
+            verdict = "reached" if gain.value >= GOAL else "missed"
+            lines.append(
+                f"- {name}, {tokens} token{'s' * (tokens > 1)} an image: {_signed(gain)} points over {control.arm}, "
+                f"the best control of equal size; the goal of {100 * GOAL:.0f} is {verdict}."
+            )
+    return lines
