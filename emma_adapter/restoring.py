@@ -167,7 +167,7 @@ def _check_range(saved: checkpoint.SavedAdapter, dtype: torch.dtype) -> None:
     """That no value becomes infinite in the dtype that the model runs in, and with it every visual token."""
     largest = torch.finfo(dtype).max if dtype.is_floating_point else math.inf
     read = {name: value for name, value in saved.alignment.items() if not value.is_meta and value.is_floating_point()}
-    beyond = [name for name, value in read.items() if bool((value.abs() > largest).any())]
+    beyond = [name for name, value in read.items() if bool((value.double().abs() > largest).any())]
     if beyond:
         raise CheckpointError(
             f"{saved.source}: {listed(beyond)} hold values beyond the range of {dtype}, in which this model is: load "
