@@ -17,7 +17,7 @@ from ..instructions.tokens import Instruction
 from .observing import Model, VisualEntry, observe
 
 Array = NDArray[np.float32]
-Field = Literal["norm", "relative", "cosine"]
+Field = Literal["norm", "relative", "cosine", "gain"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +34,9 @@ class TokenMap:
     relative: Array
     #: Cosine of the angle between V and V'; 1 where both are 0.
     cosine: Array
+    #: ``|V'| / |V|``: above 1 where the adapter amplifies a token, below where it suppresses it. ``modulation`` shows
+    #: here what it keeps; a token that it all but erases has moved the farthest.
+    gain: Array
     #: ``"image"`` or ``"video"``.
     modality: str
     #: Row of the batch, or packed sample.
@@ -105,7 +108,7 @@ def stitch(maps: Sequence[TokenMap], rows: int, columns: int, field: Field = "re
         maps: of the tiles, row by row, without the thumbnail.
         rows: of tiles.
         columns: of tiles.
-        field: ``"norm"``, ``"relative"`` or ``"cosine"``.
+        field: ``"norm"``, ``"relative"``, ``"cosine"`` or ``"gain"``.
 
     Returns:
         float32 ``[rows * H, columns * W]``.
@@ -130,7 +133,7 @@ def on_image(maps: Sequence[TokenMap], height: int, width: int, field: Field = "
         maps: of one image, all with a ``box``.
         height: of the result, as of the image in pixels.
         width: of the result.
-        field: ``"norm"``, ``"relative"`` or ``"cosine"``.
+        field: ``"norm"``, ``"relative"``, ``"cosine"`` or ``"gain"``.
 
     Returns:
         float32 ``[height, width]``; NaN where no map reaches.
@@ -167,12 +170,19 @@ def _token_map(entry: VisualEntry) -> TokenMap:
         norm=_array(moved.norm(dim=-1), entry),
         relative=_array(_ratio(moved, before), entry),
         cosine=_array(cosine, entry),
+        gain=_array(_gain(one, other), entry),
         modality=entry.modality,
         row=entry.row,
         medium=entry.medium,
         index=entry.index,
         box=entry.box,
     )
+
+
+def _gain(before: Tensor, after: Tensor) -> Tensor:
+    """``|after| / |before|``; 1 where both are 0."""
+    length = after.norm(dim=-1)
+    return torch.where((before == 0).all(-1) & (length == 0), 1.0, length / before.norm(dim=-1))
 
 
 def _ratio(moved: Tensor, before: Tensor) -> Tensor:

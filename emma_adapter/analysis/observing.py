@@ -45,8 +45,10 @@ class VisualEntry:
     #: ``[T, Dt]``, and bool ``[T]`` or None if all positions count.
     instruction: Tensor
     instruction_mask: Tensor | None
-    #: ``[P, L]``, the projector's output, if it was asked for: of the entry, or of the whole medium if ``shared``.
+    #: ``[P, L]``, the projector's output, and what it is without the adapter, if they were asked for: of the entry, or
+    #: of the whole medium if ``shared``.
     projected: Tensor | None = None
+    projected_before: Tensor | None = None
     shared: bool = False
 
     @property
@@ -65,7 +67,8 @@ def observe(
         model: a patched model, or a wrapper around one, or its handle.
         inputs: what the model's processor returned; moved to the model's device.
         instruction: as the call's own ``instruction=``.
-        projected: also return what the projector makes of the visual tokens.
+        projected: also return what the projector makes of the visual tokens, with and without the adapter, for which
+            the model is called twice.
 
     Raises:
         PatchError: if the model is not patched.
@@ -78,13 +81,17 @@ def observe(
         raise AnalysisError(f"a batch must be what the processor returns, a mapping; got a {type(inputs).__name__}")
     seen: list[ObservedAlignment] = []
     outputs: list[Tensor] = []
+    originals: list[Tensor] = []
     arguments = {name: _to_device(value, base) for name, value in inputs.items()}
     if instruction is not None:
         arguments["instruction"] = instruction
     projector = state.family.projector(state.family.inner(base))
-    watching = _output_of(projector, outputs) if projected else nullcontext()
-    with torch.no_grad(), _in_eval_mode(model), state.observing(seen.append), watching:
-        model(**arguments)
+    with torch.no_grad(), _in_eval_mode(model):
+        with state.observing(seen.append), _output_of(projector, outputs) if projected else nullcontext():
+            model(**arguments)
+        if projected:
+            with state.disabled(), _output_of(projector, originals):
+                model(**arguments)
     main = [one for one in seen if one.place == MAIN_PLACE]
     if not main:
         raise AnalysisError(
@@ -96,7 +103,7 @@ def observe(
     media: dict[str, int] = {}
     for number, one in enumerate(main):
         boxes = state.family.boxes(one.call, one.route.layout)
-        output = outputs[number] if projected else None
+        output = (outputs[number], originals[number]) if projected else (None, None)
         first = media.get(one.call.modality, 0)
         media[one.call.modality] = first + len(one.route.layout.entries)
         entries += _entries(one, native, boxes, output, first)
@@ -139,12 +146,12 @@ def _entries(
     one: ObservedAlignment,
     native: tuple[int | None, Grid | None],
     boxes: Any,
-    output: Tensor | None,
+    output: tuple[Tensor | None, Tensor | None],
     first_medium: int,
 ) -> Iterator[VisualEntry]:
     layout, instruction = one.route.layout, one.route.instruction
     before, after = (_split(tokens, layout) for tokens in (one.visual_tokens, one.aligned))
-    per_entry, per_medium = _split_output(output, layout)
+    projected, originals = (_split_output(one, layout) for one in output)
     rows = one.route.rows.tolist()
     mask = None if instruction.mask is None else instruction.mask.cpu()
     number = 0
@@ -165,8 +172,9 @@ def _entries(
                     box=boxes[number],
                     instruction=instruction.tokens[rows[medium]].detach().float().cpu(),
                     instruction_mask=None if mask is None else mask[rows[medium]].bool(),
-                    projected=per_entry[number] if per_entry else per_medium[medium] if per_medium else None,
-                    shared=not per_entry and size > 1,
+                    projected=_part(projected, number, medium),
+                    projected_before=_part(originals, number, medium),
+                    shared=not projected[0] and size > 1,
                 )
             number += 1
 
@@ -193,6 +201,11 @@ def _split_output(output: Tensor | None, layout: MediaLayout) -> tuple[list[Tens
             "tokens: the model's family must say in layout() how many tokens each takes in the language model"
         )
     return [], list(flat.split(list(layout.tokens)))
+
+
+def _part(output: tuple[list[Tensor], list[Tensor]], entry: int, medium: int) -> Tensor | None:
+    per_entry, per_medium = output
+    return per_entry[entry] if per_entry else per_medium[medium] if per_medium else None
 
 
 def _to_device(value: Any, model: nn.Module) -> Any:
