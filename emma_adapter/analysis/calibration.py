@@ -15,6 +15,9 @@ _LEVELS = (0.0, 0.1, 0.25, 0.5, 1.0, 1.75, 2.75, 4.0, 6.0)
 #: Distances of the classes' centres from the origin, in standard deviations of a class.
 _DISTANCES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.5, 7.0, 11.0)
 _REPLICATES = 4
+# Where the estimate grows by less than a tenth of what the truth does, it is mostly noise. Below the limit, in nats,
+# levels lie too close together to tell.
+_MIN_SLOPE, _MIN_LIMIT = 0.1, 0.4
 _DENSITY_SAMPLES = 2000
 
 Estimate = Callable[[Samples, NDArray[np.generic]], float]
@@ -30,18 +33,26 @@ class Calibration:
 
     def correct(self, raw: float) -> tuple[float, float, float]:
         """For an estimate: the information that gives it on average, the slope there, and the spread there."""
+        last = self._last_resolved + 1
         # Estimates fluctuate around 0: that the means grow with the truth is enforced.
-        mean = np.maximum.accumulate(self.mean) + np.arange(len(self.mean)) * 1e-9
-        corrected = float(np.interp(raw, mean, self.truth))
-        step = int(np.clip(np.searchsorted(mean, raw), 1, len(mean) - 1))
+        mean = np.maximum.accumulate(self.mean[:last]) + np.arange(last) * 1e-9
+        corrected = float(np.interp(raw, mean, self.truth[:last]))
+        step = int(np.clip(np.searchsorted(mean, raw), 1, last - 1))
         rise = mean[step] - mean[step - 1]
         slope = (self.truth[step] - self.truth[step - 1]) / rise if rise > 1e-6 else 1.0
-        spread = float(np.interp(raw, mean, np.sqrt(_smooth(self.spread**2))))
-        return corrected, float(np.clip(slope, 1.0, 10.0)), spread
+        spread = float(np.interp(raw, mean, np.sqrt(_smooth(self.spread**2))[:last]))
+        return corrected, float(np.clip(slope, 1.0, 1 / _MIN_SLOPE)), spread
 
     def is_saturated(self, raw: float) -> bool:
         """Whether an estimate is as high as the estimator gets."""
-        return raw >= float(self.mean.max()) - float(self.spread[-1])
+        return raw >= self.mean[self._last_resolved] - self.spread[self._last_resolved]
+
+    @property
+    def _last_resolved(self) -> int:
+        """The last level that estimates tell from the one before."""
+        rises = np.diff(self.mean) / np.maximum(np.diff(self.truth), 1e-9)
+        flat = [level for level, rise in enumerate(rises) if rise < _MIN_SLOPE and self.truth[level] >= _MIN_LIMIT]
+        return flat[0] if flat else len(self.truth) - 1
 
 
 def calibrate_gaussians(n: int, dims: tuple[int, int], shares: Samples, k: int, seed: int) -> Calibration:

@@ -48,6 +48,7 @@ class MutualInformation:
     shuffled: float
     shuffled_spread: float
     #: True if ``raw`` is about as high as the estimator gets with so few samples: the truth may be far above ``nats``.
+    #: More samples, or fewer ``dims``, reach higher.
     saturated: bool
     estimator: Literal["ksg", "ross"]
     samples: int
@@ -58,8 +59,8 @@ class MutualInformation:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 %, if the data are as benign as Gaussians."""
-        return max(0.0, self.nats - _Z * self.error), self.nats + _Z * self.error
+        """95 %, if the data are as benign as Gaussians; without an upper end if ``saturated``."""
+        return max(0.0, self.nats - _Z * self.error), math.inf if self.saturated else self.nats + _Z * self.error
 
 
 @dataclass(frozen=True)
