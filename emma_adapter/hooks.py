@@ -194,7 +194,9 @@ def _tell_observer(
     context, family = state.context, state.family
     assert context.observer is not None
     plan = context.plan if isinstance(context.plan, CallPlan) else None
-    running = context.feature_call or (plan.feature_call if plan else FeatureCall.of(family, family.modalities[0], None, {}))
+    running = context.feature_call or (
+        plan.feature_call if plan else FeatureCall.of(family, family.modalities[0], None, {})
+    )
     inner = family.inner(state.model)
     call = projector_call(inner, running, visual_tokens, plan.placeholders[running.modality] if plan else None)
     context.observer(ObservedAlignment(getattr(projector, PLACE_ATTRIBUTE), route, call, visual_tokens, aligned))

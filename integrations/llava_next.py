@@ -27,7 +27,6 @@ class LlavaNextFamily(LlavaFamily):
         tiles = tiles_of(call)
         return MediaLayout(tokens=packed_lengths(call, tiles, vision_feature_select_strategy=strategy), entries=tiles)
 
-
     def boxes(self, call: ProjectorCall, layout: MediaLayout) -> Sequence[Box | None]:
         return tile_boxes(call, layout)
 

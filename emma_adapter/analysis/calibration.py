@@ -45,7 +45,7 @@ class Calibration:
 
     def is_saturated(self, raw: float) -> bool:
         """Whether an estimate is as high as the estimator gets."""
-        return raw >= self.mean[self._last_resolved] - self.spread[self._last_resolved]
+        return bool(raw >= self.mean[self._last_resolved] - self.spread[self._last_resolved])
 
     @property
     def _last_resolved(self) -> int:

@@ -15,7 +15,7 @@ from ..errors import AnalysisError
 from .observing import Model, VisualEntry, observed_batches
 from .probes import Probe, probe
 
-Verdict = Literal["can help", "reaches the model already", "not in the visual tokens", "not in the instruction"]
+Verdict = Literal["can help", "reaches the model already", "not linear in the visual tokens", "not in the instruction"]
 
 #: Grid that visual tokens are averaged to, so that images of all sizes have as many features.
 _COARSE = 4
@@ -25,7 +25,8 @@ _MEANINGS: dict[Verdict, str] = {
     "an adapter can help",
     "reaches the model already": "what is in the visual tokens of the answer passes the projector anyway: training the "
     "language model (LoRA) may do as well",
-    "not in the visual tokens": "the answer can't be read off the visual tokens: no adapter before the projector finds it",
+    "not linear in the visual tokens": "no linear map reads the answer off the visual tokens: an adapter "
+    "that picks among them will hardly find it, even if the model answers such questions already",
     "not in the instruction": "the instruction encoding doesn't tell what is asked: try another instruction_encoder",
 }
 
@@ -147,7 +148,7 @@ def diagnose(
 def _verdict(visual: Probe, projected: Probe, loses: bool, told: Probe | None) -> Verdict:
     if not visual.decodable:
         # What mixes tokens, as a projector that attends does, may make it readable.
-        return "reaches the model already" if projected.decodable else "not in the visual tokens"
+        return "reaches the model already" if projected.decodable else "not linear in the visual tokens"
     if not loses:
         return "reaches the model already"
     return "can help" if told is None or told.decodable else "not in the instruction"

@@ -80,7 +80,9 @@ class InformationGain:
     ratio_interval: tuple[float, float]
 
 
-def mutual_information(x: ArrayLike, y: ArrayLike, *, dims: int = 8, neighbours: int = 3, seed: int = 0) -> MutualInformation:
+def mutual_information(
+    x: ArrayLike, y: ArrayLike, *, dims: int = 8, neighbours: int = 3, seed: int = 0
+) -> MutualInformation:
     """Mutual information between representations and others, or labels.
 
     By nearest neighbours (Kraskov et al. 2004; with labels Ross 2014) in the leading principal components of each side,

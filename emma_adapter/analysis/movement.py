@@ -61,9 +61,7 @@ class Comparison:
     difference: Array
 
 
-def token_movement(
-    model: Model, inputs: Mapping[str, Any], instruction: Instruction | None = None
-) -> list[TokenMap]:
+def token_movement(model: Model, inputs: Mapping[str, Any], instruction: Instruction | None = None) -> list[TokenMap]:
     """How far the adapter moves each visual token of a call.
 
     Args:

@@ -55,7 +55,9 @@ def pair_distances(model: Model, pairs: Iterable[tuple[Mapping[str, Any], Mappin
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
             raise AnalysisError(f"pairs must hold two batches each, (first, second); number {number} doesn't")
         first, second = (_by_row(observe(model, batch)) for batch in pair)
-        shapes = [{row: [entry.before.shape for entry in entries] for row, entries in own.items()} for own in (first, second)]
+        shapes = [
+            {row: [entry.before.shape for entry in entries] for row, entries in own.items()} for own in (first, second)
+        ]
         if shapes[0] != shapes[1]:
             raise AnalysisError(
                 f"the images of pair {number} have other numbers of visual tokens, or lie in other rows: resize both to "

@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from ..errors import AnalysisError
 
 _MAX_COMPONENTS = 64
+_PENALTIES = tuple(10.0**power for power in range(6))
 _Z = 1.96
 
 
@@ -40,7 +41,8 @@ class Probe:
 
 
 def probe(features: ArrayLike, labels: ArrayLike, *, folds: int = 5, shuffles: int = 19, seed: int = 0) -> Probe:
-    """A logistic regression on standardised principal components, at most 64, cross-validated with stratified folds.
+    """A ridge classifier on the leading principal components of standardised features, at most 64, cross-validated with
+    stratified folds. Its penalty is chosen within each fold, by leaving one out.
 
     Args:
         features: ``[n, d]`` floats.
@@ -66,10 +68,11 @@ def probe(features: ArrayLike, labels: ArrayLike, *, folds: int = 5, shuffles: i
             f"{sorted(counts.tolist(), reverse=True)[:10]}"
         )
     x, y = x[keep], np.unique(y[keep], return_inverse=True)[1]
-    rng = np.random.default_rng(seed)
-    right = _right(x, y, folds, seed)
+    splits = _splits(x, y, folds, seed)
+    right = _right(splits, y)
     accuracy = float(right.mean())
-    shuffled = [float(_right(x, rng.permutation(y), folds, seed).mean()) for _ in range(shuffles)]
+    rng = np.random.default_rng(seed)
+    shuffled = [float(_right(splits, rng.permutation(y)).mean()) for _ in range(shuffles)]
     everywhere = np.zeros(len(keep), dtype=bool)
     everywhere[keep] = right
     return Probe(
@@ -86,19 +89,39 @@ def probe(features: ArrayLike, labels: ArrayLike, *, folds: int = 5, shuffles: i
     )
 
 
-def _right(x: NDArray[np.float64], y: NDArray[np.int64], folds: int, seed: int) -> NDArray[np.bool_]:
-    """Which samples are told right by probes that didn't see them."""
+@dataclass(frozen=True, eq=False)
+class _Split:
+    """Rows to learn from and to tell, and their reduced features; what reduces them hasn't seen the latter."""
+
+    train: NDArray[np.int64]
+    test: NDArray[np.int64]
+    seen: NDArray[np.float64]
+    unseen: NDArray[np.float64]
+
+
+def _splits(x: NDArray[np.float64], y: NDArray[np.int64], folds: int, seed: int) -> list[_Split]:
     from sklearn.decomposition import PCA
-    from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import StratifiedKFold
     from sklearn.preprocessing import StandardScaler
 
-    right = np.zeros(len(y), dtype=bool)
+    found = []
     for train, test in StratifiedKFold(folds, shuffle=True, random_state=seed).split(x, y):
         scaler = StandardScaler().fit(x[train])
-        components = min(_MAX_COMPONENTS, x.shape[1], len(train) - 1)
-        reduce = PCA(components, whiten=True, svd_solver="full").fit(scaler.transform(x[train]))
-        inputs = reduce.transform(scaler.transform(x[train]))
-        classifier = LogisticRegression(C=0.1, max_iter=100, tol=1e-3).fit(inputs, y[train])
-        right[test] = classifier.predict(reduce.transform(scaler.transform(x[test]))) == y[test]
+        seen, unseen = scaler.transform(x[train]), scaler.transform(x[test])
+        reduce = PCA(min(_MAX_COMPONENTS, x.shape[1], len(train) - 1), svd_solver="full").fit(seen)
+        found.append(_Split(train, test, reduce.transform(seen), reduce.transform(unseen)))
+    return found
+
+
+def _right(splits: list[_Split], y: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which samples are told right by probes that didn't see them."""
+    from sklearn.linear_model import RidgeClassifierCV
+
+    right = np.zeros(len(y), dtype=bool)
+    for split in splits:
+        if len(np.unique(y[split.train])) == 1:
+            right[split.test] = y[split.test] == y[split.train[0]]
+            continue
+        classifier = RidgeClassifierCV(_PENALTIES).fit(split.seen, y[split.train])
+        right[split.test] = classifier.predict(split.unseen) == y[split.test]
     return right
