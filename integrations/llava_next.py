@@ -66,7 +66,7 @@ def tiles_of(call: ProjectorCall, whole: Sequence[bool] | None = None) -> list[i
 
 def tile_boxes(call: ProjectorCall, layout: MediaLayout) -> list[Box | None]:
     """The whole image, then its tiles row by row: the image is enlarged to the best resolution, and padded evenly."""
-    from transformers.models.llava_next.modeling_llava_next import select_best_resolution
+    from transformers.image_processing_utils import select_best_resolution
 
     if call.modality == "video":
         return [WHOLE_IMAGE] * sum(layout.entries)

@@ -140,7 +140,8 @@ def diagnose(
         found.append(Asked(name, own, behind, lost, error, verdict))
     if not found:
         raise AnalysisError(
-            f"nothing is asked often enough: a probe with {folds} folds needs two answers with at least {folds} rows each"
+            f"nothing is asked often enough: a probe with {folds} folds needs two answers with at least {folds} rows "
+            "each"
         )
     return Diagnosis(tuple(found), told)
 

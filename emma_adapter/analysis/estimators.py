@@ -16,8 +16,8 @@ _BLOCK = 2**22
 def ksg(x: Samples, y: Samples, k: int = 3) -> float:
     """The first estimator of Kraskov, Stögbauer and Grassberger (Phys. Rev. E 69, 066138, 2004, eq. 8):
 
-    ``psi(k) + psi(n) - <psi(n_x + 1) + psi(n_y + 1)>``, where n_x and n_y count the samples nearer in one space than the
-    k-th neighbour is in both, all by the largest coordinate difference.
+    ``psi(k) + psi(n) - <psi(n_x + 1) + psi(n_y + 1)>``, where n_x and n_y count the samples nearer in one space than
+    the k-th neighbour is in both, all by the largest coordinate difference.
 
     Args:
         x: float64 ``[n, dx]``.

@@ -34,8 +34,8 @@ class MutualInformation:
 
     #: The estimate, corrected for the estimator's bias; never negative.
     nats: float
-    #: Its standard error: of the sample, by a delete-a-block jackknife or as seen on Gaussians, whichever is larger, and
-    #: of the correction.
+    #: Its standard error: of the sample, by a delete-a-block jackknife or as seen on Gaussians, whichever is larger,
+    #: and of the correction.
     error: float
     #: What the estimator gave.
     raw: float
@@ -172,13 +172,14 @@ class _Estimation:
         n = len(values)
         if len(other) != n or n < _MIN_SAMPLES:
             raise AnalysisError(
-                f"mutual information needs at least {_MIN_SAMPLES} samples, as many of x as of y; got {n} and {len(other)}"
+                f"mutual information needs at least {_MIN_SAMPLES} samples, as many of x as of y; got {n} and "
+                f"{len(other)}"
             )
         self.x, explained_x = _components(values, dims)
         calibration: Calibration
         if other.ndim == 1:
             labels: Labels = np.unique(other, return_inverse=True)[1].astype(np.int64)
-            self.y: Samples | Labels = labels
+            self.y: Any = labels
             self.estimate: Callable[..., float] = ross
             calibration = calibrate_classes(labels, self.x.shape[1], k, seed)
             dims_y, explained_y = 0, 1.0
@@ -188,7 +189,7 @@ class _Estimation:
             for name, side in (("x", self.x), ("y", self.y)):
                 if len(np.unique(side, axis=0)) < 0.9 * n:
                     raise AnalysisError(
-                        f"many samples of {name} are the same: give labels, one number or text each, in place of vectors"
+                        f"many samples of {name} are the same: give labels in place of vectors, one number or text each"
                     )
             dims_y = self.y.shape[1]
             shares = canonical_shares(self.x, self.y)

@@ -1,4 +1,4 @@
-"""What the adapter does in one call of the user's model: visual tokens before and after, in the raster of each image."""
+"""What the adapter does in one call of a model: visual tokens before and after, in the raster of each image."""
 
 from __future__ import annotations
 

@@ -60,8 +60,8 @@ def pair_distances(model: Model, pairs: Iterable[tuple[Mapping[str, Any], Mappin
         ]
         if shapes[0] != shapes[1]:
             raise AnalysisError(
-                f"the images of pair {number} have other numbers of visual tokens, or lie in other rows: resize both to "
-                "one size, and keep the order of the rows"
+                f"the images of pair {number} have other numbers of visual tokens, or lie in other rows: resize both "
+                "to one size, and keep the order of the rows"
             )
         for row in sorted(first):
             for found, name in ((before, "before"), (after, "after")):

@@ -159,7 +159,7 @@ def plot_diagnosis(diagnosis: Diagnosis, ax: Axes | None = None) -> Figure:
             (-0.2, asked.visual, BEFORE, "visual tokens"),
             (0.2, asked.projected, AFTER, "behind the projector"),
         ):
-            ax.bar(place + shift, one.accuracy * 100, 0.38, color=colour, label=None if place else name)
+            ax.bar(place + shift, one.accuracy * 100, 0.38, color=colour, label="" if place else name)
             ax.errorbar(place + shift, one.accuracy * 100, 196 * one.error, color=GREY, capsize=3)
         ax.hlines(
             asked.visual.chance * 100,
@@ -167,7 +167,7 @@ def plot_diagnosis(diagnosis: Diagnosis, ax: Axes | None = None) -> Figure:
             place + 0.4,
             color=GREY,
             linestyle="--",
-            label=None if place else "chance",
+            label="" if place else "chance",
         )
     ax.set_xticks(
         range(len(diagnosis.attributes)), [asked.name for asked in diagnosis.attributes], rotation=20, ha="right"
