@@ -188,9 +188,10 @@ def test_the_model_is_left_as_it_was():
     model.train()
     model.model.vision_tower.eval()
     modes = {name: module.training for name, module in model.named_modules()}
-    before, weights = snapshot(model), copy.deepcopy(model.state_dict())
     with torch.no_grad(), adapter.instruction("x"):
         logits = model(**batch).logits
+    # After a call: transformers installs hooks of its own in the first.
+    before, weights = snapshot(model), copy.deepcopy(model.state_dict())
     rng = torch.get_rng_state()
     observe(model, batch, projected=True)
     with pytest.raises(AnalysisError), adapter.disabled():
@@ -260,16 +261,17 @@ def test_tokens_that_form_no_grid():
 def test_not_finite_tokens_are_nan_in_their_place():
     model, _ = trained(ZOO["llava"])
     batch = ZOO["llava"].batch([Row(images=((28, 28),))])
-    handle = model.model.vision_tower.register_forward_hook(_poison)
+    handle = model.model.multi_modal_projector.register_forward_pre_hook(_poison, prepend=True)
     [one] = token_movement(model, batch)
     handle.remove()
     for values in (one.norm, one.relative, one.cosine, one.gain):
         assert np.isnan(values).tolist() == [[False, False], [True, False]]
 
 
-def _poison(module, args, output):
-    for hidden in output.hidden_states:
-        hidden[:, 3] = torch.nan  # after the class token, the third patch
+def _poison(module, args):
+    broken = args[0].clone()
+    broken[:, 2, 0] = torch.nan
+    return (broken,)
 
 
 def test_an_unpatched_model_is_told(model):
