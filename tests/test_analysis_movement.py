@@ -101,7 +101,9 @@ def test_a_patch_lies_in_the_map_where_it_lies_in_the_picture(entry):
                     assert np.nanmax(alone) < 1e-3
             pictures = [on_image(maps, height, width), on_image(maps[:1], height, width)]
         for picture in pictures:
-            y, x = (part * size // length for part, size, length in zip(middle, picture.shape, (height, width), strict=True))
+            y, x = (
+                part * size // length for part, size, length in zip(middle, picture.shape, (height, width), strict=True)
+            )
             assert picture[y, x] == picture.max() > 0, place
 
 
@@ -109,7 +111,9 @@ def test_a_patch_lies_in_the_map_where_it_lies_in_the_picture(entry):
 @pytest.mark.parametrize("fusion", ["attention", "linear", "modulation"])
 def test_maps_are_what_the_formula_says_of_the_model_itself(entry, fusion):
     model, adapter = trained(entry, fusion)
-    batch = entry.batch([Row(images=((112, 56), (56, 56)), seed=1), Row(("is there a cat?",), images=((28, 84),), seed=2)])
+    batch = entry.batch(
+        [Row(images=((112, 56), (56, 56)), seed=1), Row(("is there a cat?",), images=((28, 84),), seed=2)]
+    )
     seen = []
     handle = adapter.alignment.register_forward_hook(lambda module, args, out: seen.append((args[0], out)))
     maps = token_movement(adapter, batch)

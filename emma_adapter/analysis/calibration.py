@@ -6,21 +6,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .estimators import Labels, Samples, ksg, ross
 
 #: In nats; what lies above the last is only known to be more.
-_LEVELS = (0.0, 0.1, 0.25, 0.5, 1.0, 1.75, 2.75, 4.0, 6.0)
+_LEVELS = (0.0, 0.2, 0.5, 1.0, 1.75, 2.75, 4.0, 6.0)
 #: Distances of the classes' centres from the origin, in standard deviations of a class.
 _DISTANCES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.5, 7.0, 11.0)
 _REPLICATES = 4
 # Where the estimate grows by less than a tenth of what the truth does, it is mostly noise. Below the limit, in nats,
 # levels lie too close together to tell.
-_MIN_SLOPE, _MIN_LIMIT = 0.1, 0.4
+_MIN_SLOPE, _MIN_LIMIT, _MIN_GROWTH = 0.1, 0.4, 0.05
 _DENSITY_SAMPLES = 2000
-
-Estimate = Callable[[Samples, NDArray[np.generic]], float]
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,25 +31,31 @@ class Calibration:
     def correct(self, raw: float) -> tuple[float, float, float]:
         """For an estimate: the information that gives it on average, the slope there, and the spread there."""
         last = self._last_resolved + 1
-        # Estimates fluctuate around 0: that the means grow with the truth is enforced.
+        truth = self.truth[:last]
+        # Estimates fluctuate: that the means grow with the truth is enforced.
         mean = np.maximum.accumulate(self.mean[:last]) + np.arange(last) * 1e-9
-        corrected = float(np.interp(raw, mean, self.truth[:last]))
+        corrected = float(np.interp(raw, mean, truth))
+        # Over a few levels, which fluctuate less than one.
         step = int(np.clip(np.searchsorted(mean, raw), 1, last - 1))
-        rise = mean[step] - mean[step - 1]
-        slope = (self.truth[step] - self.truth[step - 1]) / rise if rise > 1e-6 else 1.0
+        low, high = max(step - 2, 0), min(step + 1, last - 1)
+        slope = (truth[high] - truth[low]) / max(mean[high] - mean[low], 1e-9)
         spread = float(np.interp(raw, mean, np.sqrt(_smooth(self.spread**2))[:last]))
         return corrected, float(np.clip(slope, 1.0, 1 / _MIN_SLOPE)), spread
 
     def is_saturated(self, raw: float) -> bool:
-        """Whether an estimate is as high as the estimator gets."""
-        return bool(raw >= self.mean[self._last_resolved] - self.spread[self._last_resolved])
+        """Whether an estimate is as high as the estimator gets although there may be more to know."""
+        level = self._last_resolved
+        more = level < len(self.truth) - 1 or self.truth[-1] >= _LEVELS[-1]
+        return bool(more and raw >= self.mean[level] - self.spread[level])
 
     @property
     def _last_resolved(self) -> int:
         """The last level that estimates tell from the one before."""
-        rises = np.diff(self.mean) / np.maximum(np.diff(self.truth), 1e-9)
-        flat = [level for level, rise in enumerate(rises) if rise < _MIN_SLOPE and self.truth[level] >= _MIN_LIMIT]
-        return flat[0] if flat else len(self.truth) - 1
+        for level, (rise, growth) in enumerate(zip(np.diff(self.mean), np.diff(self.truth), strict=True)):
+            # Of labels, the truth itself stops growing at their entropy.
+            if self.truth[level] >= _MIN_LIMIT and growth > _MIN_GROWTH and rise < _MIN_SLOPE * growth:
+                return level
+        return len(self.truth) - 1
 
 
 def calibrate_gaussians(n: int, dims: tuple[int, int], shares: Samples, k: int, seed: int) -> Calibration:
@@ -66,9 +69,10 @@ def calibrate_gaussians(n: int, dims: tuple[int, int], shares: Samples, k: int, 
         k: neighbours.
         seed: of the samples.
     """
-    rng = np.random.default_rng(seed)
 
-    def draw(level: float) -> tuple[Samples, Samples]:
+    def draw(level: float, replicate: int) -> tuple[Samples, Samples]:
+        # The same noise at all levels: what they differ in is the level.
+        rng = np.random.default_rng((seed, replicate))
         rho = np.sqrt(-np.expm1(-2 * level * shares))
         x, y = rng.standard_normal((n, dims[0])), rng.standard_normal((n, dims[1]))
         pairs = len(shares)
@@ -76,35 +80,45 @@ def calibrate_gaussians(n: int, dims: tuple[int, int], shares: Samples, k: int, 
         # The largest coordinate difference isn't the same along all directions.
         return x @ _rotation(dims[0], rng), y @ _rotation(dims[1], rng)
 
-    estimates = np.array([[ksg(*draw(level), k) for _ in range(_REPLICATES)] for level in _LEVELS])
+    estimates = np.array([[ksg(*draw(level, number), k) for number in range(_REPLICATES)] for level in _LEVELS])
     return Calibration(np.array(_LEVELS), estimates.mean(1), estimates.std(1, ddof=1))
 
 
-def calibrate_classes(labels: Labels, dims: int, k: int, seed: int) -> Calibration:
-    """The bias of :func:`ross` on Gaussian classes with these labels, whose centres lie in random directions.
+def calibrate_classes(
+    x: Samples, labels: Labels, k: int, seed: int, prepare: Callable[[Samples], Samples] = lambda x: x
+) -> Calibration:
+    """The bias of :func:`ross` on Gaussian classes with these labels, whose centres lie as those of ``x [n, d]`` but for
+    the scale, and which are prepared as the data were.
 
     The truth at each level is a mean over the exact densities.
     """
-    rng = np.random.default_rng(seed)
     sizes = np.bincount(labels)
     prior = sizes / sizes.sum()
-    truth, estimates = [], []
-    for distance in _DISTANCES:
-        truths, found = [], []
-        for _ in range(_REPLICATES):
-            centres = rng.standard_normal((len(sizes), dims))
-            centres *= distance / np.linalg.norm(centres, axis=1, keepdims=True)
-            found.append(ross(centres[labels] + rng.standard_normal((len(labels), dims)), labels, k))
-            drawn = rng.choice(len(sizes), size=_DENSITY_SAMPLES, p=prior)
-            x = centres[drawn] + rng.standard_normal((_DENSITY_SAMPLES, dims))
-            log_density = -0.5 * ((x[:, None] - centres) ** 2).sum(-1)
-            largest = log_density.max(1, keepdims=True)
-            marginal = np.log((prior * np.exp(log_density - largest)).sum(1)) + largest[:, 0]
-            truths.append((log_density[np.arange(_DENSITY_SAMPLES), drawn] - marginal).mean())
-        truth.append(np.mean(truths))
-        estimates.append(found)
-    estimates_ = np.array(estimates)
-    return Calibration(np.maximum.accumulate(truth), estimates_.mean(1), estimates_.std(1, ddof=1))
+    dims = x.shape[1]
+    directions = np.stack([x[labels == label].mean(0) for label in range(len(sizes))]) - x.mean(0)
+    # Of length 1 on average; of labels that differ in nothing, the directions are arbitrary.
+    directions /= max(float(np.sqrt((directions**2).sum(1).mean())), 1e-12)
+    truth = np.empty((len(_DISTANCES), _REPLICATES))
+    estimates = np.empty_like(truth)
+    for replicate in range(_REPLICATES):
+        # The same noise at all distances: what they differ in is the distance.
+        rng = np.random.default_rng((seed, replicate))
+        noise = rng.standard_normal((len(labels), dims))
+        drawn = rng.choice(len(sizes), size=_DENSITY_SAMPLES, p=prior)
+        further_noise = rng.standard_normal((_DENSITY_SAMPLES, dims))
+        for level, distance in enumerate(_DISTANCES):
+            centres = distance * directions
+            estimates[level, replicate] = ross(prepare(centres[labels] + noise), labels, k)
+            truth[level, replicate] = _information_of_classes(centres, prior, drawn, centres[drawn] + further_noise)
+    return Calibration(np.maximum.accumulate(truth.mean(1)), estimates.mean(1), (estimates - truth).std(1, ddof=1))
+
+
+def _information_of_classes(centres: Samples, prior: Samples, drawn: Labels, points: Samples) -> float:
+    """The mean of ``log p(point | its class) - log p(point)``, with unit variance around each centre."""
+    log_density = -0.5 * ((points[:, None] - centres) ** 2).sum(-1)
+    largest = log_density.max(1, keepdims=True)
+    marginal = np.log((prior * np.exp(log_density - largest)).sum(1)) + largest[:, 0]
+    return float((log_density[np.arange(len(points)), drawn] - marginal).mean())
 
 
 def canonical_shares(x: Samples, y: Samples) -> Samples:

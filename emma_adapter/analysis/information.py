@@ -150,7 +150,7 @@ def information_gain(
         raise AnalysisError(f"{len(pooled[0])} rows show an image and there are {len(y)} responses: give one for each")
     estimations = [_Estimation(torch.stack(found).numpy(), y, dims, neighbours, seed) for found in pooled]
     before, after = (estimation.result for estimation in estimations)
-    covariance = estimations[0].covariance(estimations[1])
+    covariance = estimations[0].correlation(estimations[1]) * before.error * after.error
     difference = after.nats - before.nats
     error = math.sqrt(max(before.error**2 + after.error**2 - 2 * covariance, 0.0))
     return InformationGain(
@@ -181,7 +181,7 @@ class _Estimation:
             labels: Labels = np.unique(other, return_inverse=True)[1].astype(np.int64)
             self.y: Any = labels
             self.estimate: Callable[..., float] = ross
-            calibration = calibrate_classes(labels, self.x.shape[1], k, seed)
+            calibration = calibrate_classes(self.x, labels, k, seed, lambda drawn: _components(drawn, dims)[0])
             dims_y, explained_y = 0, 1.0
         else:
             self.y, explained_y = _components(_checked(other, "y"), dims)
@@ -219,10 +219,10 @@ class _Estimation:
             explained=(explained_x, explained_y),
         )
 
-    def covariance(self, other: _Estimation) -> float:
-        """Of the two estimates, by the jackknife."""
-        number = len(self.deviations)
-        return (number - 1) / number * float((self.deviations * other.deviations).sum())
+    def correlation(self, other: _Estimation) -> float:
+        """Of the two estimates over samples, by the jackknife."""
+        lengths = np.linalg.norm(self.deviations) * np.linalg.norm(other.deviations)
+        return float((self.deviations * other.deviations).sum() / lengths) if lengths > 0 else 0.0
 
 
 def _representations(entries: Sequence[VisualEntry], where: str) -> tuple[Tensor, Tensor]:

@@ -223,6 +223,7 @@ def _heat(
     bar = figure.colorbar(drawn, ax=ax, shrink=0.8, label=label)
     bar.ax.tick_params(colors=GREY, labelsize=8)
     bar.ax.yaxis.label.set_color(GREY)
+    bar.outline.set_edgecolor(GREY)
     if around_one:
         ticks = [tick for tick in (0.1, 0.25, 0.5, 1, 2, 4, 10) if 1 / far <= tick <= far]
         bar.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
