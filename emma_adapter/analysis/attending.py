@@ -157,8 +157,6 @@ def mask_statistics(model: Model, batches: Iterable[Mapping[str, Any]]) -> MaskS
             suppressed += int((factors < SUPPRESSED).sum())
             amplified += int((factors > AMPLIFIED).sum())
             counts += torch.histogram(factors.flatten(), edges).hist
-    if not entries:
-        raise AnalysisError("these batches show no image")
     mean, numbers = total / tokens, tokens * len(total)
     return MaskStatistics(
         mean=mean.numpy(),

@@ -93,11 +93,6 @@ def observe(
             with state.disabled(), _output_of(projector, originals):
                 model(**arguments)
     main = [one for one in seen if one.place == MAIN_PLACE]
-    if not main:
-        raise AnalysisError(
-            "the adapter saw no visual tokens in this call: pass everything that the processor returns for a prompt "
-            "with an image, outside of adapter.disabled()"
-        )
     native = state.family.visual_size(state.family.inner(base))
     entries: list[VisualEntry] = []
     media: dict[str, int] = {}
@@ -107,6 +102,11 @@ def observe(
         first = media.get(one.call.modality, 0)
         media[one.call.modality] = first + len(one.route.layout.entries)
         entries += _entries(one, native, boxes, output, first)
+    if not entries:
+        raise AnalysisError(
+            "the adapter saw no visual tokens in this call: pass everything that the processor returns for a prompt "
+            "with an image, outside of adapter.disabled()"
+        )
     return entries
 
 
