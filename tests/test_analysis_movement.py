@@ -110,7 +110,7 @@ def test_a_patch_lies_in_the_map_where_it_lies_in_the_picture(entry):
 @entries
 @pytest.mark.parametrize("fusion", ["attention", "linear", "modulation"])
 def test_maps_are_what_the_formula_says_of_the_model_itself(entry, fusion):
-    model, adapter = trained(entry, fusion)
+    _, adapter = trained(entry, fusion)
     batch = entry.batch(
         [Row(images=((112, 56), (56, 56)), seed=1), Row(("is there a cat?",), images=((28, 84),), seed=2)]
     )
@@ -146,7 +146,7 @@ def test_frames_of_videos(name):
     assert [one.index for one in frames] == [*range(len(frames) // 2)] * 2
     assert {one.box for one in frames} == {(0, 0, 1, 1)}
     assert {one.medium for one in frames} == {0, 1}
-    assert [one.medium for one in maps if one.modality == "image"][0] == 0
+    assert next(one.medium for one in maps if one.modality == "image") == 0
 
 
 def test_an_untrained_adapter_moves_nothing(model, processor):
@@ -200,7 +200,7 @@ def test_the_model_is_left_as_it_was():
     observe(model, batch, projected=True)
     with pytest.raises(AnalysisError), adapter.disabled():
         observe(model, batch, projected=True)
-    with pytest.raises(Exception, match="shape|size|match"):
+    with pytest.raises(Exception, match=r"shape|size|match"):
         observe(model, {**batch, "pixel_values": batch["pixel_values"][:, :, :5]}, projected=True)
     assert {name: module.training for name, module in model.named_modules()} == modes
     assert snapshot(model) == before

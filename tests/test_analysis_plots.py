@@ -74,7 +74,7 @@ def test_an_svg_for_a_page(name):
 
 def test_colours_are_those_of_the_values():
     """By eye: top left is the lowest, bottom right the highest, and 1 is white in a map of gains."""
-    [image] = [one for one in FIGURES["bare map"].axes[0].images]
+    [image] = FIGURES["bare map"].axes[0].images
     np.testing.assert_array_equal(image.get_array(), VALUES)
     assert image.get_clim() == (0, 3)
     gains = FIGURES["map"].axes[0].images[-1]

@@ -87,8 +87,8 @@ def calibrate_gaussians(n: int, dims: tuple[int, int], shares: Samples, k: int, 
 def calibrate_classes(
     x: Samples, labels: Labels, k: int, seed: int, prepare: Callable[[Samples], Samples] = lambda x: x
 ) -> Calibration:
-    """The bias of :func:`ross` on Gaussian classes with these labels, whose centres lie as those of ``x [n, d]`` but for
-    the scale, and which are prepared as the data were.
+    """The bias of :func:`ross` on Gaussian classes with these labels, whose centres lie as those of ``x [n, d]`` but
+    for the scale, and which are prepared as the data were.
 
     The truth at each level is a mean over the exact densities.
     """
