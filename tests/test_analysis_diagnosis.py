@@ -62,7 +62,7 @@ def test_rare_labels_are_left_out():
 QUESTIONS = {"left": "what is left?", "dogs": "how many dogs are there?"}
 
 
-def painted_batches(number: int = 60, *, bright: bool = True):
+def painted_batches(number: int = 80, *, bright: bool = True):
     """Pictures whose left half is bright or dark, and, drawn apart, their right half; asked for the one or other."""
     rng = np.random.default_rng(0)
     halves, asked = rng.integers(0, 2, (number, 2)), rng.integers(0, 2, number)
