@@ -7,6 +7,7 @@ from .alignment import EmmaAlignment
 from .collation import InstructionCollator
 from .config import EmmaConfig
 from .errors import (
+    AnalysisError,
     CheckpointError,
     ConfigError,
     DataError,
@@ -30,6 +31,7 @@ from .patching import EmmaAdapter, get_adapter, patch_model, unpatch_model
 from .version import __version__
 
 __all__ = [
+    "AnalysisError",
     "CacheInfo",
     "CheckpointError",
     "ConfigError",

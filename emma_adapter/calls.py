@@ -122,6 +122,18 @@ class RoutedInstruction:
         return _laid_out_like(visual_tokens, aligned.view_as(visual_tokens))
 
 
+@dataclass(frozen=True, eq=False)
+class ObservedAlignment:
+    """What an adapter did to the input of one projector, told to whoever observes the call."""
+
+    #: Which of the model's projectors it is; see ``attachment``.
+    place: str
+    route: RoutedInstruction
+    call: ProjectorCall
+    visual_tokens: Tensor
+    aligned: Tensor
+
+
 def same_plan(one: CallPlan | Bypass, other: CallPlan | Bypass) -> bool:
     """Whether both give every row the same instruction."""
     if isinstance(one, Bypass) or isinstance(other, Bypass):
@@ -164,7 +176,7 @@ def route(
     assert plan.inner is not None
     running = plan.feature_call if feature_call is None else feature_call
     placeholders = plan.placeholders[running.modality]
-    layout = _checked_layout(family, _projector_call(plan.inner, running, visual_tokens, placeholders))
+    layout = _checked_layout(family, projector_call(plan.inner, running, visual_tokens, placeholders))
     rows = rows_of_media(placeholders, layout.tokens, repeats=plan.repeats)
     return RoutedInstruction(layout, rows, plan.adapter, plan.instruction)
 
@@ -179,13 +191,13 @@ def route_without_prompt(
 ) -> RoutedInstruction:
     """One instruction for all images, or one for each, outside of any call."""
     running = feature_call or FeatureCall.of(family, family.modalities[0], None, {})
-    layout = _checked_layout(family, _projector_call(inner, running, visual_tokens, None))
+    layout = _checked_layout(family, projector_call(inner, running, visual_tokens, None))
     media = len(layout.tokens)
     rows = torch.arange(media, device=visual_tokens.device)
     return RoutedInstruction(layout, rows, adapter, instruction.for_each(media, f"{running.modality}s"))
 
 
-def _projector_call(
+def projector_call(
     inner: nn.Module, running: FeatureCall, visual_tokens: Tensor, placeholders: Tensor | None
 ) -> ProjectorCall:
     return ProjectorCall(

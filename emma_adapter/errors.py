@@ -45,3 +45,7 @@ class CheckpointError(EmmaError, ValueError):
 
 class DataError(EmmaError, ValueError):
     """A dataset, or a row of one, can't be trained on."""
+
+
+class AnalysisError(EmmaError, ValueError):
+    """What was asked of :mod:`emma_adapter.analysis` can't be told from this model or these data."""

@@ -19,6 +19,10 @@ from .errors import RoutingError, UnsupportedModelError
 
 ENTRY_POINT_GROUP = "emma_adapter.integrations"
 
+#: ``(top, left, bottom, right)`` in shares of an image's height and width.
+Box = tuple[float, float, float, float]
+WHOLE_IMAGE: Box = (0.0, 0.0, 1.0, 1.0)
+
 
 @dataclass(frozen=True)
 class ProjectorCall:
@@ -137,6 +141,12 @@ class ModelFamily(ABC):
         """
         entries = call.visual_tokens.shape[0]
         return MediaLayout(tokens=share_evenly(call, entries), entries=[1] * entries)
+
+    def boxes(self, call: ProjectorCall, layout: MediaLayout) -> Sequence[Box | None]:
+        """Where in its image, or frame, each entry of ``layout`` lies, for the heat maps of ``emma_adapter.analysis``;
+        None where the call doesn't tell. A tile may reach over the edge of its image, where it is padded."""
+        whole = None if self.tiles and call.modality == "image" else WHOLE_IMAGE
+        return [whole] * sum(layout.entries)
 
 
 def share_evenly(call: ProjectorCall, media: int) -> list[int]:

@@ -16,7 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from .attachment import PLACE_ATTRIBUTE, alignment_at, is_aligned, projector_parameters
-from .calls import Bypass, CallPlan, OuterCall, RoutedInstruction, route, route_without_prompt
+from .calls import (
+    Bypass,
+    CallPlan,
+    FeatureCall,
+    ObservedAlignment,
+    OuterCall,
+    RoutedInstruction,
+    projector_call,
+    route,
+    route_without_prompt,
+)
 from .errors import InstructionError
 from .idle import warn_if_left_out
 from .parallel import after_embedding, before_call_without_images, check_wrapped_once_patched
@@ -172,7 +182,24 @@ def before_projector(projector: nn.Module, args: tuple[Any, ...], kwargs: dict[s
     alignment = alignment_at(projector, route.adapter)
     if not torch.compiler.is_compiling() and torch.distributed.is_available() and torch.distributed.is_initialized():
         check_wrapped_once_patched(alignment)
-    return put_back(route.align(alignment, visual_tokens))
+    aligned = route.align(alignment, visual_tokens)
+    if state.context.observer is not None:
+        _tell_observer(state, projector, route, visual_tokens, aligned)
+    return put_back(aligned)
+
+
+def _tell_observer(
+    state: AdapterState, projector: nn.Module, route: RoutedInstruction, visual_tokens: Tensor, aligned: Tensor
+) -> None:
+    context, family = state.context, state.family
+    assert context.observer is not None
+    plan = context.plan if isinstance(context.plan, CallPlan) else None
+    running = context.feature_call or (
+        plan.feature_call if plan else FeatureCall.of(family, family.modalities[0], None, {})
+    )
+    inner = family.inner(state.model)
+    call = projector_call(inner, running, visual_tokens, plan.placeholders[running.modality] if plan else None)
+    context.observer(ObservedAlignment(getattr(projector, PLACE_ATTRIBUTE), route, call, visual_tokens, aligned))
 
 
 def after_projector(projector: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,7 +13,17 @@ from typing import Any
 from torch import Tensor, nn
 
 from .blocks import Block, BlockOwner, Scope, current_scope, entered
-from .calls import Bypass, CallPlan, FeatureCall, OuterCall, PinnedPrompt, RoutedInstruction, same_plan, same_route
+from .calls import (
+    Bypass,
+    CallPlan,
+    FeatureCall,
+    ObservedAlignment,
+    OuterCall,
+    PinnedPrompt,
+    RoutedInstruction,
+    same_plan,
+    same_route,
+)
 from .config import EmmaConfig
 from .errors import InstructionError, PatchError
 from .families import ModelFamily
@@ -59,6 +69,8 @@ class CallContext(threading.local):
         self.ties_embeddings = False
         #: True while a ``generate`` without images runs.
         self.generates_without_images = False
+        #: Told what the adapter does to each projector input, while somebody analyses the call.
+        self.observer: Callable[[ObservedAlignment], None] | None = None
 
 
 class Memories:
@@ -207,6 +219,16 @@ class AdapterState:
             yield
         finally:
             context.generates_without_images = before
+
+    @contextmanager
+    def observing(self, observer: Callable[[ObservedAlignment], None]) -> Iterator[None]:
+        """The calls that this thread makes in the block are told to ``observer``; the model has no hook more."""
+        context = self.context
+        before, context.observer = context.observer, observer
+        try:
+            yield
+        finally:
+            context.observer = before
 
     @contextmanager
     def encoding(self, feature_call: FeatureCall) -> Iterator[None]:

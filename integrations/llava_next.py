@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import isqrt
+from math import ceil, isqrt
 from typing import Any
 
 import torch
 
 from emma_adapter import MediaLayout, ProjectorCall, RoutingError
+from emma_adapter.families import WHOLE_IMAGE, Box
 
 from .llava import LlavaFamily
 
@@ -25,6 +26,9 @@ class LlavaNextFamily(LlavaFamily):
         strategy = call.sizes["vision_feature_select_strategy"] or config.vision_feature_select_strategy
         tiles = tiles_of(call)
         return MediaLayout(tokens=packed_lengths(call, tiles, vision_feature_select_strategy=strategy), entries=tiles)
+
+    def boxes(self, call: ProjectorCall, layout: MediaLayout) -> Sequence[Box | None]:
+        return tile_boxes(call, layout)
 
 
 class LlavaNextVideoFamily(LlavaNextFamily):
@@ -58,6 +62,30 @@ def tiles_of(call: ProjectorCall, whole: Sequence[bool] | None = None) -> list[i
         else int(image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size))
         for number, size in enumerate(sizes)
     ]
+
+
+def tile_boxes(call: ProjectorCall, layout: MediaLayout) -> list[Box | None]:
+    """The whole image, then its tiles row by row: the image is enlarged to the best resolution, and padded evenly."""
+    from transformers.image_processing_utils import select_best_resolution
+
+    if call.modality == "video":
+        return [WHOLE_IMAGE] * sum(layout.entries)
+    config: Any = call.inner.config
+    side = config.vision_config.image_size
+    boxes: list[Box | None] = []
+    for entries, size in zip(layout.entries, torch.as_tensor(call.size("image_sizes")).tolist(), strict=True):
+        boxes.append(WHOLE_IMAGE)
+        if entries == 1:
+            continue
+        padded = select_best_resolution(size, config.image_grid_pinpoints)
+        scale = min(padded[0] / size[0], padded[1] / size[1])
+        own = [min(ceil(length * scale), limit) for length, limit in zip(size, padded, strict=True)]
+        margin = [(limit - length) // 2 for limit, length in zip(padded, own, strict=True)]
+        for y in range(0, padded[0], side):
+            for x in range(0, padded[1], side):
+                top, left = (y - margin[0]) / own[0], (x - margin[1]) / own[1]
+                boxes.append((top, left, top + side / own[0], left + side / own[1]))
+    return boxes
 
 
 def packed_lengths(call: ProjectorCall, tiles: Sequence[int], **options: Any) -> list[int]:

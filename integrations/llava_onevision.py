@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import isqrt
 from typing import Any
 
 from emma_adapter import MediaLayout, ProjectorCall
+from emma_adapter.families import Box
 
 from .llava import LlavaFamily
-from .llava_next import frames_of, packed_lengths, tiles_of
+from .llava_next import frames_of, packed_lengths, tile_boxes, tiles_of
 
 
 class LlavaOnevisionFamily(LlavaFamily):
@@ -31,6 +33,9 @@ class LlavaOnevisionFamily(LlavaFamily):
         tiles = tiles_of(call, whole)
         aspect = call.sizes["vision_aspect_ratio"] or config.vision_aspect_ratio
         return MediaLayout(tokens=packed_lengths(call, tiles, vision_aspect_ratio=aspect), entries=tiles)
+
+    def boxes(self, call: ProjectorCall, layout: MediaLayout) -> Sequence[Box | None]:
+        return tile_boxes(call, layout)
 
     def _video_layout(self, call: ProjectorCall) -> MediaLayout:
         videos, frames = frames_of(call)

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from emma_adapter import MediaLayout, ModelFamily, ProjectorCall, RoutingError
+from emma_adapter.families import WHOLE_IMAGE, Box
 
 _IMAGE_TOKEN_INDEX = -200
 
@@ -60,6 +61,10 @@ class LlavaOriginalFamily(ModelFamily):
                 "each placeholder, and one for each row without"
             )
         return MediaLayout(tokens=tokens, entries=tiles)
+
+    def boxes(self, call: ProjectorCall, layout: MediaLayout) -> Sequence[Box | None]:
+        # How forks arrange the tiles of an image, the call doesn't tell.
+        return [WHOLE_IMAGE if entries == 1 else None for entries in layout.entries for _ in range(entries)]
 
 
 def _tiles_of(call: ProjectorCall) -> Sequence[int]:
