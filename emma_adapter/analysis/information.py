@@ -119,8 +119,9 @@ def information_gain(
 ) -> InformationGain:
     """How much more the visual tokens tell of the response once they have met the instruction.
 
-    The paper's measure is of this kind (arXiv 2410.02080, section 5); the estimator, and what stands for the
-    representations, are this library's own choice, so that only ratios of one run compare.
+    The paper asks the same (arXiv 2410.02080, analysis of the alignment) of another quantity: its authors' script
+    (``llava/eval/eval_redun.py`` at commit 899b6ae) takes the channels of one visual token and of the response's
+    encoding as samples of two numbers. Here a sample is a row of the data set. Only ratios of one run compare.
 
     Args:
         model: a patched model, or its handle.

@@ -37,8 +37,8 @@ class PairDistances:
 def pair_distances(model: Model, pairs: Iterable[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> PairDistances:
     """How far apart the representations of near-identical images are, before and after alignment.
 
-    The paper argues so with MMVP, whose pairs CLIP sees as almost the same (arXiv 2410.02080, section 5; Tong et al.
-    2024, arXiv 2401.06209).
+    The paper argues so with MMVP, whose pairs CLIP sees as almost the same (arXiv 2410.02080, analysis of the
+    alignment; Tong et al. 2024, arXiv 2401.06209).
 
     Args:
         model: a patched model, or its handle.

@@ -28,7 +28,7 @@ class WeightShares:
     #: ``[N]``, Euclidean norm of each column of ``W_img``.
     image_norms: NDArray[np.float64]
     #: ``[T]``, Euclidean norm of each column of ``W_txt``: the paper finds those of early positions the largest
-    #: (arXiv 2410.02080, section 5).
+    #: (arXiv 2410.02080, analysis of the alignment).
     instruction_norms: NDArray[np.float64]
 
 
