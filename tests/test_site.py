@@ -1,0 +1,89 @@
+"""The documentation's site: it is built without a warning, holds every page, and fetches nothing from elsewhere."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import emma_adapter
+from emma_adapter.families import family_names
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+CONFIG = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+
+
+def pages_of(nav: Any) -> Iterator[str]:
+    if isinstance(nav, str):
+        yield nav
+    else:
+        for entry in nav.values() if isinstance(nav, dict) else nav:
+            yield from pages_of(entry)
+
+
+def test_every_page_is_in_the_navigation_once():
+    assert sorted(pages_of(CONFIG["nav"])) == sorted(page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md"))
+
+
+@pytest.mark.parametrize("name", family_names())
+def test_every_family_has_a_page(name):
+    pages = [page for page in (DOCS / "families").glob("*.md") if page.name != "index.md"]
+    assert any(f"`{name}`" in page.read_text() for page in pages)
+    assert f"`{name}`" in (DOCS / "families" / "index.md").read_text()
+
+
+def test_the_reference_has_every_public_name():
+    described = re.findall(r"^::: emma_adapter\.(\w+)$", (DOCS / "api.md").read_text(), re.MULTILINE)
+    assert sorted(described) == sorted(set(emma_adapter.__all__) - {"__version__"})
+
+
+def test_links_of_the_readme_lead_to_pages():
+    readme = (ROOT / "README.md").read_text()
+    links = re.findall(r"\]\(((?!https?:)[^)#\s]+)", readme)
+    assert [link for link in links if not (ROOT / link).exists()] == []
+    assert "docs/index.md" in links
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    pytest.importorskip("zensical")
+    pytest.importorskip("mkdocstrings_handlers.python")
+    folder = tmp_path_factory.mktemp("site")
+    shutil.copy(ROOT / "mkdocs.yml", folder)
+    shutil.copytree(DOCS, folder / "docs")
+    shutil.copytree(ROOT / ".ci", folder / ".ci")
+    command = [sys.executable, "-m", "zensical", "build", "--strict"]
+    done = subprocess.run(command, cwd=folder, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "site"
+
+
+def test_the_site_is_built_without_a_warning(site):
+    assert {page.relative_to(DOCS).with_suffix(".html") for page in DOCS.rglob("*.md")} <= {
+        page.relative_to(site) for page in site.rglob("*.html")
+    }
+
+
+def test_pages_load_nothing_from_elsewhere(site):
+    for page in site.rglob("*.html"):
+        text = page.read_text()
+        loaded = re.findall(r"<(?:script|img|iframe|source)\b[^>]*\bsrc=\"?((?:https?:)?//[^\"\s>]+)", text)
+        loaded += re.findall(r"<link\b(?![^>]*\bcanonical\b)[^>]*\bhref=\"?((?:https?:)?//[^\"\s>]+)", text)
+        assert loaded == [], page
+
+
+def test_the_reference_is_readable(site):
+    text = (site / "api.html").read_text()
+    for name in set(emma_adapter.__all__) - {"__version__"}:
+        assert f'id="emma_adapter.{name}"' in text
+    assert re.findall(r":(?:class|func|meth|attr|mod):", text) == []
+    # Comments that begin with "#:" count as docstrings.
+    assert "Tokens that each medium takes in the language model." in text
