@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoModel, CLIPImageProcessor
 
+import aya
 import remote_internvl
 import remote_llava
 import tiny
@@ -65,7 +66,12 @@ def make_workspace(folder: Path, text: str = MODEL_ID) -> Path:
 
 
 def _saves() -> dict[str, Callable[[Path], None]]:
-    saves = {MODEL_ID: _save_llava, CLIP_ID: tiny.clip_text_folder, "OpenGVLab/InternVL2_5-8B": _save_internvl_chat}
+    saves = {
+        MODEL_ID: _save_llava,
+        CLIP_ID: tiny.clip_text_folder,
+        "CohereLabs/aya-vision-8b": _save_aya,
+        "OpenGVLab/InternVL2_5-8B": _save_internvl_chat,
+    }
     return saves | {name: lambda folder, entry=ZOO[entry]: _save_entry(entry, folder) for name, entry in ZOO_IDS.items()}
 
 
@@ -77,6 +83,11 @@ def _save_llava(folder: Path) -> None:
 def _save_entry(entry: Any, folder: Path) -> None:
     entry.model().save_pretrained(folder)
     entry.processor().save_pretrained(folder)
+
+
+def _save_aya(folder: Path) -> None:
+    aya.aya_vision().save_pretrained(folder)
+    aya.aya_processor().save_pretrained(folder)
 
 
 def _save_internvl_chat(folder: Path) -> None:
