@@ -72,7 +72,9 @@ def _saves() -> dict[str, Callable[[Path], None]]:
         "CohereLabs/aya-vision-8b": _save_aya,
         "OpenGVLab/InternVL2_5-8B": _save_internvl_chat,
     }
-    return saves | {name: lambda folder, entry=ZOO[entry]: _save_entry(entry, folder) for name, entry in ZOO_IDS.items()}
+    return saves | {
+        name: lambda folder, entry=ZOO[entry]: _save_entry(entry, folder) for name, entry in ZOO_IDS.items()
+    }
 
 
 def _save_llava(folder: Path) -> None:
