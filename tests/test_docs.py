@@ -24,6 +24,10 @@ WITHOUT_EXAMPLES = {"api.md"}
 _BLOCK = re.compile(r"^```(python|bash)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
+def name_of(page: Path) -> str:
+    return page.relative_to(DOCS).as_posix()
+
+
 def test_every_block_names_its_language():
     for page in PAGES:
         fences = re.findall(r"^```(.*)$", page.read_text(), re.MULTILINE)
@@ -31,16 +35,14 @@ def test_every_block_names_its_language():
         assert not any(fences[1::2]), page
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_a_page_has_examples(page):
     has_examples = _BLOCK.search(page.read_text()) is not None
-    assert has_examples == (page.relative_to(DOCS).as_posix() not in WITHOUT_EXAMPLES)
+    assert has_examples == (name_of(page) not in WITHOUT_EXAMPLES)
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    "page", [page for page in PAGES if _BLOCK.search(page.read_text())], ids=lambda page: page.stem
-)
+@pytest.mark.parametrize("page", [page for page in PAGES if _BLOCK.search(page.read_text())], ids=name_of)
 def test_page(page, tmp_path, monkeypatch):
     text = page.read_text()
     monkeypatch.chdir(make_workspace(tmp_path, text))

@@ -52,6 +52,26 @@ def test_links_of_the_readme_lead_to_pages():
     assert "docs/index.md" in links
 
 
+def test_what_was_measured_is_told_alike():
+    readme = (ROOT / "README.md").read_text()
+    table = re.search(r"^\| +\| base .*?(?=\n\n)", readme, re.MULTILINE | re.DOTALL)
+    assert table is not None
+    assert table[0] in (DOCS / "fusions.md").read_text()
+
+
+def test_the_papers_numbers_are_told_alike():
+    benchmarks = (ROOT / "benchmarks" / "README.md").read_text().split("## The paper's tables")[1]
+    page = (DOCS / "paper.md").read_text()
+    assert re.findall(r"^```console$.*?^```$", benchmarks, re.MULTILINE | re.DOTALL) == re.findall(
+        r"^```console$.*?^```$", page, re.MULTILINE | re.DOTALL
+    )
+    # | benchmark | task | metric, if there is one | paper | paper | measured | measured |
+    rows = re.findall(r"^(\| .+? \|) .+ \| ([\d.]+|not given) \| ([\d.]+) \|", benchmarks, re.MULTILINE)
+    assert len(rows) == 14
+    for benchmark, base, emma in rows:
+        assert re.search(rf"^{re.escape(benchmark)} .+ \| {base} \| {emma} \|$", page, re.MULTILINE), benchmark
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     pytest.importorskip("zensical")
