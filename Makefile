@@ -4,7 +4,7 @@ VENV ?= .venv
 OLDEST_VENV ?= .venv-oldest
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-oldest lint types bench-gpu clean
+.PHONY: demo test test-oldest lint types docs bench-gpu clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.digits_vqa.demo
@@ -32,6 +32,10 @@ lint: $(VENV)/.installed
 types: $(VENV)/.installed
 	$(BIN)/mypy
 
+# The documentation, in site/; a warning is an error.
+docs: $(VENV)/.installed
+	$(BIN)/zensical build --clean --strict
+
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
@@ -45,4 +49,4 @@ $(OLDEST_VENV)/.installed: pyproject.toml tests/oldest.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST_VENV) demo-output
+	rm -rf $(VENV) $(OLDEST_VENV) demo-output site

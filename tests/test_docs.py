@@ -13,11 +13,19 @@ from pathlib import Path
 
 import pytest
 
-from workspace import make_workspace
+from emma_adapter import families
+from emma_adapter.fusion import registry
+from workspace import llava_package, make_workspace
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGES = sorted(DOCS.glob("*.md"))
+PAGES = sorted(DOCS.rglob("*.md"))
+#: Generated from docstrings.
+WITHOUT_EXAMPLES = {"api.md"}
 _BLOCK = re.compile(r"^```(python|bash)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def name_of(page: Path) -> str:
+    return page.relative_to(DOCS).as_posix()
 
 
 def test_every_block_names_its_language():
@@ -27,16 +35,25 @@ def test_every_block_names_its_language():
         assert not any(fences[1::2]), page
 
 
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_a_page_has_examples(page):
+    has_examples = _BLOCK.search(page.read_text()) is not None
+    assert has_examples == (name_of(page) not in WITHOUT_EXAMPLES)
+
+
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [page for page in PAGES if _BLOCK.search(page.read_text())], ids=name_of)
 def test_page(page, tmp_path, monkeypatch):
-    monkeypatch.chdir(make_workspace(tmp_path))
+    text = page.read_text()
+    monkeypatch.chdir(make_workspace(tmp_path, text))
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    blocks = _BLOCK.findall(page.read_text())
-    assert blocks
+    for module, register in ((families, "_FAMILIES"), (registry, "_FUSIONS")):  # what a page registers goes again
+        monkeypatch.setattr(module, register, dict(getattr(module, register)))
+    for name, module in llava_package().items():
+        monkeypatch.setitem(sys.modules, name, module)
     names = {"__name__": "__main__"}
-    for number, (language, code) in enumerate(blocks, 1):
+    for number, (language, code) in enumerate(_BLOCK.findall(text), 1):
         if language == "python":
             exec(compile(code, f"{page.name}, block {number}", "exec"), names)
         else:

@@ -1,4 +1,4 @@
-"""The README is true: its table of models, and the snippet that adds one."""
+"""The README is true: its table of models, its promises; and so is the snippet that adds a model."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AyaVisionConfig, AyaVisionForConditionalGeneration, Cohere2Config, SiglipVisionConfig
 
 import emma_adapter
 import tiny
+from aya import TILE_SIZE, TOKENS_PER_TILE, aya_vision
 from emma_adapter import EmmaConfig, families, patch_model
 from emma_adapter.fusion import fusion_names
 from zoo import ZOO
@@ -84,29 +84,13 @@ def test_every_promise_is_held_by_a_test():
             assert test in functions, f"{name}, which should hold: {promise}"
 
 
+def test_the_site_has_the_same_table():
+    table = README.split("<!-- support table")[1].split("\n", 1)[1].split("\n\n")[0]
+    assert table in (ROOT / "docs" / "families" / "index.md").read_text()
+
+
 def snippet_after(comment: str) -> str:
-    return README.split(comment)[1].split("```python\n")[1].split("```")[0]
-
-
-def aya_vision() -> AyaVisionForConditionalGeneration:
-    torch.manual_seed(0)
-    text = tiny.llama_config(120).to_dict()
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    config = AyaVisionConfig(
-        vision_config=SiglipVisionConfig(
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            image_size=56,
-            patch_size=14,
-        ),
-        text_config=Cohere2Config(**{name: text[name] for name in names}, num_key_value_heads=2, pad_token_id=3),
-        image_token_index=4,
-        downsample_factor=2,
-        adapter_layer_norm_eps=1e-6,
-    )
-    return AyaVisionForConditionalGeneration(config).eval()
+    return (ROOT / "docs" / "adding-a-family.md").read_text().split(comment)[1].split("```python\n")[1].split("```")[0]
 
 
 @pytest.mark.parametrize("fusion", ["attention", "linear"])
@@ -122,9 +106,9 @@ def test_the_snippet_that_adds_a_family(fusion, monkeypatch):
     if fusion != "attention":
         emma_adapter.unpatch_model(model)
         adapter = patch_model(model, EmmaConfig(fusion=fusion))
-    tokens_per_image = 4
-    ids = torch.tensor([[1, *[4] * tokens_per_image, 10, 11], [1, *[4] * tokens_per_image, 12, 13]])
-    inputs = {"input_ids": ids, "pixel_values": torch.randn(2, 3, 56, 56)}
+    image = [model.config.image_token_id] * TOKENS_PER_TILE
+    ids = torch.tensor([[1, *image, 10, 11], [1, *image, 12, 13]])
+    inputs = {"input_ids": ids, "pixel_values": torch.randn(2, 3, TILE_SIZE, TILE_SIZE)}
     with torch.no_grad():
         before = model(**inputs).logits
         tiny.train_randomly(adapter.alignment)

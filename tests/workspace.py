@@ -1,13 +1,43 @@
-"""The folder that the documentation's examples run in: a model under its hub name, and a small dataset."""
+"""The folder that the documentation's examples run in: tiny models under their hub names, and a small dataset."""
 
 from __future__ import annotations
 
 import json
+import types
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import torch
+from PIL import Image
+from transformers import AutoConfig, AutoModel, CLIPImageProcessor
+
+import aya
+import remote_internvl
+import remote_llava
 import tiny
+from zoo import ZOO
 
 MODEL_ID = "llava-hf/llava-1.5-7b-hf"
+CLIP_ID = "openai/clip-vit-large-patch14-336"
+#: Of models of ``tests/zoo/``, under the names of checkpoints that people use.
+ZOO_IDS = {
+    "llava-hf/vip-llava-7b-hf": "vipllava",
+    "mistral-community/pixtral-12b": "llava_pixtral",
+    "llava-hf/llava-v1.6-mistral-7b-hf": "llava_next",
+    "llava-hf/LLaVA-NeXT-Video-7B-hf": "llava_next_video",
+    "llava-hf/llava-onevision-qwen2-7b-ov-hf": "llava_onevision",
+    "Qwen/Qwen2-VL-7B-Instruct": "qwen2_vl",
+    "Qwen/Qwen2.5-VL-7B-Instruct": "qwen2_5_vl",
+    "Qwen/Qwen3-VL-8B-Instruct": "qwen3_vl",
+    "Qwen/Qwen3-VL-30B-A3B-Instruct": "qwen3_vl_moe",
+    "OpenGVLab/InternVL3-8B-hf": "internvl",
+    "google/gemma-3-4b-it": "gemma3",
+    "google/paligemma2-3b-mix-224": "paligemma",
+    "HuggingFaceM4/Idefics3-8B-Llama3": "idefics3",
+    "mistralai/Mistral-Small-3.1-24B-Instruct-2503": "mistral3",
+}
 _QUESTIONS = [
     ("How many dogs are there?", "two"),
     ("What colour is the bird?", "red"),
@@ -16,10 +46,12 @@ _QUESTIONS = [
 ]
 
 
-def make_workspace(folder: Path) -> Path:
-    """``llava-hf/llava-1.5-7b-hf/``, a tiny LLaVA with its processor; ``train.jsonl``, with pictures in ``images/``."""
-    tiny.llava().save_pretrained(folder / MODEL_ID)
-    tiny.processor().save_pretrained(folder / MODEL_ID)
+def make_workspace(folder: Path, text: str = MODEL_ID) -> Path:
+    """The models that ``text`` names, with their processors; ``train.jsonl``, with pictures in ``images/``;
+    ``wide.png``, ``tall.png``, and ``clip.npy``, the frames of a video."""
+    for name, save in _saves().items():
+        if name in text:
+            save(folder / name)
     (folder / "images").mkdir()
     rows = []
     for number, (question, answer) in enumerate(_QUESTIONS * 2):
@@ -27,4 +59,67 @@ def make_workspace(folder: Path) -> Path:
         messages = [tiny.user(question), tiny.assistant(answer)]
         rows.append({"images": [f"images/{number}.png"], "messages": messages})
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tiny.picture(0).resize((84, 28)).save(folder / "wide.png")
+    tiny.picture(1).resize((28, 56)).save(folder / "tall.png")
+    np.save(folder / "clip.npy", np.stack([np.asarray(tiny.picture(number).resize((84, 56))) for number in range(4)]))
     return folder
+
+
+def _saves() -> dict[str, Callable[[Path], None]]:
+    saves = {
+        MODEL_ID: _save_llava,
+        CLIP_ID: tiny.clip_text_folder,
+        "CohereLabs/aya-vision-8b": _save_aya,
+        "OpenGVLab/InternVL2_5-8B": _save_internvl_chat,
+    }
+    return saves | {
+        name: lambda folder, entry=ZOO[entry]: _save_entry(entry, folder) for name, entry in ZOO_IDS.items()
+    }
+
+
+def _save_llava(folder: Path) -> None:
+    tiny.llava().save_pretrained(folder)
+    tiny.processor().save_pretrained(folder)
+
+
+def _save_entry(entry: Any, folder: Path) -> None:
+    entry.model().save_pretrained(folder)
+    entry.processor().save_pretrained(folder)
+
+
+def _save_aya(folder: Path) -> None:
+    aya.aya_vision().save_pretrained(folder)
+    aya.aya_processor().save_pretrained(folder)
+
+
+def _save_internvl_chat(folder: Path) -> None:
+    # In place of the code that comes with the checkpoint.
+    AutoConfig.register("internvl_chat", remote_internvl.InternVLChatConfig, exist_ok=True)
+    AutoModel.register(remote_internvl.InternVLChatConfig, remote_internvl.InternVLChatModel, exist_ok=True)
+    remote_internvl.internvl_chat(set_context_token=False).save_pretrained(folder)
+    remote_internvl.internvl_tokenizer().save_pretrained(folder)
+
+
+def llava_package() -> dict[str, types.ModuleType]:
+    """What the examples import of LLaVA's own package, ``llava``: functions of its names around the tiny model."""
+
+    def load_pretrained_model(model_path: str, model_base: None, model_name: str) -> tuple[Any, Any, Any, int]:
+        size = {"height": remote_llava.SIDE, "width": remote_llava.SIDE}
+        words = tiny.tokenizer()
+        model = remote_llava.llava_original(vocab_size=len(words))
+        return words, model, CLIPImageProcessor(size=size, crop_size=size), 2048
+
+    def process_images(images: list[Image.Image], image_processor: Any, model_config: Any) -> torch.Tensor:
+        return image_processor(images, return_tensors="pt")["pixel_values"]
+
+    def tokenizer_image_token(prompt: str, tokenizer: Any, *, return_tensors: str) -> torch.Tensor:
+        before, after = (tokenizer(part)["input_ids"] for part in prompt.split("<image>"))
+        return torch.tensor([*before, remote_llava.IMAGE_TOKEN_INDEX, *after[1:]])
+
+    package, model, builder, tools = (
+        types.ModuleType(name) for name in ("llava", "llava.model", "llava.model.builder", "llava.mm_utils")
+    )
+    builder.load_pretrained_model = load_pretrained_model  # type: ignore[attr-defined]
+    tools.process_images = process_images  # type: ignore[attr-defined]
+    tools.tokenizer_image_token = tokenizer_image_token  # type: ignore[attr-defined]
+    return {made.__name__: made for made in (package, model, builder, tools)}
