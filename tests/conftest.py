@@ -14,6 +14,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 import tiny
+from emma_adapter.fusion.registry import _FUSIONS
 
 # Everything here is tiny: more threads only wait for each other.
 torch.set_num_threads(1)
@@ -25,6 +26,15 @@ settings.load_profile("default")
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def registry():
+    """The fusions there are, which are left as they were."""
+    before = dict(_FUSIONS)
+    yield _FUSIONS
+    _FUSIONS.clear()
+    _FUSIONS.update(before)
 
 
 @pytest.fixture

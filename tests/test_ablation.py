@@ -17,7 +17,7 @@ from transformers import AutoProcessor
 
 from benchmarks.digits_vqa import arms, pretrain
 from benchmarks.digits_vqa.ablation import __main__ as command
-from benchmarks.digits_vqa.ablation import bases, recipes, records
+from benchmarks.digits_vqa.ablation import bases, recipes, records, variants
 from benchmarks.digits_vqa.ablation.features import cache_features, use_cached_features, with_placeholders
 from benchmarks.digits_vqa.ablation.plan import BASES, RATES, SEEDS, TUNING_SEED, Base, Cell, Settings, only_arms, plan
 from benchmarks.digits_vqa.ablation.records import Record
@@ -40,6 +40,11 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _variants(registry):
+    variants.register()
 
 
 # ------------------------------------------------------------------------------------------ plan

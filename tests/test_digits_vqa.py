@@ -135,6 +135,6 @@ def test_demo_tells_the_whole_story(tmp_path):
         assert part in table
     records = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert [record["steps"] for record in records] == [0, 2, 2, 2]
-    for name in ("answers.png", "movement.png"):
+    for name in ("answers.png", "maps.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()

@@ -14,7 +14,6 @@ from torch.func import functional_call
 import tiny
 from emma_adapter import ConfigError, EmmaAlignment, EmmaConfig, Fusion, Packing, ShapeError, register_fusion
 from emma_adapter.fusion import fusion_class, fusion_names, resampling
-from emma_adapter.fusion.registry import _FUSIONS
 from emma_adapter.fusion.resampling import resample
 
 B, GRID, D, T, DT = 3, (2, 3), 8, 5, 6
@@ -734,15 +733,6 @@ def test_rank_saves_parameters():
 
     assert image_parameters(make("linear")) == N * N
     assert image_parameters(make("linear-rank")) == 2 * 2 * N
-
-
-@pytest.fixture
-def registry():
-    """Leaves the registry as it was."""
-    before = dict(_FUSIONS)
-    yield _FUSIONS
-    _FUSIONS.clear()
-    _FUSIONS.update(before)
 
 
 class Shift(Fusion):

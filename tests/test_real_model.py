@@ -26,7 +26,7 @@ def workspace(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def _inside(workspace, monkeypatch):
+def _inside(workspace, monkeypatch, registry):
     monkeypatch.chdir(workspace)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -18,7 +18,7 @@ from transformers import AutoProcessor
 from emma_adapter import get_adapter, load_adapter
 
 from . import arms
-from .pictures import draw_answers, draw_movement
+from .pictures import draw_answers, draw_maps
 from .questions import QUESTION_TYPES
 from .runs import Result, answer, make_data, run
 from .vlm import BASE_DIR, TEXT_TOWER_DIR
@@ -81,7 +81,7 @@ def main(
     )
 
     draw_answers(data.test, results[0].answers, results[1].answers, output / "answers.png", seed=seed)
-    draw_movement(adapter, data.test, processor, output / "movement.png")
+    draw_maps(adapter, data.test, processor, output / "maps.png")
     (output / "results.jsonl").write_text("".join(json.dumps(result.record()) + "\n" for result in results))
     table = accuracy_table(results)
     (output / "table.md").write_text(table)

@@ -1,23 +1,22 @@
-"""Pictures of what the adapter did: answers before and after, and which visual tokens a question moved."""
+"""Pictures of what the adapter did: answers before and after, and what became of each visual token."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from textwrap import fill
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib as mpl
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-import torch
-from torch import Tensor
 from transformers import LlavaProcessor
 
 from emma_adapter import EmmaAdapter
+from emma_adapter.analysis import TokenMap, token_movement
+from emma_adapter.analysis.plots import plot_map
 
 from .runs import QuestionSet
 
@@ -55,7 +54,7 @@ def draw_answers(data: QuestionSet, before: Sequence[str], after: Sequence[str],
     plt.close(figure)
 
 
-def draw_movement(
+def draw_maps(
     adapter: EmmaAdapter,
     data: QuestionSet,
     processor: LlavaProcessor,
@@ -68,54 +67,36 @@ def draw_movement(
         "how many digits are red ?",
     ),
 ) -> None:
-    """For each scene and question, how far each visual token moved, relative to its length."""
+    """For each scene and question, what became of each visual token: how much longer ``modulation`` made it, which
+    erases what isn't asked for; how far the other fusions moved it."""
+    field: Literal["gain", "relative"] = "gain" if adapter.config.fusion == "modulation" else "relative"
+    maps = [[_token_map(adapter, data, processor, scene, text) for text in questions] for scene in scenes]
+    values = np.stack([getattr(one, field) for row in maps for one in row])
+    limits = (float(values.min()), float(values.max()))
     figure, axes = plt.subplots(
-        len(scenes), len(questions) + 1, figsize=(3 * len(questions) + 3, 3 * len(scenes)), layout="constrained"
+        len(scenes), len(questions) + 1, figsize=(3.4 * len(questions) + 3, 3 * len(scenes)), layout="constrained"
     )
-    maps = [[visual_token_movement(adapter, data, processor, scene, text) for text in questions] for scene in scenes]
-    top = max(float(m.max()) for row in maps for m in row)
-    image: Any = None
     for row, scene in enumerate(scenes):
         axes[row, 0].imshow(data.pictures[scene], interpolation="nearest")
         for column, text in enumerate(questions, start=1):
-            axes[row, column].imshow(data.pictures[scene].mean(axis=-1), cmap="gray", interpolation="nearest")
-            height, width = data.pictures.shape[1:3]
-            image = axes[row, column].imshow(
-                maps[row][column - 1].numpy(),
-                extent=(-0.5, width - 0.5, height - 0.5, -0.5),
-                cmap="viridis",
-                alpha=0.7,
-                vmin=0,
-                vmax=top,
-                interpolation="nearest",
-            )
+            plot_map(maps[row][column - 1], data.pictures[scene], field, axes[row, column], limits=limits)
             if row == 0:
                 axes[row, column].set_title(_as_written(text, 24), fontsize=11)
     for axis in axes.flat:
         axis.set_xticks([])
         axis.set_yticks([])
-    figure.colorbar(image, ax=axes, shrink=0.6, label="movement of a visual token / its length")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-@torch.no_grad()
-def visual_token_movement(
+def _token_map(
     adapter: EmmaAdapter, data: QuestionSet, processor: LlavaProcessor, scene: int, question: str
-) -> Tensor:
-    """``|V' - V| / |V|`` of each visual token, on the image's grid ``[height, width]``."""
-    seen: list[Tensor] = []
-    handle = adapter.alignment.register_forward_hook(lambda module, args, output: seen.extend((args[0], output)))
+) -> TokenMap:
     talk: list[Any] = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
     prompt = processor.apply_chat_template(talk, add_generation_prompt=True)
     encoded = processor.tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-    try:
-        adapter.model(**encoded, pixel_values=data.pixel_values[scene : scene + 1])
-    finally:
-        handle.remove()
-    original, aligned = (tokens[0] for tokens in seen)
-    movement = (aligned - original).norm(dim=-1) / original.norm(dim=-1)
-    return movement.reshape(math.isqrt(len(movement)), -1)
+    [found] = token_movement(adapter, {**encoded, "pixel_values": data.pixel_values[scene : scene + 1]})
+    return found
 
 
 def _as_written(text: str, width: int) -> str:

@@ -17,6 +17,7 @@ import click
 import torch
 from transformers import Trainer, TrainingArguments, set_seed
 
+from benchmarks.digits_vqa.ablation import variants
 from benchmarks.digits_vqa.ablation.recipes import LINEAR_PARTS
 from emma_adapter.cli.examples import Examples
 from emma_adapter.cli.models import load_model, load_processor
@@ -58,6 +59,7 @@ def main(
     dtype: str,
     device: str,
 ) -> None:
+    variants.register()
     settings = {
         "model": source, "data": data, "eval_data": eval_data, "fusion": fusion, "steps": steps, "seed": seed,
         "instruction_encoder": instruction_encoder, "batch_size": batch_size, "lr": lr, "dtype": dtype,

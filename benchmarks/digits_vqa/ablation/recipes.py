@@ -9,7 +9,7 @@ from transformers import LlavaProcessor
 from .. import arms
 from ..arms import Arm, Builder
 from ..vlm import PooledLlava
-from . import variants  # noqa: F401, registers the fusions
+from . import variants
 
 FUSIONS = ("linear", "attention", "modulation")
 LINEAR_PARTS = ("linear, instruction projection only", "linear, alignment only")
@@ -54,7 +54,8 @@ def controls(fusion: str) -> tuple[str, ...]:
 
 
 def builders(text_tower: Path, untrained_tower: Path) -> dict[str, Builder]:
-    """All arms there are."""
+    """All arms there are. Registers the variants of the fusions."""
+    variants.register()
     tower = str(text_tower)
     found: dict[str, Builder] = {
         BASE: arms.base,

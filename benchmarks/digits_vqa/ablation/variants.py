@@ -1,11 +1,11 @@
-"""Fusions with one thing changed, for the ablation alone. Importing this module registers them."""
+"""Fusions with one thing changed, for the ablation alone."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from emma_adapter import EmmaConfig, register_fusion
+from emma_adapter import EmmaConfig, Fusion, register_fusion
 from emma_adapter.fusion import AttentionFusion, LinearFusion
 from emma_adapter.fusion.layers import CastingLinear, add_update
 
@@ -13,7 +13,6 @@ from emma_adapter.fusion.layers import CastingLinear, add_update
 USUAL_STD = 0.02
 
 
-@register_fusion("attention, usual q/k initialisation")
 class UsualInitialisation(AttentionFusion):
     """Queries, keys and query term per position start with a standard deviation of 0.02."""
 
@@ -25,7 +24,6 @@ class UsualInitialisation(AttentionFusion):
                 nn.init.normal_(weight, std=USUAL_STD)
 
 
-@register_fusion("attention, no query term per position")
 class NoPosition(AttentionFusion):
     """The library's own form for images without a fixed number of visual tokens: the content makes the query alone,
     with the same variance."""
@@ -34,7 +32,6 @@ class NoPosition(AttentionFusion):
         super().__init__(config.replace(num_visual_tokens=None, visual_grid=None))
 
 
-@register_fusion("attention, output not zero-initialised")
 class OpenOutput(AttentionFusion):
     """The output projection starts as ``nn.Linear`` does, so that an untrained adapter is not the identity."""
 
@@ -44,7 +41,6 @@ class OpenOutput(AttentionFusion):
         self.cross_attention.output = CastingLinear(config.inner_dim, config.visual_dim)
 
 
-@register_fusion("attention, scalar zero gate")
 class ScalarGate(OpenOutput):
     """``V + g CrossAttention(V, T)`` with ``g = 0`` at first. The zero moves from the output projection into the gate:
     were both zero, neither would ever get a gradient."""
@@ -59,7 +55,6 @@ class ScalarGate(OpenOutput):
         return add_update(visual_tokens, self.gate.to(update.dtype) * update)
 
 
-@register_fusion("linear, instruction projection only")
 class ProjectionOnly(LinearFusion):
     """``V + mean_t GELU(T P^T + p)``: the alignment is fixed to adding the mean of the projected instruction to every
     visual token, and ``P`` and ``p``, which alone are trained, start at zero, where GELU has a gradient."""
@@ -78,7 +73,6 @@ class ProjectionOnly(LinearFusion):
         self.text_weight.fill_(1 / self.text_weight.shape[1])
 
 
-@register_fusion("linear, alignment only")
 class AlignmentOnly(LinearFusion):
     """``dW_img``, ``W_txt`` and ``b`` are trained; ``P`` and ``p`` stay random, as they are initialised: the widths of
     instruction and visual tokens differ, so that there has to be a projection."""
@@ -89,3 +83,19 @@ class AlignmentOnly(LinearFusion):
         for name, parameter in list(projection.named_parameters()):
             delattr(projection, name)
             projection.register_buffer(name, parameter.detach())
+
+
+VARIANTS: dict[str, type[Fusion]] = {
+    "attention, usual q/k initialisation": UsualInitialisation,
+    "attention, no query term per position": NoPosition,
+    "attention, output not zero-initialised": OpenOutput,
+    "attention, scalar zero gate": ScalarGate,
+    "linear, instruction projection only": ProjectionOnly,
+    "linear, alignment only": AlignmentOnly,
+}
+
+
+def register() -> None:
+    """Make them known as ``EmmaConfig(fusion=...)``, in this process."""
+    for name, variant in VARIANTS.items():
+        register_fusion(name)(variant)
