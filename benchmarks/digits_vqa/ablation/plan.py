@@ -12,7 +12,7 @@ from .recipes import BASE, LORA_ALL, LORA_QV, PROJECTOR, PROJECTOR_LORA
 Split = Literal["validation", "test"]
 
 #: Of every arm alike, tried on the validation split.
-RATES = (2e-3, 5e-3, 1.25e-2)
+RATES = (8e-4, 2e-3, 5e-3, 1.25e-2)
 SEEDS = (0, 1, 2)
 #: Of the runs that choose a rate: none of those that are reported.
 TUNING_SEED = 100
