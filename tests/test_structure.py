@@ -22,7 +22,7 @@ ORDER = """
 errors version untrusted atomic kernels fusion config official alignment families instructions fitting
 sharding recomputation calls blocks state attachment idle parallel planning hooks guards training named
 model_card checkpoint saving hub base_saves restoring tuners patching loading collation
-__init__ analysis cli
+prompts __init__ analysis report cli
 """
 LAYERS = ORDER.split()
 

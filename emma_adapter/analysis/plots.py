@@ -75,9 +75,14 @@ def plot_comparison(
     for ax, values, name in zip(axes, both, names, strict=False):
         _heat(values, picture, _LABELS[field], ax, limits, around_one=field == "gain")
         ax.set_title(name, color=GREY, fontsize=9, wrap=True)
-    _heat(comparison.difference, picture, _LABELS["difference"], axes[2], None)
+    plot_difference(comparison, picture, axes[2])
     axes[2].set_title("apart", color=GREY, fontsize=9)
     return figure
+
+
+def plot_difference(comparison: Comparison, picture: ArrayLike | None = None, ax: Axes | None = None) -> Figure:
+    """How far apart two instructions move each token."""
+    return _heat(comparison.difference, picture, _LABELS["difference"], ax, None)
 
 
 def plot_weight_shares(shares: WeightShares, ax: Axes | None = None) -> Figure:
