@@ -26,6 +26,7 @@ from .weights import WeightShares
 
 #: Contrast of at least 3 on white and on black (WCAG 2.1, 1.4.11).
 GREY = "#808080"
+_UNDER = "#7f7f7f"
 BEFORE, AFTER = "#6b8fb3", "#d1762f"
 _LABELS = {
     "norm": "|V' - V|",
@@ -174,11 +175,14 @@ def plot_diagnosis(diagnosis: Diagnosis, ax: Axes | None = None) -> Figure:
             linestyle="--",
             label="" if place else "chance",
         )
-    ax.set_xticks(
-        range(len(diagnosis.attributes)), [asked.name for asked in diagnosis.attributes], rotation=20, ha="right"
-    )
+    names = [asked.name for asked in diagnosis.attributes]
+    turned = {"rotation": 20, "ha": "right"} if max(map(len, names)) > 3 else {}
+    ax.set_xticks(range(len(names)), names, **turned)
     ax.set_ylabel("read off linearly, %")
-    ax.legend(frameon=False, labelcolor=GREY, fontsize=8)
+    # Above the bars, which are everywhere else.
+    ax.legend(
+        frameon=False, labelcolor=GREY, fontsize=7, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, columnspacing=1
+    )
     return figure
 
 
@@ -225,8 +229,12 @@ def _heat(
     )
     ax.set_xticks([])
     ax.set_yticks([])
+    ax.spines[:].set_visible(False)
     bar = figure.colorbar(drawn, ax=ax, shrink=0.8, label=label)
     bar.ax.tick_params(colors=GREY, labelsize=8)
+    if image is not None:
+        # Behind the colours, as the picture is, whatever the page's background.
+        bar.ax.set_facecolor(_UNDER)
     bar.ax.yaxis.label.set_color(GREY)
     bar.outline.set_edgecolor(GREY)
     if around_one:

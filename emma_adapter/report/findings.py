@@ -16,6 +16,8 @@ from .contents import Absent, Information, Reading, Report
 #: Makes a part of the page of a function that draws a figure, and a description of what is seen.
 Draw = Callable[[Callable[[], Any], str], str]
 _Z = 1.96
+#: Of a figure that is read on a phone.
+_MAX_BARS = 12
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,7 @@ def information(found: Information | Absent, draw: Draw) -> dict[str, Any]:
         "caption": caption,
         "table": Table(
             f"Estimates in nats, from {gain.before.samples:,} questions",
-            ("", "estimate", "95 % interval", "uncorrected", "correction", "answers shuffled"),
+            ("visual tokens", "estimate", "95 % interval", "uncorrected", "correction", "answers shuffled"),
             [_estimate("before", gain.before), _estimate("after", gain.after)],
         ),
         "read": "The higher, the more of the answer could be read off the mean visual token of an image; 0 is nothing. "
@@ -181,7 +183,8 @@ def _estimate(name: str, one: MutualInformation) -> tuple[str, ...]:
         f"{low:.2f} to {upper}",
         f"{one.raw:.2f}",
         f"{-one.bias:+.2f}",
-        f"{one.shuffled:.2f} ± {one.shuffled_spread:.2f}",
+        # Not -0.00, which is noise.
+        f"{round(one.shuffled, 2) + 0.0:.2f} ± {one.shuffled_spread:.2f}",
     )
 
 
@@ -214,9 +217,11 @@ def diagnosis(found: Diagnosis | Absent, draw: Draw) -> dict[str, Any]:
         return {"absent": found.reason}
     from ..analysis.plots import plot_diagnosis
 
+    order = sorted(range(len(found.attributes)), key=lambda place: -found.attributes[place].visual.samples)
+    drawn = sorted(order[:_MAX_BARS])
     # Names may be of any script; the figure's font isn't.
     numbered = replace(
-        found, attributes=tuple(replace(one, name=str(number)) for number, one in enumerate(found.attributes, 1))
+        found, attributes=tuple(replace(found.attributes[place], name=str(place + 1)) for place in drawn)
     )
     rows = [
         (
@@ -238,6 +243,8 @@ def diagnosis(found: Diagnosis | Absent, draw: Draw) -> dict[str, Any]:
         "Accuracy of a linear probe for each thing that is asked, numbered as in the table. The projector loses the most "
         f"of number {found.attributes.index(best) + 1}."
     )
+    if len(drawn) < len(found.attributes):
+        caption += f" Drawn are the {len(drawn)} that are asked most."
     return {
         "absent": None,
         "says": f"{found.verdict[0].upper()}{found.verdict[1:]}: {found.meaning}. (The verdict of most questions; the "

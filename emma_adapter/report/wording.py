@@ -18,7 +18,7 @@ _MAX_SHOWN = 6
 
 _COLOURS = {
     "gain": "The map is |V'| / |V|, how much longer the adapter made a visual token: red was amplified, blue suppressed, "
-    "white left as long as it was. What this fusion erases has moved the farthest, so that the amplified tokens are what "
+    "what has no colour is as long as it was. What this fusion erases has moved the farthest, so that the amplified tokens are what "
     "it keeps.",
     "relative": "The map is |V' − V| / |V|, how far the adapter moved a visual token as a share of its length: yellow "
     "the farthest, violet the least. A token that moved is one that was changed, which need not be one that matters.",
@@ -51,7 +51,7 @@ def page(report: Report, draw: Draw) -> dict[str, Any]:
         "information": findings.information(report.information, draw),
         "pairs": findings.pairs(report.pairs, draw),
         "diagnosis": findings.diagnosis(report.diagnosis, draw),
-        "facts": Table("The adapter, and what this page was made of", ("", ""), _facts(report)),
+        "facts": Table("The adapter, and what this page was made of", (), _facts(report)),
     }
 
 
