@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
 from collections.abc import Iterator
@@ -52,6 +53,8 @@ class Browser:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         command("Emulation.setEmulatedMedia", {"features": [scheme]})
         self.driver.get(path.as_uri())
+        # Twice drawn, so that nothing moves any more.
+        self.driver.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(arguments[0]))")
 
     def run(self, script: str) -> Any:
         return self.driver.execute_script(script)
@@ -69,9 +72,8 @@ class Browser:
         ]
 
     def screenshot(self, path: Path, *, whole: bool = False) -> None:
+        """As PNG, of what is in view or of the whole page."""
         options: dict[str, Any] = {"format": "png", "captureBeyondViewport": whole}
-        import base64
-
         path.write_bytes(base64.b64decode(self.driver.execute_cdp_cmd("Page.captureScreenshot", options)["data"]))
 
     def _read_logs(self) -> list[dict[str, Any]]:

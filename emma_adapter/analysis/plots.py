@@ -119,7 +119,7 @@ def plot_attention_mass(mass: AttentionMass, ax: Axes | None = None, words: Sequ
         ax.set_xticks(places[: len(words)], words, rotation=60, ha="right")
     ax.set_xlabel("instruction position")
     ax.set_ylabel("attention, %")
-    ax.legend(frameon=False, labelcolor=GREY, fontsize=8)
+    _legend_above(ax)
     return figure
 
 
@@ -179,10 +179,7 @@ def plot_diagnosis(diagnosis: Diagnosis, ax: Axes | None = None) -> Figure:
     turned = {"rotation": 20, "ha": "right"} if max(map(len, names)) > 3 else {}
     ax.set_xticks(range(len(names)), names, **turned)
     ax.set_ylabel("read off linearly, %")
-    # Above the bars, which are everywhere else.
-    ax.legend(
-        frameon=False, labelcolor=GREY, fontsize=7, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, columnspacing=1
-    )
+    _legend_above(ax)
     return figure
 
 
@@ -258,6 +255,13 @@ def _own(ax: Axes | None) -> tuple[Figure, Axes]:
         spine.set_visible(name in ("left", "bottom"))
         spine.set_color(GREY)
     return figure, ax
+
+
+def _legend_above(ax: Axes) -> None:
+    """Bars may be anywhere below, and looking for a place between them takes long."""
+    ax.legend(
+        frameon=False, labelcolor=GREY, fontsize=7, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, columnspacing=1
+    )
 
 
 def _figure(columns: int) -> tuple[Figure, list[Axes]]:
