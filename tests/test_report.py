@@ -100,7 +100,17 @@ def check(page):
     tree = parsed(page)
     elements = [element for element in tree.iter() if isinstance(element.tag, str)]
     tags = {element.tag.rpartition("}")[2] for element in elements}
-    assert not tags & {"script", "link", "iframe", "object", "embed", "form", "base", "foreignObject", "use-credentials"}
+    assert not tags & {
+        "script",
+        "link",
+        "iframe",
+        "object",
+        "embed",
+        "form",
+        "base",
+        "foreignObject",
+        "use-credentials",
+    }
     for element in elements:
         for name, value in element.attrib.items():
             assert not name.startswith("on")
@@ -114,7 +124,9 @@ def check(page):
         target
         for element in elements
         for name, value in element.attrib.items()
-        for target in ([value[1:]] if name.endswith("href") and value[:1] == "#" else re.findall(r"url\(#(.+?)\)", value))
+        for target in (
+            [value[1:]] if name.endswith("href") and value[:1] == "#" else re.findall(r"url\(#(.+?)\)", value)
+        )
     }
     assert referred <= set(ids)
     [policy] = [element for element in elements if element.attrib.get("http-equiv") == "Content-Security-Policy"]
@@ -239,9 +251,7 @@ def test_hostile_text_is_text(small, report):
 
 def test_hostile_questions_reach_no_figure(adapter):
     """From the data to the page, with what a figure's fonts and formulas can't draw."""
-    asked = [
-        Question.about(tiny.picture(0), text, answer=text, attribute=text, pair=text) for text in HOSTILE[:4]
-    ]
+    asked = [Question.about(tiny.picture(0), text, answer=text, attribute=text, pair=text) for text in HOSTILE[:4]]
     page = render(report_of(adapter, asked, show=2))
     check(page)
     assert page.count("&lt;script&gt;") > 1
@@ -334,7 +344,9 @@ def test_questions_without_images_are_counted(adapter):
 
 
 def test_long_answers_are_encoded(adapter):
-    asked = [replace_question(one, answer=f"a long story of {n} birds") for n, one in enumerate(make_questions(pairs=0))]
+    asked = [
+        replace_question(one, answer=f"a long story of {n} birds") for n, one in enumerate(make_questions(pairs=0))
+    ]
     made = report_of(adapter, asked, show=1)
     assert made.information.labels is None and made.information.gain.before.estimator == "ksg"
     assert "the mean embedding of its tokens" in " ".join(parsed(render(made)).itertext())

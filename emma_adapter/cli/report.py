@@ -17,16 +17,22 @@ if TYPE_CHECKING:
 @click.option("--model", required=True, help="The base model: a folder or a hub id.")
 @click.option("--adapter", required=True, help="The adapter: a folder or a hub id.")
 @click.option(
-    "--data", required=True, help="Questions: a .jsonl or .json file, a folder that holds questions.jsonl, or a dataset."
+    "--data",
+    required=True,
+    help="Questions: a .jsonl or .json file, a folder that holds questions.jsonl, or a dataset.",
 )
 @click.option("--output", default="report.html", show_default=True, type=click.Path(path_type=Path, dir_okay=False))
 @click.option("--images", type=click.Path(path_type=Path), help="Folder of the images. Default: that of the data.")
 @click.option("--split", default="train", show_default=True, help="Which split of a dataset.")
 @click.option("--limit", default=256, show_default=True, type=click.IntRange(1), help="Read the first so many rows.")
-@click.option("--show", default=8, show_default=True, type=click.IntRange(1), help="Questions shown with their answers.")
+@click.option(
+    "--show", default=8, show_default=True, type=click.IntRange(1), help="Questions shown with their answers."
+)
 @click.option("--max-new-tokens", default=32, show_default=True, type=click.IntRange(1), help="Of each answer.")
 @click.option("--batch-size", default=8, show_default=True, type=click.IntRange(1))
-@click.option("--instruction-encoder", help="Where the adapter's text tower is now, if elsewhere than when it was saved.")
+@click.option(
+    "--instruction-encoder", help="Where the adapter's text tower is now, if elsewhere than when it was saved."
+)
 @click.option("--device", help="Default: cuda if there is one, else cpu.")
 @click.option(
     "--dtype",
@@ -59,7 +65,9 @@ def report(
     _require_packages()
     # Before minutes of work.
     if not output.absolute().parent.is_dir():
-        raise click.UsageError(f"there is no folder {output.parent} to write {output.name} to: make it, or choose another")
+        raise click.UsageError(
+            f"there is no folder {output.parent} to write {output.name} to: make it, or choose another"
+        )
     import torch
 
     from ..loading import load_adapter

@@ -17,9 +17,7 @@ from .pictures import encoded_pictures
 from .questions import Question
 
 
-def explain(
-    adapter: EmmaAdapter, prompts: Prompts, question: Question, number: int, max_new_tokens: int
-) -> Example:
+def explain(adapter: EmmaAdapter, prompts: Prompts, question: Question, number: int, max_new_tokens: int) -> Example:
     """One question: its answers and its maps."""
     inputs = prompts.batch([question.messages], [question.images])
     return Example(
@@ -46,9 +44,7 @@ def explain_twins(
     return Twins(numbers, texts, (answers[0], answers[1]), views[0].picture, compared[0])
 
 
-def _answers(
-    adapter: EmmaAdapter, prompts: Prompts, inputs: Any, expected: str | None, max_new_tokens: int
-) -> Answers:
+def _answers(adapter: EmmaAdapter, prompts: Prompts, inputs: Any, expected: str | None, max_new_tokens: int) -> Answers:
     with_adapter = _generate(adapter, prompts, inputs, max_new_tokens)
     with adapter.disabled():
         without = _generate(adapter, prompts, inputs, max_new_tokens)
@@ -64,9 +60,7 @@ def _generate(adapter: EmmaAdapter, prompts: Prompts, inputs: Any, max_new_token
     return str(prompts.processor.tokenizer.decode(new, skip_special_tokens=True)).strip()
 
 
-def _views(
-    maps: Sequence[TokenMap], inputs: Mapping[str, Any], images: Sequence[Any], processor: Any
-) -> list[View]:
+def _views(maps: Sequence[TokenMap], inputs: Mapping[str, Any], images: Sequence[Any], processor: Any) -> list[View]:
     """One for each image where its tiles are known to lie; else one for each tile."""
     pictures = encoded_pictures(inputs, processor)
     # Where every entry has a picture of its own, and they are in the same order.

@@ -85,7 +85,9 @@ def _attention(found: Reading, draw: Draw) -> Part | None:
         return None
     spread = "" if math.isnan(mass.entropy) else f" It is spread {mass.entropy:.0%} as evenly as it could be."
     return Part(
-        svg=draw(lambda: plot_attention_mass(mass), f"Bars by instruction position; the highest: {_highest(mass.positions)}"),
+        svg=draw(
+            lambda: plot_attention_mass(mass), f"Bars by instruction position; the highest: {_highest(mass.positions)}"
+        ),
         caption=f"Attention of the visual tokens, mean over {mass.entries:,} images. The highest: "
         f"{_highest(mass.positions)}.",
         title="Attention",
@@ -164,7 +166,11 @@ def _conclusion(gain: InformationGain) -> str:
     low, high = gain.difference_interval
     if low > 0:
         upper = "any number of" if math.isinf(gain.ratio_interval[1]) else f"{gain.ratio_interval[1]:.1f}"
-        times = "" if math.isinf(gain.ratio) else f", {gain.ratio:.1f} times as much (95 %: {gain.ratio_interval[0]:.1f} to {upper})"
+        times = (
+            ""
+            if math.isinf(gain.ratio)
+            else f", {gain.ratio:.1f} times as much (95 %: {gain.ratio_interval[0]:.1f} to {upper})"
+        )
         return f"After alignment the visual tokens tell more of the answer{times}."
     if high < 0:
         return "After alignment the visual tokens tell less of the answer."

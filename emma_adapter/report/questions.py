@@ -26,7 +26,9 @@ class Question:
     @classmethod
     def about(cls, image: Any, text: str, **labels: str | None) -> Question:
         """The question ``text`` about one image."""
-        return cls([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}], [image], **labels)
+        return cls(
+            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}], [image], **labels
+        )
 
     @property
     def text(self) -> str:

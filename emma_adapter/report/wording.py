@@ -24,7 +24,9 @@ _COLOURS = {
     "the farthest, violet the least. A token that moved is one that was changed, which need not be one that matters.",
 }
 _SCALE = "All maps have the same colours, but for the most extreme hundredth of their values."
-_DIFFERENT = "The third map is how far apart the two questions move the same token; where it is dark, the question makes "
+_DIFFERENT = (
+    "The third map is how far apart the two questions move the same token; where it is dark, the question makes "
+)
 
 
 def page(report: Report, draw: Draw) -> dict[str, Any]:
@@ -133,9 +135,7 @@ def _map(view: View, field: Any, limits: Any, draw: Draw) -> Part:
     where = place_of(getattr(view.maps[0], field))
     background = "" if view.picture is not None else ", without the image, whose place isn't known"
     grid = "" if view.maps[0].norm.ndim == 2 else "; these visual tokens form no grid, so they are in a row"
-    svg = draw(
-        lambda: plot_map(maps, view.picture, field, limits=limits), f"Heat map over {view.name}: {where}{grid}"
-    )
+    svg = draw(lambda: plot_map(maps, view.picture, field, limits=limits), f"Heat map over {view.name}: {where}{grid}")
     return Part(svg, f"{view.name}: {where}{background}{grid}")
 
 
