@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 
 import html5lib
 import matplotlib as mpl
@@ -25,7 +26,7 @@ HOSTILE = [
     "<script>document.title = 'owned'</script><img src=x onerror=alert(1)>",
     "</svg></style></title><!-- {{ 7 * 7 }} {% raw %} ]]> &amp; \"quoted\" 'single'",
     "$\\frac{1}{ ^^ $ \\unknown",
-    "\u202e\u05d0\u05d9\u05d6\u05d4 \u05e6\u05d1\u05e2? \u0645\u0627 \u0627\u0644\u0644\u0648\u0646 \U0001f426\u200d\U0001f525 鳥は何色？",
+    "\u202e\u05d0\u05d9\u05d6\u05d4 \u05e6\u05d1\u05e2? \u0645\u0627 \u0627\u0644\u0644\u0648\u0646 \U0001f426\u200d\U0001f525 \u9ce5",
     "w" * 3000,
     "half \ud83d, null \x00, bell \x07, escape \x1b[31m",
 ]
@@ -49,7 +50,7 @@ def make_questions(count=60, *, pairs=3):
         text, answers = ASKED[attribute]
         pair = str(number // 2) if number < 2 * pairs else None
         # Of a pair, images differ and the words don't.
-        picture = tiny.picture(number if pair else number // 2)
+        picture = tiny.picture(number if pair else 100 + number // 2)
         text, attribute = ASKED["count"][0] if pair else text, "count" if pair else attribute
         answer = (ASKED["count"][1] if pair else answers)[rng.integers(2)]
         made.append(Question.about(picture, text, answer=answer, attribute=attribute, pair=pair))
@@ -135,7 +136,7 @@ def check(page):
     assert len(text_of(tree, "title")) == 1 and text_of(tree, "title")[0]
     levels = [int(element.tag[1]) for element in elements if re.fullmatch("h[1-6]", element.tag)]
     assert levels[0] == 1 and levels.count(1) == 1
-    assert all(after - before <= 1 for before, after in zip(levels, levels[1:], strict=False))
+    assert all(after - before <= 1 for before, after in pairwise(levels))
     assert all(element.attrib["alt"].strip() for element in tree.iter("img"))
     for svg in (element for element in elements if element.tag.endswith("svg")):
         assert svg.attrib["role"] == "img" and svg.attrib["aria-label"].strip()
@@ -245,7 +246,7 @@ def test_hostile_text_is_text(small, report):
     for text in HOSTILE:
         want = re.sub(r"[\x00\x07\x1b\ud83d]", "\ufffd", text)
         # Question, answer, expected answer, attribute, fact and its name.
-        assert shown.count(want[:1500]) >= 6, text[:50]
+        assert shown.count(want[:1400]) >= 6, text[:50]
     assert "{{ 7 * 7 }}" in shown
 
 
@@ -436,9 +437,10 @@ def test_pictures_are_what_the_encoder_sees():
     processor = tiny.processor()
     exact, wide = tiny.picture(0), tiny.picture(1).resize((56, 28), Image.Resampling.NEAREST)
     inputs = processor(images=[exact, wide], text=["<image>", "<image>"], return_tensors="pt")
-    same, cropped = pictures.encoded_pictures(inputs, processor)
+    same, resized = pictures.encoded_pictures(inputs, processor)
     assert np.array_equal(np.asarray(same), np.asarray(exact))
-    assert np.array_equal(np.asarray(cropped), np.asarray(wide.crop((14, 0, 42, 28))))
+    want = np.asarray(wide.resize(resized.size, Image.Resampling.BICUBIC), dtype=float)
+    assert np.abs(np.asarray(resized, dtype=float) - want).max() <= 2
     assert pictures.encoded_pictures({"pixel_values": torch.zeros(4, 12)}, processor) == []
 
 

@@ -176,8 +176,10 @@ def plot_diagnosis(diagnosis: Diagnosis, ax: Axes | None = None) -> Figure:
             label="" if place else "chance",
         )
     names = [asked.name for asked in diagnosis.attributes]
-    turned = {"rotation": 20, "ha": "right"} if max(map(len, names)) > 3 else {}
-    ax.set_xticks(range(len(names)), names, **turned)
+    ax.set_xticks(range(len(names)), names)
+    if max(map(len, names)) > 3:
+        for label in ax.get_xticklabels():
+            label.set(rotation=20, ha="right")
     ax.set_ylabel("read off linearly, %")
     _legend_above(ax)
     return figure

@@ -71,9 +71,9 @@ def _weights(found: Reading, draw: Draw) -> Part | None:
         title="Weights",
         says=f"Of the weights of an output token, {shares.image.mean():.1%} are of the image's tokens and "
         f"{1 - shares.image.mean():.1%} of the instruction's.",
-        read="A bar is how much of the weights belongs to a position of the instruction, 0 being its first token. The "
-        "paper's adapters weigh early positions the most. How much a position contributes also depends on how large its "
-        "input is, which weights don't show; positions behind the end of an instruction hold padding.",
+        read="A bar is how much of the weights belongs to a position of the instruction, 0 being its first token. "
+        "The paper's adapters weigh early positions the most. How much a position contributes also depends on how "
+        "large its input is, which weights don't show; positions behind the end of an instruction hold padding.",
     )
 
 
@@ -91,11 +91,11 @@ def _attention(found: Reading, draw: Draw) -> Part | None:
         caption=f"Attention of the visual tokens, mean over {mass.entries:,} images. The highest: "
         f"{_highest(mass.positions)}.",
         title="Attention",
-        says=f"Visual tokens attend the most to position {int(mass.positions.argmax())} of the instruction, counted from "
-        f"0.{spread}",
-        read="A bar is how much of the visual tokens' attention goes to a token of the instruction; the line is what it "
-        "would be if all attended to all tokens evenly. Long bars above the line are what the adapter reads. Instructions "
-        "have different lengths, so that late positions are rarer. Attention to a word doesn't prove that the word is "
+        says=f"Visual tokens attend the most to position {int(mass.positions.argmax())} of the instruction, counted "
+        f"from 0.{spread}",
+        read="A bar is how much of the visual tokens' attention goes to a token of the instruction; the line is what "
+        "it would be if all attended to all tokens evenly. Long bars above the line are what the adapter reads. "
+        "Instructions have different lengths, so that late positions are rarer. Attention to a word doesn't prove that the word is "
         "used.",
     )
 
@@ -116,8 +116,8 @@ def _mask(found: Reading, draw: Draw) -> Part | None:
         title="Mask",
         says=f"Of all factors, {mask.suppressed:.0%} are below 0.5, which suppresses a channel of a token, "
         f"{mask.amplified:.0%} above 1.5, which amplifies it, and {kept:.0%} between.",
-        read="Each channel of each visual token is multiplied with a factor between 0 and 2; at the line, 1, it stays as "
-        "it is. An untrained adapter has all its factors there. Factors at both ends mean that the adapter selects.",
+        read="Each channel of each visual token is multiplied with a factor between 0 and 2; at the line, 1, it stays "
+        "as it is. An untrained adapter has all its factors there. Factors at both ends mean that the adapter selects.",
     )
 
 
@@ -229,7 +229,7 @@ def diagnosis(found: Diagnosis | Absent, draw: Draw) -> dict[str, Any]:
     numbered = replace(
         found, attributes=tuple(replace(found.attributes[place], name=str(place + 1)) for place in drawn)
     )
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (
             f"{number}. {one.name}",
             f"{one.visual.samples:,}",
@@ -246,8 +246,8 @@ def diagnosis(found: Diagnosis | Absent, draw: Draw) -> dict[str, Any]:
         rows.append(("What is asked, from the instruction", *own, _accuracy(told), "", ""))
     best = max(found.attributes, key=lambda one: one.lost)
     caption = (
-        "Accuracy of a linear probe for each thing that is asked, numbered as in the table. The projector loses the most "
-        f"of number {found.attributes.index(best) + 1}."
+        "Accuracy of a linear probe for each thing that is asked, numbered as in the table. The projector loses the "
+        f"most of number {found.attributes.index(best) + 1}."
     )
     if len(drawn) < len(found.attributes):
         caption += f" Drawn are the {len(drawn)} that are asked most."
@@ -264,8 +264,8 @@ def diagnosis(found: Diagnosis | Absent, draw: Draw) -> dict[str, Any]:
         ),
         "read": "An adapter can help where the answer can be read off the visual tokens, and less well behind the "
         "projector: it decides what passes. Where it passes anyway, training the language model may do as well. Chance "
-        "is the most frequent answer; shuffled is the same probe on shuffled answers. Probes are linear: what they don't "
-        "read may still be there.",
+        "is the most frequent answer; shuffled is the same probe on shuffled answers. Probes are linear: what they "
+        "don't read may still be there.",
     }
 
 

@@ -16,7 +16,8 @@ from .facts import facts_of
 from .questions import Entry, Question, choose, entry_of, find_twins
 
 T = TypeVar("T")
-#: Takes a label and what is gone through, and gives what is gone through instead: ``click.progressbar`` behind a lambda.
+#: Takes a label and what is gone through, and gives what is gone through instead, as
+#: ``click.progressbar`` does.
 Watch = Callable[[str, Sequence[Any]], AbstractContextManager[Any]]
 
 

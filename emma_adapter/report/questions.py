@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True, eq=False)
 class Question:
-    """A question about images. A report reads questions one by one, so that a sequence may open images as it is asked."""
+    """A question about images. A report reads them one by one: a sequence may open images as it is asked."""
 
     #: The conversation up to the question, which is its last message: ``{"role": ..., "content": [parts]}`` each.
     messages: Sequence[Any]

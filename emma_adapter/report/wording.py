@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,16 +18,13 @@ from .questions import normalised
 _MAX_SHOWN = 6
 
 _COLOURS = {
-    "gain": "The map is |V'| / |V|, how much longer the adapter made a visual token: red was amplified, blue suppressed, "
-    "what has no colour is as long as it was. What this fusion erases has moved the farthest, so that the amplified tokens are what "
-    "it keeps.",
+    "gain": "The map is |V'| / |V|, how much longer the adapter made a visual token: red was amplified, blue "
+    "suppressed, what has no colour is as long as it was. What this fusion erases has moved the farthest, so that the "
+    "amplified tokens are what it keeps.",
     "relative": "The map is |V' − V| / |V|, how far the adapter moved a visual token as a share of its length: yellow "
     "the farthest, violet the least. A token that moved is one that was changed, which need not be one that matters.",
 }
 _SCALE = "All maps have the same colours, but for the most extreme hundredth of their values."
-_DIFFERENT = (
-    "The third map is how far apart the two questions move the same token; where it is dark, the question makes "
-)
 
 
 def page(report: Report, draw: Draw) -> dict[str, Any]:
@@ -65,8 +63,8 @@ def _summary(report: Report) -> list[str]:
     if known:
         right = _right(known)
         lines.append(
-            f"Of the {len(known)} with an answer in the data, {right[1]} are answered so with the adapter and {right[0]} "
-            "without (capitals, spaces and a final full stop don't count)."
+            f"Of the {len(known)} with an answer in the data, {right[1]} are answered so with the adapter and "
+            f"{right[0]} without (capitals, spaces and a final full stop don't count)."
         )
     moved = [one.relative for example in report.examples for view in example.views for one in view.maps]
     if moved and all((values == 0).all() for values in moved):
@@ -145,8 +143,8 @@ def _twins(report: Report, draw: Draw) -> dict[str, Any]:
     return {
         "absent": None,
         "couples": [_couple(twins, report.field, draw) for twins in report.twins],
-        "read": f"{_COLOURS[report.field]} The first two maps of a row have the same colours. {_DIFFERENT}no difference "
-        "there. An adapter whose maps are alike for every question changes the image, and doesn't listen.",
+        "read": f"{_COLOURS[report.field]} The first two maps of a couple have the same colours. The third is how far "
+        "apart the two questions move the same token; where it is dark, the question makes no difference. An adapter whose maps are alike for every question changes the image, and doesn't listen.",
     }
 
 
@@ -158,7 +156,7 @@ def _couple(twins: Twins, field: Any, draw: Draw) -> dict[str, Any]:
     sides = []
     for one, question, answers in zip(both, twins.questions, twins.answers, strict=True):
         where = place_of(getattr(one, field))
-        svg = draw(lambda one=one: plot_map(one, twins.picture, field, limits=limits), f"Heat map: {where}")
+        svg = draw(partial(plot_map, one, twins.picture, field, limits=limits), f"Heat map: {where}")
         sides.append({"question": question, "answers": answers, "svg": svg, "caption": where})
     apart = place_of(twins.comparison.difference)
     difference = draw(lambda: plot_difference(twins.comparison, twins.picture), f"Heat map of the difference: {apart}")
