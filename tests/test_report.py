@@ -26,7 +26,7 @@ HOSTILE = [
     "<script>document.title = 'owned'</script><img src=x onerror=alert(1)>",
     "</svg></style></title><!-- {{ 7 * 7 }} {% raw %} ]]> &amp; \"quoted\" 'single'",
     "$\\frac{1}{ ^^ $ \\unknown",
-    "\u202e\u05d0\u05d9\u05d6\u05d4 \u05e6\u05d1\u05e2? \u0645\u0627 \u0627\u0644\u0644\u0648\u0646 \U0001f426\u200d\U0001f525 \u9ce5",
+    "\u202e\u05d0\u05d9\u05d6\u05d4 \u05e6\u05d1\u05e2? \u0645\u0627 \u0627\u0644 \U0001f426\u200d\U0001f525 \u9ce5",
     "w" * 3000,
     "half \ud83d, null \x00, bell \x07, escape \x1b[31m",
 ]
@@ -58,7 +58,7 @@ def make_questions(count=60, *, pairs=3):
 
 
 def report_of(adapter, asked, **settings):
-    return make_report(adapter, tiny.processor(), asked, **{"max_new_tokens": 3, "show": 2, **settings})
+    return make_report(adapter, tiny.processor(), asked, **{"max_new_tokens": 8, "show": 2, **settings})
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +191,7 @@ def test_answers_are_those_of_the_model(adapter, report):
         said = []
         for on in (True, False):
             with torch.no_grad(), adapter.instruction(example.question) if on else adapter.disabled():
-                ids = adapter.model.generate(**inputs, max_new_tokens=3, do_sample=False)
+                ids = adapter.model.generate(**inputs, max_new_tokens=8, do_sample=False)
             said.append(tiny.tokenizer().decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
         assert [example.answers.with_adapter, example.answers.without] == [text.strip() for text in said]
         assert example.answers.expected in ("one", "two", "red", "green")
@@ -292,6 +292,7 @@ def test_figures_of_one_page_share_no_ids():
     ("change", "section", "words"),
     [
         ({"answer": None}, "information", "None of the 60 questions have an answer"),
+        ({"answer": str}, "information", "there are 30 images with 30 answers"),
         ({"answer": "yes"}, "information", "All answers in the data are the same"),
         ({"attribute": None}, "diagnosis", "None of the 60 questions have both an answer and an attribute"),
         ({"answer": "yes"}, "diagnosis", "Nothing is asked often enough"),
@@ -299,7 +300,8 @@ def test_figures_of_one_page_share_no_ids():
     ],
 )
 def test_a_section_that_cant_be_computed_says_why(adapter, change, section, words):
-    asked = [replace_question(one, **change) for one in make_questions(pairs=0)]
+    changes = [{name: str(n) if value is str else value for name, value in change.items()} for n in range(60)]
+    asked = [replace_question(one, **own) for one, own in zip(make_questions(pairs=0), changes, strict=True)]
     made = report_of(adapter, asked, show=1)
     tree = check(render(made))
     [shown] = [one for one in tree.iter("section") if one.attrib["id"] == section]
@@ -345,10 +347,9 @@ def test_questions_without_images_are_counted(adapter):
 
 
 def test_long_answers_are_encoded(adapter):
-    asked = [
-        replace_question(one, answer=f"a long story of {n} birds") for n, one in enumerate(make_questions(pairs=0))
-    ]
-    made = report_of(adapter, asked, show=1)
+    asked = [Question.about(tiny.picture(n), "and then?", answer=f"a long story of {n} birds") for n in range(52)]
+    made = report_of(adapter, [*asked, *asked[:5]], show=1)
+    assert made.information.gain.before.samples == 52
     assert made.information.labels is None and made.information.gain.before.estimator == "ksg"
     assert "the mean embedding of its tokens" in " ".join(parsed(render(made)).itertext())
 

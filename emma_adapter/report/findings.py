@@ -95,8 +95,8 @@ def _attention(found: Reading, draw: Draw) -> Part | None:
         f"from 0.{spread}",
         read="A bar is how much of the visual tokens' attention goes to a token of the instruction; the line is what "
         "it would be if all attended to all tokens evenly. Long bars above the line are what the adapter reads. "
-        "Instructions have different lengths, so that late positions are rarer. Attention to a word doesn't prove that the word is "
-        "used.",
+        "Instructions have different lengths, so that late positions are rarer. Attention to a word doesn't prove that "
+        "it is used.",
     )
 
 
@@ -131,7 +131,7 @@ def information(found: Information | Absent, draw: Draw) -> dict[str, Any]:
     kind = (
         f"The {found.labels} different answers were taken as labels."
         if found.labels is not None
-        else "Of each answer the mean embedding of its tokens was taken."
+        else "Of each answer the mean embedding of its tokens was taken, and one question of each image."
     )
     caption = (
         f"Mutual information of visual tokens and answers, with 95 % intervals: {gain.before.nats:.2f} nats before, "

@@ -33,6 +33,8 @@ Batches = Callable[[str | None, Sequence[Entry]], AbstractContextManager[Iterato
 _MIN_ANSWERED = 50
 #: On average; answers that are rarer are no labels.
 _ROWS_PER_LABEL = 5
+#: Of free answers, the share that must be unlike all others.
+_DIFFERENT = 0.9
 
 
 def reading(adapter: EmmaAdapter, entries: Sequence[Entry], batches: Batches) -> Reading | Absent:
@@ -72,6 +74,15 @@ def information(
     responses: Any = answers
     few = labels * _ROWS_PER_LABEL <= len(answers)
     if not few:
+        # As vectors no two may be the same; before alignment, all questions about an image see it alike.
+        answered = list({entry.images: entry for entry in reversed(answered)}.values())[::-1]
+        answers = [normalised(str(entry.answer)) for entry in answered]
+        if len(answered) < _MIN_ANSWERED or len(set(answers)) < _DIFFERENT * len(answers):
+            return Absent(
+                f"The answers are too different to be labels ({labels:,} in all), and an estimate for free answers "
+                f"needs at least {_MIN_ANSWERED} images whose answers differ; there are {len(answered):,} images with "
+                f"{len(set(answers)):,} answers."
+            )
         responses = torch.stack([_encoded(adapter, prompts, answer) for answer in answers]).numpy()
     try:
         with batches("Information", answered) as own:

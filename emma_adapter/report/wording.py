@@ -144,7 +144,8 @@ def _twins(report: Report, draw: Draw) -> dict[str, Any]:
         "absent": None,
         "couples": [_couple(twins, report.field, draw) for twins in report.twins],
         "read": f"{_COLOURS[report.field]} The first two maps of a couple have the same colours. The third is how far "
-        "apart the two questions move the same token; where it is dark, the question makes no difference. An adapter whose maps are alike for every question changes the image, and doesn't listen.",
+        "apart the two questions move the same token; where it is dark, the question makes no difference. An adapter "
+        "whose maps are alike for every question changes the image, and doesn't listen.",
     }
 
 
