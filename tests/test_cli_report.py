@@ -189,8 +189,9 @@ for (const element of document.querySelectorAll("body, body *")) {
 return worst;
 """
 _TOO_WIDE = """
+const width = document.documentElement.clientWidth;
 return [...document.querySelectorAll("body *")].filter(element => !element.closest(".scroll") && !element.closest("svg")
-    && element.getBoundingClientRect().right > innerWidth + 0.5).map(element => element.outerHTML.slice(0, 200));
+    && element.getBoundingClientRect().right > width + 0.5).map(element => element.outerHTML.slice(0, 200));
 """
 
 
