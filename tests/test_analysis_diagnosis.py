@@ -36,7 +36,7 @@ def test_a_probe_tells_what_a_linear_classifier_tells(distance):
 
 def test_of_noise_nothing_is_decodable():
     """More features than samples, which a probe could learn by heart."""
-    found = [probe(*blobs(60, 200, 0.0, seed), seed=seed) for seed in range(10)]
+    found = [probe(*blobs(60, 200, 0.0, seed), seed=seed) for seed in range(4)]
     assert not any(one.decodable for one in found)
     assert all(one.shuffled_max < 0.65 for one in found)
 

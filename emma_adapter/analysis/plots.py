@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from numpy.typing import ArrayLike, NDArray
 
 from .attending import AttentionMass, MaskStatistics
@@ -233,7 +234,7 @@ def _heat(
     bar.ax.tick_params(colors=GREY, labelsize=8)
     if image is not None:
         # Behind the colours, as the picture is, whatever the page's background.
-        bar.ax.set_facecolor(_UNDER)
+        bar.ax.add_patch(Rectangle((0, 0), 1, 1, transform=bar.ax.transAxes, color=_UNDER, zorder=0.5))
     bar.ax.yaxis.label.set_color(GREY)
     bar.outline.set_edgecolor(GREY)
     if around_one:
