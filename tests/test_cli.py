@@ -55,12 +55,13 @@ def refused(*arguments):
 
 
 def test_commands_import_what_they_need_when_they_run():
-    code = "import sys, emma_adapter.cli; print(sorted({'transformers', 'trl', 'datasets', 'peft'} & set(sys.modules)))"
+    heavy = {"transformers", "trl", "datasets", "peft", "matplotlib", "jinja2"}
+    code = f"import sys, emma_adapter.cli; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("command", [[], ["info"], ["convert"], ["finetune"], ["diff"]], ids=" ".join)
+@pytest.mark.parametrize("command", [[], ["info"], ["convert"], ["finetune"], ["report"], ["diff"]], ids=" ".join)
 def test_help(command):
     assert "Usage: " in run(*command, "--help").stdout
 

@@ -17,6 +17,7 @@ FOREIGN = {
     "emma_adapter/atomic.py": {"NotADirectoryError", "IsADirectoryError", "OSError"},  # as any error of a folder is
     "emma_adapter/checkpoint.py": {"ValueError"},  # caught there: what is wrong with a header
     "emma_adapter/cli/finetune.py": {"click.UsageError"},  # printed with the command's usage
+    "emma_adapter/cli/report.py": {"click.UsageError"},  # likewise
     "emma_adapter/official.py": {"_ForeignPickleError"},  # caught there: what is wrong with a pickle
     "emma_adapter/saving.py": {"FileExistsError"},  # as any error of a folder is
     "emma_adapter/untrusted.py": {"ValueError"},  # of a JSON text, as json's own

@@ -22,7 +22,7 @@ ORDER = """
 errors version untrusted atomic kernels fusion config official alignment families instructions fitting
 sharding recomputation calls blocks original_projector state attachment idle parallel planning hooks guards training
 named model_card checkpoint saving hub base_saves restoring tuners patching loading collation
-__init__ analysis cli
+prompts __init__ analysis report cli
 """
 LAYERS = ORDER.split()
 
@@ -77,6 +77,7 @@ def test_importing_the_package_imports_no_heavy_third_party():
         "click",
         "matplotlib",
         "sklearn",
+        "jinja2",
     )
     code = f"import sys, emma_adapter; print(sorted({set(heavy)} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -47,8 +47,8 @@ _QUESTIONS = [
 
 
 def make_workspace(folder: Path, text: str = MODEL_ID) -> Path:
-    """The models that ``text`` names, with their processors; ``train.jsonl``, with pictures in ``images/``;
-    ``wide.png``, ``tall.png``, and ``clip.npy``, the frames of a video."""
+    """The models that ``text`` names, with their processors; ``train.jsonl``, with pictures in ``images/``; ``birds/``,
+    pictures with ``questions.jsonl``; ``wide.png``, ``tall.png``, and ``clip.npy``, the frames of a video."""
     for name, save in _saves().items():
         if name in text:
             save(folder / name)
@@ -62,6 +62,15 @@ def make_workspace(folder: Path, text: str = MODEL_ID) -> Path:
     tiny.picture(0).resize((84, 28)).save(folder / "wide.png")
     tiny.picture(1).resize((28, 56)).save(folder / "tall.png")
     np.save(folder / "clip.npy", np.stack([np.asarray(tiny.picture(number).resize((84, 56))) for number in range(4)]))
+    (folder / "birds").mkdir()
+    questions = []
+    for number in range(4):
+        tiny.picture(number).save(folder / "birds" / f"{number}.png")
+        for question, answer in _QUESTIONS[:2]:
+            attribute = "colour" if "colour" in question else "count"
+            row = {"image": f"{number}.png", "question": question, "answer": answer, "attribute": attribute}
+            questions.append(row)
+    (folder / "birds" / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
     return folder
 
 

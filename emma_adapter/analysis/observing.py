@@ -86,7 +86,7 @@ def observe(
     if instruction is not None:
         arguments["instruction"] = instruction
     projector = state.family.projector(state.family.inner(base))
-    with torch.no_grad(), _in_eval_mode(model):
+    with torch.no_grad(), in_eval_mode(model):
         with state.observing(seen.append), _output_of(projector, outputs) if projected else nullcontext():
             model(**arguments)
         if projected:
@@ -216,7 +216,8 @@ def _to_device(value: Any, model: nn.Module) -> Any:
 
 
 @contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """In the block no module is in training mode; after it, those that were are again."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False

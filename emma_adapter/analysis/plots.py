@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from numpy.typing import ArrayLike, NDArray
 
 from .attending import AttentionMass, MaskStatistics
@@ -26,6 +27,7 @@ from .weights import WeightShares
 
 #: Contrast of at least 3 on white and on black (WCAG 2.1, 1.4.11).
 GREY = "#808080"
+_UNDER = "#7f7f7f"
 BEFORE, AFTER = "#6b8fb3", "#d1762f"
 _LABELS = {
     "norm": "|V' - V|",
@@ -75,9 +77,14 @@ def plot_comparison(
     for ax, values, name in zip(axes, both, names, strict=False):
         _heat(values, picture, _LABELS[field], ax, limits, around_one=field == "gain")
         ax.set_title(name, color=GREY, fontsize=9, wrap=True)
-    _heat(comparison.difference, picture, _LABELS["difference"], axes[2], None)
+    plot_difference(comparison, picture, axes[2])
     axes[2].set_title("apart", color=GREY, fontsize=9)
     return figure
+
+
+def plot_difference(comparison: Comparison, picture: ArrayLike | None = None, ax: Axes | None = None) -> Figure:
+    """How far apart two instructions move each token."""
+    return _heat(comparison.difference, picture, _LABELS["difference"], ax, None)
 
 
 def plot_weight_shares(shares: WeightShares, ax: Axes | None = None) -> Figure:
@@ -113,7 +120,7 @@ def plot_attention_mass(mass: AttentionMass, ax: Axes | None = None, words: Sequ
         ax.set_xticks(places[: len(words)], words, rotation=60, ha="right")
     ax.set_xlabel("instruction position")
     ax.set_ylabel("attention, %")
-    ax.legend(frameon=False, labelcolor=GREY, fontsize=8)
+    _legend_above(ax)
     return figure
 
 
@@ -169,11 +176,13 @@ def plot_diagnosis(diagnosis: Diagnosis, ax: Axes | None = None) -> Figure:
             linestyle="--",
             label="" if place else "chance",
         )
-    ax.set_xticks(
-        range(len(diagnosis.attributes)), [asked.name for asked in diagnosis.attributes], rotation=20, ha="right"
-    )
+    names = [asked.name for asked in diagnosis.attributes]
+    ax.set_xticks(range(len(names)), names)
+    if max(map(len, names)) > 3:
+        for label in ax.get_xticklabels():
+            label.set(rotation=20, ha="right")
     ax.set_ylabel("read off linearly, %")
-    ax.legend(frameon=False, labelcolor=GREY, fontsize=8)
+    _legend_above(ax)
     return figure
 
 
@@ -220,8 +229,12 @@ def _heat(
     )
     ax.set_xticks([])
     ax.set_yticks([])
+    ax.spines[:].set_visible(False)
     bar = figure.colorbar(drawn, ax=ax, shrink=0.8, label=label)
     bar.ax.tick_params(colors=GREY, labelsize=8)
+    if image is not None:
+        # Behind the colours, as the picture is, whatever the page's background.
+        bar.ax.add_patch(Rectangle((0, 0), 1, 1, transform=bar.ax.transAxes, color=_UNDER, zorder=0.5))
     bar.ax.yaxis.label.set_color(GREY)
     bar.outline.set_edgecolor(GREY)
     if around_one:
@@ -245,6 +258,13 @@ def _own(ax: Axes | None) -> tuple[Figure, Axes]:
         spine.set_visible(name in ("left", "bottom"))
         spine.set_color(GREY)
     return figure, ax
+
+
+def _legend_above(ax: Axes) -> None:
+    """Bars may be anywhere below, and looking for a place between them takes long."""
+    ax.legend(
+        frameon=False, labelcolor=GREY, fontsize=7, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, columnspacing=1
+    )
 
 
 def _figure(columns: int) -> tuple[Figure, list[Axes]]:

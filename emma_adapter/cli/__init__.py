@@ -17,6 +17,7 @@ from .convert import convert
 from .diff import diff
 from .finetune import finetune
 from .info import info
+from .report import report
 
 _BAD_INPUT, _INTERRUPTED = 2, 130
 
@@ -48,8 +49,8 @@ def _complain(message: str) -> int:
 @click.group(cls=_Program, no_args_is_help=False, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="emma-adapter")
 def main() -> None:
-    """EMMA for vision-language models: look at adapters, convert them, train them."""
+    """EMMA for vision-language models: look at adapters, convert them, train them, show what they do."""
 
 
-for command in (info, convert, finetune, diff):
+for command in (info, convert, finetune, report, diff):
     main.add_command(command)

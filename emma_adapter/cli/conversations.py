@@ -1,7 +1,8 @@
-"""Conversations in the two forms that image datasets come in, checked and brought into one.
+"""Conversations in the forms that image datasets come in, checked and brought into one.
 
 ``{"messages": [{"role": "user", "content": "…" or parts}, …], "images": […]}``, and LLaVA's own
-``{"conversations": [{"from": "human", "value": "<image>\\n…"}, …], "image": …}``.
+``{"conversations": [{"from": "human", "value": "<image>\\n…"}, …], "image": …}``; for single questions also
+``{"image": …, "question": "…", "answer": "…"}``.
 """
 
 from __future__ import annotations
@@ -20,15 +21,21 @@ _CONTENT = 'a text, or a list of {"type": "text", "text": "…"} and {"type": "i
 _FORM = '{"images": ["PATH"], "messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}'
 
 
-def read_messages(row: Mapping[str, Any], num_images: int, where: str) -> list[Message]:
+def read_messages(row: Mapping[str, Any], num_images: int, where: str, *, answered: bool = True) -> list[Message]:
     """The messages of a row with every image at its place: where a part or ``<image>`` in a text says, or, if none
     does, before the first user's text.
+
+    Args:
+        row: as in the data.
+        num_images: how many images the row names.
+        where: the row's place, for messages.
+        answered: refuse rows without an answer, from which nothing can be learned.
 
     Raises:
         DataError: if the row isn't a conversation, or shows another number of images than it names.
     """
     messages = [_message(turn, f"{where}, turn {number}") for number, turn in enumerate(_turns(row, where), 1)]
-    _check_order(messages, where)
+    _check_order(messages, where, answered=answered)
     shown = count_images(messages)
     if not shown and num_images:
         first = next(message for message in messages if message["role"] == "user")
@@ -56,6 +63,10 @@ def trainable_turns(messages: list[Message]) -> list[int]:
 
 def _turns(row: Mapping[str, Any], where: str) -> list[Any]:
     turns = row.get("messages", row.get("conversations"))
+    if turns is None and row.get("question") is not None:
+        answer = row.get("answer")
+        turns = [{"role": "user", "content": row["question"]}]
+        turns += [] if answer is None else [{"role": "assistant", "content": answer}]
     if not isinstance(turns, list) or not turns:
         raise DataError(f"{where}: there are no messages; a row looks like {_FORM}")
     return turns
@@ -101,13 +112,15 @@ def _text(text: str, *, stripped: bool) -> dict[str, str]:
     return {"type": "text", "text": text.strip() if stripped else text}
 
 
-def _check_order(messages: list[Message], where: str) -> None:
+def _check_order(messages: list[Message], where: str, *, answered: bool) -> None:
     roles = [message["role"] for message in messages]
-    if "assistant" not in roles:
+    if answered and "assistant" not in roles:
         raise DataError(f"{where}: no turn of the assistant, so that there is nothing to learn: add the answer")
     for number, role in enumerate(roles):
         if role == "assistant" and (number == 0 or roles[number - 1] != "user"):
             raise DataError(f"{where}, turn {number + 1}: an answer must follow a turn of the user")
+    if "user" not in roles:
+        raise DataError(f"{where}: no turn of the user, so that nothing is asked: add the question")
 
 
 def _shortened(value: Any) -> str:

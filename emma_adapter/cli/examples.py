@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from ..errors import DataError
+from ..prompts import Prompts
 from .conversations import Message, count_images, trainable_turns
 from .rows import Rows
 
@@ -31,8 +32,7 @@ class Examples:
         self.tokenizer = processor.tokenizer
         self._sources: list[Rows] = []
         self._stops: list[str] = self.tokenizer.convert_ids_to_tokens(list(stop_ids))
-        first = self.tokenizer("a")["input_ids"][0]
-        self._start: str = self.tokenizer.bos_token if first == self.tokenizer.bos_token_id is not None else ""
+        self._prompts = Prompts(processor)
 
     def add(self, rows: Rows, name: str, *, progress: bool) -> Any:
         """Check every row, and list its examples as a ``datasets.Dataset``: where each is found.
@@ -86,17 +86,13 @@ class Examples:
 
     def _texts(self, messages: list[Message]) -> tuple[str, str]:
         """The prompt, and the prompt with its answer."""
-        render = self.processor.apply_chat_template
-        whole = self._started(render(messages, tokenize=False))
-        prompt = self._started(render(messages[:-1], tokenize=False, add_generation_prompt=True))
+        whole = self._prompts.rendered(messages)
+        prompt = self._prompts.prompt(messages[:-1])
         prompt = whole[: _shared(prompt, whole)]
         if not any(stop in whole[len(prompt) :] for stop in self._stops):
             # LLaVA's template has no end after an answer, and a model must learn to stop.
             whole = whole.rstrip() + self.tokenizer.eos_token
         return prompt, whole
-
-    def _started(self, text: str) -> str:
-        return text if text.startswith(self._start) else self._start + text
 
     def _answer_ids(self, prompt: str, whole: str) -> list[int]:
         """What follows the prompt; with the token across the border, if there is one."""

@@ -10,15 +10,29 @@ from typing import Any, Protocol
 from ..errors import DataError
 from .conversations import Message, read_messages
 
+#: What the rows of a folder of images are read from.
+_IN_A_FOLDER = ("questions.jsonl", "questions.json")
+#: Columns that hold what is said, and what it is about.
+_TALK = ("messages", "conversations", "question")
+_LABELS = ("answer", "attribute", "pair")
+
 
 class Rows(Protocol):
     """Rows that are read when they are wanted."""
 
     def __len__(self) -> int: ...
 
-    def messages(self, number: int) -> list[Message]:
+    def messages(self, number: int, *, answered: bool = True) -> list[Message]:
         """Raises:
-        DataError: naming the row and what is wrong with it.
+        DataError: naming the row and what is wrong with it, as that it has no answer unless ``answered`` is False.
+        """
+        ...
+
+    def label(self, number: int, name: str) -> str | None:
+        """What a row says in a column of its own; None if it says nothing.
+
+        Raises:
+            DataError: if it is no text or number.
         """
         ...
 
@@ -28,14 +42,17 @@ class Rows(Protocol):
 
 
 def open_rows(source: str, split: str, image_folder: Path | None) -> Rows:
-    """The rows of a ``.jsonl`` or ``.json`` file, of a folder that ``Dataset.save_to_disk`` wrote, or of a dataset on
-    the hub.
+    """The rows of a ``.jsonl`` or ``.json`` file, of a folder that holds one called ``questions``, of a folder that
+    ``Dataset.save_to_disk`` wrote, or of a dataset on the hub.
 
     Raises:
         DataError: if there is nothing of this kind.
     """
     if source.endswith((".jsonl", ".json")) or Path(source).is_file():
         return FileRows(Path(source), image_folder)
+    for name in _IN_A_FOLDER:
+        if (Path(source) / name).is_file():
+            return FileRows(Path(source) / name, image_folder)
     return DatasetRows(source, split, image_folder or Path())
 
 
@@ -62,9 +79,13 @@ class FileRows:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def messages(self, number: int) -> list[Message]:
+    def messages(self, number: int, *, answered: bool = True) -> list[Message]:
         where, row = self._row(number)
-        return read_messages(row, len(self._paths(row, where)), where)
+        return read_messages(row, len(self._paths(row, where)), where, answered=answered)
+
+    def label(self, number: int, name: str) -> str | None:
+        where, row = self._row(number)
+        return _label(row.get(name), name, where)
 
     def images(self, number: int) -> list[Any]:
         where, row = self._row(number)
@@ -89,34 +110,47 @@ class FileRows:
 
 
 class DatasetRows:
-    """A dataset with a column ``messages`` or ``conversations``, and one ``images`` or ``image``."""
+    """A dataset with a column ``messages``, ``conversations`` or ``question``, and one ``images`` or ``image``."""
 
     def __init__(self, source: str, split: str, image_folder: Path) -> None:
         self.folder = image_folder
         self.source = source
         dataset = _load_dataset(source, split)
         columns = dataset.column_names
-        talk = next((name for name in ("messages", "conversations") if name in columns), None)
+        talk = next((name for name in _TALK if name in columns), None)
         self._column = next((name for name in ("images", "image") if name in columns), "")
         if talk is None or not self._column:
             raise DataError(
-                f'{source} has the columns {columns}; needed are "messages" or "conversations", and "images" or "image"'
+                f'{source} has the columns {columns}; needed are "messages", "conversations" or "question", and '
+                '"images" or "image"'
             )
         # Apart, so that reading the words decodes no image.
-        self._talk = dataset.select_columns([talk])
+        self._talk = dataset.select_columns([talk, *(name for name in _LABELS if name in columns)])
         self._media = dataset.select_columns([self._column])
         self._num_images = _count_images(self._media, self._column)
 
     def __len__(self) -> int:
         return len(self._num_images)
 
-    def messages(self, number: int) -> list[Message]:
-        return read_messages(self._talk[number], self._num_images[number], f"{self.source}, row {number + 1}")
+    def messages(self, number: int, *, answered: bool = True) -> list[Message]:
+        return read_messages(self._talk[number], self._num_images[number], self._where(number), answered=answered)
+
+    def label(self, number: int, name: str) -> str | None:
+        return _label(self._talk[number].get(name), name, self._where(number))
+
+    def _where(self, number: int) -> str:
+        return f"{self.source}, row {number + 1}"
 
     def images(self, number: int) -> list[Any]:
         found = self._media[number][self._column]
         found = found if isinstance(found, list) else [found]
         return [_open(self.folder / image) if isinstance(image, str) else image.convert("RGB") for image in found]
+
+
+def _label(value: Any, name: str, where: str) -> str | None:
+    if value is not None and (not isinstance(value, (str, int, float)) or isinstance(value, bool)):
+        raise DataError(f'{where}: "{name}" is a {type(value).__name__}; it must be a text or a number')
+    return None if value is None else str(value)
 
 
 def _parse(text: str, where: str) -> Any:

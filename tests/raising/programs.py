@@ -10,8 +10,9 @@ import click
 import torch
 
 import tiny
-from emma_adapter import CheckpointError, ConfigError, DataError, UnsupportedModelError
+from emma_adapter import AnalysisError, CheckpointError, ConfigError, DataError, UnsupportedModelError
 from emma_adapter.cli import main
+from emma_adapter.report import Question, make_report
 from workspace import MODEL_ID, make_workspace
 from zoo import ZOO
 
@@ -191,6 +192,37 @@ def a_question_without_an_answer(bench: Bench) -> None:
 @raises(DataError, "cli/conversations.py:_check_order", "must follow a turn of the user")
 def an_answer_without_a_question(bench: Bench) -> None:
     finetune(bench, talk(ANSWER, USER))
+
+
+def report(bench: Bench, row: dict[str, Any]) -> None:
+    """Of an untrained adapter, with this one row."""
+    folder = make_workspace(bench.folder)
+    bench.saved()
+    (folder / "data.jsonl").write_text(json.dumps(row))
+    bench.monkeypatch.chdir(folder)
+    command("report", "--model", MODEL_ID, "--adapter", "saved", "--data", "data.jsonl", "--device", "cpu")
+
+
+@raises(DataError, "cli/conversations.py:_check_order", "so that nothing is asked")
+def a_conversation_without_a_question(bench: Bench) -> None:
+    report(bench, talk({"role": "system", "content": "be brief"}, images=[]))
+
+
+@raises(DataError, "cli/rows.py:_label", "must be a text or a number")
+def an_attribute_that_is_a_list(bench: Bench) -> None:
+    report(bench, {"image": IMAGE, "question": "is there a cat?", "attribute": ["a", "b"]})
+
+
+@raises(AnalysisError, "report/making.py:make_report", "shows an image")
+def a_report_on_questions_without_images(bench: Bench) -> None:
+    report(bench, {"question": "is there a cat?"})
+
+
+@raises(AnalysisError, "report/making.py:make_report", "has no chat template")
+def a_report_without_a_chat_template(bench: Bench) -> None:
+    processor = tiny.processor()
+    processor.chat_template = None
+    make_report(bench.adapter(), processor, [Question.about(tiny.picture(0), "is there a cat?")])
 
 
 @raises(DataError, "cli/examples.py:Examples.add", "nothing to learn from")

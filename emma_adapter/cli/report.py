@@ -1,0 +1,134 @@
+"""``emma-adapter report``: what an adapter does, on one page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from ..report import Question
+    from .rows import Rows
+
+
+@click.command()
+@click.option("--model", required=True, help="The base model: a folder or a hub id.")
+@click.option("--adapter", required=True, help="The adapter: a folder or a hub id.")
+@click.option(
+    "--data",
+    required=True,
+    help="Questions: a .jsonl or .json file, a folder that holds questions.jsonl, or a dataset.",
+)
+@click.option("--output", default="report.html", show_default=True, type=click.Path(path_type=Path, dir_okay=False))
+@click.option("--images", type=click.Path(path_type=Path), help="Folder of the images. Default: that of the data.")
+@click.option("--split", default="train", show_default=True, help="Which split of a dataset.")
+@click.option("--limit", default=256, show_default=True, type=click.IntRange(1), help="Read the first so many rows.")
+@click.option(
+    "--show", default=8, show_default=True, type=click.IntRange(1), help="Questions shown with their answers."
+)
+@click.option("--max-new-tokens", default=32, show_default=True, type=click.IntRange(1), help="Of each answer.")
+@click.option("--batch-size", default=8, show_default=True, type=click.IntRange(1))
+@click.option(
+    "--instruction-encoder", help="Where the adapter's text tower is now, if elsewhere than when it was saved."
+)
+@click.option("--device", help="Default: cuda if there is one, else cpu.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16"]),
+    default="auto",
+    show_default=True,
+    help="Of the base model; auto is what its weights are saved in.",
+)
+def report(
+    model: str,
+    adapter: str,
+    data: str,
+    output: Path,
+    images: Path | None,
+    split: str,
+    limit: int,
+    show: int,
+    max_new_tokens: int,
+    batch_size: int,
+    instruction_encoder: str | None,
+    device: str | None,
+    dtype: str,
+) -> None:
+    """Show what an adapter does, on one HTML page.
+
+    Answers with it and without, maps over the images, what it reads of the instructions, and what the visual tokens
+    tell. A row of the data: {"image": "PATH", "question": "...", "answer": "...", "attribute": "..."}, of which the
+    answer and the attribute (what is asked, in few words) may be missing; or conversations as for finetune.
+    """
+    _require_packages()
+    # Before minutes of work.
+    if not output.absolute().parent.is_dir():
+        raise click.UsageError(
+            f"there is no folder {output.parent} to write {output.name} to: make it, or choose another"
+        )
+    import torch
+
+    from ..loading import load_adapter
+    from ..report import make_report, render
+    from .models import load_model, load_processor
+    from .rows import open_rows
+
+    try:
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise click.UsageError(f"--device {device} can't be used: {str(error).splitlines()[0]}") from error
+    rows = open_rows(data, split, images)
+    processor = load_processor(model)
+    base = load_model(model, dtype).to(place).eval()
+    handle = load_adapter(base, adapter, processor=processor, instruction_encoder=instruction_encoder)
+    found = make_report(
+        handle,
+        processor,
+        _Questions(rows, limit),
+        model_name=model,
+        adapter_name=adapter,
+        show=show,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        watch=lambda label, items: click.progressbar(items, label=label),
+    )
+    output.write_text(render(found), encoding="utf-8")
+    click.echo(f"Saved to {output}: {found.rows - found.imageless:,} questions, {len(found.examples)} of them shown")
+
+
+def _require_packages() -> None:
+    try:
+        import jinja2  # noqa: F401
+        import matplotlib  # noqa: F401
+        import sklearn  # noqa: F401
+    except ImportError as error:
+        raise click.UsageError(f'report needs more packages: pip install "emma_adapter[report]" ({error})') from error
+
+
+class _Questions(Sequence["Question"]):
+    """The first rows as questions, whose images are opened when they are asked for."""
+
+    def __init__(self, rows: Rows, limit: int) -> None:
+        self._rows = rows
+        self._length = min(len(rows), limit)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, number: Any) -> Any:
+        from ..report import Question
+
+        messages = self._rows.messages(number, answered=False)
+        last = max(place for place, message in enumerate(messages) if message["role"] == "user")
+        # What comes after the question is the answer, and no part of the prompt.
+        replies = [part["text"] for message in messages[last + 1 :] for part in message["content"]]
+        return Question(
+            messages=messages[: last + 1],
+            images=self._rows.images(number),
+            answer="\n".join(replies) if replies else None,
+            attribute=self._rows.label(number, "attribute"),
+            pair=self._rows.label(number, "pair"),
+        )

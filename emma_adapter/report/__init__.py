@@ -1,0 +1,24 @@
+"""A page about one adapter: what the model answers with it and without, and the tables and figures of the analysis.
+
+:func:`make_report` computes what the page holds, :func:`render` writes it as HTML that needs nothing else. Needs
+``pip install "emma_adapter[report]"``. ``emma-adapter report`` is both in one command.
+"""
+
+from .contents import Absent, Answers, Example, Information, Reading, Report, Twins, View
+from .making import make_report
+from .questions import Question
+from .rendering import render
+
+__all__ = [
+    "Absent",
+    "Answers",
+    "Example",
+    "Information",
+    "Question",
+    "Reading",
+    "Report",
+    "Twins",
+    "View",
+    "make_report",
+    "render",
+]

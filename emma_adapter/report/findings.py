@@ -1,0 +1,278 @@
+"""What the page says of the sections that read all questions: each in a sentence, a figure, and how to read it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..analysis import Diagnosis, InformationGain, MutualInformation, PairDistances, Probe
+from .contents import Absent, Information, Reading, Report
+
+#: Makes a part of the page of a function that draws a figure, and a description of what is seen.
+Draw = Callable[[Callable[[], Any], str], str]
+_Z = 1.96
+#: Of a figure that is read on a phone.
+_MAX_BARS = 12
+
+
+@dataclass(frozen=True)
+class Part:
+    """A figure, and what is under it."""
+
+    svg: str
+    caption: str
+    title: str = ""
+    says: str = ""
+    read: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table; the first cell of each row is its head."""
+
+    caption: str
+    heads: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def in_short(report: Report) -> list[str]:
+    """The findings as lines of a summary."""
+    lines = []
+    if isinstance(report.information, Information):
+        lines.append(_conclusion(report.information.gain))
+    if isinstance(report.diagnosis, Diagnosis):
+        lines.append(f"Of most questions the model's own representations say: {report.diagnosis.meaning}.")
+    return lines
+
+
+def reading(found: Reading | Absent, draw: Draw) -> dict[str, Any]:
+    """Weights, attention and mask, as far as the fusion has them."""
+    if isinstance(found, Absent):
+        return {"absent": found.reason, "parts": []}
+    parts = [_weights(found, draw), _attention(found, draw), _mask(found, draw)]
+    return {"absent": None, "parts": [part for part in parts if part is not None]}
+
+
+def _weights(found: Reading, draw: Draw) -> Part | None:
+    from ..analysis.plots import plot_weight_shares
+
+    shares = found.weights
+    if shares is None:
+        return None
+    mean = shares.instruction.mean(0)
+    return Part(
+        svg=draw(lambda: plot_weight_shares(shares), f"Bars by instruction position; the highest: {_highest(mean)}"),
+        caption=f"Share of each instruction position in the weights. The highest: {_highest(mean)}.",
+        title="Weights",
+        says=f"Of the weights of an output token, {shares.image.mean():.1%} are of the image's tokens and "
+        f"{1 - shares.image.mean():.1%} of the instruction's.",
+        read="A bar is how much of the weights belongs to a position of the instruction, 0 being its first token. "
+        "The paper's adapters weigh early positions the most. How much a position contributes also depends on how "
+        "large its input is, which weights don't show; positions behind the end of an instruction hold padding.",
+    )
+
+
+def _attention(found: Reading, draw: Draw) -> Part | None:
+    from ..analysis.plots import plot_attention_mass
+
+    mass = found.attention
+    if mass is None:
+        return None
+    spread = "" if math.isnan(mass.entropy) else f" It is spread {mass.entropy:.0%} as evenly as it could be."
+    return Part(
+        svg=draw(
+            lambda: plot_attention_mass(mass), f"Bars by instruction position; the highest: {_highest(mass.positions)}"
+        ),
+        caption=f"Attention of the visual tokens, mean over {mass.entries:,} images. The highest: "
+        f"{_highest(mass.positions)}.",
+        title="Attention",
+        says=f"Visual tokens attend the most to position {int(mass.positions.argmax())} of the instruction, counted "
+        f"from 0.{spread}",
+        read="A bar is how much of the visual tokens' attention goes to a token of the instruction; the line is what "
+        "it would be if all attended to all tokens evenly. Long bars above the line are what the adapter reads. "
+        "Instructions have different lengths, so that late positions are rarer. Attention to a word doesn't prove that "
+        "it is used.",
+    )
+
+
+def _mask(found: Reading, draw: Draw) -> Part | None:
+    from ..analysis.plots import plot_mask
+
+    mask = found.mask
+    if mask is None:
+        return None
+    kept = 1 - mask.suppressed - mask.amplified
+    return Part(
+        svg=draw(
+            lambda: plot_mask(mask),
+            f"Histogram of factors from 0 to 2: {mask.suppressed:.0%} below 0.5, {mask.amplified:.0%} above 1.5",
+        ),
+        caption=f"The factors that channels are multiplied with, over {mask.entries:,} images.",
+        title="Mask",
+        says=f"Of all factors, {mask.suppressed:.0%} are below 0.5, which suppresses a channel of a token, "
+        f"{mask.amplified:.0%} above 1.5, which amplifies it, and {kept:.0%} between.",
+        read="Each channel of each visual token is multiplied with a factor between 0 and 2; at the line, 1, it stays "
+        "as it is. An untrained adapter has all its factors there. Factors at both ends mean that the adapter selects.",
+    )
+
+
+def information(found: Information | Absent, draw: Draw) -> dict[str, Any]:
+    """Before and after alignment."""
+    if isinstance(found, Absent):
+        return {"absent": found.reason}
+    from ..analysis.plots import plot_information
+
+    gain = found.gain
+    kind = (
+        f"The {found.labels} different answers were taken as labels."
+        if found.labels is not None
+        else "Of each answer the mean embedding of its tokens was taken, and one question of each image."
+    )
+    caption = (
+        f"Mutual information of visual tokens and answers, with 95 % intervals: {gain.before.nats:.2f} nats before, "
+        f"{gain.after.nats:.2f} after."
+    )
+    saturated = gain.before.saturated or gain.after.saturated
+    return {
+        "absent": None,
+        "says": f"{_conclusion(gain)} {kind}",
+        "svg": draw(lambda: plot_information(gain), caption),
+        "caption": caption,
+        "table": Table(
+            f"Estimates in nats, from {gain.before.samples:,} questions",
+            ("visual tokens", "estimate", "95 % interval", "uncorrected", "correction", "answers shuffled"),
+            [_estimate("before", gain.before), _estimate("after", gain.after)],
+        ),
+        "read": "The higher, the more of the answer could be read off the mean visual token of an image; 0 is nothing. "
+        "Before, the visual tokens don't know the question. The estimator is far too low with few samples: it is "
+        "corrected by what it gives on samples of as many dimensions whose information is known. With shuffled answers "
+        "there is nothing to find, and the estimate shows the noise. Only ratios of one page compare; that the tokens "
+        "tell more doesn't mean that the language model listens."
+        + (
+            " An interval without an upper end: the estimate is as high as it can get with so few questions, and there "
+            "may be more."
+            if saturated
+            else ""
+        ),
+    }
+
+
+def _conclusion(gain: InformationGain) -> str:
+    low, high = gain.difference_interval
+    if low > 0:
+        upper = "any number of" if math.isinf(gain.ratio_interval[1]) else f"{gain.ratio_interval[1]:.1f}"
+        times = (
+            ""
+            if math.isinf(gain.ratio)
+            else f", {gain.ratio:.1f} times as much (95 %: {gain.ratio_interval[0]:.1f} to {upper})"
+        )
+        return f"After alignment the visual tokens tell more of the answer{times}."
+    if high < 0:
+        return "After alignment the visual tokens tell less of the answer."
+    return (
+        f"Whether the visual tokens tell more of the answer after alignment can't be told from {gain.before.samples:,} "
+        "questions."
+    )
+
+
+def _estimate(name: str, one: MutualInformation) -> tuple[str, ...]:
+    low, high = one.interval
+    upper = "no upper end" if math.isinf(high) else f"{high:.2f}"
+    return (
+        name,
+        f"{one.nats:.2f}",
+        f"{low:.2f} to {upper}",
+        f"{one.raw:.2f}",
+        f"{-one.bias:+.2f}",
+        # Not -0.00, which is noise.
+        f"{round(one.shuffled, 2) + 0.0:.2f} ± {one.shuffled_spread:.2f}",
+    )
+
+
+def pairs(found: PairDistances | Absent | None, draw: Draw) -> dict[str, Any] | None:
+    """Distances between the images of each pair."""
+    if found is None:
+        return None
+    if isinstance(found, Absent):
+        return {"absent": found.reason}
+    from ..analysis.plots import plot_pairs
+
+    ratio = found.ratio
+    apart = int((found.after > found.before).sum())
+    median = float(np.nanmedian(ratio)) if np.isfinite(ratio).any() else math.nan
+    middle = "" if math.isnan(median) else f" The median distance afterwards is {median:.2f} times that before."
+    caption = f"Each dot is a pair; {apart} of {len(ratio)} lie above the line."
+    return {
+        "absent": None,
+        "says": f"The adapter pulls {apart} of {len(ratio)} pairs apart.{middle}",
+        "svg": draw(lambda: plot_pairs(found), caption),
+        "caption": caption,
+        "read": "Images that differ in what is asked should become more different once the question is known. 0 are "
+        "equal representations, 2 are opposite ones.",
+    }
+
+
+def diagnosis(found: Diagnosis | Absent, draw: Draw) -> dict[str, Any]:
+    """What linear probes read off the model without the adapter."""
+    if isinstance(found, Absent):
+        return {"absent": found.reason}
+    from ..analysis.plots import plot_diagnosis
+
+    order = sorted(range(len(found.attributes)), key=lambda place: -found.attributes[place].visual.samples)
+    drawn = sorted(order[:_MAX_BARS])
+    # Names may be of any script; the figure's font isn't.
+    numbered = replace(
+        found, attributes=tuple(replace(found.attributes[place], name=str(place + 1)) for place in drawn)
+    )
+    rows: list[tuple[str, ...]] = [
+        (
+            f"{number}. {one.name}",
+            f"{one.visual.samples:,}",
+            f"{one.visual.chance:.0%}",
+            f"{one.visual.shuffled:.0%}",
+            _accuracy(one.visual),
+            _accuracy(one.projected),
+            one.verdict,
+        )
+        for number, one in enumerate(found.attributes, 1)
+    ]
+    if (told := found.instruction) is not None:
+        own = f"{told.samples:,}", f"{told.chance:.0%}", f"{told.shuffled:.0%}"
+        rows.append(("What is asked, from the instruction", *own, _accuracy(told), "", ""))
+    best = max(found.attributes, key=lambda one: one.lost)
+    caption = (
+        "Accuracy of a linear probe for each thing that is asked, numbered as in the table. The projector loses the "
+        f"most of number {found.attributes.index(best) + 1}."
+    )
+    if len(drawn) < len(found.attributes):
+        caption += f" Drawn are the {len(drawn)} that are asked most."
+    return {
+        "absent": None,
+        "says": f"{found.verdict[0].upper()}{found.verdict[1:]}: {found.meaning}. (The verdict of most questions; the "
+        "adapter is switched off for this.)",
+        "svg": draw(lambda: plot_diagnosis(numbered), caption),
+        "caption": caption,
+        "table": Table(
+            "How often a linear probe reads the answer, with 95 % intervals",
+            ("asked", "questions", "chance", "shuffled", "visual tokens", "behind the projector", "verdict"),
+            rows,
+        ),
+        "read": "An adapter can help where the answer can be read off the visual tokens, and less well behind the "
+        "projector: it decides what passes. Where it passes anyway, training the language model may do as well. Chance "
+        "is the most frequent answer; shuffled is the same probe on shuffled answers. Probes are linear: what they "
+        "don't read may still be there.",
+    }
+
+
+def _accuracy(one: Probe) -> str:
+    return f"{one.accuracy:.0%} ± {_Z * one.error:.0%}"
+
+
+def _highest(values: NDArray[np.float64]) -> str:
+    order = np.argsort(-values, kind="stable")[:3]
+    return ", ".join(f"{values[place]:.1%} at {place}" for place in order.tolist())

@@ -1,0 +1,124 @@
+"""From a patched model and questions to what a report holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar
+
+from ..errors import AnalysisError
+from ..patching import EmmaAdapter
+from ..prompts import Prompts
+from . import sections
+from .contents import Absent, Report
+from .examples import explain, explain_twins
+from .facts import facts_of
+from .questions import Entry, Question, choose, entry_of, find_twins
+
+T = TypeVar("T")
+#: Takes a label and what is gone through, and gives what is gone through instead, as
+#: ``click.progressbar`` does.
+Watch = Callable[[str, Sequence[Any]], AbstractContextManager[Any]]
+
+
+def make_report(
+    adapter: EmmaAdapter,
+    processor: Any,
+    questions: Sequence[Question],
+    *,
+    model_name: str = "model",
+    adapter_name: str = "adapter",
+    show: int = 8,
+    batch_size: int = 8,
+    max_new_tokens: int = 32,
+    watch: Watch | None = None,
+) -> Report:
+    """Everything that the page says, computed. The model is left as it was.
+
+    Args:
+        adapter: of a patched model; see :func:`~emma_adapter.load_adapter`.
+        processor: the model's, with a chat template.
+        questions: read one by one, several times, a batch at most at once.
+        model_name: for the page.
+        adapter_name: for the page.
+        show: how many questions to show with their answers; which, doesn't depend on the answers.
+        batch_size: of the other sections, which read all questions.
+        max_new_tokens: of each answer.
+        watch: tells the progress; default: nobody.
+
+    Raises:
+        AnalysisError: if no question shows an image, or the processor has no chat template.
+    """
+    if getattr(processor, "chat_template", None) is None:
+        raise AnalysisError(
+            f"the {type(processor).__name__} has no chat template, by which questions become prompts: set "
+            "processor.chat_template, or take a model that has one"
+        )
+    prompts = Prompts(processor)
+    watch = _unwatched if watch is None else watch
+    with watch("Reading the questions", range(len(questions))) as numbers:
+        read = [entry_of(questions[number], number) for number in numbers]
+    entries = [entry for entry in read if entry is not None]
+    if not entries:
+        raise AnalysisError(
+            f"none of the {len(questions)} questions shows an image, and an adapter does nothing else: name the images "
+            "of each question"
+        )
+
+    def batches(label: str | None, chosen: Sequence[Entry]) -> AbstractContextManager[Iterator[Any]]:
+        chunks = [chosen[start : start + batch_size] for start in range(0, len(chosen), batch_size)]
+        return _Batches(nullcontext(chunks) if label is None else watch(label, chunks), questions, prompts)
+
+    shown = choose(entries, show)
+    with watch("Asking", shown) as watched:
+        examples = [
+            explain(adapter, prompts, questions[entry.place], entry.place + 1, max_new_tokens) for entry in watched
+        ]
+    couples = find_twins(entries, 2)
+    with watch("Comparing questions", couples) as watched:
+        twins = [
+            explain_twins(
+                adapter,
+                prompts,
+                [questions[entry.place] for entry in couple],
+                (couple[0].place + 1, couple[1].place + 1),
+                max_new_tokens,
+            )
+            for couple in watched
+        ]
+    return Report(
+        model=model_name,
+        adapter=adapter_name,
+        facts=facts_of(adapter),
+        rows=len(questions),
+        imageless=len(questions) - len(entries),
+        field="gain" if adapter.config.fusion == "modulation" else "relative",
+        examples=tuple(examples),
+        twins=tuple(twins) or Absent("No two of these questions with different words are about the same image."),
+        reading=sections.reading(adapter, entries, batches),
+        information=sections.information(adapter, entries, batches, prompts),
+        pairs=sections.pairs(adapter, entries, batches),
+        diagnosis=sections.diagnosis(adapter, entries, batches),
+    )
+
+
+class _Batches:
+    """A context manager of the batches of some questions, made as they are asked for."""
+
+    def __init__(self, chunks: AbstractContextManager[Any], questions: Sequence[Question], prompts: Prompts) -> None:
+        self._chunks, self._questions, self._prompts = chunks, questions, prompts
+
+    def __enter__(self) -> Iterator[Any]:
+        return self._made(self._chunks.__enter__())
+
+    def __exit__(self, *error: Any) -> None:
+        self._chunks.__exit__(*error)
+
+    def _made(self, chunks: Any) -> Iterator[Any]:
+        for chunk in chunks:
+            own = [self._questions[entry.place] for entry in chunk]
+            yield self._prompts.batch([one.messages for one in own], [one.images for one in own])
+
+
+def _unwatched(label: str, items: Sequence[T]) -> AbstractContextManager[Sequence[T]]:
+    return nullcontext(items)

@@ -1,0 +1,48 @@
+"""A report as one HTML file that needs nothing else: no script, no network, no other file."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from . import wording
+from .contents import Report
+from .figures import Figures
+
+_HERE = Path(__file__).parent
+#: What HTML can't hold, or what only moves a terminal's cursor.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+_LONGEST = 1500
+
+
+def render(report: Report) -> str:
+    """The page. The same report gives the same text, with the same versions of matplotlib and Pillow.
+
+    Questions, answers and names are shown as text, whatever they contain.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(
+        loader=FileSystemLoader(_HERE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: value if isinstance(value, Markup) else _UNPRINTABLE.sub("\ufffd", str(value)),
+    )
+    environment.filters["short"] = _shortened
+    figures = Figures()
+    page = wording.page(report, lambda draw, description: Markup(figures.inline(draw, _clean(description))))
+    style = Markup((_HERE / "style.css").read_text(encoding="utf-8"))
+    return environment.get_template("template.html").render(page=page, style=style)
+
+
+def _clean(text: str) -> str:
+    return _UNPRINTABLE.sub("\ufffd", text)
+
+
+def _shortened(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}… ({len(text):,} characters)"

@@ -1,0 +1,172 @@
+"""What the page says, section by section: texts, pictures and tables for the template."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from . import findings
+from .contents import Absent, Answers, Example, Report, Twins, View
+from .figures import common_limits, place_of
+from .findings import Draw, Part, Table
+from .pictures import data_uri, is_tiny
+from .questions import normalised
+
+#: Images and maps of one question; more would be a page of their own.
+_MAX_SHOWN = 6
+
+_COLOURS = {
+    "gain": "The map is |V'| / |V|, how much longer the adapter made a visual token: red was amplified, blue "
+    "suppressed, what has no colour is as long as it was. What this fusion erases has moved the farthest, so that the "
+    "amplified tokens are what it keeps.",
+    "relative": "The map is |V' − V| / |V|, how far the adapter moved a visual token as a share of its length: yellow "
+    "the farthest, violet the least. A token that moved is one that was changed, which need not be one that matters.",
+}
+_SCALE = "All maps have the same colours, but for the most extreme hundredth of their values."
+
+
+def page(report: Report, draw: Draw) -> dict[str, Any]:
+    """Everything that the template shows.
+
+    Args:
+        report: what was found.
+        draw: makes a part of the page of a figure and its description.
+    """
+    maps = [getattr(one, report.field) for example in report.examples for view in example.views for one in view.maps]
+    limits = common_limits(maps)
+    return {
+        "model": report.model,
+        "adapter": report.adapter,
+        "summary": _summary(report),
+        "answers": {
+            "how": _chosen(report),
+            "cards": [_card(example, report.field, limits, draw) for example in report.examples],
+            "read": f"{_COLOURS[report.field]} {_SCALE} The answers are what the model generates greedily; a few "
+            "questions are examples, and no accuracy.",
+        },
+        "twins": _twins(report, draw),
+        "reading": findings.reading(report.reading, draw),
+        "information": findings.information(report.information, draw),
+        "pairs": findings.pairs(report.pairs, draw),
+        "diagnosis": findings.diagnosis(report.diagnosis, draw),
+        "facts": Table("The adapter, and what this page was made of", (), _facts(report)),
+    }
+
+
+def _summary(report: Report) -> list[str]:
+    answers = [example.answers for example in report.examples]
+    changed = sum(own.changed for own in answers)
+    lines = [f"It changes {changed} of the {len(answers)} answers that are shown."]
+    known = [own for own in answers if own.expected is not None]
+    if known:
+        right = _right(known)
+        lines.append(
+            f"Of the {len(known)} with an answer in the data, {right[1]} are answered so with the adapter and "
+            f"{right[0]} without (capitals, spaces and a final full stop don't count)."
+        )
+    moved = [one.relative for example in report.examples for view in example.views for one in view.maps]
+    if moved and all((values == 0).all() for values in moved):
+        lines.append("It moves no visual token at all: this adapter is as it was before any training.")
+    elif moved:
+        mean = float(np.nanmean(np.concatenate([values.ravel() for values in moved])))
+        lines.append(f"It moves a visual token by {mean:.0%} of its length on average.")
+    lines += findings.in_short(report)
+    return lines
+
+
+def _right(known: list[Answers]) -> tuple[int, int]:
+    """Without and with the adapter."""
+    return (
+        sum(_same(own.without, own.expected) for own in known),
+        sum(_same(own.with_adapter, own.expected) for own in known),
+    )
+
+
+def _same(one: str, other: str | None) -> bool:
+    return other is not None and normalised(one) == normalised(other)
+
+
+def _chosen(report: Report) -> str:
+    usable = report.rows - report.imageless
+    if len(report.examples) == usable:
+        return "All questions of the data that show an image."
+    return (
+        f"{len(report.examples)} of {usable:,} questions, spread over the data (and over what is asked, where the data "
+        "say it) whatever the answers are."
+    )
+
+
+def _card(example: Example, field: str, limits: Any, draw: Draw) -> dict[str, Any]:
+    images = [
+        _picture(image, f"Image {number} of question {example.number}", "as in the data")
+        for number, image in enumerate(example.images[:_MAX_SHOWN], 1)
+    ]
+    maps = [_map(view, field, limits, draw) for view in example.views[:_MAX_SHOWN]]
+    left = max(len(example.images) - _MAX_SHOWN, 0), max(len(example.views) - _MAX_SHOWN, 0)
+    return {
+        "number": example.number,
+        "question": example.question,
+        "answers": example.answers,
+        "images": images,
+        "maps": maps,
+        "more": f"{left[0]} more images and {left[1]} more maps are not shown." if any(left) else "",
+    }
+
+
+def _picture(image: Any, alt: str, caption: str) -> dict[str, Any]:
+    return {
+        "src": data_uri(image),
+        "alt": f"{alt}, {image.width} × {image.height} pixels",
+        "caption": caption,
+        "width": image.width,
+        "height": image.height,
+        "tiny": is_tiny(image),
+    }
+
+
+def _map(view: View, field: Any, limits: Any, draw: Draw) -> Part:
+    from ..analysis.plots import plot_map
+
+    maps = view.maps[0] if len(view.maps) == 1 else view.maps
+    where = place_of(getattr(view.maps[0], field))
+    background = "" if view.picture is not None else ", without the image, whose place isn't known"
+    grid = "" if view.maps[0].norm.ndim == 2 else "; these visual tokens form no grid, so they are in a row"
+    svg = draw(lambda: plot_map(maps, view.picture, field, limits=limits), f"Heat map over {view.name}: {where}{grid}")
+    return Part(svg, f"{view.name}: {where}{background}{grid}")
+
+
+def _twins(report: Report, draw: Draw) -> dict[str, Any]:
+    if isinstance(report.twins, Absent):
+        return {"absent": report.twins.reason}
+    return {
+        "absent": None,
+        "couples": [_couple(twins, report.field, draw) for twins in report.twins],
+        "read": f"{_COLOURS[report.field]} The first two maps of a couple have the same colours. The third is how far "
+        "apart the two questions move the same token; where it is dark, the question makes no difference. An adapter "
+        "whose maps are alike for every question changes the image, and doesn't listen.",
+    }
+
+
+def _couple(twins: Twins, field: Any, draw: Draw) -> dict[str, Any]:
+    from ..analysis.plots import plot_difference, plot_map
+
+    both = (twins.comparison.first, twins.comparison.second)
+    limits = common_limits([getattr(one, field) for one in both])
+    sides = []
+    for one, question, answers in zip(both, twins.questions, twins.answers, strict=True):
+        where = place_of(getattr(one, field))
+        svg = draw(partial(plot_map, one, twins.picture, field, limits=limits), f"Heat map: {where}")
+        sides.append({"question": question, "answers": answers, "svg": svg, "caption": where})
+    apart = place_of(twins.comparison.difference)
+    difference = draw(lambda: plot_difference(twins.comparison, twins.picture), f"Heat map of the difference: {apart}")
+    return {"numbers": twins.numbers, "sides": sides, "difference": difference, "difference_caption": apart}
+
+
+def _facts(report: Report) -> list[tuple[str, ...]]:
+    usable = report.rows - report.imageless
+    rows = f"{usable:,} with an image"
+    if report.imageless:
+        rows += f"; {report.imageless:,} without one were left out, where an adapter does nothing"
+    return [("Adapter", report.adapter), ("Model", report.model), *report.facts.items(), ("Questions", rows)]
