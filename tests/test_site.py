@@ -20,6 +20,7 @@ from emma_adapter.families import family_names
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
+NAMES = ["emma_adapter", "analysis", "report"]
 CONFIG = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
 
 
@@ -42,7 +43,7 @@ def test_every_family_has_a_page(name):
     assert f"`{name}`" in (DOCS / "families" / "index.md").read_text()
 
 
-@pytest.mark.parametrize("package", [emma_adapter, emma_adapter.analysis, emma_adapter.report], ids=lambda package: package.__name__)
+@pytest.mark.parametrize("package", [emma_adapter, emma_adapter.analysis, emma_adapter.report], ids=NAMES)
 def test_the_reference_has_every_public_name(package):
     pattern = rf"^::: {re.escape(package.__name__)}\.(\w+)$"
     described = re.findall(pattern, (DOCS / "api.md").read_text(), re.MULTILINE)
