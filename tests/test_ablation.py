@@ -34,14 +34,6 @@ from emma_adapter import EmmaAlignment, EmmaConfig, get_adapter
 TINY = Settings(steps=2, batch_size=4, train_scenes=12, test_scenes=8, pooled_steps=1)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(autouse=True)
 def _variants(registry):
     variants.register()

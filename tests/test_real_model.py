@@ -28,10 +28,6 @@ def workspace(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _inside(workspace, monkeypatch, registry):
     monkeypatch.chdir(workspace)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def run(output, *options):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,8 +12,6 @@ from torch import nn
 
 from benchmarks.digits_vqa.ablation.recipes import LINEAR_PARTS
 from emma_adapter import EmmaConfig, UnsupportedModelError, patch_model, unpatch_model
-
-Opened = Callable[[], Any]
 
 
 def names(fusion: str) -> list[str]:

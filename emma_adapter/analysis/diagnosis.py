@@ -13,13 +13,12 @@ from torch import Tensor
 
 from ..errors import AnalysisError
 from .observing import Model, VisualEntry, observed_batches
-from .probes import Probe, probe
+from .probes import Probe, Z, probe
 
 Verdict = Literal["can help", "reaches the model already", "not linear in the visual tokens", "not in the instruction"]
 
 #: Grid that visual tokens are averaged to, so that images of all sizes have as many features.
 _COARSE = 4
-_Z = 1.96
 _MEANINGS: dict[Verdict, str] = {
     "can help": "the answer is in the visual tokens, less of it behind the projector, and the instruction says where: "
     "an adapter can help",
@@ -75,13 +74,13 @@ class Diagnosis:
         for asked in self.attributes:
             own = asked.visual
             lines.append(
-                f"| {asked.name} | {own.samples} | {own.chance:.0%} | {own.shuffled:.0%} | {_shown(own)} | "
-                f"{_shown(asked.projected)} | {asked.verdict} |"
+                f"| {asked.name} | {own.samples} | {own.chance:.0%} | {own.shuffled:.0%} | {own.told()} | "
+                f"{asked.projected.told()} | {asked.verdict} |"
             )
         if (told := self.instruction) is not None:
             lines.append(
                 f"| *what is asked* | {told.samples} | {told.chance:.0%} | {told.shuffled:.0%} | instruction: "
-                f"{_shown(told)} | | |"
+                f"{told.told()} | | |"
             )
         return "\n".join([*lines, "", f"**{self.verdict}**: {self.meaning}"])
 
@@ -136,7 +135,7 @@ def diagnose(
         behind = probe(projected[rows], labels[rows], **settings)
         difference = own.right.astype(float) - behind.right
         lost, error = float(difference.mean()), float(difference.std(ddof=1) / np.sqrt(len(difference)))
-        verdict = _verdict(own, behind, lost - _Z * error > 0, told)
+        verdict = _verdict(own, behind, lost - Z * error > 0, told)
         found.append(Asked(name, own, behind, lost, error, verdict))
     if not found:
         raise AnalysisError(
@@ -157,10 +156,6 @@ def _verdict(visual: Probe, projected: Probe, loses: bool, told: Probe | None) -
 
 def _enough(labels: Any, folds: int) -> bool:
     return int((np.unique(labels, return_counts=True)[1] >= folds).sum()) > 1
-
-
-def _shown(one: Probe) -> str:
-    return f"{one.accuracy:.0%} ± {_Z * one.error:.0%}"
 
 
 def _features(model: Model, batches: Iterable[Mapping[str, Any]]) -> tuple[Any, Any, Any]:

@@ -16,12 +16,11 @@ from ..errors import AnalysisError
 from .calibration import Calibration, calibrate_classes, calibrate_gaussians, canonical_shares
 from .estimators import Labels, Samples, ksg, ross
 from .observing import Model, VisualEntry, observed_batches
+from .probes import Z
 
 _MIN_SAMPLES = 50
 _JACKKNIFE_BLOCKS = 10
 _PERMUTATIONS = 10
-#: 95 % of a normal distribution.
-_Z = 1.96
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class MutualInformation:
     @property
     def interval(self) -> tuple[float, float]:
         """95 %, if the data are as benign as Gaussians; without an upper end if ``saturated``."""
-        return max(0.0, self.nats - _Z * self.error), math.inf if self.saturated else self.nats + _Z * self.error
+        return max(0.0, self.nats - Z * self.error), math.inf if self.saturated else self.nats + Z * self.error
 
 
 @dataclass(frozen=True)
@@ -158,7 +157,7 @@ def information_gain(
         before=before,
         after=after,
         difference=difference,
-        difference_interval=(difference - _Z * error, difference + _Z * error),
+        difference_interval=(difference - Z * error, difference + Z * error),
         ratio=_divided(after.nats, before.nats),
         ratio_interval=_fieller(after, before, covariance),
     )
@@ -288,11 +287,11 @@ def _fieller(after: MutualInformation, before: MutualInformation, covariance: fl
     """The 95 % interval of a ratio (Fieller, 1954); without an upper end where ``before`` may be 0."""
     a, b = after.nats, before.nats
     # |a - r b|^2 <= z^2 var(a - r b), a quadratic in r.
-    square = b**2 - _Z**2 * before.error**2
-    middle = a * b - _Z**2 * covariance
-    constant = a**2 - _Z**2 * after.error**2
+    square = b**2 - Z**2 * before.error**2
+    middle = a * b - Z**2 * covariance
+    constant = a**2 - Z**2 * after.error**2
     if square <= 0:
-        low = max(0.0, a - _Z * after.error) / (b + _Z * before.error) if b + before.error > 0 else 0.0
+        low = max(0.0, a - Z * after.error) / (b + Z * before.error) if b + before.error > 0 else 0.0
         return low, math.inf
     root = math.sqrt(max(middle**2 - square * constant, 0.0))
     return max(0.0, (middle - root) / square), (middle + root) / square

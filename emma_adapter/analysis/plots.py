@@ -167,7 +167,7 @@ def plot_diagnosis(diagnosis: Diagnosis, ax: Axes | None = None) -> Figure:
             (0.2, asked.projected, AFTER, "behind the projector"),
         ):
             ax.bar(place + shift, one.accuracy * 100, 0.38, color=colour, label="" if place else name)
-            ax.errorbar(place + shift, one.accuracy * 100, 196 * one.error, color=GREY, capsize=3)
+            ax.errorbar(place + shift, one.accuracy * 100, one.margin * 100, color=GREY, capsize=3)
         ax.hlines(
             asked.visual.chance * 100,
             place - 0.4,

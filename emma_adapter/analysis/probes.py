@@ -11,7 +11,8 @@ from ..errors import AnalysisError
 
 _MAX_COMPONENTS = 64
 _PENALTIES = tuple(10.0**power for power in range(6))
-_Z = 1.96
+#: 95 % of a normal distribution.
+Z = 1.96
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,18 @@ class Probe:
     right: NDArray[np.bool_] = field(repr=False, compare=False)
 
     @property
+    def margin(self) -> float:
+        """Half the width of the 95 % interval of ``accuracy``."""
+        return Z * self.error
+
+    def told(self) -> str:
+        """The accuracy with its 95 % interval, as ``"64% ± 8%"``."""
+        return f"{self.accuracy:.0%} ± {self.margin:.0%}"
+
+    @property
     def decodable(self) -> bool:
         """Better than chance by more than the error bar, and than all but one in twenty shuffles."""
-        return self.accuracy - _Z * self.error > max(self.chance, self.shuffled) and self.p_value <= 0.05
+        return self.accuracy - self.margin > max(self.chance, self.shuffled) and self.p_value <= 0.05
 
 
 def probe(features: ArrayLike, labels: ArrayLike, *, folds: int = 5, shuffles: int = 19, seed: int = 0) -> Probe:

@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from .options import dtype_option, images_option, split_option
+
 #: Arguments of TRL's that have no say here, and why.
 _DECIDED_HERE = {
     "output_dir": "it is --output",
@@ -33,22 +35,16 @@ _DECIDED_HERE = {
 @click.option("--data", required=True, help="A .jsonl or .json file, a saved dataset, or one on the hub.")
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="Folder for the adapter.")
 @click.option("--eval-data", help="As --data; the loss on it is told at the end.")
-@click.option("--split", default="train", show_default=True, help="Which split of a dataset.")
+@split_option
 @click.option("--eval-split", default="train", show_default=True, help="Which split of the --eval-data.")
-@click.option("--images", type=click.Path(path_type=Path), help="Folder of the images. Default: that of the data.")
+@images_option
 @click.option("--adapter", help="An adapter to start from: a folder or a hub id.")
 @click.option("--fusion", help='How the instruction enters the visual tokens. Default: "attention".')
 @click.option("--instruction-encoder", help='"llm", or a text tower. Default: "llm", or that of the --adapter.')
 @click.option("--instruction-policy", help='Which user turns are the instruction. Default: "last_turn".')
 @click.option("--projector", is_flag=True, help="Train the projector too.")
 @click.option("--projector-lr", type=float, help="Its own learning rate.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["auto", "float32", "bfloat16"]),
-    default="auto",
-    show_default=True,
-    help="Of the base model; auto is what its weights are saved in.",
-)
+@dtype_option
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[TRAINER ARGUMENTS]")
 def finetune(
     model: str,

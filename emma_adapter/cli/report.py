@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .options import dtype_option, images_option, split_option
+
 if TYPE_CHECKING:
     from ..report import Question
     from .rows import Rows
@@ -22,8 +24,8 @@ if TYPE_CHECKING:
     help="Questions: a .jsonl or .json file, a folder that holds questions.jsonl, or a dataset.",
 )
 @click.option("--output", default="report.html", show_default=True, type=click.Path(path_type=Path, dir_okay=False))
-@click.option("--images", type=click.Path(path_type=Path), help="Folder of the images. Default: that of the data.")
-@click.option("--split", default="train", show_default=True, help="Which split of a dataset.")
+@images_option
+@split_option
 @click.option("--limit", default=256, show_default=True, type=click.IntRange(1), help="Read the first so many rows.")
 @click.option(
     "--show", default=8, show_default=True, type=click.IntRange(1), help="Questions shown with their answers."
@@ -34,13 +36,7 @@ if TYPE_CHECKING:
     "--instruction-encoder", help="Where the adapter's text tower is now, if elsewhere than when it was saved."
 )
 @click.option("--device", help="Default: cuda if there is one, else cpu.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["auto", "float32", "bfloat16"]),
-    default="auto",
-    show_default=True,
-    help="Of the base model; auto is what its weights are saved in.",
-)
+@dtype_option
 def report(
     model: str,
     adapter: str,

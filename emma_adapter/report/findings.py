@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..analysis import Diagnosis, InformationGain, MutualInformation, PairDistances, Probe
+from ..analysis import Diagnosis, InformationGain, MutualInformation, PairDistances
 from .contents import Absent, Information, Reading, Report
 
 #: Makes a part of the page of a function that draws a figure, and a description of what is seen.
 Draw = Callable[[Callable[[], Any], str], str]
-_Z = 1.96
 #: Of a figure that is read on a phone.
 _MAX_BARS = 12
 
@@ -235,15 +234,15 @@ def diagnosis(found: Diagnosis | Absent, draw: Draw) -> dict[str, Any]:
             f"{one.visual.samples:,}",
             f"{one.visual.chance:.0%}",
             f"{one.visual.shuffled:.0%}",
-            _accuracy(one.visual),
-            _accuracy(one.projected),
+            one.visual.told(),
+            one.projected.told(),
             one.verdict,
         )
         for number, one in enumerate(found.attributes, 1)
     ]
     if (told := found.instruction) is not None:
         own = f"{told.samples:,}", f"{told.chance:.0%}", f"{told.shuffled:.0%}"
-        rows.append(("What is asked, from the instruction", *own, _accuracy(told), "", ""))
+        rows.append(("What is asked, from the instruction", *own, told.told(), "", ""))
     best = max(found.attributes, key=lambda one: one.lost)
     caption = (
         "Accuracy of a linear probe for each thing that is asked, numbered as in the table. The projector loses the "
@@ -267,10 +266,6 @@ def diagnosis(found: Diagnosis | Absent, draw: Draw) -> dict[str, Any]:
         "is the most frequent answer; shuffled is the same probe on shuffled answers. Probes are linear: what they "
         "don't read may still be there.",
     }
-
-
-def _accuracy(one: Probe) -> str:
-    return f"{one.accuracy:.0%} ± {_Z * one.error:.0%}"
 
 
 def _highest(values: NDArray[np.float64]) -> str:

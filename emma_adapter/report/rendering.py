@@ -30,7 +30,7 @@ def render(report: Report) -> str:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=lambda value: value if isinstance(value, Markup) else _UNPRINTABLE.sub("\ufffd", str(value)),
+        finalize=lambda value: value if isinstance(value, Markup) else _clean(str(value)),
     )
     environment.filters["short"] = _shortened
     figures = Figures()

@@ -1,0 +1,19 @@
+"""Options that more than one command has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+images_option = click.option(
+    "--images", type=click.Path(path_type=Path), help="Folder of the images. Default: that of the data."
+)
+split_option = click.option("--split", default="train", show_default=True, help="Which split of a dataset.")
+dtype_option = click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16"]),
+    default="auto",
+    show_default=True,
+    help="Of the base model; auto is what its weights are saved in.",
+)
