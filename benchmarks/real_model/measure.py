@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from emma_adapter.cli.conversations import Message, count_images, trainable_turns
 from emma_adapter.cli.rows import Rows
+from emma_adapter.prompts import Prompts
 
 
 def questions(rows: Rows) -> list[tuple[int, int]]:
@@ -22,16 +23,9 @@ def questions(rows: Rows) -> list[tuple[int, int]]:
 
 
 def prompt(processor: Any, rows: Rows, row: int, turn: int, device: torch.device) -> Any:
-    """The inputs of ``generate`` for one answer."""
+    """The inputs of ``generate`` for one answer, worded as in training."""
     messages = rows.messages(row)[:turn]
-    images = iter(rows.images(row)[: count_images(messages)])
-    for message in messages:
-        message["content"] = [
-            {"type": "image", "image": next(images)} if part["type"] == "image" else part for part in message["content"]
-        ]
-    return processor.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-    ).to(device)
+    return Prompts(processor).batch([messages], [rows.images(row)[: count_images(messages)]]).to(device)
 
 
 @torch.no_grad()

@@ -72,13 +72,14 @@ def plan(fusion: str) -> list[Job]:
     with_projector = [recipes.with_projector(other) for other in recipes.FUSIONS]
     parts = [*recipes.LINEAR_PARTS, *recipes.ATTENTION_CHANGES]
     jobs = [*_stage(main, 1, with_base=True), *_stage(with_projector, 1), *_stage(parts, 1)]
+    jobs += _stage([recipes.llm_embeddings(fusion)], 1)
     for pooled_tokens in POOLINGS[1:]:
         # Each adapter beside LoRA of its own size; without the projector where 1 and 4 tokens tell what to expect.
         arms = [LORA_ALL, fusion]
         if pooled_tokens != POOLINGS[-1]:
             arms += [PROJECTOR_LORA, recipes.with_projector(fusion)]
         jobs += _stage(arms, pooled_tokens, with_base=True)
-    return [*jobs, *_stage([recipes.llm_embeddings(fusion)], 1)]
+    return jobs
 
 
 def _stage(arms: list[str], pooled_tokens: int, *, with_base: bool = False) -> Iterator[Job]:

@@ -77,7 +77,7 @@ class Results:
             first.pooled_tokens,
             len(found),
             first.parameters,
-            float(np.median([record.seconds for record in found])),
+            float(np.median([record.cpu_seconds for record in found])),
             first.rate,
             bool(first.rate_at_edge),
             {base: np.mean(runs, axis=0) for base, runs in right.items()},
