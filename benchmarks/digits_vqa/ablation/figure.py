@@ -44,7 +44,7 @@ def _draw_arms(axis: Any, results: Results) -> None:
     axis.grid(axis="x", alpha=0.3)
     axis.set_xlabel("accuracy on unseen handwriting, mean over question types, %\n95 % intervals; |: base checkpoints")
     axis.set_title("image pooled to one token")
-    axis.legend(loc="lower right", fontsize=9)
+    axis.legend(loc="upper right", fontsize=9)
 
 
 def _draw_poolings(axis: Any, results: Results) -> None:
@@ -52,13 +52,14 @@ def _draw_poolings(axis: Any, results: Results) -> None:
     colours = dict(
         zip(pooled_arms(results.fusion), ("#9ca3af", "#6b7280", "#111827", "#1d4ed8", "#0f766e"), strict=True)
     )
-    for name, colour in colours.items():
+    for number, (name, colour) in enumerate(colours.items()):
         found = [(pooled, arm) for pooled in tokens if (arm := results.get(name, pooled)) is not None]
         if not found:
             continue
         estimates = [results.mean(arm) for _, arm in found]
         axis.errorbar(
-            [tokens.index(pooled) for pooled, _ in found],
+            # Beside one another: most intervals overlap.
+            [tokens.index(pooled) + 0.05 * (number - 2) for pooled, _ in found],
             [100 * estimate.value for estimate in estimates],
             yerr=[
                 [100 * (estimate.value - estimate.low) for estimate in estimates],

@@ -46,6 +46,7 @@ class Results:
         _, questions = ask_for_test(settings.test_scenes, "test")
         _, _, pairs = ask_for_pairs(settings.test_scenes, "test")
         self.questions = Clusters.of([q.scene for q in questions], [q.type for q in questions])
+        self._types = np.array([q.type for q in questions])
         # A pair of scenes is drawn together, and pairs are one kind.
         self.pairs = Clusters.of(list(range(len(pairs) // 2)), ["pair"] * (len(pairs) // 2))
         asked = fingerprint(questions + pairs)
@@ -92,6 +93,9 @@ class Results:
 
     def mean_of_base(self, arm: ArmResult, base: int) -> float:
         return mean_over_types(arm.right[base], self.questions, 1).value
+
+    def mean_of_type(self, arm: ArmResult, type: str) -> float:
+        return float(_over_bases(arm.right)[self._types == type].mean())
 
     def pair_accuracy(self, arm: ArmResult) -> Estimate:
         return mean_over_types(_over_bases(arm.pairs_right), self.pairs)

@@ -1,11 +1,11 @@
-"""The table, and what it says, in Markdown."""
+"""The tables, and what they say, in Markdown."""
 
 from __future__ import annotations
 
 from . import recipes
 from .plan import BASES, RATES, SEEDS
 from .results import ArmResult, Results
-from .statistics import Estimate
+from .summary import arms_table, plain, signed, types_table
 
 #: The gain over the best control of equal size that is asked of the adapter.
 GOAL = 0.05
@@ -27,7 +27,7 @@ def pooled_arms(fusion: str) -> list[str]:
 
 
 def markdown(results: Results) -> str:
-    """Table, poolings, and the gains over each control."""
+    """The tables in short, what they say, and all arms."""
     lines = [_header("arm"), _RULE]
     for section, arms in sections(results.fusion).items():
         found = [arm for name in arms if (arm := results.get(name)) is not None]
@@ -40,7 +40,8 @@ def markdown(results: Results) -> str:
         found = [arm for name in pooled_arms(results.fusion) if (arm := results.get(name, tokens)) is not None]
         controls = (recipes.BASE, *recipes.controls(results.fusion))
         lines += [_row(results, arm, is_control=arm.arm in controls) for arm in found]
-    return "\n".join([*lines, "", _notes(results), "", *_conclusions(results), ""])
+    short = [arms_table(results), "", "By type of question, means in %:", "", types_table(results)]
+    return "\n".join([*short, "", *_conclusions(results), "", "All arms:", "", *lines, "", _notes(results), ""])
 
 
 _RULE = "|---|---:|---:|---:|---:|---:|---:|---:|"
@@ -48,7 +49,7 @@ _RULE = "|---|---:|---:|---:|---:|---:|---:|---:|"
 
 def _header(name: str) -> str:
     return (
-        f"| {name} | parameters | s a run | rate | mean, % | pairs, both right, % | gain over the best control | "
+        f"| {name} | parameters | CPU s a run | rate | mean, % | pairs, both right, % | gain over the best control | "
         "by base checkpoint |"
     )
 
@@ -57,7 +58,7 @@ def _row(results: Results, arm: ArmResult, *, is_control: bool) -> str:
     rate = "" if not arm.parameters else f"{arm.rate:g}" + ("*" if arm.rate_at_edge else "")
     gain = by_base = ""
     if not is_control and (control := results.best_control(arm)) is not None:
-        gain = _signed(results.gain(arm, control))
+        gain = signed(results.gain(arm, control))
         by_base = ", ".join(f"{100 * value:+.1f}" for value in results.gain_by_base(arm, control))
     complete = arm.arm == recipes.BASE or arm.runs == len(BASES) * len(SEEDS)
     cells = [
@@ -65,20 +66,12 @@ def _row(results: Results, arm: ArmResult, *, is_control: bool) -> str:
         f"{arm.parameters:,}",
         f"{arm.seconds:.0f}",
         rate,
-        _plain(results.mean(arm)),
-        _plain(results.pair_accuracy(arm)),
+        plain(results.mean(arm)),
+        plain(results.pair_accuracy(arm)),
         gain,
         by_base,
     ]
     return "| " + " | ".join(cells) + " |"
-
-
-def _plain(estimate: Estimate) -> str:
-    return f"{100 * estimate.value:.1f} ± {100 * estimate.half_width:.1f}"
-
-
-def _signed(estimate: Estimate) -> str:
-    return f"{100 * estimate.value:+.1f} ({100 * estimate.low:+.1f} to {100 * estimate.high:+.1f})"
 
 
 def _notes(results: Results) -> str:
@@ -96,13 +89,13 @@ def _conclusions(results: Results) -> list[str]:
     fusion = results.get(results.fusion)
     if fusion is not None:
         for weaker in results.controls(fusion):
-            lines.append(f"- `{fusion.arm}` over {weaker.arm}: {_signed(results.gain(fusion, weaker))} points.")
+            lines.append(f"- `{fusion.arm}` over {weaker.arm}: {signed(results.gain(fusion, weaker))} points.")
         if (other := results.get(recipes.random_tower(results.fusion))) is not None:
-            lines.append(f"- `{fusion.arm}` over {other.arm}: {_signed(results.gain(fusion, other))} points.")
+            lines.append(f"- `{fusion.arm}` over {other.arm}: {signed(results.gain(fusion, other))} points.")
     if (attention := results.get("attention")) is not None:
         for name in recipes.ATTENTION_CHANGES:
             if (changed := results.get(name)) is not None:
-                lines.append(f"- {name}, over `attention`: {_signed(results.gain(changed, attention))} points.")
+                lines.append(f"- {name}, over `attention`: {signed(results.gain(changed, attention))} points.")
     lines += _goal(results)
     not_gained: list[str] = []
     for arm in results.arms.values():
@@ -129,7 +122,7 @@ def _goal(results: Results) -> list[str]:
             gain = results.gain(arm, control)
             verdict = "reached" if gain.value >= GOAL else "missed"
             lines.append(
-                f"- {name}, {tokens} token{'s' * (tokens > 1)} an image: {_signed(gain)} points over {control.arm}, "
+                f"- {name}, {tokens} token{'s' * (tokens > 1)} an image: {signed(gain)} points over {control.arm}, "
                 f"the best control of equal size; the goal of {100 * GOAL:.0f} is {verdict}."
             )
     return lines

@@ -1,0 +1,53 @@
+"""The results in two short tables, for people who want to know whether it helps, and at what."""
+
+from __future__ import annotations
+
+from ..questions import QUESTION_TYPES
+from . import recipes
+from .results import ArmResult, Results
+from .statistics import Estimate
+
+
+def plain(estimate: Estimate) -> str:
+    return f"{100 * estimate.value:.1f} ± {100 * estimate.half_width:.1f}"
+
+
+def signed(estimate: Estimate) -> str:
+    return f"{100 * estimate.value:+.1f} ({100 * estimate.low:+.1f} to {100 * estimate.high:+.1f})"
+
+
+def arms_table(results: Results) -> str:
+    """Markdown: the arms at one token an image but for the parts of a fusion."""
+    fusion = results.fusion
+    names = [recipes.BASE, *recipes.controls(fusion), recipes.random_tower(fusion), recipes.llm_embeddings(fusion)]
+    names += [other for other in recipes.FUSIONS if other != fusion] + [fusion]
+    names += [recipes.with_projector(other) for other in recipes.FUSIONS if other != fusion]
+    names.append(recipes.with_projector(fusion))
+    lines = [
+        "| what is trained | parameters | mean, % | pairs, both right, % | over the best control of its size |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for arm in _found(results, names):
+        gain = ""
+        if arm.arm not in (recipes.BASE, *recipes.controls(fusion)) and (control := results.best_control(arm)):
+            gain = signed(results.gain(arm, control))
+        name = {recipes.BASE: "nothing", fusion: f"**{fusion}**"}.get(arm.arm, arm.arm)
+        cells = [name, f"{arm.parameters:,}", plain(results.mean(arm)), plain(results.pair_accuracy(arm)), gain]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def types_table(results: Results) -> str:
+    """Markdown: which questions gain."""
+    fusion = results.fusion
+    names = [recipes.BASE, recipes.LORA_ALL, recipes.shuffled(fusion), *recipes.FUSIONS, recipes.with_projector(fusion)]
+    arms = _found(results, names)
+    lines = ["| | " + " | ".join(arm.arm for arm in arms) + " |", "|---|" + "---:|" * len(arms)]
+    for type in QUESTION_TYPES:
+        shares = [f"{100 * results.mean_of_type(arm, type):.1f}" for arm in arms]
+        lines.append(f"| {type} | " + " | ".join(shares) + " |")
+    return "\n".join(lines)
+
+
+def _found(results: Results, names: list[str]) -> list[ArmResult]:
+    return [arm for name in names if (arm := results.get(name)) is not None]
