@@ -66,7 +66,7 @@ class EmmaConfig:
         ConfigError: naming the field, the value and what is allowed.
     """
 
-    fusion: str = "attention"
+    fusion: str = "modulation"
     visual_dim: int | None = None
     instruction_dim: int | None = None
     num_visual_tokens: int | None = None
