@@ -31,8 +31,9 @@ class EmmaConfig:
     :class:`~emma_adapter.EmmaAlignment` on its own needs ``visual_dim`` and ``instruction_dim``.
 
     Args:
-        fusion: how the instruction enters the visual tokens: ``"attention"`` (any number of visual tokens),
-            ``"linear"`` (the paper: a fixed number), ``"modulation"`` (a channel mask), or a registered one.
+        fusion: how the instruction enters the visual tokens: ``"modulation"`` (a channel mask), ``"attention"`` (an
+            update that is added; both for any number of visual tokens), ``"linear"`` (the paper: a fixed number), or a
+            registered one.
         visual_dim: D, channels of a visual token before the projector.
         instruction_dim: Dt, channels of an instruction token.
         num_visual_tokens: N, visual tokens of an image. ``linear`` needs it; the others learn one query term
@@ -66,7 +67,7 @@ class EmmaConfig:
         ConfigError: naming the field, the value and what is allowed.
     """
 
-    fusion: str = "attention"
+    fusion: str = "modulation"
     visual_dim: int | None = None
     instruction_dim: int | None = None
     num_visual_tokens: int | None = None

@@ -105,7 +105,7 @@ def test_errors_of_the_program_keep_their_traceback(monkeypatch):
 def test_info_of_an_adapter(folder):
     facts = json.loads(run("info", "--json", folder).stdout)
     assert facts["kind"] == "adapter"
-    assert (facts["model_type"], facts["fusion"], facts["instruction_encoder"]) == ("llava", "attention", "llm")
+    assert (facts["model_type"], facts["fusion"], facts["instruction_encoder"]) == ("llava", "modulation", "llm")
     assert facts["visual_grid"] == [2, 2]
     assert facts["parameters"] == patch_model(tiny.llava()).num_parameters()
     assert facts["checksum"] == "right"
@@ -222,7 +222,7 @@ def test_diff_of_tensors():
 def test_diff_of_configs(tmp_path):
     patch_model(tiny.llava(), EmmaConfig(fusion="linear")).save_pretrained(tmp_path)
     output = run("diff", "adapter", tmp_path, code=1).stdout
-    assert "fusion: 'attention' -> 'linear'" in output
+    assert "fusion: 'modulation' -> 'linear'" in output
     assert "only in the second" in output
 
 

@@ -74,9 +74,9 @@ def same(one: Tensor | str, other: Tensor | str) -> bool:
     return torch.equal(one, other) if isinstance(one, Tensor) and isinstance(other, Tensor) else one == other
 
 
-@pytest.fixture(params=["attention", "linear with a text tower"])
+@pytest.fixture(params=["the default", "linear with a text tower"])
 def served(request, clip_folder):
-    if request.param == "attention":
+    if request.param == "the default":
         return patched()[0]
     return patched(EmmaConfig(fusion="linear", instruction_encoder=str(clip_folder), cache_size=8))[0]
 

@@ -93,7 +93,7 @@ def snippet_after(comment: str) -> str:
     return (ROOT / "docs" / "adding-a-family.md").read_text().split(comment)[1].split("```python\n")[1].split("```")[0]
 
 
-@pytest.mark.parametrize("fusion", ["attention", "linear"])
+@pytest.mark.parametrize("fusion", ["modulation", "linear"])
 def test_the_snippet_that_adds_a_family(fusion, monkeypatch):
     monkeypatch.setattr(families, "_FAMILIES", {})
     snippet = snippet_after("<!-- tests/test_readme.py runs this -->")
@@ -103,7 +103,7 @@ def test_the_snippet_that_adds_a_family(fusion, monkeypatch):
         patch_model(model)
     exec(snippet, namespace := {"model": model})
     adapter = namespace["adapter"]
-    if fusion != "attention":
+    if fusion != "modulation":
         emma_adapter.unpatch_model(model)
         adapter = patch_model(model, EmmaConfig(fusion=fusion))
     image = [model.config.image_token_id] * TOKENS_PER_TILE

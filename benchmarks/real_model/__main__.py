@@ -34,7 +34,7 @@ from .measure import overhead, prompt, questions, right_answers
 @click.option("--eval-data", required=True, help="What to test on, as --data.")
 @click.option("--images", type=click.Path(path_type=Path), help="Folder of the images. Default: that of the data.")
 @click.option("--output", type=click.Path(path_type=Path, dir_okay=False), default=Path("real-model.jsonl"))
-@click.option("--fusion", default="attention", show_default=True, help="Of the adapter that is compared with LoRA.")
+@click.option("--fusion", default="modulation", show_default=True, help="Of the adapter that is compared with LoRA.")
 @click.option("--instruction-encoder", default="llm", show_default=True, help='"llm", or a text tower.')
 @click.option("--steps", type=click.IntRange(min=1), default=500, show_default=True)
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True)

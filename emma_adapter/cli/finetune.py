@@ -39,7 +39,7 @@ _DECIDED_HERE = {
 @click.option("--eval-split", default="train", show_default=True, help="Which split of the --eval-data.")
 @images_option
 @click.option("--adapter", help="An adapter to start from: a folder or a hub id.")
-@click.option("--fusion", help='How the instruction enters the visual tokens. Default: "attention".')
+@click.option("--fusion", help='How the instruction enters the visual tokens. Default: "modulation".')
 @click.option("--instruction-encoder", help='"llm", or a text tower. Default: "llm", or that of the --adapter.')
 @click.option("--instruction-policy", help='Which user turns are the instruction. Default: "last_turn".')
 @click.option("--projector", is_flag=True, help="Train the projector too.")
