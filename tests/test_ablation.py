@@ -21,10 +21,11 @@ from benchmarks.digits_vqa.ablation import bases, recipes, records, variants
 from benchmarks.digits_vqa.ablation.features import cache_features, use_cached_features, with_placeholders
 from benchmarks.digits_vqa.ablation.plan import BASES, RATES, SEEDS, TUNING_SEED, Base, Cell, Settings, only_arms, plan
 from benchmarks.digits_vqa.ablation.records import Record
-from benchmarks.digits_vqa.ablation.report import write_report
+from benchmarks.digits_vqa.ablation.report import RESULTS, write_report
 from benchmarks.digits_vqa.ablation.results import Results
 from benchmarks.digits_vqa.ablation.statistics import Clusters, mean_over_types
 from benchmarks.digits_vqa.ablation.sweep import Sweep
+from benchmarks.digits_vqa.ablation.table import markdown
 from benchmarks.digits_vqa.ablation.worker import execute, fingerprint
 from benchmarks.digits_vqa.questions import QUESTION_TYPES
 from benchmarks.digits_vqa.runs import answer, ask_for_pairs, ask_for_test, make_batch, make_data
@@ -411,6 +412,11 @@ def test_report_computes_the_best_control_of_equal_size(tmp_path):
     assert "over LoRA on all linears, the best control of equal size; the goal of 5 is reached" in text
     assert "tells from zero: linear (1 token)" in text
     assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_shipped_tables_are_those_of_the_shipped_records():
+    results = Results(records.read(RESULTS), Settings(), "modulation")
+    assert markdown(results) == RESULTS.with_suffix(".md").read_text(encoding="utf-8")
 
 
 def test_records_of_other_questions_are_refused():

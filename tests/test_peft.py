@@ -268,13 +268,13 @@ def test_the_later_of_two_saves_to_one_folder_is_loaded(tmp_path):
 
 def test_several_of_each_are_saved_together(tmp_path):
     wrapped, adapter = make(LoraConfig(r=2, target_modules=["q_proj"]), "patched first")
-    adapter.add("other", EmmaConfig(fusion="modulation")).set_active("other")
+    adapter.add("other", EmmaConfig(fusion="attention")).set_active("other")
     tiny.train_randomly(adapter.alignment)
     expected = logits(wrapped)
     wrapped.save_pretrained(tmp_path)
     base = load_adapter(tiny.llava(), tmp_path, processor=tiny.processor())
-    assert base.config.fusion == "attention"
-    base.add("other", EmmaConfig(fusion="modulation")).set_active("other")
+    assert base.config.fusion == "modulation"
+    base.add("other", EmmaConfig(fusion="attention")).set_active("other")
     assert_same(logits(PeftModel.from_pretrained(base.model, tmp_path).eval()), expected)
     (tmp_path / "emma_adapter" / "default").rename(tmp_path / "emma_adapter" / "first")
     with pytest.raises(CheckpointError, match=r"\['first', 'other'\]"):
@@ -296,7 +296,7 @@ def test_a_lora_that_was_saved_with_another_kind_of_adapter(tmp_path):
     wrapped, _ = make(LoraConfig(r=2, target_modules=["q_proj"]), "patched first")
     wrapped.save_pretrained(tmp_path)
     model = tiny.llava()
-    patch_model(model, EmmaConfig(fusion="modulation"))
+    patch_model(model, EmmaConfig(fusion="attention"))
     with pytest.raises(PatchError, match="another kind"):
         PeftModel.from_pretrained(model, tmp_path)
 

@@ -290,7 +290,7 @@ def an_adapter_of_another_language_model(bench: Bench) -> None:
 
 @raises(PatchError, "restoring.py:restore", "another kind of adapter")
 def an_adapter_of_another_kind(bench: Bench) -> None:
-    load(bench.saved(), bench.adapter(EmmaConfig(fusion="modulation")).model)
+    load(bench.saved(), bench.adapter(EmmaConfig(fusion="attention")).model)
 
 
 @raises(PatchError, "restoring.py:check_not_offloaded", "are offloaded")

@@ -1,6 +1,8 @@
-"""The results in two short tables, for people who want to know whether it helps, and at what."""
+"""The results in short tables: whether it helps, at what, which parts matter, and with how much compression."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 from ..questions import QUESTION_TYPES
 from . import recipes
@@ -49,5 +51,32 @@ def types_table(results: Results) -> str:
     return "\n".join(lines)
 
 
-def _found(results: Results, names: list[str]) -> list[ArmResult]:
+def parts_table(results: Results) -> str:
+    """Markdown: fusions with one thing changed, over the fusion as it is."""
+    lines = ["| one thing changed | mean, % | over the fusion as it is |", "|---|---:|---:|"]
+    for fusion, names in (("linear", recipes.LINEAR_PARTS), ("attention", recipes.ATTENTION_CHANGES)):
+        whole = results.get(fusion)
+        if whole is None:
+            continue
+        for arm in _found(results, names):
+            lines.append(f"| {arm.arm} | {plain(results.mean(arm))} | {signed(results.gain(arm, whole))} |")
+    return "\n".join(lines)
+
+
+def poolings_table(results: Results) -> str:
+    """Markdown: the adapter and LoRA with less and less compression."""
+    fusion = results.fusion
+    names = [recipes.BASE, recipes.LORA_ALL, recipes.PROJECTOR_LORA, fusion, recipes.with_projector(fusion)]
+    lines = [f"| tokens an image | {' | '.join(names)} | {fusion} over the best control of its size |"]
+    lines.append("|---|" + "---:|" * (len(names) + 1))
+    for tokens in sorted({pooled for _, pooled in results.arms}):
+        means = [plain(results.mean(arm)) if (arm := results.get(name, tokens)) else "" for name in names]
+        arm = results.get(fusion, tokens)
+        control = None if arm is None else results.best_control(arm)
+        gain = "" if arm is None or control is None else signed(results.gain(arm, control))
+        lines.append(f"| {tokens} | " + " | ".join([*means, gain]) + " |")
+    return "\n".join(lines)
+
+
+def _found(results: Results, names: Iterable[str]) -> list[ArmResult]:
     return [arm for name in names if (arm := results.get(name)) is not None]

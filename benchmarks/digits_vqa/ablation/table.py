@@ -5,7 +5,7 @@ from __future__ import annotations
 from . import recipes
 from .plan import BASES, RATES, SEEDS
 from .results import ArmResult, Results
-from .summary import arms_table, plain, signed, types_table
+from .summary import arms_table, parts_table, plain, poolings_table, signed, types_table
 
 #: The gain over the best control of equal size that is asked of the adapter.
 GOAL = 0.05
@@ -40,7 +40,10 @@ def markdown(results: Results) -> str:
         found = [arm for name in pooled_arms(results.fusion) if (arm := results.get(name, tokens)) is not None]
         controls = (recipes.BASE, *recipes.controls(results.fusion))
         lines += [_row(results, arm, is_control=arm.arm in controls) for arm in found]
-    short = [arms_table(results), "", "By type of question, means in %:", "", types_table(results)]
+    short = [
+        *(arms_table(results), "", "By type of question, means in %:", "", types_table(results), ""),
+        *("Parts:", "", parts_table(results), "", "Less compression, means in %:", "", poolings_table(results)),
+    ]
     return "\n".join([*short, "", *_conclusions(results), "", "All arms:", "", *lines, "", _notes(results), ""])
 
 
@@ -90,12 +93,9 @@ def _conclusions(results: Results) -> list[str]:
     if fusion is not None:
         for weaker in results.controls(fusion):
             lines.append(f"- `{fusion.arm}` over {weaker.arm}: {signed(results.gain(fusion, weaker))} points.")
-        if (other := results.get(recipes.random_tower(results.fusion))) is not None:
-            lines.append(f"- `{fusion.arm}` over {other.arm}: {signed(results.gain(fusion, other))} points.")
-    if (attention := results.get("attention")) is not None:
-        for name in recipes.ATTENTION_CHANGES:
-            if (changed := results.get(name)) is not None:
-                lines.append(f"- {name}, over `attention`: {signed(results.gain(changed, attention))} points.")
+        for name in (recipes.random_tower(results.fusion), recipes.llm_embeddings(results.fusion)):
+            if (other := results.get(name)) is not None:
+                lines.append(f"- `{fusion.arm}` over {other.arm}: {signed(results.gain(fusion, other))} points.")
     lines += _goal(results)
     not_gained: list[str] = []
     for arm in results.arms.values():
