@@ -70,7 +70,7 @@ def painting_a_tile_of_unknown_place(bench: Bench) -> None:
 
 @raises(AnalysisError, "analysis/weights.py:weight_shares", "weights by position")
 def weights_by_position_of_attention(bench: Bench) -> None:
-    weight_shares(bench.adapter())
+    weight_shares(bench.adapter(EmmaConfig(fusion="attention")))
 
 
 @raises(AnalysisError, "analysis/attending.py:_cross_attention", "attends to nothing")
@@ -86,7 +86,7 @@ def attention_to_empty_instructions(bench: Bench) -> None:
 
 @raises(AnalysisError, "analysis/attending.py:mask_statistics", "a mask over channels")
 def the_mask_of_attention(bench: Bench) -> None:
-    mask_statistics(bench.adapter(), [question()])
+    mask_statistics(bench.adapter(EmmaConfig(fusion="attention")), [question()])
 
 
 @raises(AnalysisError, "analysis/pairs.py:pair_distances", "two batches each")
