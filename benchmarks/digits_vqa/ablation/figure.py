@@ -75,4 +75,4 @@ def _draw_poolings(axis: Any, results: Results) -> None:
     axis.set_xlabel("tokens an image is pooled to, of 16")
     axis.grid(alpha=0.3)
     axis.set_title("with less compression")
-    axis.legend(fontsize=9)
+    axis.legend(loc="lower right", fontsize=9)
