@@ -42,12 +42,12 @@ def test_all_experiments_with_one_command_that_goes_on(tmp_path):
     result = run(output)
     assert result.exit_code == 0, result.output
     records = {record["arm"]: record for record in map(json.loads, output.read_text().splitlines())}
-    assert list(records) == ["base", *arms.names("attention")]
+    assert list(records) == ["base", *arms.names("modulation")]
     projection, alignment = (records[name]["parameters"] for name in arms.LINEAR_PARTS)
     assert projection + alignment == records["linear"]["parameters"]
     per_rank = 2 * 2 * (32 + 32)
-    assert abs(records["LoRA"]["parameters"] - records["attention"]["parameters"]) <= per_rank / 2
-    for name in ("attention", "linear", *arms.LINEAR_PARTS):
+    assert abs(records["LoRA"]["parameters"] - records["modulation"]["parameters"]) <= per_rank / 2
+    for name in ("modulation", "linear", *arms.LINEAR_PARTS):
         # Disabled, it answers as the model that never met it.
         assert records[name]["accuracy_disabled"] == records["base"]["accuracy"]
         assert records[name]["forward"]["ratio"] > 0

@@ -63,7 +63,7 @@ def a_folder_with_several_adapters(bench: Bench) -> None:
 @raises(CheckpointError, "checkpoint.py:read", "was changed since the adapter was saved")
 def an_edited_config(bench: Bench) -> None:
     path = bench.saved() / CONFIG
-    path.write_text(path.read_text().replace('"fusion": "attention"', '"fusion": "modulation"'))
+    path.write_text(path.read_text().replace('"fusion": "modulation"', '"fusion": "attention"'))
     load(path.parent)
 
 
