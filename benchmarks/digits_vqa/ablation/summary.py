@@ -11,7 +11,8 @@ from .statistics import Estimate
 
 
 def plain(estimate: Estimate) -> str:
-    return f"{100 * estimate.value:.1f} ± {100 * estimate.half_width:.1f}"
+    # Spaces that no narrow column breaks.
+    return f"{100 * estimate.value:.1f}\u00a0±\u00a0{100 * estimate.half_width:.1f}"
 
 
 def signed(estimate: Estimate) -> str:
