@@ -19,8 +19,10 @@ from transformers import Trainer, TrainingArguments, set_seed
 
 from benchmarks.digits_vqa.ablation import variants
 from benchmarks.digits_vqa.ablation.recipes import LINEAR_PARTS
+from emma_adapter import EmmaConfig
 from emma_adapter.cli.examples import Examples
 from emma_adapter.cli.models import load_model, load_processor
+from emma_adapter.cli.options import dtype_option, images_option
 from emma_adapter.cli.rows import Rows, open_rows
 from emma_adapter.errors import EmmaError
 
@@ -32,16 +34,18 @@ from .measure import overhead, prompt, questions, right_answers
 @click.option("--model", "source", required=True, help="A folder or a hub id.")
 @click.option("--data", required=True, help="What to train on, as emma-adapter finetune reads it.")
 @click.option("--eval-data", required=True, help="What to test on, as --data.")
-@click.option("--images", type=click.Path(path_type=Path), help="Folder of the images. Default: that of the data.")
+@images_option
 @click.option("--output", type=click.Path(path_type=Path, dir_okay=False), default=Path("real-model.jsonl"))
-@click.option("--fusion", default="modulation", show_default=True, help="Of the adapter that is compared with LoRA.")
+@click.option(
+    "--fusion", default=EmmaConfig().fusion, show_default=True, help="Of the adapter that is compared with LoRA."
+)
 @click.option("--instruction-encoder", default="llm", show_default=True, help='"llm", or a text tower.')
 @click.option("--steps", type=click.IntRange(min=1), default=500, show_default=True)
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True)
 @click.option("--lr", type=float, default=1e-3, show_default=True, help="Of every arm.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--rounds", type=click.IntRange(min=1), default=20, show_default=True, help="Timed pairs of calls.")
-@click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", show_default=True)
+@dtype_option
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
 def main(
     source: str,

@@ -12,7 +12,8 @@ import matplotlib.pyplot as plt
 
 from . import recipes
 from .results import Results
-from .table import pooled_arms, sections
+from .summary import pooled_arms
+from .table import sections
 
 _COLOURS = ("#6b7280", "#1d4ed8", "#0f766e", "#b45309", "#7c3aed")
 
@@ -28,8 +29,7 @@ def draw(results: Results, path: Path) -> None:
 def _draw_arms(axis: Any, results: Results) -> None:
     names: list[str] = []
     for (section, arms), colour in zip(sections(results.fusion).items(), _COLOURS, strict=True):
-        found = [arm for name in arms if (arm := results.get(name)) is not None]
-        for number, arm in enumerate(found):
+        for number, arm in enumerate(results.found(arms)):
             estimate = results.mean(arm)
             axis.plot([100 * estimate.low, 100 * estimate.high], [len(names)] * 2, color=colour, linewidth=2)
             # Means of each base checkpoint, to show how far they lie apart.
@@ -48,7 +48,7 @@ def _draw_arms(axis: Any, results: Results) -> None:
 
 
 def _draw_poolings(axis: Any, results: Results) -> None:
-    tokens = sorted({pooled for _, pooled in results.arms})
+    tokens = results.poolings
     colours = dict(
         zip(pooled_arms(results.fusion), ("#9ca3af", "#6b7280", "#111827", "#1d4ed8", "#0f766e"), strict=True)
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import click
@@ -88,11 +89,19 @@ class Results:
     def get(self, arm: str, pooled_tokens: int = 1) -> ArmResult | None:
         return self.arms.get((arm, pooled_tokens))
 
+    def found(self, arms: Iterable[str], pooled_tokens: int = 1) -> list[ArmResult]:
+        """Those of them that were run."""
+        return [found for arm in arms if (found := self.get(arm, pooled_tokens)) is not None]
+
+    @property
+    def poolings(self) -> list[int]:
+        return sorted({pooled_tokens for _, pooled_tokens in self.arms})
+
     def mean(self, arm: ArmResult) -> Estimate:
         return mean_over_types(_over_bases(arm.right), self.questions)
 
     def mean_of_base(self, arm: ArmResult, base: int) -> float:
-        return mean_over_types(arm.right[base], self.questions, 1).value
+        return self._share(arm.right[base])
 
     def mean_of_type(self, arm: ArmResult, type: str) -> float:
         return float(_over_bases(arm.right)[self._types == type].mean())
@@ -107,18 +116,24 @@ class Results:
 
     def gain_by_base(self, arm: ArmResult, over: ArmResult) -> list[float]:
         common = sorted(set(arm.right) & set(over.right))
-        return [mean_over_types(arm.right[base] - over.right[base], self.questions, 1).value for base in common]
+        return [self._share(arm.right[base] - over.right[base]) for base in common]
 
     def controls(self, arm: ArmResult) -> list[ArmResult]:
         """Those of the arm's pooling that have no more parameters than it, or than the adapter of the regime if the
         arm is smaller. Shuffled and constant instructions are of ``fusion``."""
         limit = _SAME_SIZE * max(arm.parameters, recipes.ADAPTER_SIZE)
-        found = [self.get(name, arm.pooled_tokens) for name in recipes.controls(self.fusion)]
-        return [control for control in found if control is not None and control.parameters <= limit]
+        found = self.found(recipes.controls(self.fusion), arm.pooled_tokens)
+        return [control for control in found if control.parameters <= limit]
 
     def best_control(self, arm: ArmResult) -> ArmResult | None:
-        """The best on the test itself, which favours the controls."""
-        return max(self.controls(arm), key=lambda control: self.mean(control).value, default=None)
+        """The best on the test itself, which favours the controls; None for these, and for the base model."""
+        if arm.arm in (recipes.BASE, *recipes.controls(self.fusion)):
+            return None
+        return max(self.controls(arm), key=lambda control: self._share(_over_bases(control.right)), default=None)
+
+    def _share(self, values: np.ndarray) -> float:
+        """Without an interval, which takes far longer."""
+        return mean_over_types(values, self.questions, 1).value
 
 
 def _over_bases(by_base: dict[int, np.ndarray]) -> np.ndarray:

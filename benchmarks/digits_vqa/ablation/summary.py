@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from ..questions import QUESTION_TYPES
 from . import recipes
-from .results import ArmResult, Results
+from .results import Results
 from .statistics import Estimate
 
 
@@ -30,10 +28,9 @@ def arms_table(results: Results) -> str:
         "| what is trained | parameters | mean, % | pairs, both right, % | over the best control of its size |",
         "|---|---:|---:|---:|---:|",
     ]
-    for arm in _found(results, names):
-        gain = ""
-        if arm.arm not in (recipes.BASE, *recipes.controls(fusion)) and (control := results.best_control(arm)):
-            gain = signed(results.gain(arm, control))
+    for arm in results.found(names):
+        control = results.best_control(arm)
+        gain = "" if control is None else signed(results.gain(arm, control))
         name = {recipes.BASE: "nothing", fusion: f"**{fusion}**"}.get(arm.arm, arm.arm)
         cells = [name, f"{arm.parameters:,}", plain(results.mean(arm)), plain(results.pair_accuracy(arm)), gain]
         lines.append("| " + " | ".join(cells) + " |")
@@ -44,7 +41,7 @@ def types_table(results: Results) -> str:
     """Markdown: which questions gain."""
     fusion = results.fusion
     names = [recipes.BASE, recipes.LORA_ALL, recipes.shuffled(fusion), *recipes.FUSIONS, recipes.with_projector(fusion)]
-    arms = _found(results, names)
+    arms = results.found(names)
     lines = ["| | " + " | ".join(arm.arm for arm in arms) + " |", "|---|" + "---:|" * len(arms)]
     for type in QUESTION_TYPES:
         shares = [f"{100 * results.mean_of_type(arm, type):.1f}" for arm in arms]
@@ -59,25 +56,26 @@ def parts_table(results: Results) -> str:
         whole = results.get(fusion)
         if whole is None:
             continue
-        for arm in _found(results, names):
+        for arm in results.found(names):
             lines.append(f"| {arm.arm} | {plain(results.mean(arm))} | {signed(results.gain(arm, whole))} |")
     return "\n".join(lines)
+
+
+def pooled_arms(fusion: str) -> list[str]:
+    """What there is with other poolings."""
+    return [recipes.BASE, recipes.LORA_ALL, recipes.PROJECTOR_LORA, fusion, recipes.with_projector(fusion)]
 
 
 def poolings_table(results: Results) -> str:
     """Markdown: the adapter and LoRA with less and less compression."""
     fusion = results.fusion
-    names = [recipes.BASE, recipes.LORA_ALL, recipes.PROJECTOR_LORA, fusion, recipes.with_projector(fusion)]
+    names = pooled_arms(fusion)
     lines = [f"| tokens an image | {' | '.join(names)} | {fusion} over the best control of its size |"]
     lines.append("|---|" + "---:|" * (len(names) + 1))
-    for tokens in sorted({pooled for _, pooled in results.arms}):
+    for tokens in results.poolings:
         means = [plain(results.mean(arm)) if (arm := results.get(name, tokens)) else "" for name in names]
         arm = results.get(fusion, tokens)
         control = None if arm is None else results.best_control(arm)
         gain = "" if arm is None or control is None else signed(results.gain(arm, control))
         lines.append(f"| {tokens} | " + " | ".join([*means, gain]) + " |")
     return "\n".join(lines)
-
-
-def _found(results: Results, names: Iterable[str]) -> list[ArmResult]:
-    return [arm for name in names if (arm := results.get(name)) is not None]

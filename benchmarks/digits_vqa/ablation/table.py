@@ -5,7 +5,7 @@ from __future__ import annotations
 from . import recipes
 from .plan import BASES, RATES, SEEDS
 from .results import ArmResult, Results
-from .summary import arms_table, parts_table, plain, poolings_table, signed, types_table
+from .summary import arms_table, parts_table, plain, pooled_arms, poolings_table, signed, types_table
 
 #: The gain over the best control of equal size that is asked of the adapter.
 GOAL = 0.05
@@ -22,24 +22,17 @@ def sections(fusion: str) -> dict[str, list[str]]:
     }
 
 
-def pooled_arms(fusion: str) -> list[str]:
-    return [recipes.BASE, recipes.LORA_ALL, recipes.PROJECTOR_LORA, fusion, recipes.with_projector(fusion)]
-
-
 def markdown(results: Results) -> str:
     """The tables in short, what they say, and all arms."""
     lines = [_header("arm"), _RULE]
     for section, arms in sections(results.fusion).items():
-        found = [arm for name in arms if (arm := results.get(name)) is not None]
-        if found:
+        if found := results.found(arms):
             lines.append(f"| *{section}* |" + " |" * 7)
-        lines += [_row(results, arm, is_control=section == "controls") for arm in found]
-    poolings = sorted({tokens for _, tokens in results.arms if tokens > 1})
-    for tokens in poolings:
-        lines.append(f"| *{tokens} tokens an image* |" + " |" * 7)
-        found = [arm for name in pooled_arms(results.fusion) if (arm := results.get(name, tokens)) is not None]
-        controls = (recipes.BASE, *recipes.controls(results.fusion))
-        lines += [_row(results, arm, is_control=arm.arm in controls) for arm in found]
+        lines += [_row(results, arm) for arm in found]
+    for tokens in results.poolings:
+        if tokens > 1:
+            lines.append(f"| *{tokens} tokens an image* |" + " |" * 7)
+            lines += [_row(results, arm) for arm in results.found(pooled_arms(results.fusion), tokens)]
     short = [
         *(arms_table(results), "", "By type of question, means in %:", "", types_table(results), ""),
         *("Parts:", "", parts_table(results), "", "Less compression, means in %:", "", poolings_table(results)),
@@ -57,10 +50,10 @@ def _header(name: str) -> str:
     )
 
 
-def _row(results: Results, arm: ArmResult, *, is_control: bool) -> str:
+def _row(results: Results, arm: ArmResult) -> str:
     rate = "" if not arm.parameters else f"{arm.rate:g}" + ("*" if arm.rate_at_edge else "")
     gain = by_base = ""
-    if not is_control and (control := results.best_control(arm)) is not None:
+    if (control := results.best_control(arm)) is not None:
         gain = signed(results.gain(arm, control))
         by_base = ", ".join(f"{100 * value:+.1f}" for value in results.gain_by_base(arm, control))
     complete = arm.arm == recipes.BASE or arm.runs == len(BASES) * len(SEEDS)
@@ -91,16 +84,12 @@ def _conclusions(results: Results) -> list[str]:
     lines = []
     fusion = results.get(results.fusion)
     if fusion is not None:
-        for weaker in results.controls(fusion):
-            lines.append(f"- `{fusion.arm}` over {weaker.arm}: {signed(results.gain(fusion, weaker))} points.")
-        for name in (recipes.random_tower(results.fusion), recipes.llm_embeddings(results.fusion)):
-            if (other := results.get(name)) is not None:
-                lines.append(f"- `{fusion.arm}` over {other.arm}: {signed(results.gain(fusion, other))} points.")
+        others = results.found((recipes.random_tower(results.fusion), recipes.llm_embeddings(results.fusion)))
+        for other in (*results.controls(fusion), *others):
+            lines.append(f"- `{fusion.arm}` over {other.arm}: {signed(results.gain(fusion, other))} points.")
     lines += _goal(results)
     not_gained: list[str] = []
     for arm in results.arms.values():
-        if arm.arm in (recipes.BASE, *recipes.controls(results.fusion)):
-            continue
         control = results.best_control(arm)
         if control is not None:
             name = f"{arm.arm} ({arm.pooled_tokens} token{'s' * (arm.pooled_tokens > 1)})"
