@@ -109,6 +109,11 @@ class RoutedInstruction:
     adapter: str
     instruction: InstructionTokens
 
+    @property
+    def tokens_to_check(self) -> int | None:
+        """How many tokens the projector must put out; None where its input told that already."""
+        return sum(self.layout.tokens) if self.layout.tokens_from_prompt else None
+
     def align(self, alignment: EmmaAlignment, visual_tokens: Tensor) -> Tensor:
         layout = self.layout
         per_medium = torch.as_tensor(layout.entries, device=self.rows.device)
@@ -208,6 +213,26 @@ def projector_call(
         pixel_shape=running.pixel_shape,
         placeholders=placeholders,
     )
+
+
+def check_tokens(expected: int, projected: Tensor) -> None:
+    """Check that a projector put out one token for each placeholder.
+
+    Args:
+        expected: placeholders of the prompt.
+        projected: output of the projector, ``[..., D]``.
+
+    Raises:
+        RoutingError: if it didn't: the prompt holds placeholders of images that are not of this call, and its own may
+            have met the instruction of another row.
+    """
+    found = projected.shape[:-1].numel()
+    if found != expected:
+        raise RoutingError(
+            f"the call's images take {found} tokens, but its prompts hold {expected} placeholder tokens: let the "
+            "model's processor make text and images together; if a cache holds earlier turns of the prompt, pass it to "
+            "generate as an argument of its own"
+        )
 
 
 def _checked_layout(family: ModelFamily, call: ProjectorCall) -> MediaLayout:

@@ -70,12 +70,16 @@ class MediaLayout:
     packed: bool = False
     #: Where tokens don't come row by row: for each grid, ``[N]``, the place ``y * width + x`` of each token.
     orders: Mapping[tuple[int, int], Tensor] | None = None
+    #: True if ``tokens`` were divided off the placeholders of the prompt. The projector must then put out as many: that
+    #: is the only sign that the prompt holds placeholders of other images than those of this call.
+    tokens_from_prompt: bool = False
 
 
 class ModelFamily(ABC):
     """Where the vision features of a family of models meet their projector.
 
-    The defaults fit models whose images (or tiles) are the rows of the projector's input, ``[images, N, D]``.
+    The defaults fit models whose images (or tiles) are the rows of the projector's input, ``[images, N, D]``, and whose
+    prompts hold one placeholder for each token that the projector puts out.
     """
 
     #: The ``config.model_type`` values this family is for.
@@ -140,7 +144,8 @@ class ModelFamily(ABC):
             RoutingError: if sizes, visual tokens and placeholders don't fit together.
         """
         entries = call.visual_tokens.shape[0]
-        return MediaLayout(tokens=share_evenly(call, entries), entries=[1] * entries)
+        counted = call.placeholders is not None
+        return MediaLayout(tokens=share_evenly(call, entries), entries=[1] * entries, tokens_from_prompt=counted)
 
     def boxes(self, call: ProjectorCall, layout: MediaLayout) -> Sequence[Box | None]:
         """Where in its image, or frame, each entry of ``layout`` lies, for the heat maps of ``emma_adapter.analysis``;

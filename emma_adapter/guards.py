@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .calls import CallPlan, FeatureCall
 from .hooks import pop_outer_call
 from .parallel import look_up
-from .planning import has_pixels, plan_call
+from .planning import cached_length, has_pixels, plan_call
 from .recomputation import is_recomputing, may_be_recomputed
 from .state import STATE_ATTRIBUTE, AdapterState, state_of
 
@@ -125,7 +125,7 @@ def guard_generate(model: nn.Module, original: Callable[..., Any], *args: Any, *
         with state.generating_without_images():
             return original(*args, **kwargs)
     # A continued conversation: the images of this call belong to what the cache doesn't hold yet.
-    cached = _cached_length(arguments.get("past_key_values"))
+    cached = cached_length(arguments)
     plan = plan_call(state, inner, own, arguments, cached=cached)
     prompt = arguments.get("input_ids")
     with state.generating(plan, None if prompt is None else prompt[:, cached:]):
@@ -178,7 +178,3 @@ def guard_replication(module: nn.Module, original: Callable[[], nn.Module]) -> n
 def arguments_by_name(method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a call of a bound method, those given by position too."""
     return {**dict(zip(inspect.signature(method).parameters, args, strict=False)), **kwargs}
-
-
-def _cached_length(cache: Any) -> int:
-    return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0

@@ -23,6 +23,7 @@ from .calls import (
     ObservedAlignment,
     OuterCall,
     RoutedInstruction,
+    check_tokens,
     projector_call,
     route,
     route_without_prompt,
@@ -72,6 +73,9 @@ def before_outer(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     """Take out of the call what is for the adapter, and note the labels, which the inner model doesn't get."""
     kwargs = _by_name(model, args, kwargs)
     state = state_of(model)
+    for given, known in state.bridged_arguments.items():
+        if given in kwargs:
+            kwargs.setdefault(known, kwargs.pop(given))
     _enter_call(state, model, kwargs)
     state.context.outer = pop_outer_call(kwargs)
     if state.context.may_be_recomputed and (prompt := _prompt_name(kwargs)):
@@ -173,6 +177,7 @@ def before_projector(projector: nn.Module, args: tuple[Any, ...], kwargs: dict[s
     visual_tokens, put_back = _first_argument(args, kwargs)
     route = _route(state, projector, visual_tokens)
     state.context.bypassed = route.adapter if isinstance(route, Bypass) else None
+    state.context.expected_tokens = None if isinstance(route, Bypass) else route.tokens_to_check
     if isinstance(route, Bypass) or not is_aligned(state, projector, route.adapter):
         return None
     device = execution_device(projector)
@@ -203,8 +208,15 @@ def _tell_observer(
 
 
 def after_projector(projector: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-    """While the adapter is disabled, a projector that was trained with it gives way to the original."""
+    """While the adapter is disabled, a projector that was trained with it gives way to the original.
+
+    Raises:
+        RoutingError: if the images take other numbers of tokens than their rows were found with.
+    """
     state = state_of(projector)
+    expected, state.context.expected_tokens = state.context.expected_tokens, None
+    if expected is not None and isinstance(output, Tensor):
+        check_tokens(expected, output)
     adapter, state.context.bypassed = state.context.bypassed, None
     if adapter is None:
         return None

@@ -15,6 +15,7 @@ from .families import ModelFamily
 from .instructions.extraction import Prompt
 from .instructions.packing import Samples, find_samples
 from .instructions.tokens import InstructionTokens, embedder
+from .private import is_cache
 from .state import AdapterState
 
 
@@ -49,6 +50,26 @@ def plan_call(
     has_media = torch.stack(list(placeholders.values())).sum(dim=0) > 0
     instruction = _instruction_tokens(state, inner, outer, has_media, arguments, samples)
     return CallPlan(inner, state.active, instruction, placeholders, _own_feature_call(state.family, arguments))
+
+
+def cached_length(arguments: Mapping[str, Any]) -> int:
+    """Return how many of the ids (or embeddings) of a ``generate`` came with earlier calls and are in a cache: 0 where
+    it is given the new ones only, as an attention mask that is longer shows.
+
+    A cache is known by its ``get_seq_length``, whatever the argument is called: releases of transformers differ in it.
+
+    Raises:
+        RoutingError: if there are several caches, and they hold different numbers of tokens.
+    """
+    caches = {name: value for name, value in arguments.items() if is_cache(value)}
+    lengths = {int(cache.get_seq_length()) for cache in caches.values()}
+    if len(lengths) > 1:
+        raise RoutingError(f"{sorted(caches)} are caches of different lengths, {sorted(lengths)}: pass one of them")
+    ids, mask = arguments.get("input_ids"), arguments.get("attention_mask")
+    embeds = arguments.get("inputs_embeds")
+    if embeds is None and isinstance(ids, Tensor) and isinstance(mask, Tensor) and mask.shape[-1] != ids.shape[-1]:
+        return 0
+    return max(lengths, default=0)
 
 
 def pinned_plan(state: AdapterState, inner: nn.Module, pinned: PinnedPrompt, arguments: Mapping[str, Any]) -> CallPlan:

@@ -29,6 +29,7 @@ from .errors import InstructionError, PatchError
 from .families import ModelFamily
 from .instructions.tokens import InstructionPipeline, InstructionTokens
 from .original_projector import OriginalProjector
+from .private import cache_names_to_bridge
 from .recomputation import RecomputationMemory, is_recomputing
 
 #: Attribute of the outer model, the inner model and the projectors of a patched model.
@@ -65,6 +66,8 @@ class CallContext(threading.local):
         self.recomputed: tuple[nn.Module, Scope] | None = None
         #: Name of the adapter that a running projector passes by.
         self.bypassed: str | None = None
+        #: Tokens that a running projector must put out for the prompt's placeholders to be those of its images.
+        self.expected_tokens: int | None = None
         #: True until a call without images has its adapter parameters in its graph; see ``parallel``.
         self.ties_embeddings = False
         #: True while a ``generate`` without images runs.
@@ -114,6 +117,8 @@ class AdapterState:
         self.trainable_before: dict[str, bool] | None = None
         #: True once a call that trains the model was seen.
         self.seen_training = False
+        #: By which name the outer model takes an argument that transformers passes under another; see ``private``.
+        self.bridged_arguments = cache_names_to_bridge(type(model))
         self.context = CallContext()
         self.memories = Memories()
         self._owner = BlockOwner()

@@ -372,7 +372,9 @@ def test_chunked_prefill(entry):
 
 
 @entries
-def test_a_continued_chat_with_a_cache_and_a_new_image(entry):
+@pytest.mark.parametrize("new_ids_only", [False, True])
+@pytest.mark.parametrize("cache_name", ["past_key_values", "cache"])
+def test_a_continued_chat_with_a_cache_and_a_new_image(entry, cache_name, new_ids_only):
     model, adapter = trained(entry)
     first = batch_of(entry, (replace(ROWS[0], images=((56, 56),)),))
     second = batch_of(entry, (Row(("what colour is the left bird?",), images=((84, 56),), seed=8),))
@@ -387,7 +389,10 @@ def test_a_continued_chat_with_a_cache_and_a_new_image(entry):
             if name.endswith("token_type_ids"):
                 written = begun.sequences.shape[1] - first[name].shape[1]
                 inputs[name] = torch.cat([first[name], first[name].new_zeros(1, written), second[name]], dim=1)
-        return chatting.generate(**inputs, past_key_values=begun.past_key_values, **settings).sequences
+        cache = begun.past_key_values
+        if new_ids_only:
+            inputs["input_ids"] = ids[:, cache.get_seq_length() :]
+        return chatting.generate(**inputs, **{cache_name: cache}, **settings).sequences
 
     try:
         chat(plain)

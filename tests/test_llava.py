@@ -8,6 +8,7 @@ import inspect
 import pickle
 import threading
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,14 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import BeitConfig, Dinov2Config, LlamaForCausalLM, SiglipVisionConfig
+from transformers import (
+    BeitConfig,
+    Dinov2Config,
+    DynamicCache,
+    LlamaForCausalLM,
+    LlavaForConditionalGeneration,
+    SiglipVisionConfig,
+)
 
 import tiny
 from emma_adapter import (
@@ -92,7 +100,7 @@ def logits(model: nn.Module, inputs: dict[str, Tensor], **more) -> Tensor:
 
 @torch.no_grad()
 def image_features(model: nn.Module, inputs: dict[str, Tensor], **more) -> Tensor:
-    return model(**inputs, **more).image_hidden_states
+    return tiny.image_features(model(**inputs, **more))
 
 
 def last_logits(model: nn.Module, inputs: dict[str, Tensor], **more) -> Tensor:
@@ -443,7 +451,53 @@ def test_a_second_turn_with_a_cache_and_a_new_image():
     alone = {**second, "attention_mask": torch.ones_like(second["input_ids"])}
     expected = image_features(model, alone, **told)
     handle.remove()
-    assert torch.equal(features[0][0], expected)
+    assert torch.equal(features[0].flatten(0, 1), expected)
+
+
+class RemembersElsewhere(LlavaForConditionalGeneration):
+    """Takes its cache by an argument that nobody has heard of, and inside of something else."""
+
+    def generate(self, *args, memory=None, **kwargs):
+        cache = {} if memory is None else {"past_key_values": memory.held}
+        return super().generate(*args, **kwargs, **cache)
+
+
+def chat_of_two_rows(model):
+    """Two rows in their second turn: the images of the first are row 1's, those of the second row 0's. The placeholders
+    of both turns, divided among the new images, would lead one of these to row 1."""
+    first, second = tiny.token_inputs([0, 2]), tiny.token_inputs([2, 0], seed=9)
+    begun = model.generate(
+        **first, max_new_tokens=3, do_sample=False, return_dict_in_generate=True, instruction=["a", "b"]
+    )
+    ids = torch.cat([begun.sequences, second["input_ids"]], dim=1)
+    settings = {"max_new_tokens": 2, "do_sample": False, "instruction": ["is there a cat?", "how many dogs?"]}
+    return begun.past_key_values, {**second, "input_ids": ids, "attention_mask": torch.ones_like(ids), **settings}
+
+
+def test_a_cache_that_is_hidden_from_us_is_an_error_and_never_another_rows_instruction():
+    model = tiny.llava()
+    model.__class__ = RemembersElsewhere
+    adapter = patch_model(model, processor=tiny.processor())
+    tiny.train_randomly(adapter.alignment)
+    model.generation_config.eos_token_id = None
+    cache, inputs = chat_of_two_rows(model)
+    met = []
+    adapter.alignment.register_forward_hook(lambda module, args, output: met.append(output))
+    told = model.generate(**inputs, memory=None, past_key_values=copy.deepcopy(cache))
+    with pytest.raises(RoutingError, match="placeholder tokens"):
+        model.generate(**inputs, memory=SimpleNamespace(held=copy.deepcopy(cache)))
+    # With a cache that is seen, each image meets the instruction of its own row.
+    with torch.no_grad(), adapter.instruction("is there a cat?"):
+        model.get_image_features(pixel_values=inputs["pixel_values"])
+    torch.testing.assert_close(met[0], met[-1], atol=SAME, rtol=0)
+    assert told.shape[1] == inputs["input_ids"].shape[1] + 2
+
+
+def test_two_caches_of_different_lengths_are_an_error():
+    model, _ = patched()
+    cache, inputs = chat_of_two_rows(model)
+    with pytest.raises(RoutingError, match="different lengths"):
+        model.generate(**inputs, cache=cache, past_key_values=DynamicCache())
 
 
 # ------------------------------------------------------------------------------- explicit instruction
@@ -565,7 +619,7 @@ def test_answers_never_reach_the_visual_tokens(fusion, with_processor, training)
     model.train(training)
     one, other = labelled("a red bird"), labelled("two dogs, and a tree")
     assert one["input_ids"].shape != other["input_ids"].shape
-    features = [model(**inputs).image_hidden_states for inputs in (one, other)]
+    features = [tiny.image_features(model(**inputs)) for inputs in (one, other)]
     assert torch.equal(*features)
 
 
@@ -620,7 +674,7 @@ def test_answers_do_not_leak_through_a_peft_model(patch_first):
     adapter.alignment.requires_grad_(True)
     wrapped.train()
     outputs = [wrapped(**labelled(answer)) for answer in ("a red bird", "two dogs")]
-    assert torch.equal(outputs[0].image_hidden_states, outputs[1].image_hidden_states)
+    assert torch.equal(*map(tiny.image_features, outputs))
     outputs[0].loss.backward()
     assert all(parameter.grad is not None for parameter in adapter.parameters())
     assert any(p.grad is not None for n, p in wrapped.named_parameters() if "lora_" in n)
@@ -837,7 +891,7 @@ def test_visual_features_outside_of_a_call_need_a_named_instruction():
     expected = image_features(model, inputs, instruction=told)
     with torch.no_grad(), adapter.instruction(told):
         direct = torch.stack(tuple(model.get_image_features(pixel_values=pixels).pooler_output))
-    torch.testing.assert_close(direct.flatten(0, 1), expected.flatten(0, 1) if expected.ndim == 3 else expected)
+    torch.testing.assert_close(direct.flatten(0, 1), expected)
     with adapter.disabled():
         model.get_image_features(pixel_values=pixels)
     with (

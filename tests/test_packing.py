@@ -45,7 +45,7 @@ def model():
 
 @torch.no_grad()
 def image_features(model, inputs, **more):
-    return model(**inputs, **more).image_hidden_states
+    return tiny.image_features(model(**inputs, **more))
 
 
 @pytest.mark.parametrize("padding_side", ["left", "right"])
@@ -98,10 +98,10 @@ def test_labels_and_assistant_masks_are_unpacked_too(model):
         {"labels": torch.where(answers.bool(), inputs["input_ids"], -100)},
         {"assistant_masks": answers},
     ):
-        before = model(**inputs, pixel_values=pixels, **told).image_hidden_states
-        after = model(**{**inputs, "input_ids": other}, pixel_values=pixels, **told).image_hidden_states
+        before = tiny.image_features(model(**inputs, pixel_values=pixels, **told))
+        after = tiny.image_features(model(**{**inputs, "input_ids": other}, pixel_values=pixels, **told))
         assert torch.equal(before, after)
-    untold = model.eval()(**{**inputs, "input_ids": other}, pixel_values=pixels).image_hidden_states
+    untold = tiny.image_features(model.eval()(**{**inputs, "input_ids": other}, pixel_values=pixels))
     assert not torch.equal(untold, before)
 
 

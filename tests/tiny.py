@@ -215,6 +215,15 @@ class BufferedFusion(Fusion):
         return visual_tokens * self.scale + self.shift
 
 
+def image_features(output: Any) -> Tensor:
+    """What the projector made of a call's images, ``[images * N, D]``.
+
+    transformers 5.24 has it elsewhere, one tensor an image."""
+    outputs = getattr(output, "image_outputs", None)
+    features = output.image_hidden_states if outputs is None else outputs.pooler_output
+    return (features if isinstance(features, Tensor) else torch.cat(tuple(features))).flatten(0, -2)
+
+
 def train_randomly(module: nn.Module, scale: float = 0.5, seed: int = 0) -> None:
     """Give every parameter a value that a trained adapter could have: none is zero."""
     generator = torch.Generator().manual_seed(seed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache
 
 import tiny
 from emma_adapter import (
@@ -73,12 +74,25 @@ def embeddings_without_one_for_the_placeholder(bench: Bench) -> None:
 
 @raises(RoutingError, "instructions/routing.py:rows_of_media", "but the prompts hold")
 def fewer_images_than_placeholders(bench: Bench) -> None:
-    # With LLaVA the images of a batch share its placeholders, so that totals always fit: LLaVA-NeXT's don't.
+    # LLaVA-NeXT knows from their sizes how many tokens its images take.
     entry = ZOO["llava_next"]
     model = entry.model()
     patch_model(model, processor=entry.processor())
     inputs = entry.batch([Row(images=((56, 56),)), Row(images=((56, 56),))])
     model(**inputs | {"pixel_values": inputs["pixel_values"][:1], "image_sizes": inputs["image_sizes"][:1]})
+
+
+@raises(RoutingError, "calls.py:check_tokens", "but its prompts hold")
+def fewer_images_than_placeholders_that_they_share(bench: Bench) -> None:
+    inputs = tiny.token_inputs([2])
+    bench.adapter().model(**inputs | {"pixel_values": inputs["pixel_values"][:1]})
+
+
+@raises(RoutingError, "planning.py:cached_length", "caches of different lengths")
+def two_caches(bench: Bench) -> None:
+    model = bench.adapter().model
+    cache = model(**question(), use_cache=True).past_key_values
+    model.generate(**question(), past_key_values=cache, cache=DynamicCache())
 
 
 @raises(RoutingError, "instructions/routing.py:rows_of_media", "would begin in one row")
