@@ -96,7 +96,9 @@ class PinnedPrompt:
         rows, length = len(own), min(own.shape[1], ids.shape[1])
         if len(ids) % rows:
             return False
-        return bool((ids[:: len(ids) // rows, :length].to(own.device) == own[:, :length]).all())
+        asked = ids[:: len(ids) // rows, :length].to(own.device)
+        # Its end, if a cache that we weren't shown holds the rest.
+        return any(torch.equal(asked, part) for part in (own[:, :length], own[:, own.shape[1] - length :]))
 
 
 @dataclass(frozen=True)
