@@ -7,7 +7,6 @@ patched model is patched too, and independent. No class is changed.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -266,12 +265,9 @@ def _first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tens
 def _by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     if not args:
         return dict(kwargs)
-    return {**dict(zip(_parameter_names(type(module).forward), args, strict=False)), **kwargs}
-
-
-@functools.cache
-def _parameter_names(forward: Callable[..., Any]) -> tuple[str, ...]:
-    return tuple(inspect.signature(forward).parameters)[1:]
+    # Not kept for later calls: torch.compile warns of whatever is.
+    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def pop_outer_call(kwargs: dict[str, Any]) -> OuterCall:

@@ -36,6 +36,7 @@ def add(
         raise PatchError("the model is sharded by FSDP: add every adapter first, then shard")
     inner = state.family.inner(model)
     config = resolve_sizes(config, state.family, inner)
+    attachment.check_unshared(*attachment.places(state.family, config, inner).values(), state=state)
     config, encoder = resolve_encoder(config, instruction_encoder, inner)
     if processor is None:
         reader = state.pipeline.reader.with_policy(config.instruction_policy)

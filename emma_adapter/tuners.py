@@ -7,7 +7,7 @@ save and load the adapter with its own. PEFT itself is never imported: a tuner i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from .errors import PatchError
 from .guards import MethodGuard, arguments_by_name
 from .hooks import install_projector_hooks, remove_hooks
 from .state import STATE_ATTRIBUTE, AdapterState, state_of
+from .wrappers import is_peft_model
 
 _PEFT_PREFIX = "base_model.model."
 _watching = False
@@ -36,18 +37,18 @@ def watch() -> None:
         _watching = True
 
 
-def guard_wrappers(model: nn.Module) -> None:
+def guard_wrappers(around: Sequence[nn.Module]) -> None:
     """Guard the ``PeftModel`` and the tuner that a model to be patched is in already."""
-    if callable(getattr(type(model), "get_base_model", None)):
+    for model in filter(is_peft_model, around):
         _guard_peft_model(model)
         tuner = model.base_model
         if isinstance(tuner, nn.Module) and _is_tuner(tuner):
             _guard_tuner(tuner)
 
 
-def release_wrappers(model: nn.Module) -> None:
+def release_wrappers(around: Sequence[nn.Module]) -> None:
     """Take the guards off a ``PeftModel``, and off its tuner, whose model was unpatched."""
-    if callable(getattr(type(model), "get_base_model", None)):
+    for model in filter(is_peft_model, around):
         wrappers: tuple[Any, ...] = (model, model.base_model)
         for wrapper in wrappers:
             for guard in [value for value in vars(wrapper).values() if isinstance(value, MethodGuard)]:
