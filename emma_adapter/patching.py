@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from os import PathLike
 from typing import Any
@@ -78,6 +78,16 @@ def patch_model(
     state = AdapterState(family, config, pipeline, model)
     alignments = named.make_alignments(family, config, inner)
 
+    install(model, state, alignments, around)
+    return EmmaAdapter(model)
+
+
+def install(
+    model: nn.Module, state: AdapterState, alignments: Mapping[str, EmmaAlignment], around: Sequence[nn.Module] = ()
+) -> None:
+    """Put an adapter on a model, and what guards it on the wrappers around the model."""
+    family = state.family
+    inner = family.inner(model)
     for module in (model, inner):
         setattr(module, STATE_ATTRIBUTE, state)
     named.attach(model, DEFAULT, alignments)
@@ -93,7 +103,6 @@ def patch_model(
     tuners.watch()
     tuners.guard_wrappers(around)
     private.forget_compiled_code()
-    return EmmaAdapter(model)
 
 
 @undisturbed()
