@@ -32,6 +32,22 @@ def mark(projector: nn.Module, place: str, state: AdapterState) -> None:
     setattr(projector, PLACE_ATTRIBUTE, place)
 
 
+def check_unshared(*modules: nn.Module, state: AdapterState | None = None) -> None:
+    """Check that nothing of a model which is about to be patched, or of the patched one with this state, is a part of
+    another patched model too: hooks find their adapter through the module that they run on.
+
+    Raises:
+        PatchError: if it is.
+    """
+    for module in modules:
+        if getattr(module, STATE_ATTRIBUTE, state) is not state:
+            raise PatchError(
+                f"the model shares its {type(module).__name__} with another model that is patched, and both would go "
+                "through one adapter: give this one a copy (copy.deepcopy) made before the other was patched, or "
+                "unpatch_model the other first"
+            )
+
+
 def attach(projector: nn.Module, adapter: str, alignment: EmmaAlignment) -> None:
     _holder(projector).add_module(submodule_name(adapter), alignment)
 
@@ -41,7 +57,8 @@ def attach_original(projector: nn.Module, adapter: str, original: OriginalProjec
 
 
 def _original_name(adapter: str) -> str:
-    return f"{submodule_name(adapter)}__original"
+    # No adapter can be called so.
+    return f"{submodule_name(adapter)}-original"
 
 
 def _holder(projector: nn.Module) -> nn.Module:

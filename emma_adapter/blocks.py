@@ -21,8 +21,10 @@ class Block:
     owner: BlockOwner
     #: Name of the adapter that was active when it was entered.
     adapter: str
-    #: None if the block disables the adapter.
+    #: None if the block disables the adapter, or has another one be used.
     instruction: InstructionTokens | None
+    #: The adapter that calls in the block go through.
+    uses: str | None = None
 
 
 @dataclass(frozen=True)
@@ -32,11 +34,15 @@ class Scope:
     disabled: bool = False
     #: The innermost block that names an instruction.
     named: Block | None = None
+    #: The adapter that calls go through, if not the one that is active for everybody.
+    adapter: str | None = None
 
     def means(self, other: Scope) -> bool:
         """Whether a call does the same in the other."""
         if self.disabled or other.disabled:
             return self.disabled == other.disabled
+        if self.adapter != other.adapter:
+            return False
         one, another = self.named, other.named
         if one is None or another is None or one is another:
             return one is another
@@ -62,4 +68,5 @@ def current_scope(owner: BlockOwner) -> Scope:
     """Of the thread or task that asks."""
     blocks = [block for block in _ENTERED.get() if block.owner is owner]
     named = [block for block in blocks if block.instruction is not None]
-    return Scope(len(named) < len(blocks), named[-1] if named else None)
+    used = [block.uses for block in blocks if block.uses is not None]
+    return Scope(len(named) + len(used) < len(blocks), named[-1] if named else None, used[-1] if used else None)

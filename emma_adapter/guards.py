@@ -81,12 +81,13 @@ class MethodGuard:
         return twin
 
     def _bind(self, model: nn.Module) -> None:
-        guard = weakref.ref(self)
+        # As Python ends, names of this module may be gone before the model is.
+        guard, kind = weakref.ref(self), type(self)
 
         def outlive(_: object) -> None:
             # The model is about to be freed, and its attributes with it, unless somebody holds this guard.
             if (own := guard()) is not None:
-                own._attributes = {n: v for n, v in own._attributes.items() if not isinstance(v, MethodGuard)}
+                own._attributes = {n: v for n, v in own._attributes.items() if not isinstance(v, kind)}
 
         self._type = type(model)
         self._attributes: dict[str, Any] = model.__dict__

@@ -6,8 +6,8 @@ patched model is patched too, and independent. No class is changed.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -30,11 +30,13 @@ from .calls import (
 )
 from .errors import InstructionError
 from .idle import warn_if_left_out
+from .original_projector import OriginalProjector
 from .parallel import after_embedding, before_call_without_images, check_wrapped_once_patched
 from .planning import has_pixels, pinned_plan, plan_call
 from .recomputation import is_recomputing, may_be_recomputed, with_own_memory
 from .sharding import execution_device
 from .state import AdapterState, CallContext, state_of
+from .trainers import warn_of_bare_reference
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -118,6 +120,7 @@ def before_inner(inner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     else:
         if inner.training and torch.is_grad_enabled():
             warn_if_left_out(state.model)
+            warn_of_bare_reference(state.model)
         context.plan = _plan(state, inner, outer, kwargs)
     if context.may_be_recomputed:
         _remember_call(state, context.plan, kwargs)
@@ -176,7 +179,7 @@ def before_projector(projector: nn.Module, args: tuple[Any, ...], kwargs: dict[s
     state = state_of(projector)
     visual_tokens, put_back = _first_argument(args, kwargs)
     route = _route(state, projector, visual_tokens)
-    state.context.bypassed = route.adapter if isinstance(route, Bypass) else None
+    state.context.stand_in = _stand_in(state, projector, route)
     state.context.expected_tokens = None if isinstance(route, Bypass) else route.tokens_to_check
     if isinstance(route, Bypass) or not is_aligned(state, projector, route.adapter):
         return None
@@ -208,7 +211,8 @@ def _tell_observer(
 
 
 def after_projector(projector: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-    """While the adapter is disabled, a projector that was trained with it gives way to the original.
+    """Where the projector was trained with an adapter, and the call doesn't go through that one, another gives the
+    output.
 
     Raises:
         RoutingError: if the images take other numbers of tokens than their rows were found with.
@@ -217,10 +221,7 @@ def after_projector(projector: nn.Module, args: Any, kwargs: Any, output: Any) -
     expected, state.context.expected_tokens = state.context.expected_tokens, None
     if expected is not None and isinstance(output, Tensor):
         check_tokens(expected, output)
-    adapter, state.context.bypassed = state.context.bypassed, None
-    if adapter is None:
-        return None
-    kept = state.adapters[adapter].original_projectors.get(getattr(projector, PLACE_ATTRIBUTE))
+    kept, state.context.stand_in = state.context.stand_in, None
     if kept is None:
         return None
     trained = next(iter(projector_parameters(projector).values()), None)
@@ -230,6 +231,22 @@ def after_projector(projector: nn.Module, args: Any, kwargs: Any, output: Any) -
     args = tuple(value.to(device) if isinstance(value, Tensor) else value for value in args)
     kwargs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in kwargs.items()}
     return original(*args, **kwargs)
+
+
+def _stand_in(state: AdapterState, projector: nn.Module, route: RoutedInstruction | Bypass) -> OriginalProjector | None:
+    """What is to compute instead of a projector whose weights, trained with the active adapter, aren't the call's."""
+    place = getattr(projector, PLACE_ATTRIBUTE)
+    chosen, own = state.adapters[state.chosen], state.adapters[route.adapter]
+    if not isinstance(route, Bypass):
+        if own is chosen:
+            return None
+        if own.parked_projectors:
+            if place not in own.stand_ins:
+                made = copy.deepcopy(own.original_projectors[place])
+                made.assign({name: own.parked_projectors[place + name] for name in made.values()})
+                own.stand_ins[place] = made
+            return own.stand_ins[place]
+    return own.original_projectors.get(place) or chosen.original_projectors.get(place)
 
 
 def _route(state: AdapterState, projector: nn.Module, visual_tokens: Tensor) -> RoutedInstruction | Bypass:
@@ -278,12 +295,9 @@ def _first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tens
 def _by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     if not args:
         return dict(kwargs)
-    return {**dict(zip(_parameter_names(type(module).forward), args, strict=False)), **kwargs}
-
-
-@functools.cache
-def _parameter_names(forward: Callable[..., Any]) -> tuple[str, ...]:
-    return tuple(inspect.signature(forward).parameters)[1:]
+    # Not kept for later calls: torch.compile warns of whatever is.
+    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def pop_outer_call(kwargs: dict[str, Any]) -> OuterCall:

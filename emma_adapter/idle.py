@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -10,6 +11,12 @@ from torch import nn
 from .alignment import EmmaAlignment
 from .sharding import is_elsewhere
 from .state import state_of
+
+
+def is_identity(adapter: Iterable[nn.Parameter]) -> bool:
+    """Return whether an adapter of these parameters has learned nothing yet."""
+    # What makes a new one the identity is a weight of zeros.
+    return any(parameter.ndim > 1 and not parameter.any() for parameter in adapter)
 
 
 def warn_if_left_out(model: nn.Module) -> None:
@@ -24,8 +31,7 @@ def warn_if_left_out(model: nn.Module) -> None:
         return
     if any(is_elsewhere(parameter) for parameter in adapter):
         return
-    # What makes a new adapter the identity is a weight of zeros.
-    if any(parameter.ndim > 1 and not parameter.any() for parameter in adapter):
+    if is_identity(adapter):
         warnings.warn(
             "the model is trained, but its EMMA adapter is frozen and has learned nothing yet (a tool that freezes the "
             "whole model, as prepare_model_for_kbit_training, does that): patch_model after it, or "

@@ -13,10 +13,13 @@ from . import hub, restoring, sharding
 from .errors import PatchError
 from .families import require_model
 from .fusion.dispatch import Kernel
-from .patching import EmmaAdapter, base_of, patch_model, unpatch_model
+from .patching import EmmaAdapter, patch_model, unpatch_model
 from .state import DEFAULT, STATE_ATTRIBUTE
+from .surroundings import undisturbed
+from .wrappers import base_of
 
 
+@undisturbed()
 def load_adapter(
     model: nn.Module,
     source: str | PathLike[str],

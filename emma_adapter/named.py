@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,14 +29,10 @@ def add(
         PatchError: if the name is taken, or is none that a submodule can have.
     """
     state = state_of(model)
-    if not isinstance(name, str) or not name.isidentifier():
-        raise PatchError(f"the name of an adapter must be letters, digits and underscores; got {name!r}")
-    if name in state.adapters:
-        raise PatchError(f"the model has an adapter {name!r} already: {sorted(state.adapters)}; choose another name")
-    if is_fully_sharded(model):
-        raise PatchError("the model is sharded by FSDP: add every adapter first, then shard")
+    _check_addable(model, name)
     inner = state.family.inner(model)
     config = resolve_sizes(config, state.family, inner)
+    attachment.check_unshared(*attachment.places(state.family, config, inner).values(), state=state)
     config, encoder = resolve_encoder(config, instruction_encoder, inner)
     if processor is None:
         reader = state.pipeline.reader.with_policy(config.instruction_policy)
@@ -46,6 +43,35 @@ def add(
     attach(model, name, alignments)
     for parameter in attachment.named_parameters(model, name).values():
         parameter.requires_grad_(False)
+
+
+def add_copy(model: nn.Module, name: str) -> None:
+    """Add a frozen copy of the active adapter, and of the projectors trained with it.
+
+    Raises:
+        PatchError: as :func:`add`.
+    """
+    state = state_of(model)
+    _check_addable(model, name)
+    alignments = copy.deepcopy(attachment.alignments(model))
+    trained = {key: value.clone() for key, value in training.trained_projectors(model).items()}
+    state.adapters[name] = NamedAdapter(state.config, state.pipeline)
+    attach(model, name, alignments)
+    for parameter in attachment.named_parameters(model, name).values():
+        parameter.requires_grad_(False)
+    if trained:
+        training.keep_original_projectors(model, name)
+        state.adapters[name].parked_projectors = trained
+
+
+def _check_addable(model: nn.Module, name: str) -> None:
+    state = state_of(model)
+    if not isinstance(name, str) or not name.isidentifier():
+        raise PatchError(f"the name of an adapter must be letters, digits and underscores; got {name!r}")
+    if name in state.adapters:
+        raise PatchError(f"the model has an adapter {name!r} already: {sorted(state.adapters)}; choose another name")
+    if is_fully_sharded(model):
+        raise PatchError("the model is sharded by FSDP: add every adapter first, then shard")
 
 
 def make_alignments(family: ModelFamily, config: EmmaConfig, inner: nn.Module) -> dict[str, EmmaAlignment]:
@@ -86,7 +112,7 @@ def activate(model: nn.Module, name: str) -> None:
     training.reset_projectors(model)
     for parameter in attachment.named_parameters(model).values():
         parameter.requires_grad_(False)
-    state.active = name
+    state.chosen = name
     for parameter in attachment.named_parameters(model).values():
         parameter.requires_grad_(trainable)
     projector = training.projector_parameters(model)
@@ -96,6 +122,7 @@ def activate(model: nn.Module, name: str) -> None:
     for key, value in incoming.parked_projectors.items():
         projector[key].data.copy_(value)
     incoming.parked_projectors = {}
+    outgoing.stand_ins, incoming.stand_ins = {}, {}
     if outgoing.original_projectors or incoming.original_projectors:
         training.remember_trainable(model)
         # Trained by nobody's adapter, the projector would be saved with none.
@@ -118,6 +145,8 @@ def remove(model: nn.Module, name: str) -> None:
     for projector in attachment.projectors(model, name).values():
         attachment.remove(projector, name)
     del state.adapters[name]
+    if name == state.reference:
+        state.reference = None
 
 
 def _known(state: AdapterState, name: str) -> NamedAdapter:

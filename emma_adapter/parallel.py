@@ -83,12 +83,13 @@ def install_embedding_hook(state: AdapterState, embed: nn.Module) -> None:
     FSDP's gathers weights again in backward for outputs that need a gradient, and on other processes this one
     doesn't: it must not see the tie.
     """
+    # Each time: models may share their embeddings.
+    setattr(embed, STATE_ATTRIBUTE, state)
     hooks = embed._forward_hooks
     if hooks and next(reversed(hooks.values())) is after_embedding:
         return
     for key in [key for key, hook in hooks.items() if hook is after_embedding]:
         del hooks[key]
-    setattr(embed, STATE_ATTRIBUTE, state)
     embed.register_forward_hook(after_embedding)
 
 

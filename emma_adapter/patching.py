@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from os import PathLike
 from typing import Any
 
 from torch import Tensor, nn
 
-from . import attachment, base_saves, hub, named, saving, sharding, training, tuners
+from . import attachment, base_saves, hub, named, private, saving, sharding, training, tuners, wrappers
 from .alignment import EmmaAlignment
 from .config import EmmaConfig
 from .errors import PatchError
@@ -23,8 +23,11 @@ from .hooks import install_call_hooks, remove_hooks
 from .instructions.cache import CacheInfo
 from .instructions.tokens import Instruction, embedder
 from .state import DEFAULT, STATE_ATTRIBUTE, AdapterState, state_of
+from .surroundings import undisturbed
+from .wrappers import base_of
 
 
+@undisturbed()
 def patch_model(
     model: nn.Module,
     config: EmmaConfig | None = None,
@@ -37,7 +40,8 @@ def patch_model(
     The model answers bit for bit as before until the adapter is trained, and again after ``unpatch_model``.
 
     Args:
-        model: a transformers model of a supported family (a ``PeftModel`` is patched at its base model).
+        model: a transformers model of a supported family (a ``PeftModel``, or what ``torch.compile`` returned, is
+            patched at the model inside).
         config: what adapter; every size left None is read off the model. Default: ``EmmaConfig()``.
         processor: the model's processor or tokenizer. Without it the instruction is the whole prompt, answers
             and special tokens excluded; with it, the user's turns. Text towers need it to read prompts.
@@ -46,23 +50,26 @@ def patch_model(
 
     Raises:
         UnsupportedModelError: for an unknown family, or a fusion that can't work on this vision tower.
-        PatchError: if the model is patched already, or wrapped for several processes.
+        PatchError: if the model is patched already, wrapped for several processes, or shares its projector with
+            another patched model.
         ConfigError: if a size in ``config`` contradicts the model or the encoder.
         EncoderError: if the instruction encoder can't be loaded.
     """
     require_model(model)
-    if isinstance(model, nn.parallel.DistributedDataParallel) or sharding.is_fully_sharded(model):
+    around = wrappers.around(model)
+    if any(map(wrappers.knows_its_parameters, around)) or sharding.is_fully_sharded(model):
         raise PatchError(
-            "the model is wrapped in DistributedDataParallel, or sharded by FSDP, which would never learn of the "
-            "adapter's parameters: patch_model or load_adapter first, then wrap"
+            "the model is wrapped in DistributedDataParallel, DeepSpeed's engine or AveragedModel, or sharded by FSDP, "
+            "which would never learn of the adapter's parameters: patch_model or load_adapter first, then wrap"
         )
-    given, model = model, base_of(model)
+    model = base_of(model)
     family = find_family(model)
     if hasattr(model, STATE_ATTRIBUTE):
         raise PatchError(
             "this model is already patched; use get_adapter(model) for its adapter, or unpatch_model(model) first"
         )
     inner = family.inner(model)
+    attachment.check_unshared(inner, family.projector(inner), *family.deepstack_projectors(inner))
     config = EmmaConfig() if config is None else config
     # The encoder last: it may be large, and what is wrong with the sizes shows without it.
     config = resolve_sizes(config, family, inner)
@@ -71,6 +78,16 @@ def patch_model(
     state = AdapterState(family, config, pipeline, model)
     alignments = named.make_alignments(family, config, inner)
 
+    install(model, state, alignments, around)
+    return EmmaAdapter(model)
+
+
+def install(
+    model: nn.Module, state: AdapterState, alignments: Mapping[str, EmmaAlignment], around: Sequence[nn.Module] = ()
+) -> None:
+    """Put an adapter on a model, and what guards it on the wrappers around the model."""
+    family = state.family
+    inner = family.inner(model)
     for module in (model, inner):
         setattr(module, STATE_ATTRIBUTE, state)
     named.attach(model, DEFAULT, alignments)
@@ -84,17 +101,18 @@ def patch_model(
         if method is not None and hasattr(inner, method):
             MethodGuard.install(inner, method, functools.partial(guard_features, modality))
     tuners.watch()
-    tuners.guard_wrappers(given)
-    return EmmaAdapter(model)
+    tuners.guard_wrappers(around)
+    private.forget_compiled_code()
 
 
+@undisturbed()
 def unpatch_model(model: nn.Module) -> None:
     """Take the adapter off again; what is left is the original model, bit for bit.
 
     Raises:
         PatchError: if the model is not patched, or was sharded since.
     """
-    given, model = model, base_of(model)
+    around, model = wrappers.around(model), base_of(model)
     state = state_of(model)
     if sharding.is_fully_sharded(model):
         raise PatchError(
@@ -113,11 +131,12 @@ def unpatch_model(model: nn.Module) -> None:
             guard.remove(module)
         remove_hooks(module)
         attachment.detach(module)
-    tuners.release_wrappers(_undistributed(given))
+    tuners.release_wrappers(around)
+    private.forget_compiled_code()
 
 
 def get_adapter(model: nn.Module) -> EmmaAdapter:
-    """The handle of a patched model, also of a copy of one.
+    """The handle of a patched model, also of a copy of one, or of what other tools have wrapped around it.
 
     Raises:
         PatchError: if the model is not patched.
@@ -143,6 +162,7 @@ class EmmaAdapter:
         """Name of the adapter that the model's calls go through. ``patch_model`` makes ``"default"``."""
         return self._state.active
 
+    @undisturbed()
     def add(
         self,
         name: str,
@@ -165,6 +185,7 @@ class EmmaAdapter:
         named.add(self.model, name, EmmaConfig() if config is None else config, processor, instruction_encoder)
         return self
 
+    @undisturbed()
     def set_active(self, name: str) -> EmmaAdapter:
         """Have calls go through another of the model's adapters, and the projector trained with it, if one was.
 
@@ -232,6 +253,7 @@ class EmmaAdapter:
         """How many numbers the adapter has learned or can learn."""
         return training.count_parameters(self.model)[0]
 
+    @undisturbed()
     def train_only(self, *, projector: bool = False) -> EmmaAdapter:
         """Freeze everything but the adapter, and with ``projector=True`` but the projector.
 
@@ -338,14 +360,3 @@ class EmmaAdapter:
             f"instruction_encoder={self.config.instruction_encoder!r}, parameters={own:,} "
             f"({own / total:.3%} of the model), cache_hits={info.hits}, cache_misses={info.misses})"
         )
-
-
-def base_of(model: nn.Module) -> nn.Module:
-    """The transformers model inside a PeftModel, DataParallel or DistributedDataParallel; any other model itself."""
-    model = _undistributed(model)
-    get_base_model = getattr(model, "get_base_model", None)
-    return get_base_model() if callable(get_base_model) else model
-
-
-def _undistributed(model: nn.Module) -> nn.Module:
-    return model.module if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) else model

@@ -49,6 +49,8 @@ class NamedAdapter:
     original_projectors: dict[str, OriginalProjector] = field(default_factory=dict)
     #: What the adapter's training made of the projectors, while another adapter is active.
     parked_projectors: dict[str, Tensor] = field(default_factory=dict)
+    #: Projectors of these values, for calls that go through this adapter nevertheless; made when first used.
+    stand_ins: dict[str, OriginalProjector] = field(default_factory=dict)
 
 
 class CallContext(threading.local):
@@ -64,8 +66,8 @@ class CallContext(threading.local):
         self.may_be_recomputed = False
         #: Of a call that is computed again for backward: the module it began with, and the scope it was made in.
         self.recomputed: tuple[nn.Module, Scope] | None = None
-        #: Name of the adapter that a running projector passes by.
-        self.bypassed: str | None = None
+        #: What computes in the place of a running projector, whose weights are those of another adapter.
+        self.stand_in: OriginalProjector | None = None
         #: Tokens that a running projector must put out for the prompt's placeholders to be those of its images.
         self.expected_tokens: int | None = None
         #: True until a call without images has its adapter parameters in its graph; see ``parallel``.
@@ -108,7 +110,14 @@ class AdapterState:
     ) -> None:
         self.family = family
         self.adapters = {DEFAULT: NamedAdapter(config, pipeline)}
-        self.active = DEFAULT
+        #: The adapter that is active for everybody.
+        self.chosen = DEFAULT
+        #: The frozen adapter that reference passes go through, if one is kept for them.
+        self.reference: str | None = None
+        #: True while PEFT's own frozen copy, the reference of a LoRA, is in use.
+        self.in_reference = False
+        #: The trainer whose reference was looked at.
+        self.known_trainer: weakref.ref[Any] | None = None
         #: True once everything but the adapter is frozen: checkpoints then hold the adapter only.
         self.adapter_only = False
         #: What transformers itself leaves out of saves, while ``adapter_only`` replaces it.
@@ -129,12 +138,13 @@ class AdapterState:
         self._model = weakref.ref(model)
 
     def __getstate__(self) -> dict[str, Any]:
-        calls = ("context", "memories", "_owner", "_has_blocks", "_inherited")
+        calls = ("context", "memories", "_owner", "_has_blocks", "_inherited", "known_trainer", "in_reference")
         return {key: value for key, value in self.__dict__.items() if key not in calls} | {"_model": self._model()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, context=CallContext(), memories=Memories(), _model=weakref.ref(state["_model"]))
         self._owner, self._has_blocks, self._inherited = BlockOwner(), False, None
+        self.known_trainer, self.in_reference = None, False
 
     def for_replica(self) -> AdapterState:
         """The same state, for a copy of a module that will run this thread's call in another thread."""
@@ -150,6 +160,13 @@ class AdapterState:
         memo[id(self)] = twin
         twin.__setstate__({key: copy.deepcopy(value, memo) for key, value in self.__getstate__().items()})
         return twin
+
+    @property
+    def active(self) -> str:
+        """Name of the adapter that calls go through, in this thread and here."""
+        if (used := self.scope.adapter) is not None:
+            return used
+        return self.reference if self.in_reference and self.reference is not None else self.chosen
 
     @property
     def current(self) -> NamedAdapter:
@@ -270,6 +287,11 @@ class AdapterState:
     def naming(self, instruction: InstructionTokens) -> AbstractContextManager[None]:
         self._has_blocks = True
         return entered(Block(self._owner, self.active, instruction))
+
+    def using(self, adapter: str) -> AbstractContextManager[None]:
+        """Have the calls of this thread or task, in the block, go through another adapter."""
+        self._has_blocks = True
+        return entered(Block(self._owner, self.active, None, uses=adapter))
 
     def disabled(self) -> AbstractContextManager[None]:
         self._has_blocks = True

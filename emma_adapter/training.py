@@ -212,7 +212,7 @@ def assign(model: nn.Module, adapter: str, alignment: Mapping[str, Tensor], proj
         for name, value in projector.items():
             parameters[name].data.copy_(value)
     else:
-        state.adapters[adapter].parked_projectors = projector
+        state.adapters[adapter].parked_projectors, state.adapters[adapter].stand_ins = projector, {}
     for name, value in alignment.items():
         own[name].data = value
 

@@ -7,7 +7,8 @@ save and load the adapter with its own. PEFT itself is never imported: a tuner i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from .errors import PatchError
 from .guards import MethodGuard, arguments_by_name
 from .hooks import install_projector_hooks, remove_hooks
 from .state import STATE_ATTRIBUTE, AdapterState, state_of
+from .trainers import REFERENCE_LORA, check_reference_pass
+from .wrappers import is_peft_model
 
 _PEFT_PREFIX = "base_model.model."
 _watching = False
@@ -36,18 +39,18 @@ def watch() -> None:
         _watching = True
 
 
-def guard_wrappers(model: nn.Module) -> None:
+def guard_wrappers(around: Sequence[nn.Module]) -> None:
     """Guard the ``PeftModel`` and the tuner that a model to be patched is in already."""
-    if callable(getattr(type(model), "get_base_model", None)):
+    for model in filter(is_peft_model, around):
         _guard_peft_model(model)
         tuner = model.base_model
         if isinstance(tuner, nn.Module) and _is_tuner(tuner):
             _guard_tuner(tuner)
 
 
-def release_wrappers(model: nn.Module) -> None:
+def release_wrappers(around: Sequence[nn.Module]) -> None:
     """Take the guards off a ``PeftModel``, and off its tuner, whose model was unpatched."""
-    if callable(getattr(type(model), "get_base_model", None)):
+    for model in filter(is_peft_model, around):
         wrappers: tuple[Any, ...] = (model, model.base_model)
         for wrapper in wrappers:
             for guard in [value for value in vars(wrapper).values() if isinstance(value, MethodGuard)]:
@@ -79,6 +82,8 @@ def _guard_tuner(tuner: nn.Module) -> None:
 def _guard_peft_model(model: nn.Module) -> None:
     _install(model, "save_pretrained", _save_with_adapters)
     _install(model, "load_adapter", _load_with_adapter)
+    _install(model, "disable_adapter", _through_reference)
+    _install(model, "set_adapter", _note_reference)
 
 
 def _install(module: nn.Module, name: str, guard: Callable[..., Any]) -> None:
@@ -156,6 +161,28 @@ def _save_with_adapters(model: nn.Module, original: Callable[..., Any], *args: A
             saving.save(base, folder / adapter, adapter, is_main_process=is_main_process, gathered=gathered)
         # Left by a save of the base model, it would be found before these.
         saving.discard(folder)
+    return result
+
+
+def _through_reference(model: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Where a reference is kept, the model with its LoRA off is that: calls go through the frozen adapter."""
+    state = state_of(model)
+    check_reference_pass(model)
+    around = contextlib.ExitStack()
+    around.enter_context(original(*args, **kwargs))
+    if state.reference is not None:
+        around.enter_context(state.using(state.reference))
+    return around
+
+
+def _note_reference(model: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A LoRA that was trained before has a frozen copy of its own for reference passes, under TRL's name for it."""
+    state = state_of(model)
+    name = arguments_by_name(original, args, kwargs).get("adapter_name")
+    if name == REFERENCE_LORA:
+        check_reference_pass(model)
+    result = original(*args, **kwargs)
+    state.in_reference = name == REFERENCE_LORA
     return result
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, wraps
 from typing import Any, ClassVar
 
 import torch
@@ -81,17 +81,27 @@ class Qwen3VLFamily(Qwen2VLFamily):
         return list(inner.get_submodule("visual.deepstack_merger_list").children())
 
 
-# Kept for later calls, which may train: a tensor made in inference mode can't.
-@lru_cache(maxsize=1024)
-@torch.inference_mode(False)
+def _kept(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Keep what ``make`` returns for later calls, which may train: a tensor made in inference mode can't."""
+    make = torch.inference_mode(False)(make)
+    keep = lru_cache(maxsize=1024)(make)
+
+    @wraps(make)
+    def made(*arguments: Any) -> Tensor:
+        # torch.compile warns of what is kept and makes it anew, as a part of its graph.
+        return make(*arguments) if torch.compiler.is_compiling() else keep(*arguments)
+
+    return made
+
+
+@_kept
 def block_order(grid: tuple[int, int], merge: int) -> Tensor:
     height, width = grid
     places = torch.arange(height * width).view(height // merge, merge, width // merge, merge)
     return places.transpose(1, 2).reshape(-1)
 
 
-@lru_cache(maxsize=1024)
-@torch.inference_mode(False)
+@_kept
 def window_order(grid: tuple[int, int], merge: int, window: int) -> Tensor:
     """``window`` is the side of an attention window in blocks."""
     rows, columns = grid[0] // merge, grid[1] // merge

@@ -19,8 +19,9 @@ from ..errors import AnalysisError
 from ..families import Box, MediaLayout
 from ..fusion.packing import Grid
 from ..instructions.tokens import Instruction
-from ..patching import EmmaAdapter, base_of
+from ..patching import EmmaAdapter
 from ..state import state_of
+from ..wrappers import base_of
 
 Model = nn.Module | EmmaAdapter
 

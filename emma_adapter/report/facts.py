@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from ..patching import EmmaAdapter, base_of
+from ..patching import EmmaAdapter
 from ..state import state_of
 from ..training import count_parameters
 from ..version import __version__
+from ..wrappers import base_of
 
 
 def facts_of(adapter: EmmaAdapter) -> dict[str, str]:

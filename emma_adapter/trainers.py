@@ -1,0 +1,75 @@
+"""The reference of a trainer that learns from preferences or rewards: TRL makes one of what it knows, and it doesn't
+know adapters."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+import weakref
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import attachment
+from .errors import PatchError
+from .idle import is_identity
+from .sharding import is_elsewhere
+from .state import STATE_ATTRIBUTE, state_of
+from .wrappers import base_of
+
+#: TRL's name for its frozen copy of a LoRA that was trained before.
+REFERENCE_LORA = "ref"
+_REMEDY = "from emma_adapter.integrations.trl import keep_reference; keep_reference(trainer) before trainer.train()"
+
+
+def running_trainer() -> Any:
+    """Return the ``transformers.Trainer`` that is running in this thread; None if there is none."""
+    module: Any = sys.modules.get("transformers.trainer")
+    frame = None if module is None else sys._getframe()
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, module.Trainer):
+            return owner
+        frame = frame.f_back
+    return None
+
+
+def warn_of_bare_reference(model: nn.Module) -> None:
+    """Say once for each trainer if it compares the model, whose adapter was trained before, with the bare base."""
+    if torch.compiler.is_compiling() or (trainer := running_trainer()) is None:
+        return
+    state = state_of(model)
+    if state.known_trainer is not None and state.known_trainer() is trainer:
+        return
+    state.known_trainer = weakref.ref(trainer)
+    reference = getattr(trainer, "ref_model", None)
+    # A run that goes on where another one ended isn't at its beginning, which is what the reference is.
+    if not isinstance(reference, nn.Module) or trainer.state.global_step > 0:
+        return
+    adapter = list(attachment.named_parameters(model).values())
+    if hasattr(base_of(reference), STATE_ATTRIBUTE) or any(map(is_elsewhere, adapter)) or is_identity(adapter):
+        return
+    warnings.warn(
+        f"the reference of this {type(trainer).__name__} is the base model without the EMMA adapter, which the model "
+        f"has at the start: {_REMEDY}, or ref_model=reference_model(model) of the same module. If the bare base is "
+        "what you mean, ignore this",
+        stacklevel=2,
+    )
+
+
+def check_reference_pass(model: nn.Module) -> None:
+    """Check that a trainer which takes the model without its LoRA as its reference doesn't train that.
+
+    Raises:
+        PatchError: if the adapter is trained, and no frozen copy is kept for such passes.
+    """
+    state = state_of(model)
+    if state.reference is not None or not model.training:
+        return
+    trained = any(parameter.requires_grad for parameter in attachment.named_parameters(state.model).values())
+    if trained and (trainer := running_trainer()) is not None and hasattr(trainer, "ref_model"):
+        raise PatchError(
+            f"the reference of this {type(trainer).__name__} is the model without its LoRA, but with the EMMA adapter, "
+            f"which is being trained, so that the reference would change with it: {_REMEDY}"
+        )

@@ -1,0 +1,45 @@
+"""What other tools put around a model, and the model in it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+#: Names of the submodule that a wrapper holds its model in: ``torch.compile``'s; those of DataParallel,
+#: DistributedDataParallel, AveragedModel and DeepSpeed; FullyShardedDataParallel's.
+_HELD_AS = ("_orig_mod", "module", "_fsdp_wrapped_module")
+
+
+def around(model: nn.Module) -> list[nn.Module]:
+    """Return the wrappers around a transformers model, a ``PeftModel`` among them, from the outside."""
+    found = []
+    while (inside := _inside(model)) is not None:
+        found.append(model)
+        model = inside
+    return found
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """Return the transformers model inside its wrappers; any other model itself."""
+    while (inside := _inside(model)) is not None:
+        model = inside
+    return model
+
+
+def is_peft_model(model: nn.Module) -> bool:
+    # Of the class: a wrapper may look attributes up on what it holds.
+    return callable(getattr(type(model), "get_base_model", None))
+
+
+def knows_its_parameters(wrapper: nn.Module) -> bool:
+    """Return whether a wrapper has noted the parameters of the model that it was made for, or copied them."""
+    follows = isinstance(wrapper, nn.DataParallel) or "_orig_mod" in wrapper._modules
+    return not follows and not is_peft_model(wrapper)
+
+
+def _inside(model: Any) -> nn.Module | None:
+    if is_peft_model(model):
+        base: nn.Module = model.get_base_model()
+        return base
+    return next((held for name in _HELD_AS if (held := model._modules.get(name)) is not None), None)

@@ -1,0 +1,59 @@
+"""References for TRL's trainers: the model that training starts from, its adapter included.
+
+Left to themselves, DPO, KTO, GRPO and RLOO compare with the base model, loaded again by its name, or, if a LoRA is
+trained, with the model without its LoRA, whose EMMA adapter goes on being trained.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from emma_adapter import PatchError, references
+from emma_adapter.state import STATE_ATTRIBUTE, state_of
+from emma_adapter.wrappers import around, base_of, is_peft_model
+
+__all__ = ["keep_reference", "reference_model"]
+
+
+def reference_model(model: nn.Module) -> nn.Module:
+    """Return the model as it is now, frozen, for a trainer's ``ref_model=``.
+
+    What the model doesn't train is shared with it, and needs no memory. First make trainable what will be.
+
+    Args:
+        model: a patched model, also a ``PeftModel`` around one.
+
+    Raises:
+        PatchError: if the model is not patched, or sharded.
+    """
+    return references.frozen_copy(model)
+
+
+def keep_reference(trainer: Any) -> None:
+    """Have a trainer's reference be the model as it is now. Call it once the trainer is made, before ``train()``.
+
+    A reference that the trainer has loaded becomes a frozen copy of the model, and shares what isn't trained. Where a
+    LoRA is trained, and the reference is the model without it, a frozen copy of the adapter is put on the model under
+    the name ``"reference"``, and used while the LoRA is off; ``adapter.remove("reference")`` takes it off.
+    A trainer that has no reference, as GRPO's with ``beta=0``, and one that was given a patched one, stay as they are.
+
+    Args:
+        trainer: TRL's DPOTrainer, KTOTrainer, GRPOTrainer, RLOOTrainer, or one like them.
+
+    Raises:
+        PatchError: if the model is not patched, training has begun, or a model is sharded.
+    """
+    model = base_of(trainer.model)
+    state_of(model)
+    if trainer.state.global_step > 0:
+        raise PatchError("the training has begun, and what it started from is gone: keep_reference before train()")
+    # The teacher of self-distillation is a reference by another name; any other teacher is a model of its own.
+    self_distills = hasattr(trainer.args, "teacher_model_kind")
+    reference = getattr(trainer, "teacher_model" if self_distills else "ref_model", None)
+    if reference is not None and base_of(reference) is not model:
+        if not hasattr(base_of(reference), STATE_ATTRIBUTE):
+            references.make_alike(base_of(reference), model)
+    elif any(map(is_peft_model, around(trainer.model))):
+        references.keep(model)
