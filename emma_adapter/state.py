@@ -106,12 +106,10 @@ class AdapterState:
         self.family = family
         self.adapters = {DEFAULT: NamedAdapter(config, pipeline)}
         self.active = DEFAULT
-        #: True once everything but the adapter is frozen: checkpoints then hold the adapter only.
-        self.adapter_only = False
-        #: What transformers itself leaves out of saves, while ``adapter_only`` replaces it.
-        self.ignored_on_save: set[str] | None = None
         #: Which parameters of the model were trainable before ``train_only``.
         self.trainable_before: dict[str, bool] | None = None
+        #: The float32 weights of the adapters, by the identity of their parameters, if the model is quantized.
+        self.float32_weights: dict[int, Tensor] = {}
         #: True once a call that trains the model was seen.
         self.seen_training = False
         self.context = CallContext()
@@ -125,7 +123,8 @@ class AdapterState:
 
     def __getstate__(self) -> dict[str, Any]:
         calls = ("context", "memories", "_owner", "_has_blocks", "_inherited")
-        return {key: value for key, value in self.__dict__.items() if key not in calls} | {"_model": self._model()}
+        kept = {key: value for key, value in self.__dict__.items() if key not in calls}
+        return kept | {"float32_weights": {}, "_model": self._model()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, context=CallContext(), memories=Memories(), _model=weakref.ref(state["_model"]))
