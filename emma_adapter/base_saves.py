@@ -74,11 +74,11 @@ def _save_checkpoint(model: nn.Module, original: Callable[..., Any], directory: 
 
 
 def _save_adapter_only(model: nn.Module, directory: Path, gathered: Mapping[str, Tensor] | None) -> None:
+    if _CHECKPOINT.fullmatch(directory.name):
+        _check_holds_no_model(directory)
     further = {}
     if not checkpoint.holds_model(directory):
         further = {_TRAINER_WEIGHTS: _trained_tensors(model, _trained(model), gathered)}
-    elif _CHECKPOINT.fullmatch(directory.name):
-        raise _holds_a_model(directory)
     saving.save(model, directory, is_main_process=True, gathered=gathered, further=further)
     _log.info("saved the adapter alone to %s, since nothing else is trained", directory)
 
@@ -114,17 +114,17 @@ def check_output_folder(model: nn.Module, trainer: Any) -> None:
         number = _CHECKPOINT.fullmatch(earlier.name)
         if number and trainer.state.global_step < int(number[1]) <= trainer.state.max_steps:
             saving.check_not_foreign(earlier)
-            if checkpoint.holds_model(earlier):
-                raise _holds_a_model(earlier)
+            _check_holds_no_model(earlier)
 
 
-def _holds_a_model(directory: Path) -> FileExistsError:
-    return FileExistsError(
-        errno.EEXIST,
-        "this checkpoint holds a whole model, whose weights would be replaced by those of the adapter alone; train "
-        "with another output_dir, or remove it",
-        str(directory),
-    )
+def _check_holds_no_model(checkpoint_folder: Path) -> None:
+    if checkpoint.holds_model(checkpoint_folder):
+        raise FileExistsError(
+            errno.EEXIST,
+            "this checkpoint holds a whole model, whose weights would be replaced by those of the adapter alone; train "
+            "with another output_dir, or remove it",
+            str(checkpoint_folder),
+        )
 
 
 @contextmanager

@@ -83,16 +83,14 @@ def _check_projector_trainable(model: nn.Module) -> None:
     """Raises:
     PatchError: if the projector has quantized weights, which no optimizer can change.
     """
-    quantized = [
-        place + name
-        for place, projector in attachment.projectors(model).items()
-        for name in quantized_tensors(model, projector)
-    ]
+    projectors = attachment.projectors(model)
+    quantized = [place + name for place in projectors for name in quantized_tensors(model, projectors[place])]
     if quantized:
+        names = [name for name, module in model.named_modules() if any(module is one for one in projectors.values())]
         raise PatchError(
             f"the projector's weights {listed(sorted(quantized))} are quantized and can't be trained: train_only() "
-            "without projector=True, or load the model with the projector left as it is (for bitsandbytes: "
-            "llm_int8_skip_modules=[the projector's name, ...])"
+            "without projector=True, or load the model with its projector as it is, for bitsandbytes "
+            f"BitsAndBytesConfig(..., llm_int8_skip_modules={[*names, 'lm_head']!r})"
         )
 
 
