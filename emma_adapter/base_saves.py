@@ -26,7 +26,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import attachment, checkpoint, private, saving, sharding
+from . import attachment, checkpoint, hub, private, saving, sharding
 from .guards import arguments_by_name
 from .state import AdapterState, state_of
 from .training import adapter_parameters, original_projectors, projector_parameters
@@ -108,6 +108,8 @@ def check_output_folder(model: nn.Module, trainer: Any) -> None:
     folder = Path(trainer.args.output_dir)
     # Where trainer.save_model() goes.
     saving.check_not_foreign(folder)
+    if trainer.args.push_to_hub:
+        _check_repository(trainer)
     if trainer.args.save_strategy == "no":
         return
     for earlier in folder.glob("checkpoint-*"):
@@ -117,14 +119,22 @@ def check_output_folder(model: nn.Module, trainer: Any) -> None:
             _check_holds_no_model(earlier)
 
 
+def _check_repository(trainer: Any) -> None:
+    from huggingface_hub import HfApi
+
+    args, repo_id = trainer.args, trainer.hub_model_id
+    if hub.holds_a_model(HfApi(token=args.hub_token), repo_id, getattr(args, "hub_revision", None)):
+        raise _would_replace_a_model(repo_id, "hub_model_id")
+
+
 def _check_holds_no_model(checkpoint_folder: Path) -> None:
     if checkpoint.holds_model(checkpoint_folder):
-        raise FileExistsError(
-            errno.EEXIST,
-            "this checkpoint holds a whole model, whose weights would be replaced by those of the adapter alone; train "
-            "with another output_dir, or remove it",
-            str(checkpoint_folder),
-        )
+        raise _would_replace_a_model(str(checkpoint_folder), "output_dir")
+
+
+def _would_replace_a_model(place: str, argument: str) -> FileExistsError:
+    message = "this holds a whole model, whose weights would be replaced by those of the adapter alone"
+    return FileExistsError(errno.EEXIST, f"{message}; train with another {argument}", place)
 
 
 @contextmanager

@@ -58,19 +58,21 @@ def push(model: nn.Module, repo_id: str, *, private: bool | None, revision: str 
         api.create_repo(repo_id, private=private, exist_ok=True)
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        if _holds_model(api, repo_id, revision, Path(folder) / "there"):
+        if holds_a_model(api, repo_id, revision):
             # An earlier release put the adapter among the model's files.
             upload |= {"folder_path": adapter.parent, "delete_patterns": [CONFIG_NAME, WEIGHTS_NAME]}
         commit = api.upload_folder(repo_id=repo_id, revision=revision, **{"folder_path": adapter, **upload})
     return str(commit.commit_url)
 
 
-def _holds_model(api: Any, repo_id: str, revision: str | None, folder: Path) -> bool:
+def holds_a_model(api: Any, repo_id: str, revision: str | None) -> bool:
     """Whether a repository holds a model, beside which an adapter goes, as in a folder here.
 
     Raises:
         FileExistsError: if it holds another tool's adapter.
     """
-    api.snapshot_download(repo_id, revision=revision, local_dir=folder, allow_patterns=[CONFIG_NAME, MODEL_CONFIG_NAME])
-    check_not_foreign(folder, repo_id)
-    return holds_model(folder)
+    with tempfile.TemporaryDirectory() as folder:
+        configs = [CONFIG_NAME, MODEL_CONFIG_NAME]
+        api.snapshot_download(repo_id, revision=revision, local_dir=folder, allow_patterns=configs)
+        check_not_foreign(Path(folder), repo_id)
+        return holds_model(Path(folder))

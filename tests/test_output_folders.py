@@ -120,10 +120,20 @@ try:
     adapter.push_to_hub("someone/lora")
 except FileExistsError as error:
     print("refused", error)
+
+from test_trainer import trainer_for
+adapter.train_only()
+for repository in ("someone/lora", "someone/model"):
+    trainer = trainer_for(adapter.model, tempfile.mkdtemp(), push_to_hub=True, hub_model_id=repository)
+    try:
+        trainer.train()
+    except FileExistsError as error:
+        print("refused", error, trainer.state.global_step)
 """
     )
-    assert "refused" in said
-    assert "someone/lora" in said
+    refused = [line for line in said.splitlines() if "refused" in line]
+    assert ["someone/lora" in line for line in refused] == [True, True, False]
+    assert all(line.endswith(" 0") for line in refused[1:])
     files = hub.branches["someone/model"]["main"][-1]
     assert f"emma_adapter/{CONFIG}" in files
     assert CONFIG not in files

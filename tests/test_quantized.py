@@ -224,3 +224,25 @@ def test_an_adapter_that_was_cast_with_its_model_stays_so():
     adapter.train_only()
     model.train()
     assert {parameter.dtype for parameter in adapter.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_more_than_the_adapter_is_trained_and_resumed(kind, folder, tmp_path):
+    """What isn't quantized can be trained too: the head, which bitsandbytes leaves alone."""
+
+    def with_head():
+        model = patched(folder, kind)
+        get_adapter(model).train_only()
+        model.lm_head.requires_grad_(True)
+        return model
+
+    whole, resumed = with_head(), with_head()
+    uninterrupted = trainer_for(whole, tmp_path, max_steps=4, save_steps=2)
+    uninterrupted.train()
+    continued = trainer_for(resumed, tmp_path / "again", max_steps=4, save_steps=2)
+    continued.train(resume_from_checkpoint=str(checkpoint_folder(tmp_path, 2)))
+    assert losses(continued) == losses(uninterrupted)
+    assert same_values(resumed.state_dict(), whole.state_dict())
+    other = LlavaForConditionalGeneration.from_pretrained(checkpoint_folder(tmp_path, 4), device_map="cpu")
+    load_adapter(other, checkpoint_folder(tmp_path, 4), processor=PROCESSOR)
+    assert same_values(other.state_dict(), whole.state_dict())
