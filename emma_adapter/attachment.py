@@ -192,10 +192,17 @@ def state_dict(model: nn.Module, adapter: str | None = None, *, keep_vars: bool 
 
 def projector_parameters(projector: nn.Module) -> dict[str, nn.Parameter]:
     """A projector's own parameters by name, without the adapters'."""
+    own = projector_tensors(projector)
+    return {name: parameter for name, parameter in projector.named_parameters() if name in own}
+
+
+def projector_tensors(projector: nn.Module) -> dict[str, Tensor]:
+    """A projector's own parameters and buffers by name, without the adapters'."""
     adapter = {
-        id(parameter)
+        id(tensor)
         for module in projector.modules()
         if isinstance(module, EmmaAlignment)
-        for parameter in module.parameters()
+        for tensor in (*module.parameters(), *module.buffers())
     }
-    return {name: parameter for name, parameter in projector.named_parameters() if id(parameter) not in adapter}
+    tensors = {**dict(projector.named_parameters()), **dict(projector.named_buffers())}
+    return {name: tensor for name, tensor in tensors.items() if id(tensor) not in adapter}

@@ -3,25 +3,37 @@
 - ``model.save_pretrained(folder)`` writes the base model without the adapter, so that it reloads as the model it
   was, and the adapter beside it in ``emma_adapter/``; further adapters in ``emma_adapter/<name>/``.
 - Trainer calls ``model.save_pretrained(folder, state_dict=...)`` and resumes from the ``model.safetensors`` it finds.
-  After ``adapter.train_only()`` that call writes the adapter folder, and a ``model.safetensors`` with the trained
-  tensors alone, under the model's names. Before, it writes everything, adapter included, so that resuming is exact.
+  What that call writes is decided when it is made, by what is trained then:
+
+  - the adapter alone, or with the projector that belongs to it: the adapter folder, and a ``model.safetensors`` with
+    the trained tensors alone, under the model's names;
+  - anything else too: the whole model, adapter included, and the adapters in ``emma_adapter/`` once more;
+  - a LoRA that ``model.add_adapter`` made too: the LoRA as transformers writes it, the adapters in ``emma_adapter/``,
+    and a ``model.safetensors`` with every trained tensor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import errno
+import functools
+import logging
+import re
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from . import attachment, checkpoint, saving, sharding
+from . import attachment, checkpoint, hub, private, saving, sharding
 from .guards import arguments_by_name
-from .state import state_of
-from .training import original_projectors, projector_parameters, trained_projectors
+from .state import AdapterState, state_of
+from .training import adapter_parameters, original_projectors, projector_parameters
 
-_IGNORED_ON_SAVE = "_keys_to_ignore_on_save"
 _TRAINER_WEIGHTS = "model.safetensors"
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_log = logging.getLogger(__name__)
 
 
 def guard_save_pretrained(model: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -30,53 +42,108 @@ def guard_save_pretrained(model: nn.Module, original: Callable[..., Any], *args:
         # It knows best what to say.
         return original(**kwargs)
     directory = Path(kwargs["save_directory"])
-    by_trainer = "state_dict" in kwargs
-    gathered = kwargs.get("state_dict")
+    if "state_dict" in kwargs:
+        return _save_checkpoint(model, original, directory, kwargs)
     is_main_process = kwargs.get("is_main_process", True)
-    if by_trainer and state_of(model).adapter_only:
-        if is_main_process:
-            _save_trained(model, directory, gathered)
-        return None
-    if by_trainer:
-        # Trainer loads what it finds under the names of the running model, and drops what has another name.
-        kwargs.setdefault("save_original_format", False)
-    else:
-        kwargs["state_dict"] = _base_state_dict(model)
-    adapter_only = state_of(model).adapter_only
-    expect_everything(model)
-    try:
+    with private.whole_saves(model), _state_dict_of_the_base(model):
         result = original(**kwargs)
-    finally:
-        if adapter_only:
-            expect_adapter_only(model)
-    if is_main_process or not by_trainer:
-        folder = directory / checkpoint.SUBFOLDER
-        saving.save_all(model, folder, is_main_process=is_main_process, gathered=gathered)
+    _save_adapters_beside(model, directory, is_main_process=is_main_process)
+    _log.info("saved the base model to %s, and the adapter beside it", directory)
     return result
 
 
-def expect_adapter_only(model: nn.Module) -> None:
-    """Trainer's checkpoints hold the adapter only. Trainer is told which keys are missing on purpose: on resuming
-    it compares the missing ones with this set, and warns if they differ."""
-    state = state_of(model)
-    if not state.adapter_only:
-        state.adapter_only = True
-        state.ignored_on_save = model.__dict__.get(_IGNORED_ON_SAVE)
-    model.__dict__[_IGNORED_ON_SAVE] = set(model.state_dict()) - set(_trained_names(model))
+def _save_checkpoint(model: nn.Module, original: Callable[..., Any], directory: Path, kwargs: dict[str, Any]) -> Any:
+    """Write what Trainer resumes from."""
+    gathered = kwargs["state_dict"]
+    is_main_process = kwargs.get("is_main_process", True)
+    trained = _trained(model)
+    if not trained - _belonging(model):
+        if is_main_process:
+            _save_adapter_only(model, directory, gathered)
+        return None
+    # Trainer loads what it finds under the names of the running model, and drops what has another name.
+    kwargs.setdefault("save_original_format", False)
+    with private.whole_saves(model):
+        result = original(**kwargs)
+    if is_main_process:
+        if private.has_peft_adapters(model):
+            saving.save_tensors(directory, _TRAINER_WEIGHTS, _trained_tensors(model, trained, gathered))
+        _save_adapters_beside(model, directory, is_main_process=True, gathered=gathered)
+        _log.info("saved the whole model to %s, since more of it is trained than the adapter", directory)
+    return result
 
 
-def expect_everything(model: nn.Module) -> None:
-    """Undo :func:`expect_adapter_only`."""
-    state = state_of(model)
-    if state.adapter_only:
-        state.adapter_only = False
-        model.__dict__.pop(_IGNORED_ON_SAVE, None)
-        if state.ignored_on_save is not None:
-            model.__dict__[_IGNORED_ON_SAVE] = state.ignored_on_save
+def _save_adapter_only(model: nn.Module, directory: Path, gathered: Mapping[str, Tensor] | None) -> None:
+    if _CHECKPOINT.fullmatch(directory.name):
+        _check_holds_no_model(directory)
+    further = {}
+    if not checkpoint.holds_model(directory):
+        further = {_TRAINER_WEIGHTS: _trained_tensors(model, _trained(model), gathered)}
+    saving.save(model, directory, is_main_process=True, gathered=gathered, further=further)
+    _log.info("saved the adapter alone to %s, since nothing else is trained", directory)
 
 
-def _base_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The model as it was before it was patched: without the adapter, and with the original projectors."""
+def _save_adapters_beside(model: nn.Module, directory: Path, *, is_main_process: bool, **more: Any) -> None:
+    saving.save_all(model, directory / checkpoint.SUBFOLDER, is_main_process=is_main_process, **more)
+    if is_main_process:
+        # Of an earlier save of the adapter alone: transformers would take it for one of PEFT, and load_adapter for
+        # the newer one.
+        saving.discard(directory)
+
+
+def expect_checkpoints(model: nn.Module) -> None:
+    """Have Trainer expect, when it resumes, that a checkpoint of the adapter alone lacks what isn't trained."""
+    private.leave_out_of_saves(model, functools.partial(_left_out, state_of(model)))
+
+
+def check_output_folder(model: nn.Module, trainer: Any) -> None:
+    """Check, when a Trainer starts, that it will be able to write its checkpoints.
+
+    Raises:
+        FileExistsError: if one of them would replace another tool's adapter, or the weights of a model.
+    """
+    # A PeftModel is saved by PEFT; what is trained whole is saved as transformers does.
+    if hasattr(type(trainer.model), "get_base_model") or _trained(model) - _belonging(model):
+        return
+    folder = Path(trainer.args.output_dir)
+    # Where trainer.save_model() goes.
+    saving.check_not_foreign(folder)
+    if trainer.args.push_to_hub:
+        _check_repository(trainer)
+    if trainer.args.save_strategy == "no":
+        return
+    for earlier in folder.glob("checkpoint-*"):
+        number = _CHECKPOINT.fullmatch(earlier.name)
+        if number and trainer.state.global_step < int(number[1]) <= trainer.state.max_steps:
+            saving.check_not_foreign(earlier)
+            _check_holds_no_model(earlier)
+
+
+def _check_repository(trainer: Any) -> None:
+    from huggingface_hub import HfApi
+
+    args, repo_id = trainer.args, trainer.hub_model_id
+    if hub.holds_a_model(HfApi(token=args.hub_token), repo_id, getattr(args, "hub_revision", None)):
+        raise _would_replace_a_model(repo_id, "hub_model_id")
+
+
+def _check_holds_no_model(checkpoint_folder: Path) -> None:
+    if checkpoint.holds_model(checkpoint_folder):
+        raise _would_replace_a_model(str(checkpoint_folder), "output_dir")
+
+
+def _would_replace_a_model(place: str, argument: str) -> FileExistsError:
+    message = "this holds a whole model, whose weights would be replaced by those of the adapter alone"
+    return FileExistsError(errno.EEXIST, f"{message}; train with another {argument}", place)
+
+
+@contextmanager
+def _state_dict_of_the_base(model: nn.Module) -> Iterator[None]:
+    """In the block, and in this thread, ``model.state_dict()`` is that of the model as it was before it was patched.
+
+    Passed as ``state_dict=``, it would be ignored where the model is quantized.
+    """
+    present = model.state_dict(keep_vars=True)
     adapters = {
         key
         for adapter in state_of(model).adapters
@@ -84,25 +151,59 @@ def _base_state_dict(model: nn.Module) -> dict[str, Tensor]:
     }
     trained = projector_parameters(model)
     originals = {id(trained[name]): value for name, value in original_projectors(model).items()}
-    return {
-        name: originals.get(id(value), value.detach())
-        for name, value in model.state_dict(keep_vars=True).items()
-        if id(value) not in adapters
-    }
+    removed = {name for name, value in present.items() if id(value) in adapters}
+    replaced = {name: originals[id(value)] for name, value in present.items() if id(value) in originals}
+    thread = threading.get_ident()
+
+    def take_off(_: nn.Module, state_dict: dict[str, Tensor], prefix: str, __: Any) -> None:
+        if threading.get_ident() != thread:
+            return
+        for name in removed:
+            state_dict.pop(prefix + name, None)
+        for name, value in replaced.items():
+            if prefix + name in state_dict:
+                state_dict[prefix + name] = value
+
+    handle = model.register_state_dict_post_hook(take_off)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
-def _trained_names(model: nn.Module) -> dict[str, Tensor]:
-    """The trained tensors by their name in the model."""
-    trained = _identities(attachment.state_dict(model, keep_vars=True))
-    if trained_projectors(model):
-        trained |= _identities(projector_parameters(model))
-    return {name: value for name, value in model.state_dict(keep_vars=True).items() if id(value) in trained}
+def _trained(model: nn.Module) -> set[int]:
+    """The identities of the parameters that are trainable, or that a running Trainer has trained and frozen since."""
+    optimizer = getattr(private.running_trainer(), "optimizer", None)
+    stepped = {id(parameter) for parameter, values in getattr(optimizer, "state", {}).items() if values}
+    return {id(p) for p in model.parameters() if p.requires_grad or id(p) in stepped}
+
+
+def _belonging(model: nn.Module) -> set[int]:
+    """The identities of the parameters that adapter folders hold."""
+    return {id(parameter) for parameter in adapter_parameters(model)}
+
+
+def _trained_tensors(
+    model: nn.Module, trained: set[int], gathered: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    return sharding.gather(model, _trained_names(model, trained), gathered)
+
+
+def _trained_names(model: nn.Module, trained: set[int]) -> dict[str, Tensor]:
+    """By their names in the model: what is trained, and what else belongs to the active adapter."""
+    own = _identities(attachment.state_dict(model, keep_vars=True)) | trained
+    if state_of(model).current.original_projectors:
+        own |= _identities(projector_parameters(model))
+    return {name: value for name, value in model.state_dict(keep_vars=True).items() if id(value) in own}
+
+
+def _left_out(state: AdapterState) -> set[str] | None:
+    model = state.model
+    trained = _trained(model)
+    if trained - _belonging(model) and not private.has_peft_adapters(model):
+        return None
+    return set(model.state_dict()) - set(_trained_names(model, trained))
 
 
 def _identities(tensors: Mapping[str, Tensor]) -> set[int]:
     return {id(tensor) for tensor in tensors.values()}
-
-
-def _save_trained(model: nn.Module, directory: Path, gathered: Mapping[str, Tensor] | None) -> None:
-    tensors = sharding.gather(model, _trained_names(model), gathered)
-    saving.save(model, directory, is_main_process=True, gathered=gathered, further={_TRAINER_WEIGHTS: tensors})

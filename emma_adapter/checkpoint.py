@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -32,6 +33,8 @@ FORMAT_VERSION = 1
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 CARD_NAME = "README.md"
+#: What transformers calls a model's config.
+MODEL_CONFIG_NAME = "config.json"
 #: Where ``model.save_pretrained`` puts adapters, beside the base model or the LoRA.
 SUBFOLDER = "emma_adapter"
 
@@ -105,6 +108,16 @@ def is_adapter(directory: Path, given: Path | None = None) -> bool:
     except CheckpointError:
         return False
     return True
+
+
+def holds_model(directory: Path) -> bool:
+    """Whether a folder is one that transformers loads a model from. With an ``adapter_config.json`` in it, transformers
+    would take it for an adapter of PEFT."""
+    try:
+        config = json.loads((directory / MODEL_CONFIG_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(config, dict) and ("model_type" in config or "architectures" in config)
 
 
 def read(given: Path, check: Callable[[SavedAdapter], None] | None = None) -> SavedAdapter:

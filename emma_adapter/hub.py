@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from .checkpoint import CARD_NAME, CONFIG_NAME, SUBFOLDER, WEIGHTS_NAME
+from .checkpoint import CARD_NAME, CONFIG_NAME, MODEL_CONFIG_NAME, SUBFOLDER, WEIGHTS_NAME, holds_model
 from .errors import CheckpointError
-from .saving import save
+from .saving import check_not_foreign, save
 
 _NAMES = (CONFIG_NAME, WEIGHTS_NAME, CARD_NAME)
 
@@ -44,14 +44,35 @@ def local_folder(source: str | PathLike[str], *, revision: str | None, local_fil
 
 
 def push(model: nn.Module, repo_id: str, *, private: bool | None, revision: str | None, **upload: Any) -> str:
-    """Upload the active adapter, and return the address of the commit."""
+    """Upload the active adapter, and return the address of the commit.
+
+    Raises:
+        FileExistsError: if the repository holds another tool's adapter.
+    """
     from huggingface_hub import HfApi
 
     api = HfApi(token=upload.pop("token", None))
     with tempfile.TemporaryDirectory() as folder:
-        save(model, folder, location=repo_id)
+        adapter = Path(folder) / "upload" / SUBFOLDER
+        save(model, adapter, location=repo_id)
         api.create_repo(repo_id, private=private, exist_ok=True)
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        commit = api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, **upload)
+        if holds_a_model(api, repo_id, revision):
+            # An earlier release put the adapter among the model's files.
+            upload |= {"folder_path": adapter.parent, "delete_patterns": [CONFIG_NAME, WEIGHTS_NAME]}
+        commit = api.upload_folder(repo_id=repo_id, revision=revision, **{"folder_path": adapter, **upload})
     return str(commit.commit_url)
+
+
+def holds_a_model(api: Any, repo_id: str, revision: str | None) -> bool:
+    """Whether a repository holds a model, beside which an adapter goes, as in a folder here.
+
+    Raises:
+        FileExistsError: if it holds another tool's adapter.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        configs = [CONFIG_NAME, MODEL_CONFIG_NAME]
+        api.snapshot_download(repo_id, revision=revision, local_dir=folder, allow_patterns=configs)
+        check_not_foreign(Path(folder), repo_id)
+        return holds_model(Path(folder))

@@ -9,9 +9,23 @@ from contextlib import AbstractContextManager
 from os import PathLike
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from . import attachment, base_saves, hub, named, private, saving, sharding, training, tuners, wrappers
+from . import (
+    attachment,
+    base_saves,
+    hub,
+    named,
+    precision,
+    private,
+    saving,
+    sharding,
+    starting,
+    training,
+    tuners,
+    wrappers,
+)
 from .alignment import EmmaAlignment
 from .config import EmmaConfig
 from .errors import PatchError
@@ -94,6 +108,11 @@ def install(
     install_call_hooks(model, inner)
     MethodGuard.install(model, "generate", guard_generate)
     MethodGuard.install(model, "save_pretrained", base_saves.guard_save_pretrained)
+    # Of a part, which the model holds: build().train() would be left with nothing but its guard.
+    MethodGuard.install(family.projector(inner) if inner is model else inner, "train", starting.guard_train)
+    base_saves.expect_checkpoints(model)
+    private.answer_trainer(model, functools.partial(starting.meet_trainer, state))
+    precision.remember_weights(model)
     for module in dict.fromkeys((model, inner)):
         MethodGuard.install(module, "_replicate_for_data_parallel", guard_replication)
     for modality in family.modalities:
@@ -120,7 +139,8 @@ def unpatch_model(model: nn.Module) -> None:
             "with adapter.disabled(): … is the original model"
         )
     training.undo_train_only(model)
-    base_saves.expect_everything(model)
+    private.expect_whole_saves(model)
+    private.stop_answering_trainer(model)
     # Every module, not just the patched ones: other tools copy projectors, hooks and all.
     modules = set(model.modules())
     with contextlib.suppress(PatchError):
@@ -195,8 +215,6 @@ class EmmaAdapter:
             PatchError: if there is no adapter of that name.
         """
         named.activate(self.model, name)
-        if self._state.adapter_only:
-            base_saves.expect_adapter_only(self.model)
         return self
 
     def remove(self, name: str) -> EmmaAdapter:
@@ -206,8 +224,6 @@ class EmmaAdapter:
             PatchError: if it is, or if there is none of that name.
         """
         named.remove(self.model, name)
-        if self._state.adapter_only:
-            base_saves.expect_adapter_only(self.model)
         return self
 
     @property
@@ -257,10 +273,46 @@ class EmmaAdapter:
     def train_only(self, *, projector: bool = False) -> EmmaAdapter:
         """Freeze everything but the adapter, and with ``projector=True`` but the projector.
 
-        From then on Trainer's checkpoints hold the adapter only.
+        As long as nothing else is made trainable, Trainer's checkpoints hold the adapter only; else the whole model.
+
+        Raises:
+            PatchError: if the projector can't be trained with the adapter: it is quantized, sharded, or wrapped by
+                PEFT. Nothing is changed then.
         """
         training.train_only(self.model, projector=projector)
-        base_saves.expect_adapter_only(self.model)
+        return self
+
+    def unfreeze(self) -> EmmaAdapter:
+        """Make trainable again what ``train_only`` has frozen, for a second stage in which everything is trained.
+
+        A projector that was trained with the adapter still belongs to it. Does nothing without ``train_only`` before.
+        """
+        training.unfreeze(self.model)
+        return self
+
+    def regroup(
+        self,
+        optimizer: torch.optim.Optimizer,
+        lr: float,
+        *,
+        projector_lr: float | None = None,
+        weight_decay: float = 0.0,
+    ) -> EmmaAdapter:
+        """Move the adapter's parameters to groups of their own, in an optimizer that another tool has made.
+
+        Such a tool sorts parameters by rules that are made for something else: LoRA+ gives the adapter's norms and
+        biases the rate of ``lora_B``, sixteen times that of its other weights.
+
+        Args:
+            optimizer: before its first step, and before a scheduler is made for it.
+            lr: as for :meth:`parameter_groups`, and so the others.
+            projector_lr: see there.
+            weight_decay: see there.
+
+        Raises:
+            ConfigError: if a rate is no number or negative, or the optimizer was used already.
+        """
+        training.regroup(self.model, optimizer, lr, projector_lr=projector_lr, weight_decay=weight_decay)
         return self
 
     def parameter_groups(
@@ -270,7 +322,13 @@ class EmmaAdapter:
         adapter: after ``train_only(projector=True)``."""
         return training.parameter_groups(self.model, lr, projector_lr=projector_lr, weight_decay=weight_decay)
 
-    def save_pretrained(self, directory: str | PathLike[str], *, is_main_process: bool | None = None) -> None:
+    def save_pretrained(
+        self,
+        directory: str | PathLike[str],
+        *,
+        is_main_process: bool | None = None,
+        state_dict: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Write ``adapter_config.json``, ``adapter_model.safetensors`` and a model card, atomically.
 
         Whenever it is killed, ``load_adapter`` finds the adapter that was there before, or the new one; what is left
@@ -281,8 +339,12 @@ class EmmaAdapter:
         rank 0 may call it alone.
 
         Args:
-            directory: the folder, made if it isn't there.
+            directory: the folder, made if it isn't there. Where it holds a model that transformers loads, the adapter
+                goes into ``emma_adapter/`` in it, where ``load_adapter(model, directory)`` finds it: among the model's
+                files, its config would make transformers take the model for an adapter of PEFT.
             is_main_process: whether this process writes, if not rank 0 should.
+            state_dict: of the model, gathered: ``accelerator.get_state_dict(model)``. The weights are taken from it
+                where they aren't whole here, and nobody waits for others.
 
         Raises:
             OSError: if the folder can't be written, or holds an adapter of another tool. What it held is intact; the
@@ -290,7 +352,7 @@ class EmmaAdapter:
             CheckpointError: if weights are NaN or infinite, as after a training that diverged.
             PatchError: if the weights are held by something that only gathers them itself, as DeepSpeed ZeRO-3.
         """
-        saving.save(self.model, directory, is_main_process=is_main_process)
+        saving.save(self.model, directory, is_main_process=is_main_process, gathered=state_dict)
 
     def push_to_hub(
         self,
@@ -305,7 +367,7 @@ class EmmaAdapter:
         """Upload what ``save_pretrained`` writes to ``repo_id`` on the hub, which is made if there is none.
 
         Args:
-            repo_id: ``"user/name"``.
+            repo_id: ``"user/name"``. If it holds a model, the adapter goes into ``emma_adapter/`` there.
             private: whether a repository that is made now is private; default: as the user's or organisation's is.
             revision: branch, made if there is none.
             commit_message: of the upload.
@@ -316,6 +378,7 @@ class EmmaAdapter:
             The address of the commit.
 
         Raises:
+            FileExistsError: if the repository holds an adapter of another tool, as a LoRA.
             huggingface_hub.errors.HfHubHTTPError: if the hub refuses.
         """
         return hub.push(

@@ -1,12 +1,14 @@
 """What this library uses of other libraries that is private there, or changes between their releases.
 
-Each function names its owner, and the test that fails first when the owner changes it.
+Every function says whose name it is, what it is for, and which test fails first when the owner changes it.
 """
 
 from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Callable, Iterator, Set
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +16,9 @@ from torch import nn
 
 #: What transformers has called the cache argument: ``past_key_values`` before 5.24, and until 5.40 as an alias.
 _CACHE_NAMES = ("cache", "past_key_values")
+_IGNORED_ON_SAVE = "_keys_to_ignore_on_save"
+_HAS_PEFT_ADAPTERS = "_hf_peft_config_loaded"
+_TRAINER_MODULES = ("transformers.trainer", "transformers.trainer_utils")
 
 
 def is_cache(value: Any) -> bool:
@@ -59,3 +64,120 @@ def forget_compiled_code() -> None:
     """
     if has_compiled_code():
         torch.compiler.reset()
+
+
+def running_trainer() -> Any:
+    """Return the ``transformers.Trainer`` in whose method this thread is, or None.
+
+    Trainer tells a model neither that training starts nor where checkpoints will go. It is found by its public class,
+    as the first argument of a function that is running; only its public attributes are used. Without it, what is
+    checked at the start is found out when the first checkpoint is written.
+
+    Held by tests/test_output_folders.py.
+    """
+    module: Any = sys.modules.get("transformers.trainer")
+    frame = sys._getframe(1) if module is not None else None
+    while frame is not None:
+        code = frame.f_code
+        first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+        if isinstance(first, module.Trainer):
+            return first
+        frame = frame.f_back
+    return None
+
+
+class LeftOutOfSaves(Set[str]):
+    """The names that transformers leaves out of a save, worked out whenever somebody asks.
+
+    ``_keys_to_ignore_on_save`` of ``PreTrainedModel``. ``Trainer`` compares it with the keys that it misses in a
+    checkpoint, and warns where they differ. Without it, resuming from a checkpoint of the adapter alone would warn.
+
+    Held by tests/test_trainer.py::test_resume_is_exact.
+    """
+
+    def __init__(self, before: Any, names: Callable[[], set[str] | None]) -> None:
+        self.before = before
+        self.names = names
+
+    def _now(self) -> set[str]:
+        names = self.names()
+        return set(self.before or ()) if names is None else names
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._now()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._now())
+
+    def __len__(self) -> int:
+        return len(self._now())
+
+
+def leave_out_of_saves(model: nn.Module, names: Callable[[], set[str] | None]) -> None:
+    """Have transformers expect that a checkpoint lacks ``names()``; None means what it expected before."""
+    model.__dict__[_IGNORED_ON_SAVE] = LeftOutOfSaves(model.__dict__.get(_IGNORED_ON_SAVE), names)
+
+
+def expect_whole_saves(model: nn.Module) -> LeftOutOfSaves | None:
+    """Undo :func:`leave_out_of_saves`, and return what it had set."""
+    present = model.__dict__.get(_IGNORED_ON_SAVE)
+    if not isinstance(present, LeftOutOfSaves):
+        return None
+    del model.__dict__[_IGNORED_ON_SAVE]
+    if present.before is not None:
+        model.__dict__[_IGNORED_ON_SAVE] = present.before
+    return present
+
+
+@contextmanager
+def whole_saves(model: nn.Module) -> Iterator[None]:
+    """In the block, ``model.save_pretrained`` leaves out what it would leave out of a model that isn't patched."""
+    left_out = expect_whole_saves(model)
+    try:
+        yield
+    finally:
+        if left_out is not None:
+            model.__dict__[_IGNORED_ON_SAVE] = left_out
+
+
+def has_peft_adapters(model: nn.Module) -> bool:
+    """Whether ``model.add_adapter`` has put an adapter of PEFT into a model, of which ``model.save_pretrained`` then
+    writes the adapter only. ``_hf_peft_config_loaded`` of ``PreTrainedModel``.
+
+    Held by tests/test_trainer.py::test_lora_by_add_adapter.
+    """
+    return getattr(model, _HAS_PEFT_ADAPTERS, False) is True
+
+
+class HasTrainableAdapters:
+    """What stands in ``_hf_peft_config_loaded`` of a patched model whose base is quantized.
+
+    transformers reads that attribute for two questions. ``Trainer`` asks when it is made: are there trainable adapters
+    on top of the quantized weights? The answer is ``answer()``. All others ask: is there an adapter of PEFT? There is
+    none; where there is one, ``add_adapter`` has replaced this by True. Without it, ``Trainer`` refuses the model.
+
+    Held by tests/test_quantized.py::test_trainer_takes_the_adapter_alone.
+    """
+
+    def __init__(self, answer: Callable[[], bool]) -> None:
+        self.answer = answer
+
+    def __bool__(self) -> bool:
+        return sys._getframe(1).f_globals.get("__name__") in _TRAINER_MODULES and self.answer()
+
+
+def answer_trainer(model: nn.Module, answer: Callable[[], bool]) -> None:
+    """Have ``answer()`` tell ``Trainer`` whether the quantized model has trainable adapters."""
+    if getattr(model, "is_quantized", False) and not has_peft_adapters(model):
+        model.__dict__[_HAS_PEFT_ADAPTERS] = HasTrainableAdapters(answer)
+
+
+def stop_answering_trainer(model: nn.Module) -> None:
+    """Undo :func:`answer_trainer`."""
+    if isinstance(model.__dict__.get(_HAS_PEFT_ADAPTERS), HasTrainableAdapters):
+        del model.__dict__[_HAS_PEFT_ADAPTERS]
+
+
+def may_be_trained_through(model: Any) -> bool:
+    """Whether gradients pass through the quantized layers of a model: ``hf_quantizer.is_trainable``."""
+    return bool(getattr(getattr(model, "hf_quantizer", None), "is_trainable", True))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import attachment, base_saves, checkpoint, named, training
+from . import attachment, checkpoint, named, precision, training
 from .config import EmmaConfig
 from .errors import CheckpointError, EncoderError, PatchError
 from .families import find_family
@@ -87,8 +87,7 @@ def restore(
 def assign(model: nn.Module, name: str, saved: checkpoint.SavedAdapter) -> None:
     """Give an adapter, and the projector trained with it, the saved values."""
     training.assign(model, name, saved.alignment, saved.projector)
-    if state_of(model).adapter_only:
-        base_saves.expect_adapter_only(model)
+    precision.remember_weights(model)
 
 
 @contextmanager

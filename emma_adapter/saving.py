@@ -25,8 +25,10 @@ from .checkpoint import (
     FORMAT,
     FORMAT_VERSION,
     PROJECTOR_PREFIX,
+    SUBFOLDER,
     WEIGHTS_NAME,
     digest,
+    holds_model,
     is_adapter,
 )
 from .errors import CheckpointError
@@ -53,7 +55,7 @@ def save(
 
     Args:
         model: patched.
-        directory: the folder.
+        directory: the folder. Where it holds a model, the adapter goes beside that, into ``emma_adapter/``.
         adapter: its name; default: the active one.
         location: what the model card says to load.
         is_main_process: whether this process writes.
@@ -85,7 +87,11 @@ def _write(
     further: Mapping[str, Mapping[str, Tensor]],
 ) -> None:
     """Write an adapter folder. The tensor file goes first: with it alone, the new adapter is whole."""
-    _check_not_foreign(directory)
+    check_not_foreign(directory)
+    given = directory
+    if holds_model(given):
+        directory = given / SUBFOLDER
+        check_not_foreign(directory)
     # Of one moment, values and checksum, whatever another thread does to the model meanwhile.
     tensors = {name: value.clone() for name, value in tensors.items()}
     _check_finite(tensors, directory)
@@ -100,6 +106,14 @@ def _write(
     if _may_write_card(directory / CARD_NAME):
         files[CARD_NAME] = model_card(description, count_parameters(model, adapter), location).encode()
     replace_files(directory, files)
+    if directory is not given:
+        # By an earlier release, which put the adapter among the model's files.
+        discard(given)
+
+
+def save_tensors(directory: Path, name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Write one tensor file, atomically."""
+    replace_files(directory, {name: serialize(dict(tensors), {"format": "pt"})})
 
 
 def save_all(model: nn.Module, directory: Path, **more: Any) -> None:
@@ -143,9 +157,15 @@ def _own_tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
     return tensors | {PROJECTOR_PREFIX + name: value for name, value in projector.items()}
 
 
-def _check_not_foreign(directory: Path) -> None:
-    """Raises:
-    FileExistsError: if the files that would be replaced are another tool's adapter.
+def check_not_foreign(directory: Path, called: str | None = None) -> None:
+    """Check that a folder holds no adapter of another tool, whose files would be replaced.
+
+    Args:
+        directory: the folder.
+        called: its name in the message, if it is a copy of something else.
+
+    Raises:
+        FileExistsError: if it does.
     """
     try:
         description = json.loads((directory / CONFIG_NAME).read_text(encoding="utf-8"))
@@ -153,9 +173,8 @@ def _check_not_foreign(directory: Path) -> None:
         return
     if isinstance(description, dict) and description.get("format") != FORMAT:
         owner = "PEFT" if "peft_type" in description else "another tool"
-        raise FileExistsError(
-            errno.EEXIST, f"this is an adapter of {owner}, which would be lost; save to another folder", str(directory)
-        )
+        message = f"this is an adapter of {owner}, which would be lost; save to another folder"
+        raise FileExistsError(errno.EEXIST, message, called or str(directory))
 
 
 def _check_finite(tensors: Mapping[str, Tensor], directory: Path) -> None:

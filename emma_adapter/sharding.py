@@ -75,7 +75,7 @@ def gather(
     if missing := sorted(name for name, value in whole.items() if is_elsewhere(value)):
         raise PatchError(
             f"the adapter's weights {missing} are not in this process, so that there is nothing to save. DeepSpeed "
-            "ZeRO-3 and FSDP gather them: model.save_pretrained(folder, state_dict=accelerator.get_state_dict(...)), "
+            "ZeRO-3 and FSDP gather them: adapter.save_pretrained(folder, state_dict=accelerator.get_state_dict(...)), "
             "as in docs/distributed.md. Offloaded by other hooks than accelerate's: take those off first"
         )
     return {name: value.detach().cpu().contiguous() for name, value in whole.items()}

@@ -118,12 +118,10 @@ class AdapterState:
         self.in_reference = False
         #: The trainer whose reference was looked at.
         self.known_trainer: weakref.ref[Any] | None = None
-        #: True once everything but the adapter is frozen: checkpoints then hold the adapter only.
-        self.adapter_only = False
-        #: What transformers itself leaves out of saves, while ``adapter_only`` replaces it.
-        self.ignored_on_save: set[str] | None = None
         #: Which parameters of the model were trainable before ``train_only``.
         self.trainable_before: dict[str, bool] | None = None
+        #: The float32 weights of the adapters, by the identity of their parameters, if the model is quantized.
+        self.float32_weights: dict[int, Tensor] = {}
         #: True once a call that trains the model was seen.
         self.seen_training = False
         #: By which name the outer model takes an argument that transformers passes under another; see ``private``.
@@ -139,7 +137,8 @@ class AdapterState:
 
     def __getstate__(self) -> dict[str, Any]:
         calls = ("context", "memories", "_owner", "_has_blocks", "_inherited", "known_trainer", "in_reference")
-        return {key: value for key, value in self.__dict__.items() if key not in calls} | {"_model": self._model()}
+        kept = {key: value for key, value in self.__dict__.items() if key not in calls}
+        return kept | {"float32_weights": {}, "_model": self._model()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, context=CallContext(), memories=Memories(), _model=weakref.ref(state["_model"]))

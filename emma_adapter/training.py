@@ -9,14 +9,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from . import attachment
 from .errors import ConfigError, PatchError
 from .hooks import remove_hooks
 from .original_projector import OriginalProjector
+from .precision import quantized_tensors
 from .sharding import is_fully_sharded
 from .state import state_of
+from .untrusted import listed
 
 #: In the name of a parameter that PEFT has wrapped.
 _WRAPPERS = re.compile(r"(?<![^.])(base_layer|original_module|modules_to_save\.[^.]+)\.")
@@ -39,6 +42,12 @@ def projector_parameters(model: nn.Module, adapter: str | None = None) -> dict[s
     }
 
 
+def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that adapter folders hold: the adapters', and the projector's if it belongs to the active one."""
+    projector = projector_parameters(model).values() if state_of(model).current.original_projectors else ()
+    return [*attachment.all_parameters(model), *projector]
+
+
 def is_wrapped(model: nn.Module) -> bool:
     """Whether PEFT has put weights of its own around those of the projector."""
     return any(_WRAPPERS.search(name) for name in projector_parameters(model))
@@ -51,14 +60,38 @@ def train_only(model: nn.Module, *, projector: bool) -> None:
             "the projector is wrapped by PEFT (LoRA, or modules_to_save), so that it can't be saved as one; "
             "merge_and_unload() first, or train_only() without projector=True"
         )
+    if projector:
+        _check_projector_trainable(model)
+        keep_original_projectors(model)
     remember_trainable(model)
     model.requires_grad_(False)
     for parameter in attachment.named_parameters(model).values():
         parameter.requires_grad_(True)
     if projector:
-        keep_original_projectors(model)
         for parameter in projector_parameters(model).values():
             parameter.requires_grad_(True)
+
+
+def unfreeze(model: nn.Module) -> None:
+    """Make trainable again what :func:`train_only` froze."""
+    state = state_of(model)
+    _make_trainable(model, state.trainable_before or {})
+    state.trainable_before = None
+
+
+def _check_projector_trainable(model: nn.Module) -> None:
+    """Raises:
+    PatchError: if the projector has quantized weights, which no optimizer can change.
+    """
+    projectors = attachment.projectors(model)
+    quantized = [place + name for place in projectors for name in quantized_tensors(model, projectors[place])]
+    if quantized:
+        names = [name for name, module in model.named_modules() if any(module is one for one in projectors.values())]
+        raise PatchError(
+            f"the projector's weights {listed(sorted(quantized))} are quantized and can't be trained: train_only() "
+            "without projector=True, or load the model with its projector as it is, for bitsandbytes "
+            f"BitsAndBytesConfig(..., llm_int8_skip_modules={[*names, 'lm_head']!r})"
+        )
 
 
 def remember_trainable(model: nn.Module) -> None:
@@ -125,6 +158,42 @@ def parameter_groups(
         rate = lr if projector_lr is None else projector_lr
         groups.append({"params": projector, "lr": rate, "weight_decay": weight_decay})
     return groups
+
+
+def regroup(
+    model: nn.Module, optimizer: torch.optim.Optimizer, lr: float, *, projector_lr: float | None, weight_decay: float
+) -> None:
+    """Move the parameters of :func:`parameter_groups` from an optimizer's groups to groups of their own.
+
+    Raises:
+        ConfigError: if the optimizer has made a step, or a scheduler knows its groups.
+    """
+    groups = parameter_groups(model, lr, projector_lr=projector_lr, weight_decay=weight_decay)
+    if optimizer.state or any("initial_lr" in group for group in optimizer.param_groups):
+        raise ConfigError(
+            "regroup() needs an optimizer that has made no step and has no scheduler yet, which would go on with the "
+            "groups of before: call it right after the optimizer is made"
+        )
+    moved = {id(parameter) for group in groups for parameter in group["params"]}
+    options: dict[int, dict[str, Any]] = {}
+    parallel: dict[int, dict[str, Any]] = {}
+    for old in optimizer.param_groups:
+        parameters = old["params"]
+        # Such lists, as LoRA-FA's names, go with their parameters.
+        lists = [
+            key
+            for key, values in old.items()
+            if isinstance(values, list) and len(values) == len(parameters) and key not in optimizer.defaults
+        ]
+        for number, parameter in enumerate(parameters):
+            options[id(parameter)] = {key: value for key, value in old.items() if key not in lists}
+            parallel[id(parameter)] = {key: old[key][number] for key in lists if key != "params"}
+        kept = [number for number, parameter in enumerate(parameters) if id(parameter) not in moved]
+        old.update({key: [old[key][number] for number in kept] for key in lists})
+    for group in groups:
+        of_before = [parallel.get(id(parameter), {}) for parameter in group["params"]]
+        lists_of_before = {key: [values[key] for values in of_before] for key in of_before[0]} if all(of_before) else {}
+        optimizer.add_param_group({**options.get(id(group["params"][0]), {}), **lists_of_before, **group})
 
 
 def _check_rate(name: str, rate: Any) -> None:

@@ -46,8 +46,8 @@ def _handler(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
             if self.command != "HEAD":
                 self.wfile.write(content)
 
-        def missing(self) -> None:
-            self.reply({"error": "not found"}, 404, X_Error_Code="RepoNotFound")
+        def missing(self, what: str = "Repo") -> None:
+            self.reply({"error": "not found"}, 404, X_Error_Code=f"{what}NotFound")
 
         def do_POST(self) -> None:
             content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
@@ -73,6 +73,8 @@ def _handler(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
                 for line in map(json.loads, content.splitlines()):
                     if line["key"] == "file":
                         files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                    elif line["key"] == "deletedFile":
+                        files.pop(line["value"]["path"])
                 hub.branches[repo][branch].append(files)
                 sha = hub.sha(repo, branch)[0]
                 self.reply({"commitUrl": f"http://{self.headers['Host']}/{repo}/commit/{sha}", "commitOid": sha})
@@ -101,7 +103,7 @@ def _handler(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
             revision, _, name = rest.partition("/")
             found = hub.sha(repo, revision)
             if found is None or name not in found[1]:
-                self.missing()
+                self.missing("Repo" if found is None else "Entry")
                 return
             content = found[1][name]
             etag = hashlib.sha1(content).hexdigest()

@@ -187,9 +187,11 @@ def test_weights_that_deepspeed_partitioned_are_taken_from_what_it_gathered(tmp_
         adapter.save_pretrained(tmp_path)
     with pytest.raises(PatchError, match="get_state_dict"):
         model.save_pretrained(tmp_path, state_dict={})
-    model.save_pretrained(tmp_path, state_dict=gathered)
-    loaded = load_adapter(tiny.llava(), tmp_path, processor=tiny.processor())
-    assert torch.equal(logits(loaded.model, inputs), expected)
+    model.save_pretrained(tmp_path / "by the model", state_dict=gathered)
+    adapter.save_pretrained(tmp_path / "by the handle", state_dict=gathered)
+    for folder in ("by the model", "by the handle"):
+        loaded = load_adapter(tiny.llava(), tmp_path / folder, processor=tiny.processor())
+        assert torch.equal(logits(loaded.model, inputs), expected)
 
 
 @pytest.mark.parametrize("part", ["projector", "its layers"])

@@ -15,6 +15,7 @@ CLASSES = [value for value in vars(errors).values() if isinstance(value, type)]
 #: What is no error of this library by design: others catch it, or print it.
 FOREIGN = {
     "emma_adapter/atomic.py": {"NotADirectoryError", "IsADirectoryError", "OSError"},  # as any error of a folder is
+    "emma_adapter/base_saves.py": {"_would_replace_a_model"},  # a FileExistsError: as any error of a folder is
     "emma_adapter/checkpoint.py": {"ValueError"},  # caught there: what is wrong with a header
     "emma_adapter/cli/finetune.py": {"click.UsageError"},  # printed with the command's usage
     "emma_adapter/cli/report.py": {"click.UsageError"},  # likewise

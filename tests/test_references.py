@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import tiny
-from emma_adapter import EmmaConfig, PatchError, get_adapter, patch_model
+from emma_adapter import EmmaConfig, PatchError, patch_model
 from emma_adapter.integrations.trl import keep_reference, reference_model
 
 trl = pytest.importorskip("trl")

@@ -9,9 +9,12 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from peft import LoraConfig
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset
 from transformers import LlavaForConditionalGeneration, Trainer, TrainingArguments
+from transformers.integrations.peft import MIN_PEFT_VERSION
+from transformers.utils import check_peft_version
 
 import tiny
 from emma_adapter import (
@@ -619,6 +622,209 @@ def test_checkpoint_of_everything_reloads_as_a_model(tmp_path):
     assert all("emma." in name for name in info["unexpected_keys"])
     load_adapter(other, folder, processor=PROCESSOR)
     assert torch.equal(logits(other), logits(model))
+
+
+# ---------------------------------------------------------------------------------------------- the adapter and more
+
+
+def everything(model):
+    model.requires_grad_(True)
+
+
+def lm_head(model):
+    model.lm_head.requires_grad_(True)
+
+
+def projector_by_hand(model):
+    model.model.multi_modal_projector.requires_grad_(True)
+
+
+def unfreeze(model):
+    get_adapter(model).unfreeze()
+
+
+MORE = [everything, lm_head, projector_by_hand, unfreeze]
+
+
+def with_more(more, processor=PROCESSOR):
+    model = patched(processor=processor)
+    get_adapter(model).train_only()
+    more(model)
+    return model
+
+
+@pytest.mark.parametrize("more", MORE)
+def test_what_is_trained_beside_the_adapter_is_in_the_checkpoint(more, tmp_path, warnings):
+    """Resuming is exact, and the checkpoint is a model that transformers loads."""
+    whole = with_more(more)
+    before = copied(whole)
+    uninterrupted = trainer_for(whole, tmp_path)
+    uninterrupted.train()
+    assert changed(before, whole) > adapter_names(whole)
+
+    resumed = with_more(more)
+    continued = trainer_for(resumed, tmp_path / "again")
+    continued.train(resume_from_checkpoint=str(checkpoint_folder(tmp_path, 3)))
+    assert losses(continued) == losses(uninterrupted)
+    assert same_values(resumed.state_dict(), whole.state_dict())
+    assert not about_keys(warnings)
+
+    folder = checkpoint_folder(tmp_path, 6)
+    other, info = LlavaForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"]
+    load_adapter(other, folder, processor=PROCESSOR)
+    assert torch.equal(logits(other), logits(whole))
+
+
+def test_all_that_changed_is_saved_whatever_the_order(tmp_path):
+    """Trainable before ``train_only`` and again after it, while a Trainer is there already."""
+    model = patched()
+    model.requires_grad_(False)
+    lm_head(model)
+    get_adapter(model).train_only()
+    trainer = trainer_for(model, tmp_path, max_steps=2, save_steps=2)
+    lm_head(model)
+    before = copied(model)
+    trainer.train()
+    assert "lm_head.weight" in changed(before, model)
+    saved = safetensors.torch.load_file(checkpoint_folder(tmp_path, 2) / "model.safetensors")
+    assert all(torch.equal(saved[name], model.state_dict()[name]) for name in changed(before, model))
+
+
+def test_what_a_run_has_trained_and_then_frozen_is_saved(tmp_path):
+    model = with_more(lm_head)
+    trainer = trainer_for(model, tmp_path, max_steps=2, save_strategy="no")
+    trainer.train()
+    get_adapter(model).train_only()
+    trainer.save_model(str(tmp_path / "final"))
+    other = LlavaForConditionalGeneration.from_pretrained(tmp_path / "final")
+    load_adapter(other, tmp_path / "final", processor=PROCESSOR)
+    assert torch.equal(logits(other), logits(model))
+
+
+def test_frozen_by_hand_the_checkpoint_holds_the_adapter_only(tmp_path, warnings):
+    def frozen():
+        model = patched()
+        model.requires_grad_(False)
+        get_adapter(model).alignment.requires_grad_(True)
+        return model
+
+    whole, resumed = frozen(), frozen()
+    trainer_for(whole, tmp_path).train()
+    saved = safetensors.torch.load_file(checkpoint_folder(tmp_path, 3) / "model.safetensors")
+    assert set(saved) == adapter_names(whole)
+    trainer_for(resumed, tmp_path / "again").train(resume_from_checkpoint=str(checkpoint_folder(tmp_path, 3)))
+    assert same_values(resumed.state_dict(), whole.state_dict())
+    assert not about_keys(warnings)
+
+
+def test_resuming_more_than_a_checkpoint_holds_is_said(tmp_path, warnings):
+    """A second stage that goes on from a checkpoint of the first: the head isn't in it."""
+    first = patched()
+    get_adapter(first).train_only()
+    trainer_for(first, tmp_path, max_steps=3).train()
+    shutil.rmtree(tmp_path / "second", ignore_errors=True)
+    (checkpoint_folder(tmp_path, 3) / "optimizer.pt").unlink()
+    second = with_more(lm_head)
+    trainer_for(second, tmp_path / "second").train(resume_from_checkpoint=str(checkpoint_folder(tmp_path, 3)))
+    assert about_keys(warnings)
+
+
+def test_the_best_model_has_all_that_was_trained(tmp_path, warnings):
+    """The best is made to be the first checkpoint."""
+    model = with_more(lm_head)
+    trainer = trainer_for(
+        model,
+        tmp_path,
+        max_steps=4,
+        save_steps=2,
+        eval_strategy="steps",
+        eval_steps=2,
+        load_best_model_at_end=True,
+        save_only_model=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=True,
+    )
+    trainer.train()
+    assert Path(trainer.state.best_model_checkpoint) == checkpoint_folder(tmp_path, 2)
+    saved = safetensors.torch.load_file(checkpoint_folder(tmp_path, 2) / "model.safetensors")
+    assert same_values(saved, {name: model.state_dict()[name] for name in saved})
+    assert "lm_head.weight" in saved
+    assert not about_keys(warnings)
+
+
+def test_unfreeze_makes_trainable_what_was(tmp_path):
+    model = patched()
+    model.model.vision_tower.requires_grad_(False)
+    before = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    adapter = get_adapter(model)
+    adapter.train_only(projector=True).train_only()
+    assert adapter.unfreeze() is not None
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == before
+    adapter.unfreeze()
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == before
+    lm_head(model)
+    adapter.train_only()
+    unpatch_model(model)
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == {
+        name for name in before if ".emma." not in name
+    }
+
+
+def lora(model):
+    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+
+
+def test_lora_by_add_adapter(tmp_path, warnings):
+    """transformers' own way to a LoRA, which plain Trainer can't resume: the checkpoint holds both."""
+    try:
+        check_peft_version(min_version=MIN_PEFT_VERSION)
+    except ValueError as error:
+        pytest.skip(f"transformers' add_adapter: {error}")
+
+    def make():
+        torch.manual_seed(5)
+        return with_more(lora)
+
+    whole = make()
+    before = copied(whole)
+    uninterrupted = trainer_for(whole, tmp_path)
+    uninterrupted.train()
+    assert {name for name in changed(before, whole) if "lora_" in name}
+
+    torch.manual_seed(6)
+    resumed = with_more(lora)
+    continued = trainer_for(resumed, tmp_path / "again")
+    continued.train(resume_from_checkpoint=str(checkpoint_folder(tmp_path, 3)))
+    assert losses(continued) == losses(uninterrupted)
+    assert same_values(resumed.state_dict(), whole.state_dict())
+    assert not about_keys(warnings)
+
+    folder = checkpoint_folder(tmp_path, 6)
+    other = base_model()
+    load_adapter(other, folder, processor=PROCESSOR)
+    other.load_adapter(str(folder))
+    torch.testing.assert_close(logits(other), logits(whole), atol=1e-5, rtol=0)
+
+
+def test_a_save_of_everything_replaces_one_of_the_adapter(tmp_path):
+    """Else load_adapter would find the earlier one, and transformers take the model for an adapter of PEFT."""
+    model = patched()
+    adapter = get_adapter(model).train_only()
+    trainer = trainer_for(model, tmp_path, save_strategy="no")
+    for save in (
+        lambda: trainer.save_model(str(tmp_path / "final")),
+        lambda: model.save_pretrained(tmp_path / "final"),
+    ):
+        tiny.train_randomly(adapter.alignment, seed=1)
+        adapter.train_only().save_pretrained(tmp_path / "final")
+        tiny.train_randomly(adapter.alignment, seed=2)
+        adapter.unfreeze()
+        save()
+        other = LlavaForConditionalGeneration.from_pretrained(tmp_path / "final")
+        load_adapter(other, tmp_path / "final", processor=PROCESSOR)
+        assert torch.equal(logits(other), logits(model))
+        shutil.rmtree(tmp_path / "final")
 
 
 # ---------------------------------------------------------------------------------------------- model.save_pretrained

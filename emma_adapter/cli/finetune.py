@@ -86,10 +86,13 @@ def finetune(
     from ..loading import load_adapter
     from ..model_card import load_call
     from ..patching import patch_model
+    from ..saving import check_not_foreign
     from .examples import Examples
     from .models import load_model, load_processor
     from .rows import open_rows
 
+    # Not after the training.
+    check_not_foreign(output)
     config = EmmaConfig(**chosen)
     processor = load_processor(model)
     if getattr(processor, "chat_template", None) is None:

@@ -34,7 +34,7 @@ def main():
 
     state_dict = accelerator.get_state_dict(model)
     if accelerator.is_main_process:
-        accelerator.unwrap_model(model).save_pretrained(FOLDER / "by state dict", state_dict=state_dict)
+        adapter.save_pretrained(FOLDER / "by state dict", state_dict=state_dict)
         tell(FOLDER, engine=type(model).__name__)
     accelerator.wait_for_everyone()
     accelerator.end_training()

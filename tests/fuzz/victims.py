@@ -73,7 +73,7 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     }
     state = getattr(model, "_emma", None)
     if state is not None:
-        found["state"] = (state.active, state.adapter_only, sorted(vars(state)), state.trainable_before)
+        found["state"] = (state.active, sorted(vars(state)), state.trainable_before)
         for name, adapter in state.adapters.items():
             found[name] = (
                 adapter.config,

@@ -270,6 +270,22 @@ def another_adapter_after_a_second_lora_came_too_late(bench: Bench) -> None:
     adapter.set_active("other")
 
 
+@raises(PatchError, "training.py:_check_projector_trainable", "are quantized")
+def training_a_projector_of_integers(bench: Bench) -> None:
+    adapter = bench.adapter()
+    linear = adapter.model.model.multi_modal_projector.linear_1
+    linear.weight = torch.nn.Parameter(linear.weight.to(torch.int8), requires_grad=False)
+    adapter.train_only(projector=True)
+
+
+@raises(ConfigError, "training.py:regroup", "has made no step")
+def regrouping_an_optimizer_that_a_scheduler_knows(bench: Bench) -> None:
+    adapter = bench.adapter()
+    optimizer = torch.optim.AdamW(adapter.parameters())
+    torch.optim.lr_scheduler.LinearLR(optimizer)
+    adapter.regroup(optimizer, 1e-3)
+
+
 @raises(PatchError, "training.py:keep_original_projectors", "FSDP has sharded the projector")
 def training_a_sharded_projector(bench: Bench) -> None:
     adapter = bench.adapter()

@@ -1,0 +1,68 @@
+"""What is seen to when a training run starts: before hours are spent, not after."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from . import attachment, base_saves, precision, private
+from .errors import PatchError
+from .guards import arguments_by_name
+from .state import AdapterState, state_of
+
+#: The Trainers that have begun.
+_started: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def guard_train(part: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Look after a run that starts. ``model.train()``, which reaches every part, comes before its first step."""
+    result = original(*args, **kwargs)
+    if arguments_by_name(original, args, kwargs).get("mode", True):
+        # A part may be trained that is left of a model.
+        with contextlib.suppress(PatchError):
+            _begin(state_of(part).model)
+    return result
+
+
+def _begin(model: nn.Module) -> None:
+    precision.restore_weights(model)
+    trainer = private.running_trainer()
+    if trainer is not None and trainer not in _started:
+        _started.add(trainer)
+        base_saves.check_output_folder(model, trainer)
+        _warn_of_mixed_rates(model, trainer)
+
+
+def meet_trainer(state: AdapterState) -> bool:
+    """Tell a Trainer that is being made of a quantized model whether there is an adapter to train.
+
+    TRL has cast the adapter by then, and DistributedDataParallel hasn't read its dtypes yet.
+    """
+    model = state.model
+    precision.restore_weights(model)
+    trainable = any(parameter.requires_grad for parameter in attachment.named_parameters(model).values())
+    return trainable and private.may_be_trained_through(model)
+
+
+def _warn_of_mixed_rates(model: nn.Module, trainer: Any) -> None:
+    """Warn where a tool's own rule has given parts of the adapter different rates, among parameters of others."""
+    adapter = {id(parameter) for parameter in attachment.named_parameters(model).values()}
+    rates = set()
+    for group in getattr(trainer.optimizer, "param_groups", ()):
+        inside = [id(parameter) in adapter for parameter in group["params"]]
+        if any(inside):
+            # A scheduler may have changed the rate already.
+            rates.add((float(group.get("initial_lr", group["lr"])), all(inside)))
+    if len({rate for rate, _ in rates}) > 1 and not all(alone for _, alone in rates):
+        listed_rates = ", ".join(f"{rate:g}" for rate in sorted({rate for rate, _ in rates}))
+        warnings.warn(
+            f"the optimizer trains parts of the EMMA adapter at different learning rates ({listed_rates}), by a rule "
+            "that isn't made for it: LoRA+ gives its norms and biases the rate of lora_B. Call "
+            "adapter.regroup(optimizer, lr=...) after the optimizer is made",
+            stacklevel=3,
+        )
