@@ -42,6 +42,11 @@ def guard_save_pretrained(model: nn.Module, original: Callable[..., Any], *args:
         kwargs.setdefault("save_original_format", False)
     else:
         kwargs["state_dict"] = _base_state_dict(model)
+    folder = directory / checkpoint.SUBFOLDER
+    uploads = bool(kwargs.get("push_to_hub"))
+    if uploads:
+        # What lies in the folder, before it returns.
+        saving.save_all(model, folder, is_main_process=is_main_process, gathered=gathered)
     adapter_only = state_of(model).adapter_only
     expect_everything(model)
     try:
@@ -49,8 +54,7 @@ def guard_save_pretrained(model: nn.Module, original: Callable[..., Any], *args:
     finally:
         if adapter_only:
             expect_adapter_only(model)
-    if is_main_process or not by_trainer:
-        folder = directory / checkpoint.SUBFOLDER
+    if not uploads and (is_main_process or not by_trainer):
         saving.save_all(model, folder, is_main_process=is_main_process, gathered=gathered)
     return result
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import attachment, base_saves, hub, named, saving, sharding, training, tuners
+from . import attachment, base_saves, hub, named, private, pushing, saving, sharding, training, tuners
 from .alignment import EmmaAlignment
 from .config import EmmaConfig
 from .errors import PatchError
@@ -83,9 +83,16 @@ def patch_model(
         method = family.feature_methods.get(modality)
         if method is not None and hasattr(inner, method):
             MethodGuard.install(inner, method, functools.partial(guard_features, modality))
-    tuners.watch()
+    pushing.install(model)
+    private.add_trainer_callback(_trainer_callback)
     tuners.guard_wrappers(given)
     return EmmaAdapter(model)
+
+
+def _trainer_callback() -> type:
+    from .trainer_callback import AdapterPushCallback
+
+    return AdapterPushCallback
 
 
 def unpatch_model(model: nn.Module) -> None:
@@ -277,7 +284,7 @@ class EmmaAdapter:
         private: bool | None = None,
         revision: str | None = None,
         commit_message: str = "Upload EMMA adapter",
-        token: str | None = None,
+        token: str | bool | None = None,
         create_pr: bool = False,
     ) -> str:
         """Upload what ``save_pretrained`` writes to ``repo_id`` on the hub, which is made if there is none.
@@ -287,7 +294,7 @@ class EmmaAdapter:
             private: whether a repository that is made now is private; default: as the user's or organisation's is.
             revision: branch, made if there is none.
             commit_message: of the upload.
-            token: of the hub; default: the one that ``hf auth login`` stored.
+            token: of the hub; default, and with True: the one that ``hf auth login`` stored, or ``HF_TOKEN``.
             create_pr: open a pull request instead of committing.
 
         Returns:
