@@ -8,6 +8,8 @@ read, so that where this library is imported it can warn.
 from __future__ import annotations
 
 import json
+import sys
+import traceback
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,6 +24,8 @@ from .state import DEFAULT, state_of
 
 _BEGIN, _END = "<!-- emma_adapter: begin -->", "<!-- emma_adapter: end -->"
 _MAPPING = "auto_mapping"
+#: Whose lines lie between a user's line and ours.
+_OTHERS = ("emma_adapter", "peft", "torch")
 
 
 def tell_in_card(model: nn.Module, directory: Path, location: str = "path/to/this/folder") -> None:
@@ -67,5 +71,12 @@ def warn_if_told(configs: Iterable[Any]) -> None:
             "PEFT loads a part of what was trained together: an EMMA adapter lies beside it, in "
             f"{SUBFOLDER}/ of the same folder or repository, and the model isn't patched. Load it too: "
             "load_adapter(model, folder, processor=processor), best before PeftModel.from_pretrained",
-            stacklevel=2,
+            stacklevel=_callers_level(),
         )
+
+
+def _callers_level() -> int:
+    """The ``stacklevel``, for the function that asks, of the line that called PEFT, however deep in it we are."""
+    frames = (frame for frame, _ in traceback.walk_stack(sys._getframe(1)))
+    names = (frame.f_globals.get("__name__", "").partition(".")[0] for frame in frames)
+    return next((level for level, name in enumerate(names, 1) if name not in _OTHERS), 2)
