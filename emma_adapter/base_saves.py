@@ -45,9 +45,14 @@ def guard_save_pretrained(model: nn.Module, original: Callable[..., Any], *args:
     if "state_dict" in kwargs:
         return _save_checkpoint(model, original, directory, kwargs)
     is_main_process = kwargs.get("is_main_process", True)
+    # What lies in the folder is uploaded before the original returns.
+    uploads = bool(kwargs.get("push_to_hub"))
+    if uploads:
+        _save_adapters_beside(model, directory, is_main_process=is_main_process)
     with private.whole_saves(model), _state_dict_of_the_base(model):
         result = original(**kwargs)
-    _save_adapters_beside(model, directory, is_main_process=is_main_process)
+    if not uploads:
+        _save_adapters_beside(model, directory, is_main_process=is_main_process)
     _log.info("saved the base model to %s, and the adapter beside it", directory)
     return result
 

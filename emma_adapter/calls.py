@@ -30,6 +30,27 @@ class OuterCall:
 
 
 @dataclass(frozen=True)
+class GivenPrompt:
+    """The prompt as a wrapper was given it that puts virtual tokens before it, as PEFT's prompt tuning."""
+
+    input_ids: Tensor
+    attention_mask: Tensor | None
+    labels: Tensor | None
+
+    def in_place_of(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of the call that the wrapper makes, with the prompt as it was."""
+        return {**arguments, "input_ids": self.input_ids, "attention_mask": self.attention_mask}
+
+    def is_end_of(self, arguments: Mapping[str, Any]) -> bool:
+        """Whether a call's prompt can be this one with virtual tokens before it, or in its cache."""
+        ids, embeds = arguments.get("input_ids"), arguments.get("inputs_embeds")
+        if isinstance(ids, Tensor):
+            return ids.shape == self.input_ids.shape
+        rows, length = self.input_ids.shape
+        return isinstance(embeds, Tensor) and embeds.shape[0] == rows and embeds.shape[1] >= length
+
+
+@dataclass(frozen=True)
 class FeatureCall:
     """What is known of the images that are being encoded. Sizes only: pixels must not be kept alive."""
 

@@ -20,6 +20,7 @@ from .calls import (
     Bypass,
     CallPlan,
     FeatureCall,
+    GivenPrompt,
     ObservedAlignment,
     OuterCall,
     RoutedInstruction,
@@ -35,7 +36,7 @@ from .parallel import after_embedding, before_call_without_images, check_wrapped
 from .planning import has_pixels, pinned_plan, plan_call
 from .recomputation import is_recomputing, may_be_recomputed, with_own_memory
 from .sharding import execution_device
-from .state import AdapterState, CallContext, state_of
+from .state import STATE_ATTRIBUTE, AdapterState, CallContext, state_of
 from .trainers import warn_of_bare_reference
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -46,6 +47,12 @@ def install_call_hooks(model: nn.Module, inner: nn.Module) -> None:
     inner.register_forward_pre_hook(before_inner, with_kwargs=True)
     inner.register_forward_hook(after_inner, with_kwargs=True, always_call=True)
     model.register_forward_hook(after_outer, with_kwargs=True, always_call=True)
+
+
+def install_prompt_hooks(wrapper: nn.Module) -> None:
+    """On a ``PeftModel`` that puts virtual tokens before the prompt."""
+    wrapper.register_forward_pre_hook(before_virtual_tokens, with_kwargs=True)
+    wrapper.register_forward_hook(after_virtual_tokens, with_kwargs=True, always_call=True)
 
 
 def install_projector_hooks(projector: nn.Module) -> None:
@@ -59,7 +66,10 @@ def has_projector_hooks(projector: nn.Module) -> bool:
 
 def remove_hooks(module: nn.Module) -> None:
     """Remove this library's hooks from ``module``, also from a copy of the module they were installed on."""
-    ours = (before_outer, after_outer, before_inner, after_inner, before_projector, after_projector, after_embedding)
+    ours = (
+        *(before_virtual_tokens, after_virtual_tokens, before_outer, after_outer, before_inner, after_inner),
+        *(before_projector, after_projector, after_embedding),
+    )
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
         for key in [key for key, hook in hooks.items() if any(hook is our for our in ours)]:
             del hooks[key]
@@ -69,6 +79,20 @@ def remove_hooks(module: nn.Module) -> None:
                 module._forward_hooks_always_called,
             ):
                 flags.pop(key, None)
+
+
+def before_virtual_tokens(wrapper: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Note the prompt, whose tokens the model may not get, but embeddings that begin with the virtual tokens'."""
+    arguments = _by_name(wrapper, args, kwargs)
+    ids = arguments.get("input_ids")
+    if isinstance(ids, Tensor) and ids.ndim == 2 and hasattr(wrapper, STATE_ATTRIBUTE):
+        given = GivenPrompt(ids, arguments.get("attention_mask"), arguments.get("labels"))
+        state_of(wrapper).context.given = given
+
+
+def after_virtual_tokens(wrapper: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    if hasattr(wrapper, STATE_ATTRIBUTE):
+        state_of(wrapper).context.given = None
 
 
 def before_outer(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
@@ -100,6 +124,7 @@ def before_inner(inner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     context = state.context
     # Taken, not read: after an interrupted call, whose later hooks never ran, it must not be there for the next.
     outer, context.outer = context.outer, None
+    given, context.given = context.given, None
     if outer is None:
         if is_recomputing() and (prompt := _prompt_name(kwargs)):
             plan = state.memories.plans.recall(kwargs[prompt])
@@ -110,6 +135,9 @@ def before_inner(inner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         outer = own
     elif own.instruction is not None:
         outer = dataclasses.replace(outer, instruction=own.instruction, instruction_mask=own.instruction_mask)
+    told = kwargs
+    if given is not None and given.is_end_of(kwargs):
+        outer, told = dataclasses.replace(outer, labels=given.labels), given.in_place_of(kwargs)
     disabled = state.scope.disabled
     if not has_pixels(state.family, kwargs):
         if not disabled and context.pinned is None:
@@ -121,7 +149,7 @@ def before_inner(inner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         if inner.training and torch.is_grad_enabled():
             warn_if_left_out(state.model)
             warn_of_bare_reference(state.model)
-        context.plan = _plan(state, inner, outer, kwargs)
+        context.plan = _plan(state, inner, outer, told)
     if context.may_be_recomputed:
         _remember_call(state, context.plan, kwargs)
     return (), kwargs

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -29,6 +28,8 @@ def load_adapter(
     instruction_encoder: str | nn.Module | None = None,
     kernel: Kernel | None = None,
     revision: str | None = None,
+    subfolder: str | None = None,
+    token: str | bool | None = None,
     local_files_only: bool = False,
 ) -> EmmaAdapter:
     """Load a saved adapter into a model, which is patched if it isn't yet.
@@ -49,6 +50,9 @@ def load_adapter(
         kernel: what computes the adapter, as in :class:`EmmaConfig`; default: ``"auto"``, or what an already patched
             model was told.
         revision: branch, tag or commit on the hub.
+        subfolder: where in the folder or repository the adapter is, as ``"last-checkpoint"``; it can't lead out of it.
+        token: of the hub, for a private repository; default, and with True: the one that ``hf auth login`` stored, or
+            ``HF_TOKEN``; False sends none.
         local_files_only: don't ask the hub; use what was downloaded before.
 
     Raises:
@@ -65,8 +69,10 @@ def load_adapter(
         raise PatchError(
             f"the first adapter of a model is called {DEFAULT!r}: load without name=, or patch_model(model) first"
         )
-    folder = hub.local_folder(source, revision=revision, local_files_only=local_files_only)
-    downloaded = folder != Path(source)
+    folder = hub.local_folder(
+        source, revision=revision, subfolder=subfolder, token=token, local_files_only=local_files_only
+    )
+    downloaded = not hub.is_local(source)
     saved = restoring.read_for(model, folder, name)
     if not patched:
         restoring.check_encoder(model, saved, instruction_encoder, downloaded=downloaded)

@@ -54,6 +54,46 @@ Everything else stays as it is: `model.generate(**inputs)` reads the instruction
 """)
 
 
+_BESIDE = Template("""\
+## EMMA adapter
+
+`emma_adapter/` holds an EMMA adapter (arXiv 2410.02080), which makes the visual tokens depend on the instruction.
+$whole `$loader` alone does not load it. This loads both, after `pip install emma_adapter`:
+
+```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
+$imports
+model = AutoModelForImageTextToText.from_pretrained("$base")
+processor = AutoProcessor.from_pretrained("$base")
+$load
+```
+""")
+
+
+def beside_section(base: str, location: str, encoder: str, *, with_peft: bool) -> str:
+    """What the card of a LoRA or of a model says of the adapter beside it.
+
+    Args:
+        base: hub id or folder of the model.
+        location: what ``load_adapter`` is given.
+        encoder: name of the adapter's instruction encoder.
+        with_peft: whether it lies beside an adapter of PEFT.
+    """
+    imports, load = "from emma_adapter import load_adapter\n", load_call(location, encoder)
+    if with_peft:
+        imports = f"from peft import PeftModel\n{imports}"
+        load = f'{load}\nmodel = PeftModel.from_pretrained(model, "{location}")'
+    return _BESIDE.substitute(
+        whole="The adapter of PEFT was trained together with it, and is a part of the whole."
+        if with_peft
+        else "It was made for this model.",
+        loader="PeftModel.from_pretrained" if with_peft else "from_pretrained",
+        imports=imports,
+        base=(base or "your base model") if with_peft else location,
+        load=load,
+    )
+
+
 def load_call(location: str, encoder: str) -> str:
     """How an adapter is loaded; ``encoder`` is the name of its instruction encoder."""
     if encoder.startswith(CUSTOM_PREFIX):

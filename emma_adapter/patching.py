@@ -19,6 +19,7 @@ from . import (
     named,
     precision,
     private,
+    pushing,
     saving,
     sharding,
     starting,
@@ -119,7 +120,7 @@ def install(
         method = family.feature_methods.get(modality)
         if method is not None and hasattr(inner, method):
             MethodGuard.install(inner, method, functools.partial(guard_features, modality))
-    tuners.watch()
+    pushing.install(model)
     tuners.guard_wrappers(around)
     private.forget_compiled_code()
 
@@ -361,7 +362,7 @@ class EmmaAdapter:
         private: bool | None = None,
         revision: str | None = None,
         commit_message: str = "Upload EMMA adapter",
-        token: str | None = None,
+        token: str | bool | None = None,
         create_pr: bool = False,
     ) -> str:
         """Upload what ``save_pretrained`` writes to ``repo_id`` on the hub, which is made if there is none.
@@ -371,7 +372,7 @@ class EmmaAdapter:
             private: whether a repository that is made now is private; default: as the user's or organisation's is.
             revision: branch, made if there is none.
             commit_message: of the upload.
-            token: of the hub; default: the one that ``hf auth login`` stored.
+            token: of the hub; default, and with True: the one that ``hf auth login`` stored, or ``HF_TOKEN``.
             create_pr: open a pull request instead of committing.
 
         Returns:

@@ -16,6 +16,9 @@ from torch import nn
 
 #: What transformers has called the cache argument: ``past_key_values`` before 5.24, and until 5.40 as an alias.
 _CACHE_NAMES = ("cache", "past_key_values")
+#: Of transformers' ``PushToHubMixin``, PEFT's models too: what uploads the folder that was saved. It uploads the files
+#: of a folder and of its folders, and fails at folders in those. Held by ``test_hub_pushes.py``.
+UPLOAD = "_upload_modified_files"
 _IGNORED_ON_SAVE = "_keys_to_ignore_on_save"
 _HAS_PEFT_ADAPTERS = "_hf_peft_config_loaded"
 _TRAINER_MODULES = ("transformers.trainer", "transformers.trainer_utils")

@@ -35,6 +35,11 @@ def _begin(model: nn.Module) -> None:
     if trainer is not None and trainer not in _started:
         _started.add(trainer)
         base_saves.check_output_folder(model, trainer)
+        if trainer.args.push_to_hub:
+            # It imports transformers.
+            from .push_callback import AdapterPushCallback
+
+            trainer.add_callback(AdapterPushCallback)
         _warn_of_mixed_rates(model, trainer)
 
 

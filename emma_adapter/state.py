@@ -17,6 +17,7 @@ from .calls import (
     Bypass,
     CallPlan,
     FeatureCall,
+    GivenPrompt,
     ObservedAlignment,
     OuterCall,
     PinnedPrompt,
@@ -58,6 +59,8 @@ class CallContext(threading.local):
 
     def __init__(self) -> None:
         self.outer: OuterCall | None = None
+        #: What a wrapper was given that puts virtual tokens before the prompt, until the model's call takes it.
+        self.given: GivenPrompt | None = None
         self.plan: CallPlan | Bypass | None = None
         self.feature_call: FeatureCall | None = None
         #: The prompt of a running ``generate`` and its instruction.

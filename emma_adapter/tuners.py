@@ -2,49 +2,39 @@
 
 PEFT freezes what it doesn't know, wraps or copies projectors, and throws wrappers away when it merges. Its tuners
 get guards that put the adapters back where they belong, as trainable as they were; a ``PeftModel`` gets guards that
-save and load the adapter with its own. PEFT itself is never imported: a tuner is known by its public methods.
+save and load the adapter with its own. A ``PeftModel`` without a tuner learns virtual tokens (prompt tuning, prefix
+tuning, p-tuning): it freezes the model itself, and calls it with another prompt than it was given. PEFT itself is
+never imported: a tuner is known by its public methods.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
-from pathlib import Path
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from . import attachment, checkpoint, restoring, saving, training
+from . import attachment, beside, checkpoint, hub, pushing, restoring, saving, training
 from .alignment import EmmaAlignment
-from .errors import PatchError
+from .errors import CheckpointError, PatchError
 from .guards import MethodGuard, arguments_by_name
-from .hooks import install_projector_hooks, remove_hooks
+from .hooks import install_projector_hooks, install_prompt_hooks, remove_hooks
 from .state import STATE_ATTRIBUTE, AdapterState, state_of
 from .trainers import REFERENCE_LORA, check_reference_pass
 from .wrappers import is_peft_model
-
-_PEFT_PREFIX = "base_model.model."
-_watching = False
-
-
-def watch() -> None:
-    """Have every PEFT tuner that will be made of a patched model guarded.
-
-    PyTorch tells of each submodule that any module gets; a tuner gets its model before it changes it.
-    """
-    global _watching  # noqa: PLW0603 - the hook is one for the process, and does nothing to unpatched models
-    if not _watching:
-        register_module_module_registration_hook(_on_registration)
-        _watching = True
 
 
 def guard_wrappers(around: Sequence[nn.Module]) -> None:
     """Guard the ``PeftModel`` and the tuner that a model to be patched is in already."""
     for model in filter(is_peft_model, around):
-        _guard_peft_model(model)
-        tuner = model.base_model
-        if isinstance(tuner, nn.Module) and _is_tuner(tuner):
+        tuner: Any = model.base_model
+        _guard_peft_model(model, tuner)
+        if _is_tuner(tuner):
             _guard_tuner(tuner)
 
 
@@ -53,6 +43,7 @@ def release_wrappers(around: Sequence[nn.Module]) -> None:
     for model in filter(is_peft_model, around):
         wrappers: tuple[Any, ...] = (model, model.base_model)
         for wrapper in wrappers:
+            remove_hooks(wrapper)
             for guard in [value for value in vars(wrapper).values() if isinstance(value, MethodGuard)]:
                 guard.remove(wrapper)
 
@@ -60,8 +51,17 @@ def release_wrappers(around: Sequence[nn.Module]) -> None:
 def _on_registration(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
     if name == "model" and _is_tuner(module) and _is_patched(submodule):
         _guard_tuner(module)
-    elif name == "base_model" and hasattr(type(module), "get_base_model") and _is_patched(submodule):
-        _guard_peft_model(module)
+    elif name in ("base_model", "prompt_encoder") and hasattr(type(module), "get_base_model"):
+        # PEFT makes a tuner before the PeftModel that it is for, and virtual tokens after it.
+        if name == "base_model" and _is_patched(submodule):
+            _guard_peft_model(module, submodule)
+        elif not _is_patched(module):
+            configs = getattr(submodule if name == "base_model" else module, "peft_config", None)
+            beside.warn_if_told(configs.values() if isinstance(configs, dict) else ())
+
+
+# PyTorch tells of each submodule that any module gets. A tuner gets its model before it changes it.
+register_module_module_registration_hook(_on_registration)
 
 
 def _is_tuner(module: nn.Module) -> bool:
@@ -79,11 +79,16 @@ def _guard_tuner(tuner: nn.Module) -> None:
         _install(tuner, name, _keep_adapters)
 
 
-def _guard_peft_model(model: nn.Module) -> None:
+def _guard_peft_model(model: nn.Module, base: Any) -> None:
     _install(model, "save_pretrained", _save_with_adapters)
     _install(model, "load_adapter", _load_with_adapter)
     _install(model, "disable_adapter", _through_reference)
     _install(model, "set_adapter", _note_reference)
+    _install(model, "create_or_update_model_card", _tell_in_card)
+    pushing.install(model)
+    if not _is_tuner(base):
+        _install(model, "add_adapter", _keep_adapters)
+        install_prompt_hooks(model)
 
 
 def _install(module: nn.Module, name: str, guard: Callable[..., Any]) -> None:
@@ -146,21 +151,55 @@ def _put(projector: nn.Module, adapter: str, alignment: EmmaAlignment) -> None:
         attachment.attach(projector, adapter, alignment)
 
 
-def _save_with_adapters(model: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _save_with_adapters(model: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Every adapter goes into a folder of its name in ``emma_adapter/``: one level higher, Trainer would take it for an
     adapter of PEFT when it resumes."""
     arguments = arguments_by_name(original, args, kwargs)
-    result = original(*args, **kwargs)
-    is_main_process, gathered = arguments.get("is_main_process", True), arguments.get("state_dict")
+    base = state_of(model).model
+    directory, gathered = Path(arguments["save_directory"]), arguments.get("state_dict")
+    is_main_process = arguments.get("is_main_process", True)
     if gathered is not None:
-        gathered = {name.removeprefix(_PEFT_PREFIX): value for name, value in gathered.items()}
+        kwargs["state_dict"] = dict(gathered)
+        _leave_out_adapters(model, kwargs["state_dict"])
+        own_name = next(name for name, module in model.named_modules() if module is base)
+        gathered = {name.removeprefix(f"{own_name}."): value for name, value in gathered.items()}
+    with _adapters_left_out(model):
+        result = original(*args, **kwargs)
     if is_main_process or gathered is None:
-        base = state_of(model).model
-        folder = Path(arguments["save_directory"]) / checkpoint.SUBFOLDER
+        folder = directory / checkpoint.SUBFOLDER
         for adapter in state_of(base).adapters:
             saving.save(base, folder / adapter, adapter, is_main_process=is_main_process, gathered=gathered)
         # Left by a save of the base model, it would be found before these.
         saving.discard(folder)
+    if is_main_process:
+        for name in arguments.get("selected_adapters") or model.peft_config:
+            beside.tell_in_config(directory if name == "default" else directory / name)
+    return result
+
+
+@contextmanager
+def _adapters_left_out(model: nn.Module) -> Iterator[None]:
+    """PEFT saves, with ``bias="all"``, whatever is called a bias."""
+
+    def leave_out(_: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
+        _leave_out_adapters(model, state_dict, prefix)
+
+    hook = model.register_state_dict_post_hook(leave_out)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _leave_out_adapters(model: nn.Module, state_dict: dict[str, Any], prefix: str = "") -> None:
+    ours = tuple(f"{prefix}{name}." for name, module in model.named_modules() if isinstance(module, EmmaAlignment))
+    for name in [name for name in state_dict if name.startswith(ours)]:
+        del state_dict[name]
+
+
+def _tell_in_card(model: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    result = original(*args, **kwargs)
+    beside.tell_in_card(model, Path(arguments_by_name(original, args, kwargs)["output_dir"]))
     return result
 
 
@@ -191,7 +230,33 @@ def _load_with_adapter(model: Any, original: Callable[..., Any], *args: Any, **k
     arguments = arguments_by_name(original, args, kwargs)
     result = original(*args, **kwargs)
     state = state_of(model)
-    folder = checkpoint.find(Path(arguments["model_id"]), state.active)
-    if arguments["adapter_name"] in model.active_adapters and checkpoint.is_adapter(folder):
-        restoring.restore(state.model, restoring.read_for(state.model, folder))
+    if arguments["adapter_name"] in model.active_adapters:
+        for given in _folders(arguments):
+            folder = checkpoint.find(given, state.active)
+            if checkpoint.is_adapter(folder):
+                restoring.restore(state.model, restoring.read_for(state.model, folder))
+                break
     return result
+
+
+def _folders(arguments: Mapping[str, Any]) -> Iterator[Path]:
+    """Where an adapter may have been saved with the one of PEFT that these arguments of ``load_adapter`` name: in the
+    same folder; or, if PEFT's isn't called ``"default"`` and has a folder of its name, in that above."""
+    source, subfolder = arguments["model_id"], PurePosixPath(arguments.get("subfolder") or "")
+    own = str(arguments["adapter_name"])
+    if hub.is_local(source):
+        folder = Path(source) / subfolder
+        yield folder
+        if folder.name == own:
+            yield folder.parent
+        return
+    options = {name: arguments[name] for name in ("revision", "token", "local_files_only") if name in arguments}
+    for place in (subfolder, subfolder.parent) if subfolder.name == own else (subfolder,):
+        try:
+            yield hub.local_folder(source, subfolder=str(place), **options)
+        except CheckpointError as error:
+            warnings.warn(
+                f"PEFT's adapter was loaded, and whether an EMMA adapter lies beside it couldn't be found out: {error}",
+                stacklevel=2,
+            )
+            return

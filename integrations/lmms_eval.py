@@ -39,6 +39,7 @@ class Emma(lmms):
         revision: branch, tag or commit of ``pretrained``.
         adapter: folder that ``save_pretrained`` wrote, or a hub id.
         adapter_revision: branch, tag or commit of ``adapter``.
+        adapter_subfolder: where in ``adapter`` it is, as ``last-checkpoint``.
         instruction: what the adapter reads: ``"prompt"``, the user's turn as :func:`~emma_adapter.load_adapter` finds
             it; ``"first_line"``, only the first line of that turn, as in the authors' evaluation.
         instruction_encoder: where the adapter's instruction encoder is found now, if elsewhere than when it was saved.
@@ -69,6 +70,7 @@ class Emma(lmms):
         revision: str | None = None,
         adapter: str | None = None,
         adapter_revision: str | None = None,
+        adapter_subfolder: str | None = None,
         instruction: str | None = None,
         instruction_encoder: str | None = None,
         kernel: str | None = None,
@@ -94,6 +96,7 @@ class Emma(lmms):
         texts = {"pretrained": pretrained, "revision": revision, "adapter": adapter}
         of_adapter = {
             "adapter_revision": adapter_revision,
+            "adapter_subfolder": adapter_subfolder,
             "instruction": instruction,
             "instruction_encoder": instruction_encoder,
             "kernel": kernel,
@@ -133,6 +136,7 @@ class Emma(lmms):
                 instruction_encoder=instruction_encoder,
                 kernel=kernel,  # type: ignore[arg-type]
                 revision=adapter_revision,
+                subfolder=adapter_subfolder,
             )
             logger.info(f"{loaded}")
 

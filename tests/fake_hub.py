@@ -13,10 +13,14 @@ from urllib.parse import unquote, urlparse
 
 
 class FakeHub:
-    """``branches[repo][branch]`` is a list of commits, each a dict from path to content."""
+    """``branches[repo][branch]`` is a list of commits, each a dict from path to content.
+
+    To who doesn't send the token that ``private[repo]`` names, there is no such repository.
+    """
 
     def __init__(self) -> None:
         self.branches: dict[str, dict[str, list[dict[str, bytes]]]] = {}
+        self.private: dict[str, str] = {}
         self.requests: list[str] = []
 
     def sha(self, repo: str, revision: str) -> tuple[str, dict[str, bytes]] | None:
@@ -48,6 +52,10 @@ def _handler(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
 
         def missing(self, what: str = "Repo") -> None:
             self.reply({"error": "not found"}, 404, X_Error_Code=f"{what}NotFound")
+
+        def may_see(self, repo: str) -> bool:
+            token = hub.private.get(repo)
+            return token is None or self.headers.get("Authorization") == f"Bearer {token}"
 
         def do_POST(self) -> None:
             content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
@@ -89,7 +97,7 @@ def _handler(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
                     path.removeprefix("/api/models/").replace("/tree/", "/revision/").partition("/revision/")
                 )
                 found = hub.sha(repo, revision or "main")
-                if found is None:
+                if found is None or not self.may_see(repo):
                     self.missing()
                     return
                 if "/tree/" in path:
@@ -102,8 +110,8 @@ def _handler(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
             repo, _, rest = path.strip("/").partition("/resolve/")
             revision, _, name = rest.partition("/")
             found = hub.sha(repo, revision)
-            if found is None or name not in found[1]:
-                self.missing("Repo" if found is None else "Entry")
+            if found is None or not self.may_see(repo) or name not in found[1]:
+                self.missing("Entry" if found is not None and self.may_see(repo) else "Repo")
                 return
             content = found[1][name]
             etag = hashlib.sha1(content).hexdigest()

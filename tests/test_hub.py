@@ -11,6 +11,8 @@ import pytest
 import yaml
 
 import fake_hub
+import tiny
+from emma_adapter import CheckpointError, load_adapter, patch_model
 
 _COMMON = """
 import sys
@@ -120,6 +122,62 @@ for repository in ("someone/model", "someone/lora"):
     fetched = [request for request in hub.requests if "/resolve/" in request]
     assert fetched
     assert not [request for request in fetched if request.endswith("/model.safetensors")]
+
+
+def test_a_private_repository_and_a_folder_in_it(run, tmp_path):
+    run, hub = run
+    adapter = patch_model(tiny.llava())
+    adapter.save_pretrained(tmp_path / "adapter")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()}
+    nested = {f"runs [1]/last-checkpoint/{name}": content for name, content in files.items()}
+    hub.branches["someone/own"] = {"main": [{**nested, "model.safetensors": b"large"}]}
+    hub.private["someone/own"] = "hf_secret"
+    run(
+        """
+import os
+def load(**settings):
+    return load_adapter(tiny.llava(), "someone/own", subfolder="runs [1]/last-checkpoint", **settings)
+for settings in ({}, {"token": False}, {"token": True}, {"token": "hf_other"}):
+    try:
+        load(**settings)
+        raise SystemExit(f"{settings} should not be enough")
+    except CheckpointError as error:
+        assert "token=" in str(error), error
+load(token="hf_secret")
+os.environ["HF_TOKEN"] = "hf_secret"
+load(token=True)
+load()
+try:
+    load_adapter(tiny.llava(), "someone/own", subfolder="runs [1]/first-checkpoint", token="hf_secret")
+    raise SystemExit("there is none")
+except CheckpointError as error:
+    assert "first-checkpoint" in str(error), error
+"""
+    )
+    assert not [request for request in hub.requests if request.endswith("/model.safetensors")]
+
+
+def test_a_folder_in_a_folder(tmp_path):
+    adapter = patch_model(tiny.llava())
+    adapter.save_pretrained(tmp_path / "run" / "last-checkpoint")
+    adapter.model.save_pretrained(tmp_path / "run" / "model")
+    (tmp_path / "run" / "inside").symlink_to("last-checkpoint")
+    for subfolder in ("last-checkpoint", "./last-checkpoint/", "model", "model/emma_adapter", "inside"):
+        load_adapter(tiny.llava(), tmp_path / "run", subfolder=subfolder)
+    load_adapter(tiny.llava(), tmp_path / "run" / "model", subfolder="")
+    adapter.save_pretrained(tmp_path / "elsewhere")
+    (tmp_path / "run" / "out").symlink_to(tmp_path / "elsewhere")
+    outside = [
+        "..",
+        "../elsewhere",
+        "model/../../elsewhere",
+        "..\\elsewhere",
+        "C:\\elsewhere",
+        str(tmp_path / "elsewhere"),
+    ]
+    for subfolder in (*outside, "out", "out/.", "missing"):
+        with pytest.raises(CheckpointError, match=r"leads out|a link out|no adapter_config\.json"):
+            load_adapter(tiny.llava(), tmp_path / "run", subfolder=subfolder)
 
 
 @pytest.mark.parametrize(

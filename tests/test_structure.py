@@ -22,9 +22,8 @@ ORDER = """
 errors version untrusted atomic private surroundings wrappers kernels fusion config official alignment families
 instructions fitting
 sharding recomputation calls blocks original_projector state attachment precision idle trainers parallel planning hooks
-guards training named model_card checkpoint saving hub base_saves starting restoring tuners patching references loading
-collation
-prompts __init__ analysis report cli
+guards training named model_card checkpoint saving hub beside pushing push_callback base_saves starting restoring tuners
+patching references loading collation prompts __init__ analysis report cli
 """
 LAYERS = ORDER.split()
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from .options import dtype_option, images_option, split_option
+from .options import dtype_option, images_option, split_option, subfolder_option
 
 #: Arguments of TRL's that have no say here, and why.
 _DECIDED_HERE = {
@@ -39,6 +39,7 @@ _DECIDED_HERE = {
 @click.option("--eval-split", default="train", show_default=True, help="Which split of the --eval-data.")
 @images_option
 @click.option("--adapter", help="An adapter to start from: a folder or a hub id.")
+@subfolder_option
 @click.option("--fusion", help='How the instruction enters the visual tokens. Default: "modulation".')
 @click.option("--instruction-encoder", help='"llm", or a text tower. Default: "llm", or that of the --adapter.')
 @click.option("--instruction-policy", help='Which user turns are the instruction. Default: "last_turn".')
@@ -55,6 +56,7 @@ def finetune(
     eval_split: str,
     images: Path | None,
     adapter: str | None,
+    subfolder: str | None,
     fusion: str | None,
     instruction_encoder: str | None,
     instruction_policy: str | None,
@@ -76,6 +78,8 @@ def finetune(
     }
     if adapter is not None and chosen:
         raise click.UsageError(f"--adapter brings its own {', '.join(chosen)}: leave one of the two out")
+    if subfolder is not None and adapter is None:
+        raise click.UsageError("--subfolder says where an adapter is: name its folder or repository with --adapter")
     if projector_lr is not None and not projector:
         raise click.UsageError("--projector-lr needs --projector, which trains the projector")
     settings = _training_arguments(arguments, output)
@@ -109,7 +113,9 @@ def finetune(
     if adapter is None:
         handle = patch_model(base, config, processor=processor, instruction_encoder=instruction_encoder)
     else:
-        handle = load_adapter(base, adapter, processor=processor, instruction_encoder=instruction_encoder)
+        handle = load_adapter(
+            base, adapter, subfolder=subfolder, processor=processor, instruction_encoder=instruction_encoder
+        )
     handle.train_only(projector=projector)
     trainer = _trainer(handle, settings, processor, examples, train_examples, eval_examples, projector_lr)
     result = trainer.train(resume_from_checkpoint=resumed_from)

@@ -9,36 +9,38 @@ from typing import Any
 import click
 
 from ..untrusted import plain
+from .options import subfolder_option
 
 
 @click.command()
 @click.argument("target", metavar="ADAPTER|MODEL")
+@subfolder_option
 @click.option("--json", "as_json", is_flag=True, help="For machines to read.")
-def info(target: str, as_json: bool) -> None:
+def info(target: str, subfolder: str | None, as_json: bool) -> None:
     """What an adapter is made of, or what one would cost a model.
 
     A folder or a hub id. Of a model the configuration is read, and no weights.
     """
-    folder = _adapter_folder(target)
+    folder = _adapter_folder(target, subfolder)
     facts = _model_facts(target) if folder is None else _adapter_facts(folder)
     click.echo(json.dumps(facts, indent=2) if as_json else _table(facts))
 
 
-def _adapter_folder(target: str) -> Path | None:
+def _adapter_folder(target: str, subfolder: str | None) -> Path | None:
     """The folder that holds the adapter; None if it is a model."""
     from .. import checkpoint, hub
     from ..errors import CheckpointError
 
     if Path(target).is_file():
         raise CheckpointError(f"{target} is a file: give the folder that it is in")
-    folder = hub.local_folder(target, revision=None, local_files_only=False)
+    folder = hub.local_folder(target, subfolder=subfolder)
     for place in (folder, folder / checkpoint.SUBFOLDER):
         if (place / checkpoint.CONFIG_NAME).is_file():
             return place
     # Of a model on the hub only the files of an adapter were asked for.
-    if Path(target).is_dir() and not (folder / "config.json").is_file():
+    if subfolder is not None or (Path(target).is_dir() and not (folder / "config.json").is_file()):
         raise CheckpointError(
-            f"{target} holds neither an adapter ({checkpoint.CONFIG_NAME}) nor a model (config.json): give the folder "
+            f"{folder} holds neither an adapter ({checkpoint.CONFIG_NAME}) nor a model (config.json): give the folder "
             "that save_pretrained wrote"
         )
     return None

@@ -10,6 +10,9 @@ images_option = click.option(
     "--images", type=click.Path(path_type=Path), help="Folder of the images. Default: that of the data."
 )
 split_option = click.option("--split", default="train", show_default=True, help="Which split of a dataset.")
+subfolder_option = click.option(
+    "--subfolder", help="Where the adapter is in its folder or repository, as last-checkpoint."
+)
 dtype_option = click.option(
     "--dtype",
     type=click.Choice(["auto", "float32", "bfloat16"]),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import dtype_option, images_option, split_option
+from .options import dtype_option, images_option, split_option, subfolder_option
 
 if TYPE_CHECKING:
     from ..report import Question
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.option("--model", required=True, help="The base model: a folder or a hub id.")
 @click.option("--adapter", required=True, help="The adapter: a folder or a hub id.")
+@subfolder_option
 @click.option(
     "--data",
     required=True,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 def report(
     model: str,
     adapter: str,
+    subfolder: str | None,
     data: str,
     output: Path,
     images: Path | None,
@@ -79,7 +81,9 @@ def report(
     rows = open_rows(data, split, images)
     processor = load_processor(model)
     base = load_model(model, dtype).to(place).eval()
-    handle = load_adapter(base, adapter, processor=processor, instruction_encoder=instruction_encoder)
+    handle = load_adapter(
+        base, adapter, subfolder=subfolder, processor=processor, instruction_encoder=instruction_encoder
+    )
     found = make_report(
         handle,
         processor,

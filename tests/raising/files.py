@@ -313,6 +313,18 @@ def a_repository_that_was_never_downloaded(bench: Bench) -> None:
     load("someone/an-adapter", local_files_only=True)
 
 
+@raises(CheckpointError, "hub.py:_checked_subfolder", "leads out of the folder or repository")
+def a_subfolder_that_leads_out(bench: Bench) -> None:
+    load(bench.saved(), subfolder="../elsewhere")
+
+
+@raises(CheckpointError, "hub.py:_folder_within", "is a link out of")
+def a_subfolder_that_is_a_link_out(bench: Bench) -> None:
+    (bench.folder / "run").mkdir()
+    (bench.folder / "run" / "linked").symlink_to(bench.saved())
+    load(bench.folder / "run", subfolder="linked")
+
+
 # ------------------------------------------------------------------------------------ the authors' checkpoint
 
 OFFICIAL = {

@@ -1,0 +1,82 @@
+"""What tells people, and PEFT, that an adapter of this library lies beside what they load.
+
+A folder with a LoRA and an adapter looks to PEFT like one with a LoRA, also where this library isn't installed: the
+folder's model card says what is missing. The LoRA's own config says it too, in a mapping that PEFT keeps and doesn't
+read, so that where this library is imported it can warn.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .atomic import replace_files
+from .checkpoint import CARD_NAME, CONFIG_NAME, FORMAT, SUBFOLDER
+from .model_card import beside_section
+from .state import DEFAULT, state_of
+
+_BEGIN, _END = "<!-- emma_adapter: begin -->", "<!-- emma_adapter: end -->"
+_MAPPING = "auto_mapping"
+#: Whose lines lie between a user's line and ours.
+_OTHERS = ("emma_adapter", "peft", "torch")
+
+
+def tell_in_card(model: nn.Module, directory: Path, location: str = "path/to/this/folder") -> None:
+    """Say in the folder's model card, if it has one, that an adapter lies beside the model or the LoRA.
+
+    A card whose author has written about it stays as it is.
+    """
+    path = directory / CARD_NAME
+    if not path.is_file():
+        return
+    card = path.read_text(encoding="utf-8")
+    state = state_of(model)
+    shown = DEFAULT if DEFAULT in state.adapters else state.active
+    section = beside_section(
+        getattr(state.model.config, "_name_or_path", ""),
+        location,
+        state.adapters[shown].config.instruction_encoder,
+        with_peft=model is not state.model,
+    )
+    before, begin, rest = card.partition(_BEGIN)
+    after = rest.partition(_END)[2]
+    if not begin and "load_adapter" in card:
+        return
+    told = f"{before.rstrip()}\n\n{_BEGIN}\n{section.strip()}\n{_END}\n{after.lstrip()}"
+    if told != card:
+        replace_files(directory, {CARD_NAME: told.encode()})
+
+
+def tell_in_config(directory: Path) -> None:
+    """Note in a config that PEFT has just written that an adapter was trained with it."""
+    path = directory / CONFIG_NAME
+    if not path.is_file():
+        return
+    description = json.loads(path.read_text(encoding="utf-8"))
+    description[_MAPPING] = {**(description.get(_MAPPING) or {}), FORMAT: SUBFOLDER}
+    replace_files(directory, {CONFIG_NAME: json.dumps(description, indent=2, sort_keys=True).encode()})
+
+
+def warn_if_told(configs: Iterable[Any]) -> None:
+    """Warn if one of these configs of PEFT, of a model that isn't patched, says that an adapter is missing."""
+    if any(FORMAT in (getattr(config, _MAPPING, None) or ()) for config in configs):
+        warnings.warn(
+            "PEFT loads a part of what was trained together: an EMMA adapter lies beside it, in "
+            f"{SUBFOLDER}/ of the same folder or repository, and the model isn't patched. Load it too: "
+            "load_adapter(model, folder, processor=processor), best before PeftModel.from_pretrained",
+            stacklevel=_callers_level(),
+        )
+
+
+def _callers_level() -> int:
+    """The ``stacklevel``, for the function that asks, of the line that called PEFT, however deep in it we are."""
+    frames = (frame for frame, _ in traceback.walk_stack(sys._getframe(1)))
+    names = (frame.f_globals.get("__name__", "").partition(".")[0] for frame in frames)
+    return next((level for level, name in enumerate(names, 1) if name not in _OTHERS), 2)

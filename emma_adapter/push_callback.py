@@ -1,0 +1,19 @@
+"""What Trainer tells of its pushes to the hub. It imports transformers, and is imported once a Trainer runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from . import pushing
+from .state import STATE_ATTRIBUTE
+
+
+class AdapterPushCallback(TrainerCallback):
+    """Completes what Trainer is about to push of a patched model."""
+
+    def on_push_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero and hasattr(model, STATE_ATTRIBUTE):
+            pushing.complete(model, Path(args.output_dir), state.global_step)
