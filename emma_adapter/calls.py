@@ -205,7 +205,7 @@ def route(
     running = plan.feature_call if feature_call is None else feature_call
     placeholders = plan.placeholders[running.modality]
     layout = _checked_layout(family, projector_call(plan.inner, running, visual_tokens, placeholders))
-    rows = rows_of_media(placeholders, layout.tokens, repeats=plan.repeats)
+    rows = rows_of_media(placeholders, layout.tokens, repeats=plan.repeats, modality=running.modality)
     return RoutedInstruction(layout, rows, plan.adapter, plan.instruction)
 
 

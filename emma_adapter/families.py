@@ -165,10 +165,18 @@ def share_evenly(call: ProjectorCall, media: int) -> list[int]:
     total = int(call.placeholders.sum())
     if media == 0 or total == 0 or total % media:
         raise RoutingError(
-            f"{media} {call.modality}s can't share {total} placeholder tokens evenly: let the model's processor "
-            "make text and images together"
+            f"{mismatch(call.modality, total, call.visual_tokens.shape[:-1].numel())}: {media} {call.modality}s can't "
+            f"share {total} placeholder tokens evenly. Let the model's processor make text and images together, and "
+            "let nothing cut them off (max_length, truncation)"
         )
     return [total // media] * media
+
+
+def mismatch(modality: str, tokens: int, features: int) -> str:
+    """Return what transformers says where features and placeholder tokens differ in number, by which TRL's trainers
+    know a ``max_length`` that is too short."""
+    kind = modality.capitalize()
+    return f"{kind} features and {modality} tokens do not match, tokens: {tokens}, features: {features}"
 
 
 _FAMILIES: dict[str, ModelFamily] = {}

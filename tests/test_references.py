@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
 
@@ -15,6 +16,7 @@ from emma_adapter.integrations.trl import keep_reference, reference_model
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
+from trl.trainer.utils import use_adapter  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -174,3 +176,104 @@ def test_where_the_bare_base_is_right_nothing_is_said(base, tmp_path):
     trainer = dpo(model, tmp_path, max_steps=1, peft_config=FRESH_LORA)
     trainer.train()
     assert logged(trainer)[0] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def prompts():
+    rows = [
+        {"prompt": [{"role": "user", "content": question}], "images": [tiny.picture(number)]}
+        for number, question in enumerate(QUESTIONS)
+    ]
+    return datasets.Dataset.from_list(rows)
+
+
+def rewarded(kind, model, folder, **options):
+    """GRPO or RLOO, which take no ``ref_model=``."""
+    trainer, config = {"grpo": (trl.GRPOTrainer, trl.GRPOConfig), "rloo": (trl.RLOOTrainer, trl.RLOOConfig)}[kind]
+    settings = {
+        **SETTINGS,
+        "output_dir": str(folder),
+        "num_generations": 2,
+        "max_completion_length": 3,
+        "beta": 0.1,
+        "temperature": 1.0,
+    }
+    arguments = {name: options.pop(name) for name in ("peft_config",) if name in options}
+    return trainer(
+        model=model,
+        reward_funcs=lambda completions, **_: [float(len(str(said)) % 5) for said in completions],
+        args=config(**{**settings, **options}),
+        train_dataset=prompts(),
+        processing_class=tiny.processor(),
+        **arguments,
+    )
+
+
+def reference_logits(trainer):
+    """What these trainers take as their reference, called as they do."""
+    inputs = tiny.chat_inputs([[tiny.user(question)] for question in QUESTIONS])
+    model = trainer.ref_model or trainer.model
+    lora = getattr(model, "peft_config", None)
+    reference = use_adapter(model, "ref" if "ref" in lora else None) if lora else contextlib.nullcontext()
+    with torch.no_grad(), reference:
+        return model(**inputs).logits
+
+
+@pytest.mark.parametrize("lora", [None, "peft_config", "trained"])
+@pytest.mark.parametrize("kind", ["grpo", "rloo"])
+def test_the_divergence_of_rewarded_training_starts_at_zero(kind, lora, base, tmp_path):
+    model, _ = patched(base)
+    options = {"peft_config": FRESH_LORA} if lora == "peft_config" else {}
+    if lora == "trained":
+        model = get_peft_model(model, LORA)
+    trainer = rewarded(kind, model, tmp_path, **options)
+    keep_reference(trainer)
+    before = reference_logits(trainer)
+    trainer.train()
+    assert torch.equal(reference_logits(trainer), before)
+    assert logged(trainer, "kl")[0] == pytest.approx(0, abs=1e-6)
+    assert logged(trainer, "kl")[1] > 1e-6
+
+
+def test_a_rewarded_training_without_a_divergence_needs_no_reference(base, tmp_path):
+    model, adapter = patched(base)
+    trainer = rewarded("grpo", model, tmp_path, beta=0.0, max_steps=1)
+    keep_reference(trainer)
+    assert trainer.ref_model is None
+    assert adapter.names == ("default",)
+
+
+def test_a_reference_can_follow_the_model(base, tmp_path):
+    """``sync_ref_model``: the callback mixes what is trained; what both share stays, to the bit."""
+    for way in ("reference_model", "keep_reference"):
+        model, _ = patched(base)
+        options = {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.25, "max_steps": 1}
+        if way == "reference_model":
+            options["ref_model"] = reference_model(model)
+        trainer = dpo(model, tmp_path, **options)
+        if way == "keep_reference":
+            keep_reference(trainer)
+        start = {name: value.clone() for name, value in model.state_dict().items()}
+        trainer.train()
+        followed = trainer.ref_model.state_dict()
+        for name, value in model.state_dict().items():
+            mixed = start[name] * 0.75 + value * 0.25 if ".emma." in name else start[name]
+            assert torch.allclose(followed[name], mixed, rtol=0, atol=1e-7 if ".emma." in name else 0), name
+
+
+def test_kto_takes_one(base, tmp_path):
+    model, _ = patched(base)
+    rows = [
+        {"prompt": row["prompt"], "completion": row["chosen"], "label": number % 2 == 0, "images": row["images"]}
+        for number, row in enumerate(preferences())
+    ]
+    arguments = trl.KTOConfig(**{**SETTINGS, "max_length": None, "output_dir": str(tmp_path), "max_steps": 2})
+    trainer = trl.KTOTrainer(
+        model=model,
+        ref_model=reference_model(model),
+        args=arguments,
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=tiny.processor(),
+    )
+    trainer.train()
+    assert logged(trainer, "kl")[0] == pytest.approx(0, abs=1e-6)
+    assert logged(trainer)[0] == pytest.approx(0.5, abs=1e-6)

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig
 
 import tiny
-from emma_adapter import EmmaConfig, InstructionCollator, InstructionError, load_adapter, patch_model
+from emma_adapter import EmmaConfig, InstructionCollator, InstructionError, load_adapter, patch_model, unpatch_model
 from zoo import ZOO
 
 trl = pytest.importorskip("trl")
@@ -266,3 +266,18 @@ def test_lora_of_trl_leaves_the_adapter_as_trainable_as_it_was(frozen, tmp_path)
     assert same_values(before, adapter.alignment.state_dict()) is frozen
     lora_b = [value for name, value in trainer.model.named_parameters() if "lora_B" in name]
     assert any(value.any() for value in lora_b)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "internvl", "gemma3"])
+def test_a_length_that_cuts_image_tokens_is_named_as_without_the_adapter(name, tmp_path):
+    said = []
+    for plain in (True, False):
+        model, _ = patched(name)
+        if plain:
+            unpatch_model(model)
+            model.requires_grad_(True)
+        options = {"max_length": 3, "save_strategy": "no", "gradient_checkpointing": False}
+        with pytest.raises(ValueError, match=r"max_length.*too short") as caught:
+            trainer_for(model, tmp_path, dataset("prompt"), processor_of(name), **options).train()
+        said.append(str(caught.value))
+    assert said[0] == said[1]

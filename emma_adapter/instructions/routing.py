@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 
 from ..errors import RoutingError
+from ..families import mismatch
 
 
-def rows_of_media(placeholders: Tensor, tokens_per_medium: Sequence[int], *, repeats: int = 1) -> Tensor:
+def rows_of_media(
+    placeholders: Tensor, tokens_per_medium: Sequence[int], *, repeats: int = 1, modality: str = "image"
+) -> Tensor:
     """The row of each image (or video) of a batch.
 
     Media fill the placeholder tokens in the order of the batch, first row first, as transformers scatters them.
@@ -20,6 +23,7 @@ def rows_of_media(placeholders: Tensor, tokens_per_medium: Sequence[int], *, rep
         tokens_per_medium: tokens that each medium takes in the language model, in order. A medium of 0 tokens, which
             no prompt shows, gets some row.
         repeats: how many times in succession each row stands in ``placeholders``.
+        modality: what the media are, for the message of an error.
 
     Returns:
         ``[len(tokens_per_medium)]``, int64, on the device of ``placeholders``: rows before they were repeated.
@@ -36,8 +40,9 @@ def rows_of_media(placeholders: Tensor, tokens_per_medium: Sequence[int], *, rep
         expected, found = int(lengths.sum()), int(placeholders.sum())
         if expected != found:
             raise RoutingError(
-                f"{len(tokens_per_medium)} images or videos take {expected} tokens, but the prompts hold {found} "
-                "placeholder tokens: let the model's processor make text and images together"
+                f"{mismatch(modality, found, expected)}: {len(tokens_per_medium)} {modality}s take {expected} tokens, "
+                f"but the prompts hold {found} placeholder tokens. Let the model's processor make text and images "
+                "together, and let nothing cut them off (max_length, truncation)"
             )
         if bool(((rows != last_rows) & (lengths > 0)).any()):
             raise RoutingError(

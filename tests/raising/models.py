@@ -11,6 +11,7 @@ import torch.distributed as dist
 from accelerate import cpu_offload
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 from transformers import LlamaForCausalLM
 
 import tiny
@@ -171,6 +172,18 @@ def patching_a_wrapped_model(bench: Bench) -> None:
         patch_model(model)
 
 
+@raises(PatchError, "patching.py:patch_model", "AveragedModel")
+def patching_an_average(bench: Bench) -> None:
+    patch_model(AveragedModel(tiny.llava()))
+
+
+@raises(PatchError, "attachment.py:check_unshared", "with another model that is patched")
+def patching_a_model_that_shares_its_projector(bench: Bench) -> None:
+    adapter, other = bench.adapter(), tiny.llava()
+    other.model.multi_modal_projector = adapter.model.model.multi_modal_projector
+    patch_model(other)
+
+
 @raises(PatchError, "patching.py:unpatch_model", "can't be taken out")
 def unpatching_a_sharded_model(bench: Bench) -> None:
     with sharded(bench.adapter().model) as model:
@@ -194,22 +207,22 @@ def a_part_of_a_deleted_model(bench: Bench) -> None:
 # ------------------------------------------------------------------------------------- several adapters
 
 
-@raises(PatchError, "named.py:add", "already")
+@raises(PatchError, "named.py:_check_addable", "already")
 def adding_a_name_that_is_taken(bench: Bench) -> None:
     bench.adapter().add("default")
 
 
-@raises(PatchError, "named.py:add", "letters, digits and underscores")
+@raises(PatchError, "named.py:_check_addable", "letters, digits and underscores")
 def adding_a_name_that_can_be_none(bench: Bench) -> None:
     bench.adapter().add("the-other")
 
 
-@raises(PatchError, "named.py:add", "letters, digits and underscores")
+@raises(PatchError, "named.py:_check_addable", "letters, digits and underscores")
 def adding_a_list_of_names(bench: Bench) -> None:
     bench.adapter().add(["other"])
 
 
-@raises(PatchError, "named.py:add", "sharded by FSDP")
+@raises(PatchError, "named.py:_check_addable", "sharded by FSDP")
 def adding_to_a_sharded_model(bench: Bench) -> None:
     adapter = bench.adapter()
     with sharded(adapter.model):
