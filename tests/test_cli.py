@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -54,14 +55,49 @@ def refused(*arguments):
 # ---------------------------------------------------------------------------------------------- the program
 
 
-def test_commands_import_what_they_need_when_they_run():
-    heavy = {"transformers", "trl", "datasets", "peft", "matplotlib", "jinja2"}
-    code = f"import sys, emma_adapter.cli; print(sorted({heavy} & set(sys.modules)))"
+COMMANDS = [[], ["info"], ["convert"], ["finetune"], ["report"], ["diff"]]
+
+
+@pytest.mark.parametrize("arguments", [*([*command, "--help"] for command in COMMANDS), ["--version"]], ids=" ".join)
+def test_help_waits_for_nothing(arguments):
+    """Importing torch alone takes seconds."""
+    heavy = {"torch", "numpy", "transformers", "trl", "datasets", "peft", "matplotlib", "jinja2", "PIL"}
+    code = f"""
+import sys
+from emma_adapter.cli import main
+try:
+    main({arguments})
+finally:
+    print("imported:", sorted({heavy} & set(sys.modules)))
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert done.stdout.splitlines()[-1] == "imported: []"
 
 
-@pytest.mark.parametrize("command", [[], ["info"], ["convert"], ["finetune"], ["report"], ["diff"]], ids=" ".join)
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_waits_for_nothing(shell):
+    words = {"COMP_WORDS": "emma-adapter finetune --fus", "COMP_CWORD": "2" if shell != "fish" else "--fus"}
+    code = """
+import sys
+from emma_adapter.cli import main
+try:
+    main(prog_name="emma-adapter")
+finally:
+    print("imported:", sorted({"torch", "transformers"} & set(sys.modules)))
+"""
+    environment = {**os.environ, **words, "_EMMA_ADAPTER_COMPLETE": f"{shell}_complete"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
+    assert "--fusion" in done.stdout and done.stdout.splitlines()[-1] == "imported: []", done.stderr
+
+
+def test_help_names_the_defaults_of_the_config():
+    """As text, because reading them off EmmaConfig imports torch."""
+    told = {option.name: option.help for option in main.commands["finetune"].params if hasattr(option, "help")}
+    for name in ("fusion", "instruction_encoder", "instruction_policy"):
+        assert f'Default: "{getattr(EmmaConfig(), name)}"' in told[name]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_help(command):
     assert "Usage: " in run(*command, "--help").stdout
 
