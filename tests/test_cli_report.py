@@ -12,7 +12,7 @@ import browser
 import tiny
 from emma_adapter import patch_model
 from emma_adapter.cli import main
-from emma_adapter.cli.rows import FileRows, open_rows
+from emma_adapter.data.rows import FileRows, open_rows
 from emma_adapter.errors import DataError
 from workspace import MODEL_ID, make_workspace
 

@@ -22,7 +22,7 @@ ORDER = """
 errors version untrusted atomic kernels fusion config official alignment families instructions fitting
 sharding recomputation calls blocks original_projector state attachment idle parallel planning hooks guards training
 named model_card checkpoint saving hub base_saves restoring tuners patching loading collation
-prompts __init__ analysis report cli
+prompts __init__ data analysis report cli
 """
 LAYERS = ORDER.split()
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import click
 
+from ..data.conversations import Message, count_images, trainable_turns
+from ..data.rows import Rows
 from ..errors import DataError
 from ..prompts import Prompts
-from .conversations import Message, count_images, trainable_turns
-from .rows import Rows
 
 _IGNORE_INDEX = -100
 
@@ -45,7 +45,7 @@ class Examples:
         places = []
         with click.progressbar(range(len(rows)), label=f"Checking {name}", hidden=not progress) as numbers:
             for number in numbers:
-                places += [(len(self._sources), number, turn) for turn in trainable_turns(rows.messages(number))]
+                places += [(len(self._sources), number, turn) for turn in trainable_turns(rows.check(number))]
         if not places:
             raise DataError(f"{name} has no answer to a question about an image: there is nothing to learn from")
         without = len(rows) - len({number for _, number, _ in places})

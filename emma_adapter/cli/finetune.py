@@ -66,7 +66,7 @@ def finetune(
     """Train an adapter for a vision-language model.
 
     A row of the data: {"images": ["PATH"], "messages": [{"role": "user", "content": "..."}, {"role": "assistant",
-    "content": "..."}]}, or as LLaVA's. Trainer's checkpoints go to checkpoints/ in the output folder;
+    "content": "..."}]}, or as LLaVA's and other tools'. Trainer's checkpoints go to checkpoints/ in the output folder;
     --resume_from_checkpoint true continues from the last.
     """
     chosen: dict[str, Any] = {
@@ -83,12 +83,12 @@ def finetune(
     from transformers import set_seed
 
     from ..config import EmmaConfig
+    from ..data.rows import open_rows
     from ..loading import load_adapter
     from ..model_card import load_call
     from ..patching import patch_model
     from .examples import Examples
     from .models import load_model, load_processor
-    from .rows import open_rows
 
     config = EmmaConfig(**chosen)
     processor = load_processor(model)

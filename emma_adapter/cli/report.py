@@ -11,8 +11,8 @@ import click
 from .options import dtype_option, images_option, split_option
 
 if TYPE_CHECKING:
+    from ..data.rows import Rows
     from ..report import Question
-    from .rows import Rows
 
 
 @click.command()
@@ -66,10 +66,10 @@ def report(
         )
     import torch
 
+    from ..data.rows import open_rows
     from ..loading import load_adapter
     from ..report import make_report, render
     from .models import load_model, load_processor
-    from .rows import open_rows
 
     try:
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
