@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from .options import dtype_option, images_option, split_option
+from .options import dtype_option, images_option, split_option, trust_option
 
 #: Arguments of TRL's that have no say here, and why.
 _DECIDED_HERE = {
@@ -22,6 +22,7 @@ _DECIDED_HERE = {
     "dataset_text_field": "the data are read by this command",
     "remove_unused_columns": "the data are read by this command",
     "chat_template_path": "the chat template is the processor's",
+    "trust_remote_code": "it is --trust-remote-code",
     "model_init_kwargs": "the model is --model, in --dtype",
 }
 
@@ -43,8 +44,9 @@ _DECIDED_HERE = {
 @click.option("--instruction-encoder", help='"llm", or a text tower. Default: "llm", or that of the --adapter.')
 @click.option("--instruction-policy", help='Which user turns are the instruction. Default: "last_turn".')
 @click.option("--projector", is_flag=True, help="Train the projector too.")
-@click.option("--projector-lr", type=float, help="Its own learning rate.")
+@click.option("--projector-lr", type=click.FloatRange(0), help="Its own learning rate.")
 @dtype_option
+@trust_option
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[TRAINER ARGUMENTS]")
 def finetune(
     model: str,
@@ -61,6 +63,7 @@ def finetune(
     projector: bool,
     projector_lr: float | None,
     dtype: str,
+    trust_remote_code: bool,
     arguments: tuple[str, ...],
 ) -> None:
     """Train an adapter for a vision-language model.
@@ -91,13 +94,13 @@ def finetune(
     from .models import load_model, load_processor
 
     config = EmmaConfig(**chosen)
-    processor = load_processor(model)
+    processor = load_processor(model, trust_remote_code=trust_remote_code)
     if getattr(processor, "chat_template", None) is None:
         raise click.UsageError(f"the processor of {model} has no chat template, by which conversations become prompts")
     main_process = settings.process_index == 0
     rows = open_rows(data, split, images)
     eval_rows = None if eval_data is None else open_rows(eval_data, eval_split, images)
-    base = load_model(model, dtype)
+    base = load_model(model, dtype, trust_remote_code=trust_remote_code)
     examples = Examples(processor, _stop_ids(base, processor))
     train_examples = examples.add(rows, data, progress=main_process)
     eval_examples = None if eval_rows is None else examples.add(eval_rows, str(eval_data), progress=main_process)
@@ -150,6 +153,8 @@ def _training_arguments(arguments: tuple[str, ...], output: Path) -> Any:
         raise click.UsageError(str(error)) from error
     if unknown:
         raise click.UsageError(f"{unknown[0]} is no argument of finetune, nor of trl.SFTConfig")
+    if settings.learning_rate < 0:
+        raise click.UsageError(f"--learning_rate {settings.learning_rate} is below 0")
     settings.dataset_kwargs = {"skip_prepare_dataset": True}
     settings.remove_unused_columns = False
     return settings

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import dtype_option, images_option, split_option
+from .options import dtype_option, images_option, split_option, trust_option
 
 if TYPE_CHECKING:
     from ..data.rows import Rows
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 )
 @click.option("--device", help="Default: cuda if there is one, else cpu.")
 @dtype_option
+@trust_option
 def report(
     model: str,
     adapter: str,
@@ -51,6 +52,7 @@ def report(
     instruction_encoder: str | None,
     device: str | None,
     dtype: str,
+    trust_remote_code: bool,
 ) -> None:
     """Show what an adapter does, on one HTML page.
 
@@ -77,8 +79,8 @@ def report(
     except (RuntimeError, AssertionError) as error:
         raise click.UsageError(f"--device {device} can't be used: {str(error).splitlines()[0]}") from error
     rows = open_rows(data, split, images)
-    processor = load_processor(model)
-    base = load_model(model, dtype).to(place).eval()
+    processor = load_processor(model, trust_remote_code=trust_remote_code)
+    base = load_model(model, dtype, trust_remote_code=trust_remote_code).to(place).eval()
     handle = load_adapter(base, adapter, processor=processor, instruction_encoder=instruction_encoder)
     found = make_report(
         handle,

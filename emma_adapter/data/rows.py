@@ -33,8 +33,12 @@ class Rows(ABC):
     def __len__(self) -> int: ...
 
     @abstractmethod
-    def _row(self, number: int) -> tuple[str, Mapping[str, Any]]:
-        """The row's place, for messages, and what it holds."""
+    def where(self, number: int) -> str:
+        """Return the row's place, for messages."""
+
+    @abstractmethod
+    def _row(self, number: int) -> Mapping[str, Any]:
+        """What the row holds."""
 
     def messages(self, number: int, *, answered: bool = True) -> list[Message]:
         """Return what is said in a row, with a part ``{"type": "image"}`` for each image.
@@ -42,7 +46,7 @@ class Rows(ABC):
         Raises:
             DataError: naming the row and what is wrong with it, as that it has no answer unless ``answered`` is False.
         """
-        return self._conversation(number, answered)[1].messages
+        return self._conversation(number, answered).messages
 
     def label(self, number: int, name: str) -> str | None:
         """Return what a row says in a column of its own; None if it says nothing.
@@ -50,10 +54,11 @@ class Rows(ABC):
         Raises:
             DataError: if it is no text or number.
         """
-        where, row = self._row(number)
-        value = row.get(name)
+        value = self._row(number).get(name)
         if value is not None and (not isinstance(value, (str, int, float)) or isinstance(value, bool)):
-            raise DataError(f'{where}: "{name}" is a {type(value).__name__}; it must be a text or a number')
+            raise DataError(
+                f'{self.where(number)}: "{name}" is a {type(value).__name__}; it must be a text or a number'
+            )
         return None if value is None else str(value)
 
     def images(self, number: int) -> list[Any]:
@@ -62,8 +67,8 @@ class Rows(ABC):
         Raises:
             DataError: naming the row and the image that can't be opened.
         """
-        where, conversation = self._conversation(number, answered=False)
-        return [open_image(source, self.folder, where) for source in conversation.images]
+        where = self.where(number)
+        return [open_image(source, self.folder, where) for source in self._conversation(number, answered=False).images]
 
     def check(self, number: int, *, answered: bool = True) -> list[Message]:
         """Check a row and its images, each file once, and return what is said in it.
@@ -71,18 +76,17 @@ class Rows(ABC):
         Raises:
             DataError: as :meth:`messages` and :meth:`images`.
         """
-        where, conversation = self._conversation(number, answered)
+        conversation = self._conversation(number, answered)
         for source in conversation.images:
             file = local_file(source, self.folder)
             if file is None or file not in self._whole:
-                check_image(source, self.folder, where)
+                check_image(source, self.folder, self.where(number))
             if file is not None:
                 self._whole.add(file)
         return conversation.messages
 
-    def _conversation(self, number: int, answered: bool) -> tuple[str, Conversation]:
-        where, row = self._row(number)
-        return where, read_conversation(row, where, answered=answered)
+    def _conversation(self, number: int, answered: bool) -> Conversation:
+        return read_conversation(self._row(number), self.where(number), answered=answered)
 
 
 def open_rows(source: str, split: str, image_folder: Path | None) -> Rows:
@@ -123,12 +127,15 @@ class FileRows(Rows):
     def __len__(self) -> int:
         return len(self._rows)
 
-    def _row(self, number: int) -> tuple[str, Mapping[str, Any]]:
+    def where(self, number: int) -> str:
+        return self._rows[number][0]
+
+    def _row(self, number: int) -> Mapping[str, Any]:
         where, text = self._rows[number]
         row = _parse(text, where)
         if not isinstance(row, Mapping):
             raise DataError(f"{where} is a {type(row).__name__} and should be a JSON object")
-        return where, row
+        return row
 
 
 class DatasetRows(Rows):
@@ -154,9 +161,12 @@ class DatasetRows(Rows):
     def __len__(self) -> int:
         return len(self._stored)
 
-    def _row(self, number: int) -> tuple[str, Mapping[str, Any]]:
+    def where(self, number: int) -> str:
+        return f"{self.source}, row {number + 1}"
+
+    def _row(self, number: int) -> Mapping[str, Any]:
         mixed = {} if self._mixed is None else self._mixed[number]
-        return f"{self.source}, row {number + 1}", {**self._stored[number].to_pylist()[0], **mixed}
+        return {**self._stored[number].to_pylist()[0], **mixed}
 
 
 def _parse(text: str, where: str) -> Any:
@@ -167,8 +177,12 @@ def _parse(text: str, where: str) -> Any:
 
 
 def _load_dataset(source: str, split: str) -> Any:
-    import datasets
-
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(
+            f'{source} is no .jsonl file; for datasets: pip install "emma_adapter[train]" ({error})'
+        ) from error
     try:
         if any((Path(source) / name).is_file() for name in ("state.json", "dataset_dict.json")):
             loaded = datasets.load_from_disk(source)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ from PIL import Image
 import tiny
 from emma_adapter import AnalysisError, CheckpointError, ConfigError, DataError, UnsupportedModelError
 from emma_adapter.cli import main
+from emma_adapter.data.rows import open_rows
 from emma_adapter.report import Question, make_report
 from workspace import MODEL_ID, make_workspace
 from zoo import ZOO
@@ -39,6 +41,23 @@ def info_about_a_file(bench: Bench) -> None:
 @raises(CheckpointError, "cli/info.py:_adapter_folder", "neither an adapter")
 def info_about_an_empty_folder(bench: Bench) -> None:
     command("info", bench.folder)
+
+
+@raises(UnsupportedModelError, "cli/models.py:_check_class", "which transformers doesn't have")
+def info_about_a_model_of_a_class_of_its_own(bench: Bench) -> None:
+    config = tiny.llava().config
+    config.architectures = ["ForeignLlava"]
+    config.save_pretrained(bench.folder)
+    command("info", bench.folder)
+
+
+@raises(UnsupportedModelError, "cli/models.py:load_processor", "has no processor for images and text")
+def a_model_without_a_processor(bench: Bench) -> None:
+    tiny.llava().save_pretrained(bench.folder / "model")
+    tiny.tokenizer().save_pretrained(bench.folder / "model")
+    make_workspace(bench.folder)
+    bench.monkeypatch.chdir(bench.folder)
+    command("finetune", "--model", "model", "--data", "train.jsonl", "--output", "out")
 
 
 @raises(UnsupportedModelError, "cli/models.py:_explained", "can't be loaded as a vision-language model")
@@ -304,6 +323,31 @@ def a_report_without_a_chat_template(bench: Bench) -> None:
     processor = tiny.processor()
     processor.chat_template = None
     make_report(bench.adapter(), processor, [Question.about(tiny.picture(0), "is there a cat?")])
+
+
+def picky_processor() -> Any:
+    processor = tiny.processor()
+    processor.chat_template = "{{ raise_exception('roles must alternate') }}"
+    return processor
+
+
+@raises(DataError, "prompts.py:Prompts._templated", "refuses a conversation")
+def a_question_that_the_template_refuses(bench: Bench) -> None:
+    make_report(bench.adapter(), picky_processor(), [Question.about(tiny.picture(0), "is there a cat?")])
+
+
+@raises(DataError, "cli/examples.py:Examples._check_template", "{where}: {error}")
+def a_row_that_the_template_refuses(bench: Bench) -> None:
+    from transformers import AutoProcessor
+
+    bench.monkeypatch.setattr(AutoProcessor, "from_pretrained", lambda *args, **settings: picky_processor())
+    finetune(bench, talk(USER, ANSWER))
+
+
+@raises(DataError, "data/rows.py:_load_dataset", "is no .jsonl file")
+def a_dataset_without_the_package(bench: Bench) -> None:
+    bench.monkeypatch.setitem(sys.modules, "datasets", None)
+    open_rows("somewhere", "train", None)
 
 
 @raises(DataError, "cli/examples.py:Examples.add", "nothing to learn from")
