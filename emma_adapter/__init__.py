@@ -3,9 +3,11 @@
 The public interface; everything else may change between releases.
 """
 
-from .alignment import EmmaAlignment
-from .collation import InstructionCollator
-from .config import EmmaConfig
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from .errors import (
     AnalysisError,
     CheckpointError,
@@ -20,15 +22,20 @@ from .errors import (
     ShapeError,
     UnsupportedModelError,
 )
-from .families import MediaLayout, ModelFamily, ProjectorCall, register_family, share_evenly
-from .fusion import Fusion, register_fusion
-from .fusion.dispatch import KernelUse
-from .fusion.packing import Packing
-from .instructions.cache import CacheInfo
-from .instructions.encoders import InstructionEncoder
-from .loading import load_adapter
-from .patching import EmmaAdapter, get_adapter, patch_model, unpatch_model
 from .version import __version__
+
+if TYPE_CHECKING:
+    from .alignment import EmmaAlignment
+    from .collation import InstructionCollator
+    from .config import EmmaConfig
+    from .families import MediaLayout, ModelFamily, ProjectorCall, register_family, share_evenly
+    from .fusion import Fusion, register_fusion
+    from .fusion.dispatch import KernelUse
+    from .fusion.packing import Packing
+    from .instructions.cache import CacheInfo
+    from .instructions.encoders import InstructionEncoder
+    from .loading import load_adapter
+    from .patching import EmmaAdapter, get_adapter, patch_model, unpatch_model
 
 __all__ = [
     "AnalysisError",
@@ -64,3 +71,39 @@ __all__ = [
     "share_evenly",
     "unpatch_model",
 ]
+
+# Imported when they are first asked for: they need torch, which takes seconds, and ``--help`` doesn't.
+_HOMES = {
+    "CacheInfo": "instructions.cache",
+    "EmmaAdapter": "patching",
+    "EmmaAlignment": "alignment",
+    "EmmaConfig": "config",
+    "Fusion": "fusion",
+    "InstructionCollator": "collation",
+    "InstructionEncoder": "instructions.encoders",
+    "KernelUse": "fusion.dispatch",
+    "MediaLayout": "families",
+    "ModelFamily": "families",
+    "Packing": "fusion.packing",
+    "ProjectorCall": "families",
+    "get_adapter": "patching",
+    "load_adapter": "loading",
+    "patch_model": "patching",
+    "register_family": "families",
+    "register_fusion": "fusion",
+    "share_evenly": "families",
+    "unpatch_model": "patching",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        globals()[name] = found = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+        return found
+    if any(home.split(".")[0] == name for home in _HOMES.values()):
+        return import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

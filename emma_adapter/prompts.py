@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from .errors import DataError
+
 
 class Prompts:
     """Renders conversations as text, and makes batches of them, as ``generate`` meets them.
@@ -21,12 +23,16 @@ class Prompts:
         self._start: str = tokenizer.bos_token if first == tokenizer.bos_token_id is not None else ""
 
     def rendered(self, messages: Sequence[Any]) -> str:
-        """A whole conversation."""
-        return self._started(self.processor.apply_chat_template(messages, tokenize=False))
+        """A whole conversation.
+
+        Raises:
+            DataError: if the template refuses it, as some do a system turn.
+        """
+        return self._started(self._templated(messages))
 
     def prompt(self, messages: Sequence[Any]) -> str:
         """A conversation that ends where the model's answer begins."""
-        return self._started(self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        return self._started(self._templated(messages, add_generation_prompt=True))
 
     def batch(self, conversations: Sequence[Sequence[Any]], images: Sequence[Sequence[Any]]) -> Any:
         """The model's inputs for some prompts, each with its images."""
@@ -38,6 +44,18 @@ class Prompts:
             add_special_tokens=False,
             return_tensors="pt",
         )
+
+    def _templated(self, messages: Sequence[Any], **settings: Any) -> str:
+        from jinja2 import TemplateError
+
+        try:
+            return str(self.processor.apply_chat_template(messages, tokenize=False, **settings))
+        except TemplateError as error:
+            roles = ", ".join(str(message["role"]) for message in messages)
+            raise DataError(
+                f"the model's chat template refuses a conversation of {roles} ({error}): leave out the turns that it "
+                "doesn't take, or set another template, processor.chat_template"
+            ) from error
 
     def _started(self, text: str) -> str:
         return text if text.startswith(self._start) else self._start + text

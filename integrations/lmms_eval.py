@@ -14,11 +14,13 @@ from lmms_eval.api.model import lmms
 from lmms_eval.protocol import ChatMessages
 from lmms_eval.utils import Collator
 from loguru import logger
+from PIL import Image
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 from transformers.video_utils import VideoMetadata, load_video
 
 from emma_adapter import ConfigError, UnsupportedModelError, load_adapter
+from emma_adapter.data.images import to_rgb
 
 Conversation = list[dict[str, Any]]
 
@@ -231,6 +233,10 @@ class Emma(lmms):
         parts = [part for talk in conversations for message in talk for part in message["content"]]
         if any(part["type"] == "audio" for part in parts):
             raise UnsupportedModelError("the task has audio, which vision-language models don't take; choose another")
+        for part in parts:
+            # Tasks open files as they are; what the processor opens itself, it turns.
+            if isinstance(part.get("image"), Image.Image):
+                part["image"] = to_rgb(part["image"])
         videos = [part for part in parts if part["type"] == "video"]
         if videos:
             if getattr(self.processor, "video_processor", None) is None:

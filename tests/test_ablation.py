@@ -27,9 +27,10 @@ from benchmarks.digits_vqa.ablation.statistics import Clusters, mean_over_types
 from benchmarks.digits_vqa.ablation.sweep import Sweep
 from benchmarks.digits_vqa.ablation.table import markdown
 from benchmarks.digits_vqa.ablation.worker import execute, fingerprint
+from benchmarks.digits_vqa.pooled_llava import PooledLlava, PooledProjector
 from benchmarks.digits_vqa.questions import QUESTION_TYPES
 from benchmarks.digits_vqa.runs import answer, ask_for_pairs, ask_for_test, make_batch, make_data
-from benchmarks.digits_vqa.vlm import BASE_DIR, TEXT_TOWER_DIR, PooledLlava, PooledProjector, llava_config
+from benchmarks.digits_vqa.vlm import BASE_DIR, TEXT_TOWER_DIR, llava_config
 from emma_adapter import EmmaAlignment, EmmaConfig, get_adapter
 
 TINY = Settings(steps=2, batch_size=4, train_scenes=12, test_scenes=8, pooled_steps=1)

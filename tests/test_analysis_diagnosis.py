@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from sklearn.model_selection import cross_val_score
 from torch import nn
 
 import tiny
-from emma_adapter import EmmaConfig, patch_model
+from emma_adapter import AnalysisError, EmmaConfig, patch_model
 from emma_adapter.analysis import diagnose, probe
 from zoo import ZOO, Row
 
@@ -54,6 +56,35 @@ def test_rare_labels_are_left_out():
     found = probe(x, names)
     assert (found.samples, found.classes) == (97, 3)
     assert not found.right[:3].any()
+
+
+def test_groups_are_probed_apart():
+    """Each by itself, as if there were no other."""
+    parts = [blobs(60, 8, 2.0, seed) for seed in range(3)]
+    x, y = (np.concatenate(one) for one in zip(*parts, strict=True))
+    groups = np.repeat(["a", "b", "c"], 60)
+    alone = [probe(*part) for part in parts]
+    order = np.random.default_rng(0).permutation(180)
+    found = probe(x[order], y[order], groups=groups[order])
+    assert abs(found.accuracy - np.mean([one.accuracy for one in alone])) < 0.06
+    assert found.chance == pytest.approx(np.mean([one.chance for one in alone]))
+    assert found.decodable and found.samples == 180
+    # What follows from the group alone isn't read off the features.
+    rng = np.random.default_rng(0)
+    number = np.repeat([0, 1, 2], 60)
+    shown = np.concatenate([rng.standard_normal((180, 4)), 10 * np.eye(3)[number]], axis=1)
+    likely = (number % 2 == 0) ^ (rng.random(180) < 0.2)
+    assert probe(shown, likely).decodable and not probe(shown, likely, groups=groups).decodable
+    with pytest.raises(AnalysisError, match="one for each"):
+        probe(x, y, groups=groups[:-1])
+
+
+def test_of_groups_those_with_one_label_are_left_out():
+    x, y = blobs(100, 4, 4.0)
+    groups = np.repeat([0, 1], 50)
+    y[50:] = 0
+    found = probe(x, y, groups=groups)
+    assert found.samples == 50 and not found.right[50:].any()
 
 
 # ----------------------------------------------------------------------------------------------------- of a model
@@ -120,6 +151,64 @@ def test_an_answer_that_the_projector_loses_is_what_an_adapter_can_help_with():
     assert table.count("| can help |") == 2
     assert "*what is asked*" in table and "**can help**" in table
     assert all(name in table for name in QUESTIONS)
+
+
+class Pooled(nn.Module):
+    """A projector that leaves one token, the mean: of two halves, how bright both are together."""
+
+    def forward(self, image_features):
+        return image_features.mean(1, keepdim=True).expand_as(image_features)
+
+
+def test_two_questions_under_one_name_are_told_apart():
+    """Which half is bright can be read off the tokens once it is known which is asked, and not off their mean."""
+    batches, answers, _ = painted_batches(160)
+    found = diagnose(model_with(Pooled()), batches, answers, ["half"] * 160)
+    [asked] = found.attributes
+    assert (asked.instructions, asked.apart, asked.visual.samples) == (2, True, 160)
+    assert asked.visual.accuracy > 0.95 and asked.projected.accuracy < 0.85
+    assert found.verdict == "can help"
+    assert diagnose(model_with(Pooled()), batches, answers).verdict == "can help"
+
+
+def test_questions_that_are_worded_differently_each_time_prove_nothing():
+    """Together a probe reads as little before the projector as behind it, whatever passes."""
+    batches, answers, _ = painted_batches(160)
+    for number, batch in enumerate(batches):
+        batch["instruction"] = [f"{'two dogs and ' * row} {'a cat ' * number} what?" for row in range(20)]
+    found = diagnose(model_with(Pooled()), batches, answers, ["half"] * 160)
+    [asked] = found.attributes
+    assert asked.instructions == 160 and not asked.apart
+    assert not asked.loses and asked.projected.decodable
+    assert found.verdict == "can't be told" and "name what is asked" in found.meaning
+
+
+def test_the_order_of_the_words_makes_another_question():
+    batches, answers, asked = painted_batches()
+    for batch in batches:
+        batch["instruction"] = "two dogs and one cat"
+    batches[0]["instruction"] = "one dogs and two cat"
+    found = diagnose(model_with(), batches, answers, asked)
+    assert [one.instructions for one in found.attributes] == [2, 2]
+
+
+def test_a_trace_of_the_answer_is_not_the_answer():
+    """That as little is read behind the projector as before it, doesn't mean that the answer passes."""
+    batches, answers, _ = painted_batches(160)
+    for batch in batches:
+        batch["instruction"] = "what?"
+    [asked] = diagnose(model_with(), batches, answers).attributes
+    assert not asked.loses and asked.projected.decodable and asked.projected.level[0] < 0.5
+    assert asked.verdict == "can't be told"
+
+
+def test_the_verdict_is_that_of_what_can_be_told():
+    batches, answers, asked = painted_batches(160)
+    found = diagnose(model_with(Blind(32)), batches, answers, asked)
+    one, other = found.attributes
+    untold = replace(other, visual=replace(other.visual, samples=1000), verdict="can't be told")
+    assert replace(found, attributes=(one, untold)).verdict == one.verdict == "can help"
+    assert replace(found, attributes=(untold,)).verdict == "can't be told"
 
 
 def test_an_answer_that_no_token_shows_is_lost_to_any_adapter():

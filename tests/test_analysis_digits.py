@@ -10,10 +10,10 @@ import torch
 from transformers import AutoProcessor
 
 from benchmarks.digits_vqa import arms, runs
-from benchmarks.digits_vqa.scenes import POSITIONS
+from benchmarks.digits_vqa.scenes import POSITIONS, render
 from benchmarks.digits_vqa.vlm import BASE_DIR
 from emma_adapter import get_adapter
-from emma_adapter.analysis import token_movement
+from emma_adapter.analysis import diagnose, token_movement
 
 SCENES = 16
 
@@ -47,3 +47,39 @@ def test_the_adapter_amplifies_the_cell_that_is_asked_for():
         cells = gains.reshape(SCENES, 2, 2, 2, 2).mean((2, 4)).reshape(SCENES, 4)
         assert cells.mean(0).argmax() == number
         assert (cells.argmax(1) == number).mean() > 0.9, position
+
+
+@pytest.fixture(scope="module")
+def base():
+    """The untrained adapter on the demo's base model."""
+    processor = AutoProcessor.from_pretrained(BASE_DIR)
+    return get_adapter(arms.emma("modulation")(arms.load_base(), processor).model)
+
+
+def asked_of(base, kinds, scenes):
+    """What ``diagnose`` takes, of questions of some types: in the demo the first two gain, and counting colours is
+    solved without an adapter."""
+    processor = AutoProcessor.from_pretrained(BASE_DIR)
+    pictures, questions = runs.ask_for_test(scenes, "test")
+    chosen = [question for question in questions if question.type in kinds]
+    data = runs._question_set(processor, render(pictures), chosen)
+    batches = [
+        runs.make_batch(processor.tokenizer, data, range(start, min(start + 100, len(chosen))), answered=False)
+        for start in range(0, len(chosen), 100)
+    ]
+    return base, batches, [question.answer for question in chosen], [question.type for question in chosen]
+
+
+@pytest.mark.slow
+def test_the_diagnosis_tells_beforehand_which_types_of_questions_gain(base):
+    """By their types alone, each of which is asked of four positions."""
+    found = diagnose(*asked_of(base, ("digit at position", "colour at position"), 250))
+    assert [asked.verdict for asked in found.attributes] == ["can help"] * 2
+    assert all(asked.instructions == 4 and asked.apart for asked in found.attributes)
+
+
+@pytest.mark.slow
+def test_of_few_questions_of_a_type_nothing_is_claimed(base):
+    """As many as a report reads if it isn't told otherwise."""
+    found = diagnose(*asked_of(base, ("digit at position", "relation"), 40))
+    assert {asked.verdict for asked in found.attributes} == {"can't be told"}

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
+import shutil
 import subprocess
 import sys
 
@@ -54,14 +57,49 @@ def refused(*arguments):
 # ---------------------------------------------------------------------------------------------- the program
 
 
-def test_commands_import_what_they_need_when_they_run():
-    heavy = {"transformers", "trl", "datasets", "peft", "matplotlib", "jinja2"}
-    code = f"import sys, emma_adapter.cli; print(sorted({heavy} & set(sys.modules)))"
+COMMANDS = [[], ["info"], ["convert"], ["finetune"], ["report"], ["diff"]]
+
+
+@pytest.mark.parametrize("arguments", [*([*command, "--help"] for command in COMMANDS), ["--version"]], ids=" ".join)
+def test_help_waits_for_nothing(arguments):
+    """Importing torch alone takes seconds."""
+    heavy = {"torch", "numpy", "transformers", "trl", "datasets", "peft", "matplotlib", "jinja2", "PIL"}
+    code = f"""
+import sys
+from emma_adapter.cli import main
+try:
+    main({arguments})
+finally:
+    print("imported:", sorted({heavy} & set(sys.modules)))
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert done.stdout.splitlines()[-1] == "imported: []"
 
 
-@pytest.mark.parametrize("command", [[], ["info"], ["convert"], ["finetune"], ["report"], ["diff"]], ids=" ".join)
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_waits_for_nothing(shell):
+    words = {"COMP_WORDS": "emma-adapter finetune --fus", "COMP_CWORD": "2" if shell != "fish" else "--fus"}
+    code = """
+import sys
+from emma_adapter.cli import main
+try:
+    main(prog_name="emma-adapter")
+finally:
+    print("imported:", sorted({"torch", "transformers"} & set(sys.modules)))
+"""
+    environment = {**os.environ, **words, "_EMMA_ADAPTER_COMPLETE": f"{shell}_complete"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
+    assert "--fusion" in done.stdout and done.stdout.splitlines()[-1] == "imported: []", done.stderr
+
+
+def test_help_names_the_defaults_of_the_config():
+    """As text, because reading them off EmmaConfig imports torch."""
+    told = {option.name: option.help for option in main.commands["finetune"].params if hasattr(option, "help")}
+    for name in ("fusion", "instruction_encoder", "instruction_policy"):
+        assert f'Default: "{getattr(EmmaConfig(), name)}"' in told[name]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_help(command):
     assert "Usage: " in run(*command, "--help").stdout
 
@@ -93,9 +131,69 @@ def test_exit_codes(monkeypatch, error, code):
     run("info", "x", code=code)
 
 
-def test_errors_of_the_program_keep_their_traceback(monkeypatch):
-    monkeypatch.setattr(info_command, "callback", lambda **_: 1 / 0)
-    assert isinstance(CliRunner().invoke(main, ["info", "x"]).exception, ZeroDivisionError)
+def fail_with(error):
+    def fail(**_):
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    "error", [ZeroDivisionError(), ValueError("ours"), RuntimeError("size mismatch"), KeyError("a")]
+)
+def test_errors_of_the_program_keep_their_traceback(monkeypatch, error):
+    monkeypatch.setattr(info_command, "callback", fail_with(error))
+    assert CliRunner().invoke(main, ["info", "x"]).exception is error
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")])
+def test_memory_that_is_too_small_is_one_line(monkeypatch, error):
+    monkeypatch.setattr(info_command, "callback", fail_with(error))
+    assert "out of memory" in refused("info", "x")
+    assert "smaller batches" in refused("info", "x")
+
+
+def test_what_other_packages_refuse_is_one_line(monkeypatch):
+    monkeypatch.setattr(info_command, "callback", lambda **_: torch.utils.data.DataLoader([1], batch_size=0))
+    assert "torch refuses what it was given (batch_size should be a positive integer" in refused("info", "x")
+
+
+@pytest.mark.parametrize("damage", ["config.json", "model.safetensors", "tokenizer.json", "processor_config.json"])
+def test_a_damaged_model_is_one_line(tmp_path, workspace, damage):
+    shutil.copytree(workspace / MODEL_ID, tmp_path / "model")
+    path = tmp_path / "model" / damage
+    path.write_bytes(path.read_bytes()[:100])
+    more = ["--adapter", "adapter", "--data", "birds", "--device", "cpu"]
+    assert "model can't be loaded as a vision-language model" in refused("report", "--model", tmp_path / "model", *more)
+
+
+@pytest.fixture
+def foreign(tmp_path):
+    """A LLaVA of a class of its own, whose code is in its folder."""
+    code = tmp_path / "code" / "modeling_foreign.py"
+    code.parent.mkdir()
+    code.write_text(
+        "from transformers import LlavaForConditionalGeneration\n\n\n"
+        "class ForeignLlava(LlavaForConditionalGeneration):\n    pass\n"
+    )
+    spec = importlib.util.spec_from_file_location("modeling_foreign", code)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["modeling_foreign"] = module
+    spec.loader.exec_module(module)
+    module.ForeignLlava.register_for_auto_class("AutoModelForImageTextToText")
+    module.ForeignLlava(tiny.llava().config).save_pretrained(tmp_path / "model")
+    tiny.processor().save_pretrained(tmp_path / "model")
+    yield tmp_path / "model"
+    del sys.modules["modeling_foreign"]
+
+
+def test_a_model_of_a_class_of_its_own(tmp_path, foreign, monkeypatch):
+    """Loaded as another class it would be another model."""
+    for command in (["info", foreign], ["report", "--model", foreign, "--adapter", "adapter", "--data", "birds"]):
+        line = refused(*command)
+        assert "ForeignLlava" in line and "--trust-remote-code" in line
+    facts = json.loads(run("info", "--json", "--trust-remote-code", foreign).stdout)
+    assert facts["parameters"] == tiny.llava().num_parameters()
 
 
 # ---------------------------------------------------------------------------------------------- info

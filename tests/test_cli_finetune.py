@@ -17,7 +17,7 @@ import tiny
 from emma_adapter import load_adapter
 from emma_adapter.cli import main
 from emma_adapter.cli.examples import Examples
-from emma_adapter.cli.rows import FileRows, open_rows
+from emma_adapter.data.rows import FileRows, open_rows
 from emma_adapter.errors import DataError
 from workspace import MODEL_ID, make_workspace
 
@@ -123,6 +123,11 @@ def test_accelerate_launches_it(tmp_path):
         (["--nonsense", "3"], "--nonsense"),
         (["stray"], "stray"),
         (["--learning_rate", "x"], "--learning_rate"),
+        (["--learning_rate", "-1"], "below 0"),
+        (["--projector", "--projector-lr", "-1"], "--projector-lr"),
+        (["--per_device_train_batch_size", "0"], "batch_size=0"),
+        (["--resume_from_checkpoint", "images"], "valid checkpoint"),
+        (["--trust_remote_code", "true"], "--trust-remote-code"),
         (["--dtype", "int8"], "bfloat16"),
         (["--max_length", "5"], "never cut"),
         (["--output_dir", "x"], "--output"),
@@ -190,6 +195,8 @@ def rows_of(tmp_path, *rows, name="data.jsonl"):
         ({**GOOD, "messages": ["a"]}, "turn 1"),
         ({**GOOD, "images": ["nowhere.png"]}, "nowhere.png"),
         ({**GOOD, "images": [3]}, "file names"),
+        ({**GOOD, "images": ["train.jsonl"]}, "train.jsonl can't be read as an image"),
+        ({**GOOD, "videos": ["clip.mp4"]}, "only images are read"),
         ({**GOOD, "messages": GOOD["messages"][:1]}, "nothing to learn"),
         ({**GOOD, "messages": GOOD["messages"][1:]}, "must follow"),
         ({**GOOD, "messages": [{"role": "tool", "content": "a"}]}, "tool"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import shutil
 
 import pytest
 from click.testing import CliRunner
@@ -12,7 +13,7 @@ import browser
 import tiny
 from emma_adapter import patch_model
 from emma_adapter.cli import main
-from emma_adapter.cli.rows import FileRows, open_rows
+from emma_adapter.data.rows import FileRows, open_rows
 from emma_adapter.errors import DataError
 from workspace import MODEL_ID, make_workspace
 
@@ -142,6 +143,13 @@ def test_bad_arguments(arguments, words):
 def test_what_isnt_there(options):
     [name] = options.values()
     assert name in refused(**options)
+
+
+def test_the_processor_of_another_model_is_one_line(tmp_path, workspace):
+    shutil.copytree(workspace / MODEL_ID, tmp_path / "model")
+    settings = json.loads((tmp_path / "model" / "processor_config.json").read_text())
+    (tmp_path / "model" / "processor_config.json").write_text(json.dumps({**settings, "patch_size": 7}))
+    assert "check the arguments, and that the processor is the model's" in refused(model=str(tmp_path / "model"))
 
 
 @pytest.mark.parametrize("package", ["jinja2", "matplotlib", "sklearn"])

@@ -16,6 +16,7 @@ from benchmarks.digits_vqa.questions import QUESTION_TYPES, ask, every_question_
 from benchmarks.digits_vqa.runs import IGNORE, make_batch, make_data
 from benchmarks.digits_vqa.scenes import COLOURS, DIGITS, EMPTY, POSITIONS, SPLITS, render, sample_scenes
 from benchmarks.digits_vqa.vlm import BASE_DIR, to_pixel_values
+from emma_adapter import cli
 
 
 def test_no_handwriting_is_in_two_splits():
@@ -138,3 +139,15 @@ def test_demo_tells_the_whole_story(tmp_path):
     for name in ("answers.png", "maps.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    [command] = [line.split() for line in result.output.splitlines() if "emma-adapter report" in line]
+    shown = CliRunner().invoke(cli.main, [*command[1:], "--limit", "21", "--show", "2", "--device", "cpu"])
+    assert shown.exit_code == 0, shown.output
+    assert "21 questions, 2 of them shown" in shown.output and (tmp_path / "report.html").is_file()
+
+
+def test_the_base_model_is_refused_without_its_class(tmp_path):
+    """Stock LLaVA would not pool."""
+    (tmp_path / "data.jsonl").write_text('{"image": "a.png", "question": "what?"}')
+    arguments = ["report", "--model", str(BASE_DIR), "--adapter", "a", "--data", str(tmp_path / "data.jsonl")]
+    result = CliRunner().invoke(cli.main, arguments)
+    assert result.exit_code == 2 and "PooledLlava, which transformers doesn't have" in result.stderr

@@ -14,6 +14,7 @@ SITES = [site for site in all_sites() if site.is_ours]
 CLASSES = [value for value in vars(errors).values() if isinstance(value, type)]
 #: What is no error of this library by design: others catch it, or print it.
 FOREIGN = {
+    "emma_adapter/__init__.py": {"AttributeError"},  # as any module's
     "emma_adapter/atomic.py": {"NotADirectoryError", "IsADirectoryError", "OSError"},  # as any error of a folder is
     "emma_adapter/base_saves.py": {"_would_replace_a_model"},  # a FileExistsError: as any error of a folder is
     "emma_adapter/checkpoint.py": {"ValueError"},  # caught there: what is wrong with a header

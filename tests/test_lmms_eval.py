@@ -229,6 +229,22 @@ def test_answers_are_those_of_a_script(saved, family):
     assert expected != script(folder, adapter=False)
 
 
+def test_photos_that_a_task_opened_are_upright(saved, tmp_path):
+    """As those that the processor opens."""
+    model = emma(saved("llava"), adapter=False)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    tiny.picture(0).save(tmp_path / "photo.png", exif=exif)
+
+    def pixels(**image: Any) -> np.ndarray:
+        part = {"type": "image", **image}
+        return model._encode([[{"role": "user", "content": [part, {"type": "text", "text": "what?"}]}]])["pixel_values"]
+
+    with Image.open(tmp_path / "photo.png") as opened:
+        assert torch.equal(pixels(image=opened), pixels(path=str(tmp_path / "photo.png")))
+        assert not torch.equal(pixels(image=opened), pixels(image=tiny.picture(0)))
+
+
 def test_the_instruction_is_the_question_of_its_row(saved):
     folder = saved("llava")
     expected = script(folder, instruction=lambda doc: [doc.question])

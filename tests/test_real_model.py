@@ -14,7 +14,7 @@ from benchmarks.real_model import arms
 from benchmarks.real_model.measure import overhead, right_answers
 from emma_adapter import get_adapter
 from emma_adapter.cli.models import load_processor
-from emma_adapter.cli.rows import open_rows
+from emma_adapter.data.rows import open_rows
 from workspace import MODEL_ID, make_workspace
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -16,8 +16,28 @@ from PIL import Image
 
 import tiny
 from emma_adapter import EmmaConfig, patch_model
-from emma_adapter.analysis import attention_mass, token_movement, weight_shares
-from emma_adapter.report import Absent, Question, Report, figures, make_report, pictures, questions, render
+from emma_adapter.analysis import (
+    Asked,
+    AttentionMass,
+    Diagnosis,
+    PairDistances,
+    Probe,
+    attention_mass,
+    token_movement,
+    weight_shares,
+)
+from emma_adapter.report import (
+    Absent,
+    Question,
+    Reading,
+    Report,
+    figures,
+    findings,
+    make_report,
+    pictures,
+    questions,
+    render,
+)
 from emma_adapter.report.questions import choose, entry_of, find_pairs, find_twins, normalised
 from zoo import ZOO
 
@@ -285,6 +305,65 @@ def test_figures_of_one_page_share_no_ids():
     assert 'aria-label="&quot;&lt;a line&gt;&quot;"' in one
 
 
+# ---------------------------------------------------------------------------------------------- what isn't claimed
+
+PROBE = Probe(0.8, 0.04, 0.5, 0.5, 0.6, 0.05, 100, 2, np.ones(100, bool))
+
+
+def told(*lost, error=0.05, verdicts=None):
+    """What is said of a diagnosis in which the projector loses so much of each attribute."""
+    verdicts = verdicts or ["can help"] * len(lost)
+    attributes = [
+        Asked(f"asked {number}", PROBE, replace(PROBE, accuracy=0.8 - one), one, error, verdict)
+        for number, (one, verdict) in enumerate(zip(lost, verdicts, strict=True))
+    ]
+    return findings.diagnosis(Diagnosis(tuple(attributes), None), lambda figure, words: words)
+
+
+@pytest.mark.parametrize(
+    ("lost", "words"),
+    [
+        ([0.0, 0.0, 0.0], "Of none is less read behind the projector"),
+        ([-0.2, 0.05, 0.09], "Of none is less read behind the projector"),
+        ([0.0, 0.3, 0.0], "The projector loses something of number 2."),
+        ([0.3, 0.0, 0.28], "The projector loses something of the numbers 1 and 3."),
+        ([0.2, 0.6, 0.22], "The projector loses something of the numbers 1, 2 and 3, the most of number 2."),
+    ],
+)
+def test_a_loss_is_named_if_there_is_one(lost, words):
+    assert words in told(*lost)["caption"]
+
+
+def test_verdicts_are_counted():
+    said = told(
+        0.3, 0.0, 0.0, 0.0, verdicts=["can help", "can't be told", "can't be told", "reaches the model already"]
+    )
+    assert "Of 4 things" in said["says"] and "“can't be told” of 2" in said["says"]
+    assert "Of most rows of which something can be told: “can help”" in said["says"]
+
+
+@pytest.mark.parametrize(
+    ("after", "words"),
+    [
+        ([0.5, 0.5, 0.5], "leaves the distances of all 3 pairs as they are"),
+        ([0.5 + 1e-9, 0.5, 0.5 - 1e-9], "leaves the distances of all 3 pairs as they are"),
+        ([0.9, 0.5 + 1e-9, 0.2], "pulls 1 of 3 pairs apart"),
+    ],
+)
+def test_rounding_pulls_no_pair_apart(after, words):
+    found = findings.pairs(PairDistances(np.full(3, 0.5), np.array(after)), lambda figure, said: said)
+    assert words in found["says"]
+
+
+def test_of_even_attention_no_position_is_the_highest():
+    even = AttentionMass(np.full(3, 1 / 3), np.full((2, 3), 1 / 3), np.full(3, 1 / 3), 1.0, 4)
+    read = findings.reading(Reading(attention=even), lambda figure, words: words)["parts"][0]
+    assert "attend to all positions of the instruction alike" in read.says and "none, all have 33.3%" in read.caption
+    uneven = replace(even, positions=np.array([0.2, 0.5, 0.3]))
+    read = findings.reading(Reading(attention=uneven), lambda figure, words: words)["parts"][0]
+    assert "the most to position 1" in read.says and "50.0% at 1" in read.caption
+
+
 # ---------------------------------------------------------------------------------------------- what is left out
 
 
@@ -425,6 +504,8 @@ def test_answers_are_compared_leniently(one, other):
         ([[9, 2, 1]] * 2, "highest at the top left"),
         ([[0, 0, 0], [0, 5, 0], [0, 0, 0]], "highest at the centre"),
         ([[1, 1], [1, 1]], "the same everywhere, 1"),
+        ([[1, 1.0001], [1, 1]], "the same everywhere, 1"),
+        ([[0, 0], [0, 3e-8]], "the same everywhere, 3e-08"),
         ([1, 2, 3], "from 1 to 3"),
         ([[np.nan, 1], [2, np.nan]], "highest at the bottom left"),
         ([[np.nan]], "not finite anywhere"),

@@ -23,7 +23,7 @@ errors version untrusted atomic private surroundings wrappers kernels fusion con
 instructions fitting
 sharding recomputation calls blocks original_projector state attachment precision idle trainers parallel planning hooks
 guards training named model_card checkpoint saving hub beside pushing push_callback base_saves starting restoring tuners
-patching references loading collation prompts __init__ analysis report cli
+patching references loading collation prompts __init__ data analysis report cli
 """
 LAYERS = ORDER.split()
 
@@ -68,6 +68,7 @@ def test_imports_go_one_way(path):
 
 def test_importing_the_package_imports_no_heavy_third_party():
     heavy = (
+        "torch",
         "transformers",
         "open_clip",
         "peft",
@@ -89,6 +90,25 @@ def test_public_names_exist_and_are_documented():
     for name in emma_adapter.__all__:
         value = getattr(emma_adapter, name)
         assert name == "__version__" or (value.__doc__ or "").strip()
+
+
+def test_names_are_imported_when_they_are_asked_for():
+    """For tools that read the source, and for those that ask the module."""
+    tree = ast.parse((ROOT / "emma_adapter" / "__init__.py").read_text())
+    [typed] = [node for node in tree.body if isinstance(node, ast.If)]
+    homes = {alias.name: node.module for node in typed.body for alias in node.names}
+    assert homes == emma_adapter._HOMES
+    code = """
+import sys
+import emma_adapter
+before = set(dir(emma_adapter))
+assert set(emma_adapter.__all__) <= before and "torch" not in sys.modules
+from emma_adapter import *
+assert patch_model is emma_adapter.patch_model is emma_adapter.patching.patch_model
+assert all(name in globals() for name in emma_adapter.__all__)
+assert not hasattr(emma_adapter, "nonsense")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_every_advertised_family_loads():

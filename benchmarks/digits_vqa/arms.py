@@ -15,7 +15,8 @@ from transformers import LlavaProcessor
 
 from emma_adapter import EmmaConfig, patch_model
 
-from .vlm import BASE_DIR, TEXT_TOWER_DIR, PooledLlava
+from .pooled_llava import PooledLlava
+from .vlm import BASE_DIR, TEXT_TOWER_DIR
 
 
 @dataclass

@@ -10,9 +10,11 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
+from PIL import Image
 from transformers import AutoProcessor
 
 from emma_adapter import get_adapter, load_adapter
@@ -20,7 +22,7 @@ from emma_adapter import get_adapter, load_adapter
 from . import arms
 from .pictures import draw_answers, draw_maps
 from .questions import QUESTION_TYPES
-from .runs import Result, answer, make_data, run
+from .runs import QuestionSet, Result, answer, make_data, run
 from .vlm import BASE_DIR, TEXT_TOWER_DIR
 
 
@@ -80,6 +82,7 @@ def main(
         f"Saved {size / 1e3:.0f} kB to {output / 'adapter'}; loaded into a fresh model it gives the same answers."
     )
 
+    save_for_report(data.test, processor, output)
     draw_answers(data.test, results[0].answers, results[1].answers, output / "answers.png", seed=seed)
     draw_maps(adapter, data.test, processor, output / "maps.png")
     (output / "results.jsonl").write_text("".join(json.dumps(result.record()) + "\n" for result in results))
@@ -87,6 +90,27 @@ def main(
     (output / "table.md").write_text(table)
     click.echo(f"\nAccuracy on unseen handwriting, %\n\n{table}")
     click.echo(f"Pictures, table and records are in {output}/. Took {time.perf_counter() - started:.0f} s.")
+    click.echo(
+        f"What the adapter does, on one page:\n\n  emma-adapter report --model {output / 'base'} --trust-remote-code "
+        f"--adapter {output / 'adapter'} --data {output / 'questions'} --limit 1000 --output {output / 'report.html'}\n"
+    )
+
+
+def save_for_report(test: QuestionSet, processor: Any, output: Path) -> None:
+    """The base model with its code, and the test questions with their pictures, for ``emma-adapter report``."""
+    model = arms.load_base()
+    type(model).register_for_auto_class("AutoModelForImageTextToText")
+    model.save_pretrained(output / "base")
+    processor.save_pretrained(output / "base")
+    folder = output / "questions"
+    folder.mkdir(exist_ok=True)
+    for number, picture in enumerate(test.pictures):
+        Image.fromarray(picture).save(folder / f"{number}.png")
+    rows = [
+        {"image": f"{one.scene}.png", "question": one.text, "answer": one.answer, "attribute": one.type}
+        for one in test.questions
+    ]
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def accuracy_table(results: list[Result]) -> str:

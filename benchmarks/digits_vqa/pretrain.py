@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel
 
+from .pooled_llava import PooledLlava
 from .questions import QUESTION_TYPES, ask, ask_any, caption
 from .scenes import CELLS, COLOURS, DIGITS, EMPTY, GRID, POSITIONS, Scenes, render, sample_scenes
 from .vlm import (
@@ -30,7 +31,6 @@ from .vlm import (
     IMAGE,
     PAD,
     TOKEN_ID,
-    PooledLlava,
     llava_config,
     processor,
     text_tower_config,

@@ -23,7 +23,7 @@ from emma_adapter import EmmaConfig
 from emma_adapter.cli.examples import Examples
 from emma_adapter.cli.models import load_model, load_processor
 from emma_adapter.cli.options import dtype_option, images_option
-from emma_adapter.cli.rows import Rows, open_rows
+from emma_adapter.data.rows import Rows, open_rows
 from emma_adapter.errors import EmmaError
 
 from . import arms

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from emma_adapter.cli.conversations import Message, count_images, trainable_turns
-from emma_adapter.cli.rows import Rows
+from emma_adapter.data.conversations import Message, count_images, trainable_turns
+from emma_adapter.data.rows import Rows
 from emma_adapter.prompts import Prompts
 
 

@@ -27,8 +27,9 @@ from emma_adapter import (
 )
 
 from ..digits_vqa import arms
+from ..digits_vqa.pooled_llava import PooledLlava
 from ..digits_vqa.scenes import IMAGE_SIZE
-from ..digits_vqa.vlm import BASE_DIR, TEXT_TOWER_DIR, WORDS, PooledLlava
+from ..digits_vqa.vlm import BASE_DIR, TEXT_TOWER_DIR, WORDS
 
 #: Small, so that it is full within seconds.
 CACHE_SIZE = 16

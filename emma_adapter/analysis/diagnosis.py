@@ -15,18 +15,32 @@ from ..errors import AnalysisError
 from .observing import Model, VisualEntry, observed_batches
 from .probes import Probe, Z, probe
 
-Verdict = Literal["can help", "reaches the model already", "not linear in the visual tokens", "not in the instruction"]
+Verdict = Literal[
+    "can help",
+    "reaches the model already",
+    "not linear in the visual tokens",
+    "not in the instruction",
+    "can't be told",
+]
 
 #: Grid that visual tokens are averaged to, so that images of all sizes have as many features.
 _COARSE = 4
+#: Of the way from chance to always right: as far as a probe gets that can't know which of two questions is asked.
+_HALF = 0.5
+#: Rows with the same instruction that are probed apart.
+_ROWS_APART = 25
+#: Instructions are the same if their encodings differ by less than this share of their length, which is rounding.
+_ROUNDING = 3e-3
 _MEANINGS: dict[Verdict, str] = {
     "can help": "the answer is in the visual tokens, less of it behind the projector, and the instruction says where: "
     "an adapter can help",
-    "reaches the model already": "what is in the visual tokens of the answer passes the projector anyway: training the "
-    "language model (LoRA) may do as well",
+    "reaches the model already": "most of the answer is read behind the projector, and not less than before it: "
+    "training the language model (LoRA) may do as well",
     "not linear in the visual tokens": "no linear map reads the answer off the visual tokens: an adapter "
     "that picks among them will hardly find it, even if the model answers such questions already",
     "not in the instruction": "the instruction encoding doesn't tell what is asked: try another instruction_encoder",
+    "can't be told": "the probes read too little of the answer to say what passes the projector: name what is asked so "
+    "exactly that one image has one answer, as “digit, top left”, and give more rows of each",
 }
 
 
@@ -42,6 +56,14 @@ class Asked:
     lost: float
     lost_error: float
     verdict: Verdict
+    #: How many different instructions these rows have, and whether each was probed on its own.
+    instructions: int = 1
+    apart: bool = False
+
+    @property
+    def loses(self) -> bool:
+        """Whether the projector loses something beyond the error bar."""
+        return self.lost - Z * self.lost_error > 0
 
 
 @dataclass(frozen=True)
@@ -54,10 +76,11 @@ class Diagnosis:
 
     @property
     def verdict(self) -> Verdict:
-        """That of most rows."""
-        rows: dict[Verdict, int] = {}
+        """That of most rows of which something can be told."""
+        rows: dict[Verdict, int] = {"can't be told": 0}
         for asked in self.attributes:
-            rows[asked.verdict] = rows.get(asked.verdict, 0) + asked.visual.samples
+            if asked.verdict != "can't be told":
+                rows[asked.verdict] = rows.get(asked.verdict, 0) + asked.visual.samples
         return max(rows, key=lambda verdict: rows[verdict])
 
     @property
@@ -99,8 +122,11 @@ def diagnose(
     decodable from the instruction tokens?
 
     An adapter can only keep what the visual tokens hold, tells from the instruction alone what to keep, and gains
-    nothing where the projector lets everything pass. The answers are probed among the rows that ask for the same,
-    because the original model's visual tokens don't know what is asked.
+    nothing where the projector lets everything pass. The original model's visual tokens don't know what is asked: so
+    answers are probed among the rows that ask for the same. Where rows that should do so have different instructions,
+    as "what is at the top left?" and "what is at the top right?", each instruction is probed on its own, if at least
+    half of the rows have one that 25 of them share; else they are probed together, and what the probe then doesn't
+    read proves nothing.
 
     Args:
         model: a patched model, trained or not, or its handle: visual tokens and the projector's output are read as
@@ -116,7 +142,7 @@ def diagnose(
         PatchError: if the model is not patched.
         AnalysisError: if labels are missing, or nothing is asked often enough for a probe.
     """
-    visual, projected, instructions = _features(model, batches)
+    visual, projected, instructions, wordings = _features(model, batches)
     names = np.array(["all"] * len(visual) if asked is None else [str(one) for one in asked])
     labels = np.array([str(one) for one in answers])
     if not len(visual) == len(names) == len(labels):
@@ -127,16 +153,24 @@ def diagnose(
     settings = {"folds": folds, "shuffles": shuffles, "seed": seed}
     told = probe(instructions, names, **settings) if len(set(names)) > 1 else None
     found = []
+    numbers = _numbered(wordings)
     for name in dict.fromkeys(names.tolist()):
-        rows = names == name
+        rows = np.flatnonzero(names == name)
         if not _enough(labels[rows], folds):
             continue
-        own = probe(visual[rows], labels[rows], **settings)
-        behind = probe(projected[rows], labels[rows], **settings)
-        difference = own.right.astype(float) - behind.right
-        lost, error = float(difference.mean()), float(difference.std(ddof=1) / np.sqrt(len(difference)))
-        verdict = _verdict(own, behind, lost - Z * error > 0, told)
-        found.append(Asked(name, own, behind, lost, error, verdict))
+        alone = _probed_apart(numbers[rows], labels[rows], folds)
+        apart = 2 * alone.sum() >= len(rows)
+        groups = None
+        if apart:
+            rows = rows[alone]
+            groups = numbers[rows]
+        own, behind = (
+            probe(features[rows], labels[rows], groups=groups, **settings) for features in (visual, projected)
+        )
+        lost, error = _difference(own, behind)
+        instructions_of = len(np.unique(numbers[names == name]))
+        verdict = _verdict(own, behind, lost - Z * error > 0, told, mixed=instructions_of > 1 and not apart)
+        found.append(Asked(name, own, behind, lost, error, verdict, instructions_of, bool(apart)))
     if not found:
         raise AnalysisError(
             f"nothing is asked often enough: a probe with {folds} folds needs two answers with at least {folds} rows "
@@ -145,31 +179,68 @@ def diagnose(
     return Diagnosis(tuple(found), told)
 
 
-def _verdict(visual: Probe, projected: Probe, loses: bool, told: Probe | None) -> Verdict:
-    if not visual.decodable:
-        # What mixes tokens, as a projector that attends does, may make it readable.
-        return "reaches the model already" if projected.decodable else "not linear in the visual tokens"
-    if not loses:
+def _verdict(visual: Probe, projected: Probe, loses: bool, told: Probe | None, *, mixed: bool) -> Verdict:
+    if visual.decodable and loses:
+        return "can help" if told is None or told.decodable else "not in the instruction"
+    if projected.decodable and projected.level[0] > _HALF:
         return "reaches the model already"
-    return "can help" if told is None or told.decodable else "not in the instruction"
+    nothing = not visual.decodable and not projected.decodable and visual.level[1] < _HALF
+    return "not linear in the visual tokens" if nothing and not mixed else "can't be told"
+
+
+def _difference(one: Probe, other: Probe) -> tuple[float, float]:
+    """``one.accuracy - other.accuracy``, and its standard error: they are paired."""
+    each = one.right.astype(float) - other.right  # 0 of samples that were left out
+    mean = each.sum() / one.samples
+    return float(mean), float(np.sqrt(((each**2).sum() / one.samples - mean**2) / (one.samples - 1)))
+
+
+def _probed_apart(numbers: Any, labels: Any, folds: int) -> Any:
+    """bool ``[n]``, which rows have an instruction that is asked often enough for a probe of its own."""
+    enough = [
+        number
+        for number, count in zip(*np.unique(numbers, return_counts=True), strict=True)
+        if count >= _ROWS_APART and _enough(labels[numbers == number], folds)
+    ]
+    return np.isin(numbers, enough)
+
+
+def _numbered(wordings: Any) -> Any:
+    """int ``[n]``, equal for equal instructions."""
+    rng = np.random.default_rng(0)
+    # Distances stay, and are cheap.
+    keys = wordings @ rng.standard_normal((wordings.shape[1], 32)) / np.sqrt(32)
+    first: list[int] = []
+    numbers = np.zeros(len(keys), dtype=int)
+    for row, key in enumerate(keys):
+        distances = np.linalg.norm(keys[first] - key, axis=1)
+        near = np.flatnonzero(distances <= _ROUNDING * max(float(np.linalg.norm(key)), 1e-12))
+        if not len(near):
+            first.append(row)
+        numbers[row] = near[0] if len(near) else len(first) - 1
+    return numbers
 
 
 def _enough(labels: Any, folds: int) -> bool:
     return int((np.unique(labels, return_counts=True)[1] >= folds).sum()) > 1
 
 
-def _features(model: Model, batches: Iterable[Mapping[str, Any]]) -> tuple[Any, Any, Any]:
-    """``[n, F]`` each: of the visual tokens, the projector's output, and the instruction tokens of each row."""
+def _features(model: Model, batches: Iterable[Mapping[str, Any]]) -> tuple[Any, Any, Any, Any]:
+    """``[n, F]`` each: of the visual tokens, the projector's output, the instruction tokens of each row, and what tells
+    its instruction from all others."""
     visual: list[list[Tensor]] = []
     projected: list[list[Tensor]] = []
     instructions: list[Tensor] = []
+    wordings: list[Tensor] = []
     for batch in observed_batches(model, batches, projected=True):
         for _, entries in batch:
             visual.append([_coarse(entry) for entry in entries])
             parts = [entry.projected_before for entry in entries if not (entry.shared and entry.index)]
             projected.append([_pooled(part) for part in parts if part is not None])
-            instructions.append(_encoding(entries[0]))
-    return _stacked(visual), _stacked(projected), torch.stack(instructions).numpy()
+            tokens = _instruction(entries[0])
+            instructions.append(torch.cat([tokens.mean(0), tokens[-1]]))
+            wordings.append(_wording(tokens))
+    return _stacked(visual), _stacked(projected), torch.stack(instructions).numpy(), torch.stack(wordings).numpy()
 
 
 def _stacked(parts: list[list[Tensor]]) -> Any:
@@ -191,9 +262,12 @@ def _pooled(tokens: Tensor) -> Tensor:
     return F.adaptive_avg_pool1d(tokens.T, _COARSE**2).flatten()
 
 
-def _encoding(entry: VisualEntry) -> Tensor:
-    """``[2 Dt]``, the mean and the last of the instruction tokens."""
+def _instruction(entry: VisualEntry) -> Tensor:
+    """``[T, Dt]``; of an empty instruction a zero."""
     tokens = entry.instruction if entry.instruction_mask is None else entry.instruction[entry.instruction_mask]
-    if not len(tokens):
-        return torch.zeros(2 * entry.instruction.shape[-1])
-    return torch.cat([tokens.mean(0), tokens[-1]])
+    return tokens if len(tokens) else torch.zeros(1, entry.instruction.shape[-1])
+
+
+def _wording(tokens: Tensor) -> Tensor:
+    """``[Dt]``, a sum in which each position has a weight of its own, so that the order of the words counts."""
+    return (tokens * torch.sin(torch.arange(1.0, len(tokens) + 1)).unsqueeze(1)).sum(0)

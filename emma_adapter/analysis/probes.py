@@ -45,19 +45,36 @@ class Probe:
         return f"{self.accuracy:.0%} ± {self.margin:.0%}"
 
     @property
+    def level(self) -> tuple[float, float]:
+        """How far it gets from chance, 0, to always right, 1: the ends of the 95 % interval."""
+        low, high = ((self.accuracy + side * self.margin - self.chance) / (1 - self.chance) for side in (-1, 1))
+        return low, high
+
+    @property
     def decodable(self) -> bool:
         """Better than chance by more than the error bar, and than all but one in twenty shuffles."""
         return self.accuracy - self.margin > max(self.chance, self.shuffled) and self.p_value <= 0.05
 
 
-def probe(features: ArrayLike, labels: ArrayLike, *, folds: int = 5, shuffles: int = 19, seed: int = 0) -> Probe:
+def probe(
+    features: ArrayLike,
+    labels: ArrayLike,
+    *,
+    groups: ArrayLike | None = None,
+    folds: int = 5,
+    shuffles: int = 19,
+    seed: int = 0,
+) -> Probe:
     """A ridge classifier on the leading principal components of standardised features, at most 64, cross-validated with
     stratified folds. Its penalty is chosen within each fold, by leaving one out.
 
     Args:
         features: ``[n, d]`` floats.
         labels: ``[n]``, texts or integers.
-        folds: of the cross-validation; labels with fewer samples are left out.
+        groups: ``[n]``, texts or integers: samples of different groups are probed, and shuffled, apart; accuracies are
+            those of all samples. Default: all are one group.
+        folds: of the cross-validation; labels with fewer samples in their group are left out, and so are groups in
+            which less than two are left.
         shuffles: of the labels, for the control; 19 are the fewest that can give ``p_value`` 0.05.
         seed: of folds and shuffles.
 
@@ -70,33 +87,46 @@ def probe(features: ArrayLike, labels: ArrayLike, *, folds: int = 5, shuffles: i
         raise AnalysisError(f"a probe needs features [n, d] and labels [n]; got {list(x.shape)} and {list(y.shape)}")
     if not np.isfinite(x).all():
         raise AnalysisError("the features hold values that aren't finite: leave these samples out")
-    counts = np.bincount(y)
-    keep = counts[y] >= folds
-    if len(np.unique(y[keep])) < 2:
+    parts = np.zeros(len(y), dtype=int) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
+    if parts.shape != y.shape:
+        raise AnalysisError(f"groups must be [n], one for each of the {len(y)} samples; got {list(parts.shape)}")
+    own = [rows for part in np.unique(parts) if len(rows := _often(y, np.flatnonzero(parts == part), folds))]
+    if not own:
         raise AnalysisError(
             f"a probe with {folds} folds needs two labels with at least {folds} samples each; got "
-            f"{sorted(counts.tolist(), reverse=True)[:10]}"
+            f"{sorted(np.bincount(y).tolist(), reverse=True)[:10]}"
         )
-    x, y = x[keep], np.unique(y[keep], return_inverse=True)[1]
-    splits = _splits(x, y, folds, seed)
-    right = _right(splits, y)
-    accuracy = float(right.mean())
+    splits = [_splits(x[rows], np.unique(y[rows], return_inverse=True)[1], folds, seed) for rows in own]
+    told = [np.unique(y[rows], return_inverse=True)[1] for rows in own]
+    samples = sum(map(len, own))
+    everywhere = np.zeros(len(y), dtype=bool)
+    for rows, split, truth in zip(own, splits, told, strict=True):
+        everywhere[rows] = _right(split, truth)
+    right = int(everywhere.sum())
     rng = np.random.default_rng(seed)
-    shuffled = [float(_right(splits, rng.permutation(y)).mean()) for _ in range(shuffles)]
-    everywhere = np.zeros(len(keep), dtype=bool)
-    everywhere[keep] = right
+    shuffled = [
+        sum(int(_right(split, rng.permutation(truth)).sum()) for split, truth in zip(splits, told, strict=True))
+        / samples
+        for _ in range(shuffles)
+    ]
     return Probe(
-        accuracy=accuracy,
+        accuracy=right / samples,
         # As if one more of each had been right and wrong (Agresti and Coull, 1998): no error bar is 0.
-        error=float(np.sqrt((p := (right.sum() + 2) / (len(y) + 4)) * (1 - p) / (len(y) + 4))),
-        chance=float(np.bincount(y).max() / len(y)),
+        error=float(np.sqrt((p := (right + 2) / (samples + 4)) * (1 - p) / (samples + 4))),
+        chance=sum(int(np.bincount(truth).max()) for truth in told) / samples,
         shuffled=float(np.mean(shuffled)) if shuffled else float("nan"),
         shuffled_max=max(shuffled, default=float("nan")),
-        p_value=(1 + sum(one >= accuracy for one in shuffled)) / (1 + len(shuffled)),
-        samples=len(y),
-        classes=len(np.unique(y)),
+        p_value=(1 + sum(one >= right / samples for one in shuffled)) / (1 + len(shuffled)),
+        samples=samples,
+        classes=len(np.unique(y[np.concatenate(own)])),
         right=everywhere,
     )
+
+
+def _often(y: NDArray[np.int64], rows: NDArray[np.int64], folds: int) -> NDArray[np.int64]:
+    """Those of the rows whose label is among them at least once for each fold; none if that is one label."""
+    found = rows[np.bincount(y[rows], minlength=y.max() + 1)[y[rows]] >= folds]
+    return found if len(np.unique(y[found])) > 1 else rows[:0]
 
 
 @dataclass(frozen=True, eq=False)

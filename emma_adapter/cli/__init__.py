@@ -20,6 +20,8 @@ from .info import info
 from .report import report
 
 _BAD_INPUT, _INTERRUPTED = 2, 130
+#: Packages whose ValueErrors are about what a user gives: an argument, or a processor that isn't the model's.
+_CHECKS_INPUT = ("transformers", "trl", "accelerate", "torch")
 
 
 class _Program(click.Group):
@@ -38,7 +40,37 @@ class _Program(click.Group):
             code = _complain(error.format_message())
         except (EmmaError, OSError) as error:
             code = _complain(str(error))
+        except ValueError as error:
+            if (refused_by := _package(error)) not in _CHECKS_INPUT:
+                raise
+            code = _complain(
+                f"{refused_by} refuses what it was given ({_first_line(error)}): check the arguments, and that the "
+                "processor is the model's"
+            )
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            code = _complain(
+                f"out of memory ({_first_line(error)}): give smaller batches, smaller images, or --dtype bfloat16"
+            )
         sys.exit(code)
+
+
+def _package(error: Exception) -> str:
+    """Whose code raised it."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return "" if trace is None else str(trace.tb_frame.f_globals.get("__name__", "")).split(".")[0]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    torch: Any = sys.modules.get("torch")
+    return isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError))
 
 
 def _complain(message: str) -> int:

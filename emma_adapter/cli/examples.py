@@ -8,10 +8,10 @@ from typing import Any
 
 import click
 
+from ..data.conversations import Message, count_images, trainable_turns
+from ..data.rows import Rows
 from ..errors import DataError
 from ..prompts import Prompts
-from .conversations import Message, count_images, trainable_turns
-from .rows import Rows
 
 _IGNORE_INDEX = -100
 
@@ -33,6 +33,7 @@ class Examples:
         self._sources: list[Rows] = []
         self._stops: list[str] = self.tokenizer.convert_ids_to_tokens(list(stop_ids))
         self._prompts = Prompts(processor)
+        self._taken: set[tuple[str, ...]] = set()
 
     def add(self, rows: Rows, name: str, *, progress: bool) -> Any:
         """Check every row, and list its examples as a ``datasets.Dataset``: where each is found.
@@ -45,7 +46,9 @@ class Examples:
         places = []
         with click.progressbar(range(len(rows)), label=f"Checking {name}", hidden=not progress) as numbers:
             for number in numbers:
-                places += [(len(self._sources), number, turn) for turn in trainable_turns(rows.messages(number))]
+                messages = rows.check(number)
+                self._check_template(messages, rows.where(number))
+                places += [(len(self._sources), number, turn) for turn in trainable_turns(messages)]
         if not places:
             raise DataError(f"{name} has no answer to a question about an image: there is nothing to learn from")
         without = len(rows) - len({number for _, number, _ in places})
@@ -77,6 +80,17 @@ class Examples:
             labels[row, place] = batch["input_ids"][row, place]
         batch["labels"] = labels
         return batch
+
+    def _check_template(self, messages: list[Message], where: str) -> None:
+        """That the chat template takes conversations of these roles; each sequence of roles once."""
+        roles = tuple(message["role"] for message in messages)
+        if roles in self._taken:
+            return
+        try:
+            self._prompts.rendered(messages)
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from error
+        self._taken.add(roles)
 
     def _find(self, source: int, row: int, turn: int) -> tuple[list[Message], list[Any]]:
         """The conversation up to the answer, and the images shown in it."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from .options import dtype_option, images_option, split_option, subfolder_option
+from .options import dtype_option, images_option, split_option, subfolder_option, trust_option
 
 #: Arguments of TRL's that have no say here, and why.
 _DECIDED_HERE = {
@@ -22,6 +22,7 @@ _DECIDED_HERE = {
     "dataset_text_field": "the data are read by this command",
     "remove_unused_columns": "the data are read by this command",
     "chat_template_path": "the chat template is the processor's",
+    "trust_remote_code": "it is --trust-remote-code",
     "model_init_kwargs": "the model is --model, in --dtype",
 }
 
@@ -44,8 +45,9 @@ _DECIDED_HERE = {
 @click.option("--instruction-encoder", help='"llm", or a text tower. Default: "llm", or that of the --adapter.')
 @click.option("--instruction-policy", help='Which user turns are the instruction. Default: "last_turn".')
 @click.option("--projector", is_flag=True, help="Train the projector too.")
-@click.option("--projector-lr", type=float, help="Its own learning rate.")
+@click.option("--projector-lr", type=click.FloatRange(0), help="Its own learning rate.")
 @dtype_option
+@trust_option
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[TRAINER ARGUMENTS]")
 def finetune(
     model: str,
@@ -63,12 +65,13 @@ def finetune(
     projector: bool,
     projector_lr: float | None,
     dtype: str,
+    trust_remote_code: bool,
     arguments: tuple[str, ...],
 ) -> None:
     """Train an adapter for a vision-language model.
 
     A row of the data: {"images": ["PATH"], "messages": [{"role": "user", "content": "..."}, {"role": "assistant",
-    "content": "..."}]}, or as LLaVA's. Trainer's checkpoints go to checkpoints/ in the output folder;
+    "content": "..."}]}, or as LLaVA's and other tools'. Trainer's checkpoints go to checkpoints/ in the output folder;
     --resume_from_checkpoint true continues from the last.
     """
     chosen: dict[str, Any] = {
@@ -87,24 +90,24 @@ def finetune(
     from transformers import set_seed
 
     from ..config import EmmaConfig
+    from ..data.rows import open_rows
     from ..loading import load_adapter
     from ..model_card import load_call
     from ..patching import patch_model
     from ..saving import check_not_foreign
     from .examples import Examples
     from .models import load_model, load_processor
-    from .rows import open_rows
 
     # Not after the training.
     check_not_foreign(output)
     config = EmmaConfig(**chosen)
-    processor = load_processor(model)
+    processor = load_processor(model, trust_remote_code=trust_remote_code)
     if getattr(processor, "chat_template", None) is None:
         raise click.UsageError(f"the processor of {model} has no chat template, by which conversations become prompts")
     main_process = settings.process_index == 0
     rows = open_rows(data, split, images)
     eval_rows = None if eval_data is None else open_rows(eval_data, eval_split, images)
-    base = load_model(model, dtype)
+    base = load_model(model, dtype, trust_remote_code=trust_remote_code)
     examples = Examples(processor, _stop_ids(base, processor))
     train_examples = examples.add(rows, data, progress=main_process)
     eval_examples = None if eval_rows is None else examples.add(eval_rows, str(eval_data), progress=main_process)
@@ -159,6 +162,8 @@ def _training_arguments(arguments: tuple[str, ...], output: Path) -> Any:
         raise click.UsageError(str(error)) from error
     if unknown:
         raise click.UsageError(f"{unknown[0]} is no argument of finetune, nor of trl.SFTConfig")
+    if settings.learning_rate < 0:
+        raise click.UsageError(f"--learning_rate {settings.learning_rate} is below 0")
     settings.dataset_kwargs = {"skip_prepare_dataset": True}
     settings.remove_unused_columns = False
     return settings

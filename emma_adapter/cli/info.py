@@ -9,20 +9,21 @@ from typing import Any
 import click
 
 from ..untrusted import plain
-from .options import subfolder_option
+from .options import subfolder_option, trust_option
 
 
 @click.command()
 @click.argument("target", metavar="ADAPTER|MODEL")
 @subfolder_option
 @click.option("--json", "as_json", is_flag=True, help="For machines to read.")
-def info(target: str, subfolder: str | None, as_json: bool) -> None:
+@trust_option
+def info(target: str, subfolder: str | None, as_json: bool, trust_remote_code: bool) -> None:
     """What an adapter is made of, or what one would cost a model.
 
     A folder or a hub id. Of a model the configuration is read, and no weights.
     """
     folder = _adapter_folder(target, subfolder)
-    facts = _model_facts(target) if folder is None else _adapter_facts(folder)
+    facts = _model_facts(target, trust_remote_code) if folder is None else _adapter_facts(folder)
     click.echo(json.dumps(facts, indent=2) if as_json else _table(facts))
 
 
@@ -73,7 +74,7 @@ def _adapter_facts(folder: Path) -> dict[str, Any]:
     }
 
 
-def _model_facts(source: str) -> dict[str, Any]:
+def _model_facts(source: str, trust_remote_code: bool) -> dict[str, Any]:
     from ..config import EmmaConfig
     from ..errors import UnsupportedModelError
     from ..families import find_family
@@ -81,7 +82,7 @@ def _model_facts(source: str) -> dict[str, Any]:
     from ..patching import patch_model, unpatch_model
     from .models import model_without_weights
 
-    model = model_without_weights(source)
+    model = model_without_weights(source, trust_remote_code=trust_remote_code)
     # Before the fusions, each of which may be unsupported on its own.
     find_family(model)
     facts: dict[str, Any] = {

@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import UnsupportedModelError
 
 
-def model_without_weights(source: str) -> Any:
+def model_without_weights(source: str, *, trust_remote_code: bool = False) -> Any:
     """The model on the meta device: its configuration is all that is read.
 
     Raises:
@@ -19,24 +19,28 @@ def model_without_weights(source: str) -> Any:
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     with _explained(source):
-        config = AutoConfig.from_pretrained(source)
-        with torch.device("meta"):
-            return AutoModelForImageTextToText.from_config(config)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    _check_class(config, source, trust_remote_code)
+    with _explained(source), torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code)
 
 
-def load_model(source: str, dtype: str) -> Any:
+def load_model(source: str, dtype: str, *, trust_remote_code: bool = False) -> Any:
     """The model with its weights.
 
     Raises:
         UnsupportedModelError: if there is no vision-language model of this name.
     """
-    from transformers import AutoModelForImageTextToText
+    from transformers import AutoConfig, AutoModelForImageTextToText
 
     with _explained(source):
-        return AutoModelForImageTextToText.from_pretrained(source, dtype=dtype)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    _check_class(config, source, trust_remote_code)
+    with _explained(source):
+        return AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, trust_remote_code=trust_remote_code)
 
 
-def load_processor(source: str) -> Any:
+def load_processor(source: str, *, trust_remote_code: bool = False) -> Any:
     """The processor of a model.
 
     Raises:
@@ -45,16 +49,39 @@ def load_processor(source: str) -> Any:
     from transformers import AutoProcessor
 
     with _explained(source):
-        return AutoProcessor.from_pretrained(source)
+        processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
+    if getattr(processor, "tokenizer", None) is None or getattr(processor, "image_processor", None) is None:
+        raise UnsupportedModelError(
+            f"{source} has no processor for images and text, but a {type(processor).__name__}: save the model's "
+            "processor to the same folder, processor.save_pretrained(folder)"
+        )
+    if processor.tokenizer.pad_token is None:
+        processor.tokenizer.pad_token = processor.tokenizer.eos_token  # the attention mask hides it
+    return processor
+
+
+def _check_class(config: Any, source: str, trust_remote_code: bool) -> None:
+    """That the model isn't of a class of somebody else's, in whose place transformers would take one of its own."""
+    import transformers
+
+    saved_as = (getattr(config, "architectures", None) or [""])[0]
+    with_code = trust_remote_code and "AutoModelForImageTextToText" in (getattr(config, "auto_map", None) or {})
+    if saved_as and not with_code and not hasattr(transformers, saved_as):
+        raise UnsupportedModelError(
+            f"{source} was saved from the class {saved_as}, which transformers doesn't have; another class would make "
+            "another model of its weights. If the folder holds the code of the class: --trust-remote-code; else load "
+            "it with that class in a script"
+        )
 
 
 @contextmanager
 def _explained(source: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError) as error:
+    except Exception as error:
+        # What a damaged or foreign folder makes transformers, safetensors and tokenizers raise is of any kind.
         # transformers lists every class it knows after its first sentence.
-        reason = str(error).strip().split("\n", 1)[0][:300]
+        reason = (str(error).strip() or type(error).__name__).split("\n", 1)[0][:300]
         raise UnsupportedModelError(
             f"{source} can't be loaded as a vision-language model of transformers: check the folder or hub id, and "
             f"that its processor is there ({reason})"

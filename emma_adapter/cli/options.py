@@ -20,3 +20,6 @@ dtype_option = click.option(
     show_default=True,
     help="Of the base model; auto is what its weights are saved in.",
 )
+trust_option = click.option(
+    "--trust-remote-code", is_flag=True, help="Run the code that the model's folder or repository holds."
+)

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import dtype_option, images_option, split_option, subfolder_option
+from .options import dtype_option, images_option, split_option, subfolder_option, trust_option
 
 if TYPE_CHECKING:
+    from ..data.rows import Rows
     from ..report import Question
-    from .rows import Rows
 
 
 @click.command()
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 )
 @click.option("--device", help="Default: cuda if there is one, else cpu.")
 @dtype_option
+@trust_option
 def report(
     model: str,
     adapter: str,
@@ -53,6 +54,7 @@ def report(
     instruction_encoder: str | None,
     device: str | None,
     dtype: str,
+    trust_remote_code: bool,
 ) -> None:
     """Show what an adapter does, on one HTML page.
 
@@ -68,10 +70,10 @@ def report(
         )
     import torch
 
+    from ..data.rows import open_rows
     from ..loading import load_adapter
     from ..report import make_report, render
     from .models import load_model, load_processor
-    from .rows import open_rows
 
     try:
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -79,8 +81,8 @@ def report(
     except (RuntimeError, AssertionError) as error:
         raise click.UsageError(f"--device {device} can't be used: {str(error).splitlines()[0]}") from error
     rows = open_rows(data, split, images)
-    processor = load_processor(model)
-    base = load_model(model, dtype).to(place).eval()
+    processor = load_processor(model, trust_remote_code=trust_remote_code)
+    base = load_model(model, dtype, trust_remote_code=trust_remote_code).to(place).eval()
     handle = load_adapter(
         base, adapter, subfolder=subfolder, processor=processor, instruction_encoder=instruction_encoder
     )

@@ -62,7 +62,8 @@ def place_of(values: ArrayLike) -> str:
     if not len(finite):
         return "not finite anywhere"
     low, high = float(finite.min()), float(finite.max())
-    if high - low <= 1e-6 * max(abs(high), 1e-12):
+    # Maps are shares of a token's length: what is smaller is rounding, and what looks the same is.
+    if high - low <= 1e-6 * max(abs(high), 1) or f"{low:.3g}" == f"{high:.3g}":
         return f"the same everywhere, {high:.3g}"
     if array.ndim != 2:
         return f"from {low:.3g} to {high:.3g}"

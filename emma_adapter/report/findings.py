@@ -11,10 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..analysis import Diagnosis, InformationGain, MutualInformation, PairDistances
+from ..analysis.probes import Z
 from .contents import Absent, Information, Reading, Report
 
 #: Makes a part of the page of a function that draws a figure, and a description of what is seen.
 Draw = Callable[[Callable[[], Any], str], str]
+#: Differences below this share of a number are rounding.
+_ROUNDING = 1e-4
 #: Of a figure that is read on a phone.
 _MAX_BARS = 12
 
@@ -45,7 +48,7 @@ def in_short(report: Report) -> list[str]:
     if isinstance(report.information, Information):
         lines.append(_conclusion(report.information.gain))
     if isinstance(report.diagnosis, Diagnosis):
-        lines.append(f"Of most questions the model's own representations say: {report.diagnosis.meaning}.")
+        lines.append(f"{_verdicts(report.diagnosis)} {report.diagnosis.meaning}.")
     return lines
 
 
@@ -90,8 +93,7 @@ def _attention(found: Reading, draw: Draw) -> Part | None:
         caption=f"Attention of the visual tokens, mean over {mass.entries:,} images. The highest: "
         f"{_highest(mass.positions)}.",
         title="Attention",
-        says=f"Visual tokens attend the most to position {int(mass.positions.argmax())} of the instruction, counted "
-        f"from 0.{spread}",
+        says=f"{_most_attended(mass.positions)}{spread}",
         read="A bar is how much of the visual tokens' attention goes to a token of the instruction; the line is what "
         "it would be if all attended to all tokens evenly. Long bars above the line are what the adapter reads. "
         "Instructions have different lengths, so that late positions are rarer. Attention to a word doesn't prove that "
@@ -202,13 +204,15 @@ def pairs(found: PairDistances | Absent | None, draw: Draw) -> dict[str, Any] | 
     from ..analysis.plots import plot_pairs
 
     ratio = found.ratio
-    apart = int((found.after > found.before).sum())
+    apart = int((found.after > found.before * (1 + _ROUNDING)).sum())
     median = float(np.nanmedian(ratio)) if np.isfinite(ratio).any() else math.nan
     middle = "" if math.isnan(median) else f" The median distance afterwards is {median:.2f} times that before."
     caption = f"Each dot is a pair; {apart} of {len(ratio)} lie above the line."
     return {
         "absent": None,
-        "says": f"The adapter pulls {apart} of {len(ratio)} pairs apart.{middle}",
+        "says": f"The adapter pulls {apart} of {len(ratio)} pairs apart.{middle}"
+        if (abs(found.after - found.before) > _ROUNDING * found.before).any()
+        else f"The adapter leaves the distances of all {len(ratio)} pairs as they are.",
         "svg": draw(lambda: plot_pairs(found), caption),
         "caption": caption,
         "read": "Images that differ in what is asked should become more different once the question is known. 0 are "
@@ -243,17 +247,13 @@ def diagnosis(found: Diagnosis | Absent, draw: Draw) -> dict[str, Any]:
     if (told := found.instruction) is not None:
         own = f"{told.samples:,}", f"{told.chance:.0%}", f"{told.shuffled:.0%}"
         rows.append(("What is asked, from the instruction", *own, told.told(), "", ""))
-    best = max(found.attributes, key=lambda one: one.lost)
-    caption = (
-        "Accuracy of a linear probe for each thing that is asked, numbered as in the table. The projector loses the "
-        f"most of number {found.attributes.index(best) + 1}."
-    )
+    caption = f"Accuracy of a linear probe for each thing that is asked, numbered as in the table. {_losses(found)}"
     if len(drawn) < len(found.attributes):
         caption += f" Drawn are the {len(drawn)} that are asked most."
     return {
         "absent": None,
-        "says": f"{found.verdict[0].upper()}{found.verdict[1:]}: {found.meaning}. (The verdict of most questions; the "
-        "adapter is switched off for this.)",
+        "says": f"{_verdicts(found)} “{found.verdict}”, that is, {found.meaning}. (The adapter is switched off for "
+        "this.)",
         "svg": draw(lambda: plot_diagnosis(numbered), caption),
         "caption": caption,
         "table": Table(
@@ -262,12 +262,52 @@ def diagnosis(found: Diagnosis | Absent, draw: Draw) -> dict[str, Any]:
             rows,
         ),
         "read": "An adapter can help where the answer can be read off the visual tokens, and less well behind the "
-        "projector: it decides what passes. Where it passes anyway, training the language model may do as well. Chance "
-        "is the most frequent answer; shuffled is the same probe on shuffled answers. Probes are linear: what they "
-        "don't read may still be there.",
+        "projector: it decides what passes. Where most of it is read behind the projector too, training the language "
+        "model may do as well. Where little is read on both sides, nothing can be told: the column “attribute” may "
+        "name several questions at once, and the visual tokens don't know which is asked. Chance is the most frequent "
+        "answer; shuffled is the same probe on shuffled answers. Probes are linear: what they don't read may still be "
+        "there.",
     }
 
 
+def _verdicts(found: Diagnosis) -> str:
+    """How many of the things that are asked have which verdict."""
+    verdicts = [one.verdict for one in found.attributes]
+    if len(verdicts) == 1:
+        return "Before any training:"
+    counts = ", ".join(f"“{verdict}” of {verdicts.count(verdict)}" for verdict in dict.fromkeys(verdicts))
+    most = "Of most rows" if found.verdict == "can't be told" else "Of most rows of which something can be told"
+    return f"Of {len(verdicts)} things that are asked, the model's own representations say {counts}. {most}:"
+
+
+def _losses(found: Diagnosis) -> str:
+    """Of what the projector loses something beyond the error bars, and of what the most."""
+    losing = sorted((one for one in found.attributes if one.loses), key=lambda one: -one.lost)
+    if not losing:
+        return "Of none is less read behind the projector than before it, beyond the error."
+    numbers = [str(found.attributes.index(one) + 1) for one in losing]
+    if len(losing) == 1:
+        return f"The projector loses something of number {numbers[0]}."
+    first, second = losing[:2]
+    clear = first.lost - second.lost > Z * math.hypot(first.lost_error, second.lost_error)
+    most = f", the most of number {numbers[0]}" if clear else ""
+    named = sorted(numbers, key=int)
+    return f"The projector loses something of the numbers {', '.join(named[:-1])} and {named[-1]}{most}."
+
+
+def _most_attended(positions: NDArray[np.float64]) -> str:
+    if _alike(positions):
+        return "Visual tokens attend to all positions of the instruction alike."
+    return f"Visual tokens attend the most to position {int(positions.argmax())} of the instruction, counted from 0."
+
+
 def _highest(values: NDArray[np.float64]) -> str:
+    if _alike(values):
+        return f"none, all have {values[0]:.1%}"
     order = np.argsort(-values, kind="stable")[:3]
     return ", ".join(f"{values[place]:.1%} at {place}" for place in order.tolist())
+
+
+def _alike(values: NDArray[np.float64]) -> bool:
+    """Whether they differ by rounding at most; of a single one nothing is highest."""
+    return bool(np.ptp(values) <= _ROUNDING * abs(values).max())

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..data.images import to_rgb
+
 
 @dataclass(frozen=True, eq=False)
 class Question:
@@ -14,7 +16,7 @@ class Question:
 
     #: The conversation up to the question, which is its last message: ``{"role": ..., "content": [parts]}`` each.
     messages: Sequence[Any]
-    #: PIL images, as many as the messages show.
+    #: PIL images, as many as the messages show; kept upright, as their EXIF orientation says, and in RGB.
     images: Sequence[Any]
     #: The right answer.
     answer: str | None = None
@@ -22,6 +24,9 @@ class Question:
     attribute: str | None = None
     #: A name that it shares with one other question: the same, about a near-identical image.
     pair: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "images", tuple(to_rgb(image) for image in self.images))
 
     @classmethod
     def about(cls, image: Any, text: str, **labels: str | None) -> Question:

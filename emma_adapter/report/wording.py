@@ -71,7 +71,8 @@ def _summary(report: Report) -> list[str]:
         lines.append("It moves no visual token at all: this adapter is as it was before any training.")
     elif moved:
         mean = float(np.nanmean(np.concatenate([values.ravel() for values in moved])))
-        lines.append(f"It moves a visual token by {mean:.0%} of its length on average.")
+        share = f"{mean:.0%}" if mean >= 0.005 else "less than 1%"
+        lines.append(f"It moves a visual token by {share} of its length on average.")
     lines += findings.in_short(report)
     return lines
 

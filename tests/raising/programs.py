@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import click
+import numpy as np
 import torch
+from PIL import Image
 
 import tiny
 from emma_adapter import AnalysisError, CheckpointError, ConfigError, DataError, UnsupportedModelError
 from emma_adapter.cli import main
+from emma_adapter.data.rows import open_rows
 from emma_adapter.report import Question, make_report
 from workspace import MODEL_ID, make_workspace
 from zoo import ZOO
@@ -36,6 +41,23 @@ def info_about_a_file(bench: Bench) -> None:
 @raises(CheckpointError, "cli/info.py:_adapter_folder", "neither an adapter")
 def info_about_an_empty_folder(bench: Bench) -> None:
     command("info", bench.folder)
+
+
+@raises(UnsupportedModelError, "cli/models.py:_check_class", "which transformers doesn't have")
+def info_about_a_model_of_a_class_of_its_own(bench: Bench) -> None:
+    config = tiny.llava().config
+    config.architectures = ["ForeignLlava"]
+    config.save_pretrained(bench.folder)
+    command("info", bench.folder)
+
+
+@raises(UnsupportedModelError, "cli/models.py:load_processor", "has no processor for images and text")
+def a_model_without_a_processor(bench: Bench) -> None:
+    tiny.llava().save_pretrained(bench.folder / "model")
+    tiny.tokenizer().save_pretrained(bench.folder / "model")
+    make_workspace(bench.folder)
+    bench.monkeypatch.chdir(bench.folder)
+    command("finetune", "--model", "model", "--data", "train.jsonl", "--output", "out")
 
 
 @raises(UnsupportedModelError, "cli/models.py:_explained", "can't be loaded as a vision-language model")
@@ -89,37 +111,80 @@ def talk(*messages: object, images: object = (IMAGE,)) -> dict[str, Any]:
     return {"images": list(images) if isinstance(images, tuple) else images, "messages": list(messages)}
 
 
-@raises(DataError, "cli/rows.py:FileRows.__init__", "is not UTF-8")
+@raises(DataError, "data/rows.py:FileRows.__init__", "is not UTF-8")
 def data_in_another_encoding(bench: Bench) -> None:
     finetune(bench, '{"messages": "für"}'.encode("latin-1"))
 
 
-@raises(DataError, "cli/rows.py:FileRows.__init__", "must hold a list of rows")
+@raises(DataError, "data/rows.py:FileRows.__init__", "must hold a list of rows")
 def one_row_where_a_list_is_expected(bench: Bench) -> None:
     finetune(bench, talk(USER, ANSWER), "data.json")
 
 
-@raises(DataError, "cli/rows.py:FileRows._row", "should be a JSON object")
+@raises(DataError, "data/rows.py:FileRows._row", "should be a JSON object")
 def a_row_that_is_a_list(bench: Bench) -> None:
     finetune(bench, "[1, 2]")
 
 
-@raises(DataError, "cli/rows.py:FileRows._paths", "must be a list of file names")
+def image(bench: Bench, source: object) -> None:
+    finetune(bench, talk(USER, ANSWER, images=[source]))
+
+
+IN_IMAGES = "data/images.py"
+
+
+@raises(DataError, f"{IN_IMAGES}:_file", "images must be file names")
 def an_image_that_is_a_number(bench: Bench) -> None:
-    finetune(bench, talk(USER, ANSWER, images=[1]))
+    image(bench, 1)
 
 
-@raises(DataError, "cli/rows.py:FileRows._paths", "there is no image")
+@raises(DataError, f"{IN_IMAGES}:_file", "is a folder")
+def an_image_that_is_a_folder(bench: Bench) -> None:
+    image(bench, "images")
+
+
+@raises(DataError, f"{IN_IMAGES}:_file", "is on the web")
+def an_image_that_would_be_downloaded(bench: Bench) -> None:
+    image(bench, "https://example.com/a.png")
+
+
+@raises(DataError, f"{IN_IMAGES}:_file", "there is no image")
 def an_image_that_does_not_exist(bench: Bench) -> None:
-    finetune(bench, talk(USER, ANSWER, images=["nowhere.png"]))
+    image(bench, "nowhere.png")
 
 
-@raises(DataError, "cli/rows.py:_parse", "is not valid JSON")
+@raises(DataError, f"{IN_IMAGES}:_decoded", "is not valid base64")
+def an_image_in_broken_base64(bench: Bench) -> None:
+    image(bench, "data:image/png;base64,#")
+
+
+@raises(DataError, f"{IN_IMAGES}:_explained", "can't be read as an image")
+def an_image_that_is_a_text(bench: Bench) -> None:
+    image(bench, "data.jsonl")
+
+
+def floats(bench: Bench) -> Path:
+    path = bench.folder / "floats.tiff"
+    Image.fromarray(np.full((4, 4), 0.5, dtype=np.float32)).save(path)
+    return path
+
+
+@raises(DataError, f"{IN_IMAGES}:_explained", "can't be used")
+def an_image_of_floats(bench: Bench) -> None:
+    image(bench, str(floats(bench)))
+
+
+@raises(DataError, f"{IN_IMAGES}:to_rgb", "which is white can't be known")
+def a_question_about_an_image_of_floats(bench: Bench) -> None:
+    Question.about(Image.open(floats(bench)), "is there a cat?")
+
+
+@raises(DataError, "data/rows.py:_parse", "is not valid JSON")
 def a_row_that_is_cut_off(bench: Bench) -> None:
     finetune(bench, '{"images": [')
 
 
-@raises(DataError, "cli/rows.py:DatasetRows.__init__", "has the columns")
+@raises(DataError, "data/rows.py:DatasetRows.__init__", "has the columns")
 def a_dataset_with_other_columns(bench: Bench) -> None:
     from datasets import Dataset
 
@@ -129,7 +194,7 @@ def a_dataset_with_other_columns(bench: Bench) -> None:
     command("finetune", "--model", MODEL_ID, "--data", "questions", "--output", "out")
 
 
-@raises(DataError, "cli/rows.py:_load_dataset", "can't be loaded with split")
+@raises(DataError, "data/rows.py:_load_dataset", "can't be loaded with split")
 def a_split_that_does_not_exist(bench: Bench) -> None:
     from datasets import Dataset, DatasetDict
 
@@ -139,57 +204,92 @@ def a_split_that_does_not_exist(bench: Bench) -> None:
     command("finetune", "--model", MODEL_ID, "--data", "split", "--output", "out")
 
 
-@raises(DataError, "cli/conversations.py:read_messages", "the turns show")
+@raises(DataError, "data/conversations.py:_matched", "the turns show")
 def two_placeholders_for_one_image(bench: Bench) -> None:
     finetune(bench, talk({"role": "user", "content": "<image><image> which?"}, ANSWER))
 
 
-@raises(DataError, "cli/conversations.py:_turns", "there are no messages")
+@raises(DataError, "data/conversations.py:_matched", "leave one of them out")
+def images_in_the_parts_and_others_beside_them(bench: Bench) -> None:
+    finetune(bench, talk({**USER, "content": [{"type": "image", "path": "images/1.png"}, "a cat?"]}, ANSWER))
+
+
+@raises(DataError, "data/conversations.py:_named", "name different images")
+def two_columns_of_images(bench: Bench) -> None:
+    finetune(bench, {**talk(USER, ANSWER), "image": "images/1.png"})
+
+
+@raises(DataError, "data/conversations.py:_source", "names its image")
+def a_part_with_two_images(bench: Bench) -> None:
+    finetune(bench, talk({**USER, "content": [{"type": "image", "path": IMAGE, "url": IMAGE}]}, ANSWER, images=[]))
+
+
+@raises(DataError, "data/conversations.py:read_conversation", "_unsupported")
+def a_row_with_a_video(bench: Bench) -> None:
+    finetune(bench, {**talk(USER, ANSWER), "videos": ["clip.mp4"]})
+
+
+@raises(DataError, "data/conversations.py:_parts", "_unsupported")
+def a_part_that_is_a_video(bench: Bench) -> None:
+    finetune(bench, talk({**USER, "content": [{"type": "video", "path": "clip.mp4"}]}, ANSWER))
+
+
+@raises(DataError, "data/conversations.py:_turns", "must be a list of pairs")
+def a_history_of_texts(bench: Bench) -> None:
+    finetune(bench, {"query": "is there a cat?", "response": "no", "history": ["hello"], "images": [IMAGE]})
+
+
+@raises(DataError, "data/conversations.py:_check_questions", "the user says nothing")
+def a_question_without_a_word(bench: Bench) -> None:
+    finetune(bench, talk({**USER, "content": "<image>"}, ANSWER))
+
+
+@raises(DataError, "data/conversations.py:_turns", "there are no messages")
 def a_row_without_messages(bench: Bench) -> None:
     finetune(bench, talk())
 
 
-@raises(DataError, "cli/conversations.py:_message", "is no message but")
+@raises(DataError, "data/conversations.py:_message", "is no message but")
 def a_message_that_is_a_text(bench: Bench) -> None:
     finetune(bench, talk("is there a cat?", ANSWER))
 
 
-@raises(DataError, "cli/conversations.py:_message", "the role is")
+@raises(DataError, "data/conversations.py:_message", "the role is")
 def a_role_that_does_not_exist(bench: Bench) -> None:
     finetune(bench, talk({**USER, "role": "critic"}, ANSWER))
 
 
-@raises(DataError, "cli/conversations.py:_message", "the content is")
+@raises(DataError, "data/conversations.py:_message", "the content is")
 def a_content_that_is_a_number(bench: Bench) -> None:
     finetune(bench, talk({**USER, "content": 5}, ANSWER))
 
 
-@raises(DataError, "cli/conversations.py:_message", "only users show images")
+@raises(DataError, "data/conversations.py:_message", "only users show images")
 def an_answer_with_an_image(bench: Bench) -> None:
     finetune(bench, talk(USER, {**ANSWER, "content": "<image>"}))
 
 
-@raises(DataError, "cli/conversations.py:_message", "the answer is empty")
+@raises(DataError, "data/conversations.py:_message", "the answer is empty")
 def an_answer_without_a_word(bench: Bench) -> None:
     finetune(bench, talk(USER, {**ANSWER, "content": " "}))
 
 
-@raises(DataError, "cli/conversations.py:_parts", "a part of the content is")
+@raises(DataError, "data/conversations.py:_parts", "a part of the content is")
 def a_part_without_a_type(bench: Bench) -> None:
     finetune(bench, talk({**USER, "content": [{"text": "is there a cat?"}]}, ANSWER))
 
 
-@raises(DataError, "cli/conversations.py:_parts", "half a character")
+@raises(DataError, "data/conversations.py:_parts", "half a character")
 def half_a_character(bench: Bench) -> None:
     finetune(bench, talk({**USER, "content": "\ud83d"}, ANSWER))
 
 
-@raises(DataError, "cli/conversations.py:_check_order", "no turn of the assistant")
+@raises(DataError, "data/conversations.py:_check_order", "no turn of the assistant")
 def a_question_without_an_answer(bench: Bench) -> None:
     finetune(bench, talk(USER))
 
 
-@raises(DataError, "cli/conversations.py:_check_order", "must follow a turn of the user")
+@raises(DataError, "data/conversations.py:_check_order", "must follow a turn of the user")
 def an_answer_without_a_question(bench: Bench) -> None:
     finetune(bench, talk(ANSWER, USER))
 
@@ -203,12 +303,12 @@ def report(bench: Bench, row: dict[str, Any]) -> None:
     command("report", "--model", MODEL_ID, "--adapter", "saved", "--data", "data.jsonl", "--device", "cpu")
 
 
-@raises(DataError, "cli/conversations.py:_check_order", "so that nothing is asked")
+@raises(DataError, "data/conversations.py:_check_order", "so that nothing is asked")
 def a_conversation_without_a_question(bench: Bench) -> None:
     report(bench, talk({"role": "system", "content": "be brief"}, images=[]))
 
 
-@raises(DataError, "cli/rows.py:_label", "must be a text or a number")
+@raises(DataError, "data/rows.py:Rows.label", "must be a text or a number")
 def an_attribute_that_is_a_list(bench: Bench) -> None:
     report(bench, {"image": IMAGE, "question": "is there a cat?", "attribute": ["a", "b"]})
 
@@ -223,6 +323,31 @@ def a_report_without_a_chat_template(bench: Bench) -> None:
     processor = tiny.processor()
     processor.chat_template = None
     make_report(bench.adapter(), processor, [Question.about(tiny.picture(0), "is there a cat?")])
+
+
+def picky_processor() -> Any:
+    processor = tiny.processor()
+    processor.chat_template = "{{ raise_exception('roles must alternate') }}"
+    return processor
+
+
+@raises(DataError, "prompts.py:Prompts._templated", "refuses a conversation")
+def a_question_that_the_template_refuses(bench: Bench) -> None:
+    make_report(bench.adapter(), picky_processor(), [Question.about(tiny.picture(0), "is there a cat?")])
+
+
+@raises(DataError, "cli/examples.py:Examples._check_template", "{where}: {error}")
+def a_row_that_the_template_refuses(bench: Bench) -> None:
+    from transformers import AutoProcessor
+
+    bench.monkeypatch.setattr(AutoProcessor, "from_pretrained", lambda *args, **settings: picky_processor())
+    finetune(bench, talk(USER, ANSWER))
+
+
+@raises(DataError, "data/rows.py:_load_dataset", "is no .jsonl file")
+def a_dataset_without_the_package(bench: Bench) -> None:
+    bench.monkeypatch.setitem(sys.modules, "datasets", None)
+    open_rows("somewhere", "train", None)
 
 
 @raises(DataError, "cli/examples.py:Examples.add", "nothing to learn from")

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from ..pooled_llava import PooledLlava
 from ..runs import Conversation, Data, QuestionSet
-from ..vlm import IMAGE, PooledLlava
+from ..vlm import IMAGE
 
 _BATCH = 500
 

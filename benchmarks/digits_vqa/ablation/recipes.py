@@ -8,7 +8,7 @@ from transformers import LlavaProcessor
 
 from .. import arms
 from ..arms import Arm, Builder
-from ..vlm import PooledLlava
+from ..pooled_llava import PooledLlava
 from . import variants
 
 FUSIONS = ("linear", "attention", "modulation")

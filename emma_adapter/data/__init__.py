@@ -1,0 +1,1 @@
+"""Data from people: rows of questions about images, in the forms that datasets come in, brought into one."""
