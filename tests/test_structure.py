@@ -19,7 +19,7 @@ from emma_adapter.integrations.llava import LlavaFamily
 ROOT = Path(__file__).parents[1]
 # Lower layers first: a file may import from its own layer or a lower one.
 ORDER = """
-errors version untrusted atomic kernels fusion config official alignment families instructions fitting
+errors warning version untrusted atomic kernels fusion config official alignment families instructions fitting
 sharding recomputation calls blocks original_projector state attachment idle parallel planning hooks guards training
 named model_card checkpoint saving hub base_saves restoring tuners patching loading collation
 prompts __init__ analysis report cli

@@ -284,6 +284,13 @@ def labels_on_everything(bench: Bench) -> None:
     bench.adapter(processor=None).model(**labelled())
 
 
+@raises(InstructionError, "instructions/extraction.py:InstructionReader._check_read_whole", "shows answers")
+def a_conversation_by_another_template(bench: Bench) -> None:
+    text = "<image>User: what? Assistant: a bird User: why? Assistant:"
+    inputs = tiny.processor()(text=text, images=[tiny.picture(0)], return_tensors="pt")
+    bench.adapter().model(**inputs)
+
+
 @raises(InstructionError, "instructions/extraction.py:_answers", "differ in shape")
 def labels_of_another_shape(bench: Bench) -> None:
     bench.adapter().model(**labelled(labels=torch.ones(1, 2, dtype=torch.long)))
