@@ -14,7 +14,7 @@ from .errors import InstructionError, RoutingError
 from .families import ModelFamily
 from .instructions.extraction import Prompt
 from .instructions.packing import Samples, find_samples
-from .instructions.tokens import InstructionTokens, embedder
+from .instructions.tokens import InstructionTokens, embedded, embedder
 from .state import AdapterState
 
 
@@ -100,7 +100,7 @@ def _equals_embedding(inner: nn.Module, token_id: int, embeds: Tensor) -> Tensor
             f"the placeholder token {token_id} has no embedding (the vocabulary ends at {vocabulary}), so that images "
             "can't be found in inputs_embeds; pass input_ids"
         )
-    one = embed(torch.tensor([token_id], device=embeds.device)).to(embeds.dtype)
+    one = embedded(embed, torch.tensor([[token_id]], device=embeds.device)).to(embeds.dtype)
     return (embeds == one).all(dim=-1)
 
 

@@ -142,15 +142,30 @@ class InstructionPipeline:
     def _embed(self, ids: Tensor, mask: Tensor, embed: Callable[[Tensor], Tensor]) -> InstructionTokens:
         # The end is kept: where only the whole prompt is known, the question stands there.
         ids, mask = _cut_to_last(ids, mask, self.max_instruction_tokens)
-        with torch.no_grad():
-            # What is masked may be a placeholder's id, which need not be in the vocabulary.
-            tokens = embed(ids.masked_fill(~mask, 0))
-        return InstructionTokens(tokens.detach(), mask)
+        # What is masked may be a placeholder's id, which need not be in the vocabulary.
+        return InstructionTokens(embedded(embed, ids.masked_fill(~mask, 0)), mask)
 
 
 def embedder(model: nn.Module) -> Callable[[Tensor], Tensor]:
     """The language model's input embeddings, called as a module so that offloading and sharding hooks run."""
     return model.get_input_embeddings()  # type: ignore[operator]
+
+
+def embedded(embed: Callable[[Tensor], Tensor], ids: Tensor) -> Tensor:
+    """The embeddings of ids ``[B, T]`` as in eval mode, without gradients: ``[B, T, D]``.
+
+    What a training run adds to the embeddings of its prompts, as NEFTune's noise or dropout, is not for the
+    instruction: the adapter meets none when it is used. Weights are those of the moment, PEFT's changes included.
+    """
+    training = [part for part in embed.modules() if part.training] if isinstance(embed, nn.Module) else []
+    for part in training:
+        part.training = False
+    try:
+        with torch.no_grad():
+            return embed(ids).detach()
+    finally:
+        for part in training:
+            part.training = True
 
 
 def _checked_ids(ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
