@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from .errors import ConfigError, InstructionError
+from .errors import ConfigError, DataError, InstructionError
 from .instructions.extraction import choose_turns, pad_right
 from .patching import EmmaAdapter
 from .state import state_of
@@ -62,12 +62,21 @@ class InstructionCollator:
 
         Raises:
             InstructionError: if a row doesn't show what the user says.
+            DataError: if the user says nothing about the image of a row, from which nothing can be learned.
         """
         # Before the collator: some replace the columns of the rows they are given.
         turns = [self._turns(row) for row in rows]
+        texts = [" ".join(filter(None, choose_turns(row, self.policy))) for row in turns]
+        for number, (row, text) in enumerate(zip(rows, texts, strict=True), 1):
+            if not text.strip() and _has_images(row):
+                raise DataError(
+                    f"row {number} of a batch of {len(rows)} has an empty question, so that an adapter would learn "
+                    "nothing from its answer: leave such rows out, or write what is asked (instruction_of= says it for "
+                    "rows of other columns)"
+                )
         batch = dict(self.collator(rows))
         if self.tokenizer is None:
-            return {**batch, "instruction": [" ".join(filter(None, choose_turns(row, self.policy))) for row in turns]}
+            return {**batch, "instruction": texts}
         tokenized = [[self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in row] for row in turns]
         ids, mask = pad_right([[i for turn in choose_turns(row, self.policy) for i in turn] for row in tokenized])
         return {**batch, "instruction": ids, "instruction_mask": mask}
@@ -93,6 +102,12 @@ class InstructionCollator:
         if not turns:
             raise InstructionError("a row without a message of the user; say what its instruction is: instruction_of=")
         return turns
+
+
+def _has_images(row: Any) -> bool:
+    """Whether a column for images has one. Of images in other columns nothing is known here: training warns of them."""
+    media = [row[name] for name in ("images", "image") if name in row] if isinstance(row, Mapping) else []
+    return any(value is not None and not (isinstance(value, Sequence) and len(value) == 0) for value in media)
 
 
 def _text_of(content: Any) -> str:

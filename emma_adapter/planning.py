@@ -120,8 +120,10 @@ def _instruction_tokens(
             "instruction_mask= says which token ids of instruction= are padding, and there is no instruction=: give "
             "both, or neither"
         )
+    trains = inner.training and outer.records_gradients
     if outer.instruction is not None:
-        return state.pipeline.explicit(outer.instruction, outer.instruction_mask, rows, embed, device)
+        trained = has_media if trains else None
+        return state.pipeline.explicit(outer.instruction, outer.instruction_mask, rows, embed, device, trained)
     if (named := state.named_instruction) is not None:
         return named.for_each(rows, "rows")
     ids, mask = arguments.get("input_ids"), arguments.get("attention_mask")
@@ -145,7 +147,7 @@ def _instruction_tokens(
         attention_mask=mask,
         labels=labels,
         assistant_mask=assistant_mask,
-        trains=inner.training and outer.records_gradients,
+        trains=trains,
         has_media=has_media,
         placeholder_ids=frozenset(state.family.placeholder_id(inner, modality) for modality in state.family.modalities),
     )

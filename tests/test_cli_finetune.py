@@ -195,6 +195,16 @@ def rows_of(tmp_path, *rows, name="data.jsonl"):
         ({**GOOD, "messages": [{"role": "tool", "content": "a"}]}, "tool"),
         ({**GOOD, "messages": [{"role": "user", "content": 3}]}, "content is 3"),
         ({**GOOD, "messages": [GOOD["messages"][0], {"role": "assistant", "content": " "}]}, "empty"),
+        (
+            {**GOOD, "messages": [{"role": "user", "content": " "}, GOOD["messages"][1]]},
+            "turn 1: the question is empty",
+        ),
+        ({**GOOD, "messages": [{"role": "user", "content": "<image>"}, GOOD["messages"][1]]}, "question is empty"),
+        ({"image": "images/0.png", "question": "", "answer": "b"}, "question is empty"),
+        (
+            {**GOOD, "messages": [*GOOD["messages"], {"role": "user", "content": []}, GOOD["messages"][1]]},
+            "turn 3: the question is empty",
+        ),
         ({**GOOD, "messages": [{"role": "user", "content": "<image><image>"}, GOOD["messages"][1]]}, "2 image(s)"),
         ({**GOOD, "messages": [GOOD["messages"][0], {"role": "assistant", "content": "<image>"}]}, "only users"),
         ({**GOOD, "messages": [{"role": "user", "content": "\ud800"}, GOOD["messages"][1]]}, "surrogate"),

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 from ..errors import DataError
@@ -29,7 +30,7 @@ def read_messages(row: Mapping[str, Any], num_images: int, where: str, *, answer
         row: as in the data.
         num_images: how many images the row names.
         where: the row's place, for messages.
-        answered: refuse rows without an answer, from which nothing can be learned.
+        answered: refuse rows without an answer, or with an empty question, from which nothing can be learned.
 
     Raises:
         DataError: if the row isn't a conversation, or shows another number of images than it names.
@@ -45,11 +46,21 @@ def read_messages(row: Mapping[str, Any], num_images: int, where: str, *, answer
             f'{where}: the turns show {shown} image(s) and the row names {num_images}: name one in "images" for each '
             f'{_PLACEHOLDER} or part {{"type": "image"}}'
         )
+    for number, (asked, answer) in enumerate(pairwise(messages), 1):
+        if answered and answer["role"] == "assistant" and not has_words(asked):
+            raise DataError(
+                f"{where}, turn {number}: the question is empty, so that an adapter would learn nothing from its "
+                "answer: write what is asked, or leave the two turns out"
+            )
     return messages
 
 
 def count_images(messages: list[Message]) -> int:
     return sum(part["type"] == "image" for message in messages for part in message["content"])
+
+
+def has_words(message: Message) -> bool:
+    return any(part["type"] == "text" and part["text"].strip() for part in message["content"])
 
 
 def trainable_turns(messages: list[Message]) -> list[int]:
@@ -86,9 +97,10 @@ def _message(turn: Any, where: str) -> Message:
     parts = [part for item in given for part in _parts(item, where)]
     if role != "user" and any(part["type"] == "image" for part in parts):
         raise DataError(f"{where}: an image in a turn of the {role}; only users show images")
-    if role == "assistant" and not any(part["text"].strip() for part in parts):
+    message: Message = {"role": role, "content": parts}
+    if role == "assistant" and not has_words(message):
         raise DataError(f"{where}: the answer is empty: leave the turn out, or write what the model should say")
-    return {"role": role, "content": parts}
+    return message
 
 
 def _parts(item: Any, where: str) -> list[dict[str, str]]:

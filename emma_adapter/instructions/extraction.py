@@ -36,6 +36,11 @@ _TRAINS_PROMPT = (
     "assistant_only_loss=True"
 )
 
+TRAINS_NOTHING = (
+    "a training call has a row with an image and an empty instruction: the adapter leaves visual tokens as they are "
+    "where nothing is asked, and learns nothing from that row. Leave it out of the data, or write the question"
+)
+
 _OTHER_TEMPLATE = (
     "nothing in the prompt looks like what the processor's chat template writes around a user's turn: all of the "
     "prompt's words, role words among them, are taken for the instruction, and instruction_policy has no effect. Make "
@@ -194,7 +199,10 @@ class InstructionReader:
             row_answers = None if answers is None else answers[row].tolist()
             # Labels without any answer train nothing; without labels the loss is somebody else's, who knows the answer.
             unknown = prompt.trains and prompt.labels is None and not (row_answers and any(row_answers))
-            selected[row, self._select_row(tokens, where, row_answers, known, answer_unknown=unknown)] = True
+            chosen = self._select_row(tokens, where, row_answers, known, answer_unknown=unknown)
+            selected[row, chosen] = True
+            if prompt.trains and not chosen:
+                self.warn_once(TRAINS_NOTHING)
         return selected
 
     def texts(self, prompt: Prompt) -> list[str]:
@@ -260,7 +268,7 @@ class InstructionReader:
         chosen = choose_turns([turn.words for turn in turns if not turn.supervised], self.policy)
         selected = [i for words in chosen for i in words]
         if answers is not None and any(answers[i] for i in selected):
-            self._warn_once(_TRAINS_PROMPT)
+            self.warn_once(_TRAINS_PROMPT)
         return selected
 
     def _check_read_whole(self, tokens: list[int], known: _Known) -> None:
@@ -289,14 +297,15 @@ class InstructionReader:
             )
         # Where nothing announces users, a question without an answer looks like any text.
         if known.markers is not None and not known.markers.headless:
-            self._warn_once(_OTHER_TEMPLATE)
+            self.warn_once(_OTHER_TEMPLATE)
 
     def _next_word(self, tokens: list[int], row: DecodedRow, end: int, texts: TokenTexts) -> list[int]:
         """The first word after a place in the text, ``ANSWERED`` if an answer begins there; none at the end."""
         later = row.tokens([(end, len(row.text))]) if end < len(row.text) else []
         return [tokens[i] for i in later if tokens[i] == ANSWERED or self._is_word(tokens[i], texts)][:1]
 
-    def _warn_once(self, message: str) -> None:
+    def warn_once(self, message: str) -> None:
+        """Warn, unless this reader has said so before."""
         if message not in self._said:
             self._said.add(message)
             warn_caller(message)
@@ -338,7 +347,7 @@ class InstructionReader:
         if token < 0 or token in texts.special_ids:
             return False
         if not texts.knows(token):
-            self._warn_once(_UNKNOWN_TOKENS)
+            self.warn_once(_UNKNOWN_TOKENS)
             return False
         return True
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import InstructionError
 from .encoders import CachedEncoder
-from .extraction import InstructionReader, Prompt
+from .extraction import TRAINS_NOTHING, InstructionReader, Prompt
 
 LLM = "llm"
 #: What ``instruction=`` may be: one text for all rows, a text per row, token ids ``[B, T]``, or a tokenizer's output.
@@ -72,8 +72,17 @@ class InstructionPipeline:
         num_rows: int | None,
         embed: Callable[[Tensor], Tensor],
         device: torch.device,
+        trained: Tensor | None = None,
     ) -> InstructionTokens:
         """Tokens of an ``instruction=`` argument.
+
+        Args:
+            instruction: as the call gave it.
+            mask: ``[B, T]``, which token ids count.
+            num_rows: of the call; None outside of one.
+            embed: the language model's embeddings.
+            device: where the tokens are wanted.
+            trained: bool ``[B]``, rows with images of a call that trains; a warning if one has no instruction.
 
         Raises:
             InstructionError: if it has another number of rows than the call, or another type than allowed.
@@ -104,6 +113,7 @@ class InstructionPipeline:
         given = len(texts) if texts is not None else ids.shape[0]  # type: ignore[union-attr]
         if num_rows is not None and given != num_rows:
             raise InstructionError(f"instruction= has {given} row(s) and the call has {num_rows}; give one per row")
+        self._check_taught(texts, mask, trained)
         if self.encoder is not None:
             if texts is None:
                 assert ids is not None and mask is not None
@@ -126,6 +136,17 @@ class InstructionPipeline:
             return self._encode(self.reader.texts(prompt), prompt.input_ids.device)
         selected = self.reader.select(prompt).to(prompt.input_ids.device)
         return self._embed(*_left_aligned(prompt.input_ids, selected), embed)
+
+    def _check_taught(self, texts: list[str] | None, mask: Tensor | None, trained: Tensor | None) -> None:
+        if trained is None:
+            return
+        if texts is not None:
+            empty = [not text.strip() for text in texts]
+        else:
+            assert mask is not None
+            empty = (~mask).all(dim=1).tolist()
+        if any(row and wanted for row, wanted in zip(empty, trained.tolist(), strict=True)):
+            self.reader.warn_once(TRAINS_NOTHING)
 
     def _encode(self, texts: list[str], device: torch.device) -> InstructionTokens:
         assert self.encoder is not None

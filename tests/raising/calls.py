@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 import tiny
 from emma_adapter import (
     ConfigError,
+    DataError,
     InstructionCollator,
     InstructionError,
     MediaLayout,
@@ -316,6 +317,12 @@ def a_collator_for_the_model(bench: Bench) -> None:
 @raises(InstructionError, "collation.py:InstructionCollator.__init__", "needs the model's tokenizer")
 def token_ids_without_a_tokenizer(bench: Bench) -> None:
     InstructionCollator(plain, bench.adapter(processor=None), as_tokens=True)
+
+
+@raises(DataError, "collation.py:InstructionCollator.__call__", "empty question")
+def a_row_with_an_empty_question(bench: Bench) -> None:
+    row = {"messages": [tiny.user(" "), tiny.assistant("a cat")], "images": [tiny.picture(0)]}
+    InstructionCollator(plain, bench.adapter())([row])
 
 
 @raises(InstructionError, "collation.py:InstructionCollator._turns", "reads rows with a list of messages")
