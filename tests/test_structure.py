@@ -21,8 +21,8 @@ ROOT = Path(__file__).parents[1]
 ORDER = """
 errors warning version untrusted atomic kernels fusion config official alignment families instructions fitting
 sharding recomputation calls blocks original_projector state attachment idle parallel planning hooks guards training
-named model_card checkpoint saving hub base_saves restoring tuners patching loading collation
-prompts __init__ analysis report cli
+named model_card checkpoint saving hub base_saves restoring tuners patching loading
+prompts collation __init__ analysis report cli
 """
 LAYERS = ORDER.split()
 
