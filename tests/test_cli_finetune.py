@@ -292,8 +292,10 @@ def save_as(form, tmp_path):
 def test_every_answer_is_an_example(tmp_path, form, ends):
     """Tokens are those that ``generate`` meets, and labels the answer and the token that ends it."""
     processor = tiny.processor()
-    if not ends:
-        processor.chat_template = processor.chat_template.replace("</s>", " ")
+    if ends:
+        processor.chat_template = processor.chat_template.replace(
+            "{{ part.text }} {% endgen", "{{ part.text }}</s>{% endgen"
+        )
     examples = Examples(processor, [2])
     table = examples.add(open_rows(str(save_as(form, tmp_path)), "train", None), "data", progress=False)
     assert len(table) == 2

@@ -36,11 +36,6 @@ _TRAINS_PROMPT = (
     "assistant_only_loss=True"
 )
 
-TRAINS_NOTHING = (
-    "a training call has a row with an image and an empty instruction: the adapter leaves visual tokens as they are "
-    "where nothing is asked, and learns nothing from that row. Leave it out of the data, or write the question"
-)
-
 _OTHER_TEMPLATE = (
     "nothing in the prompt looks like what the processor's chat template writes around a user's turn: all of the "
     "prompt's words, role words among them, are taken for the instruction, and instruction_policy has no effect. Make "
@@ -103,7 +98,8 @@ class InstructionReader:
     tokenizer later, count from then on. What a tokenizer doesn't know is no word.
 
     Labels that supervise every word of a row don't tell which is the answer. Such a row is taken for a conversation of
-    the template, and only what users say before its first answer is read: later turns could be words of an answer.
+    the template, and only what users say before its first answer is read: later turns could be words of an answer. So
+    is a training call without labels, where the template announces turns by words ("USER:") and doesn't close answers.
 
     A turn without words is a turn: as the last one its instruction is empty. ``shortest_turn`` is the shortest of
     those with words.
@@ -199,10 +195,7 @@ class InstructionReader:
             row_answers = None if answers is None else answers[row].tolist()
             # Labels without any answer train nothing; without labels the loss is somebody else's, who knows the answer.
             unknown = prompt.trains and prompt.labels is None and not (row_answers and any(row_answers))
-            chosen = self._select_row(tokens, where, row_answers, known, answer_unknown=unknown)
-            selected[row, chosen] = True
-            if prompt.trains and not chosen:
-                self.warn_once(TRAINS_NOTHING)
+            selected[row, self._select_row(tokens, where, row_answers, known, answer_unknown=unknown)] = True
         return selected
 
     def texts(self, prompt: Prompt) -> list[str]:

@@ -50,12 +50,17 @@ class TurnMarkers:
     media: re.Pattern[str] | None
     #: True if nothing announces the first turn.
     headless: bool
+    #: True if words announce a turn, as "USER:", and no tag or special token: answers may well quote them.
+    in_words: bool
 
     def user_turns(self, text: str, *, holds_answers: bool = False) -> list[UserTurn]:
         """The user turns of a conversation, in order. A ``BARRIER`` ends a turn.
 
         ``holds_answers``: the text has answers in it, which may quote the template.
         """
+        if holds_answers and self.in_words and not self.closings:
+            # Nothing tells a later turn from an answer that quotes one.
+            text = self.before_answers(text) or text
         # Closed messages tell a turn from an answer that quotes "USER:". Prompts written by hand may not close them.
         spans = self._spans(text, closed=True) if self.closings else []
         if len(spans) < (1 if holds_answers else 2):

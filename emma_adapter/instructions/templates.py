@@ -114,6 +114,7 @@ class _Template:
             definitions=self._definitions(starts.texts),
             media=self._media(first, to_answer),
             headless=not first,
+            in_words=not any(SPECIAL in text or "<" in text or "[" in text for text in starts.texts),
         )
 
     def says(self, role: str, number: int, text: str | None = None, *, parts: bool | None = None) -> Message:

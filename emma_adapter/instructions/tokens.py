@@ -10,9 +10,13 @@ from torch import Tensor, nn
 
 from ..errors import InstructionError
 from .encoders import CachedEncoder
-from .extraction import TRAINS_NOTHING, InstructionReader, Prompt
+from .extraction import InstructionReader, Prompt
 
 LLM = "llm"
+_TEACHES_NOTHING = (
+    "a training call has a row with an image and an empty instruction: the adapter leaves visual tokens as they are "
+    "where nothing is asked, and learns nothing from that row. Leave it out of the data, or write the question"
+)
 #: What ``instruction=`` may be: one text for all rows, a text per row, token ids ``[B, T]``, or a tokenizer's output.
 Instruction = str | Sequence[str] | Tensor | Mapping[str, Tensor]
 
@@ -132,9 +136,16 @@ class InstructionPipeline:
         Raises:
             InstructionError: if it can't be told from the answer, or can't be decoded for a text tower.
         """
+        trained = None
+        if prompt.trains:
+            trained = torch.ones(len(prompt.input_ids)) if prompt.has_media is None else prompt.has_media
         if self.encoder is not None:
-            return self._encode(self.reader.texts(prompt), prompt.input_ids.device)
-        selected = self.reader.select(prompt).to(prompt.input_ids.device)
+            texts = self.reader.texts(prompt)
+            self._check_taught(texts, None, trained)
+            return self._encode(texts, prompt.input_ids.device)
+        selected = self.reader.select(prompt)
+        self._check_taught(None, selected, trained)
+        selected = selected.to(prompt.input_ids.device)
         return self._embed(*_left_aligned(prompt.input_ids, selected), embed)
 
     def _check_taught(self, texts: list[str] | None, mask: Tensor | None, trained: Tensor | None) -> None:
@@ -146,7 +157,7 @@ class InstructionPipeline:
             assert mask is not None
             empty = (~mask).all(dim=1).tolist()
         if any(row and wanted for row, wanted in zip(empty, trained.tolist(), strict=True)):
-            self.reader.warn_once(TRAINS_NOTHING)
+            self.reader.warn_once(_TEACHES_NOTHING)
 
     def _encode(self, texts: list[str], device: torch.device) -> InstructionTokens:
         assert self.encoder is not None
