@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from .errors import ConfigError, InstructionError
-from .instructions.extraction import choose_turns, pad_right
+import torch
+from torch import Tensor
+
+from .errors import ConfigError, DataError, InstructionError
+from .instructions.extraction import IGNORE_INDEX, choose_turns, pad_right
 from .patching import EmmaAdapter
+from .prompts import stop_ids
 from .state import state_of
+from .warning import warn_caller
 
 Row = Mapping[str, Any]
 
@@ -23,6 +28,8 @@ class InstructionCollator:
     bool ``instruction_mask [B, T]``. Text is what a text tower takes; tensors can also be cut and joined, as
     ``DataParallel`` and accelerate's ``dispatch_batches`` do with a batch. ``shortest_turn`` counts characters of
     text, and tokens of tokens.
+
+    A warning says so if the labels of the first batch don't teach the model to end its answers.
 
     Args:
         collator: makes a batch, a mapping, of a list of rows.
@@ -51,7 +58,9 @@ class InstructionCollator:
         self.collator = collator
         self.instruction_of = instruction_of
         self.policy = adapter.config.instruction_policy
-        self.tokenizer = state_of(adapter.model).pipeline.reader.tokenizer if as_tokens else None
+        tokenizer = state_of(adapter.model).pipeline.reader.tokenizer
+        self.tokenizer = tokenizer if as_tokens else None
+        self._stop_ids = stop_ids(adapter.model, tokenizer)
         if as_tokens and self.tokenizer is None:
             raise InstructionError(
                 "as_tokens=True needs the model's tokenizer: patch_model(model, …, processor=processor)"
@@ -62,15 +71,37 @@ class InstructionCollator:
 
         Raises:
             InstructionError: if a row doesn't show what the user says.
+            DataError: if the user says nothing about the image of a row, from which nothing can be learned.
         """
         # Before the collator: some replace the columns of the rows they are given.
         turns = [self._turns(row) for row in rows]
+        texts = [" ".join(filter(None, choose_turns(row, self.policy))) for row in turns]
+        for number, (row, text) in enumerate(zip(rows, texts, strict=True), 1):
+            if not text.strip() and _has_images(row):
+                raise DataError(
+                    f"row {number} of a batch of {len(rows)} has an empty question, so that an adapter would learn "
+                    "nothing from its answer: leave such rows out, or write what is asked (instruction_of= says it for "
+                    "rows of other columns)"
+                )
         batch = dict(self.collator(rows))
+        self._warn_if_endless(batch.get("labels"))
         if self.tokenizer is None:
-            return {**batch, "instruction": [" ".join(filter(None, choose_turns(row, self.policy))) for row in turns]}
+            return {**batch, "instruction": texts}
         tokenized = [[self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in row] for row in turns]
         ids, mask = pad_right([[i for turn in choose_turns(row, self.policy) for i in turn] for row in tokenized])
         return {**batch, "instruction": ids, "instruction_mask": mask}
+
+    def _warn_if_endless(self, labels: Any) -> None:
+        if not self._stop_ids or not isinstance(labels, Tensor) or not bool((labels != IGNORE_INDEX).any()):
+            return
+        if not bool(torch.isin(labels, torch.tensor(self._stop_ids, device=labels.device)).any()):
+            warn_caller(
+                "no label of a batch is a token at which generate stops, so that the model doesn't learn to end its "
+                "answers: some chat templates, as LLaVA-1.5's, don't write one. End the text of answers with "
+                "processor.tokenizer.eos_token"
+            )
+        # Only the first batch is looked at: in a later one every answer may have been cut.
+        self._stop_ids = []
 
     def _turns(self, row: Row) -> list[str]:
         if self.instruction_of is not None:
@@ -93,6 +124,12 @@ class InstructionCollator:
         if not turns:
             raise InstructionError("a row without a message of the user; say what its instruction is: instruction_of=")
         return turns
+
+
+def _has_images(row: Any) -> bool:
+    """Whether a column for images has one. Of images in other columns nothing is known here: training warns of them."""
+    media = [row[name] for name in ("images", "image") if name in row] if isinstance(row, Mapping) else []
+    return any(value is not None and not (isinstance(value, Sequence) and len(value) == 0) for value in media)
 
 
 def _text_of(content: Any) -> str:

@@ -13,6 +13,7 @@ from .fusion import fusion_class
 from .instructions.encoders import CachedEncoder, build_encoder, check_protocol, encoder_name
 from .instructions.extraction import InstructionReader
 from .instructions.tokens import LLM, InstructionPipeline
+from .warning import warn_caller
 
 _LLM_MAX_INSTRUCTION_TOKENS = 128
 
@@ -108,8 +109,10 @@ def _special_ids(model: nn.Module) -> set[int]:
 
 
 def make_reader(model: nn.Module, config: EmmaConfig, processor: Any) -> InstructionReader:
-    """Raises:
-    ConfigError: if ``processor`` is neither None nor holds a tokenizer.
+    """The reader of an adapter's prompts; a warning if it can't tell their turns apart.
+
+    Raises:
+        ConfigError: if ``processor`` is neither None nor holds a tokenizer.
     """
     tokenizer = getattr(processor, "tokenizer", processor)
     if processor is not None and (isinstance(tokenizer, type) or not callable(getattr(tokenizer, "decode", None))):
@@ -117,7 +120,35 @@ def make_reader(model: nn.Module, config: EmmaConfig, processor: Any) -> Instruc
             "processor= must be the model's processor or tokenizer, as AutoProcessor.from_pretrained(…) returns it, or "
             f"None to take the whole prompt as the instruction; got {type(processor)}, which can't decode tokens"
         )
-    return InstructionReader(processor, _special_ids(model), config.instruction_policy)
+    reader = InstructionReader(processor, _special_ids(model), config.instruction_policy)
+    if reader.markers is None and (why := _why_unread(reader)):
+        warn_caller(why)
+    return reader
+
+
+def _why_unread(reader: InstructionReader) -> str | None:
+    """Why the policy has no effect on prompts of the processor's; None where that is what was asked for."""
+    name = type(reader.processor).__name__
+    if reader.processor is None:
+        if reader.policy != "shortest_turn":
+            return None
+        return (
+            'instruction_policy="shortest_turn" has no effect without a processor, by whose chat template turns are '
+            "found: patch_model(model, …, processor=processor). Only where labels supervise answers, they part turns"
+        )
+    if reader.has_template:
+        return (
+            f"the chat template of this {name} doesn't show where a user's turn begins and ends: whole prompts will be "
+            "the instruction, role words included, and instruction_policy has no effect. Repair the template, or name "
+            "the instruction: model(**inputs, instruction=…)"
+        )
+    if reader.policy == "all_turns":
+        return None
+    return (
+        f"this {name} has no chat template, by which a user's turns are found: whole prompts will be the instruction, "
+        "and instruction_policy has no effect. Set processor.chat_template if prompts are conversations; "
+        'EmmaConfig(instruction_policy="all_turns") says that they are single questions'
+    )
 
 
 def make_pipeline(config: EmmaConfig, reader: InstructionReader, encoder: CachedEncoder | None) -> InstructionPipeline:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from . import attachment
 from .errors import PatchError
-from .instructions.tokens import embedder
+from .instructions.tokens import embedded, embedder
 from .sharding import is_partitioned, is_sharded
 from .state import STATE_ATTRIBUTE, AdapterState, state_of
 
@@ -73,8 +73,7 @@ def look_up(state: AdapterState, inner: nn.Module, arguments: Mapping[str, Any])
     reads_embeddings = state.pipeline.encoder is None and state.scope.named is None
     if ids is None or not reads_embeddings or not any(is_sharded(weight) for weight in embed.parameters()):
         return
-    with torch.no_grad():
-        embed(torch.zeros_like(ids[:1, :1]))
+    embedded(embed, torch.zeros_like(ids[:1, :1]))
 
 
 def install_embedding_hook(state: AdapterState, embed: nn.Module) -> None:

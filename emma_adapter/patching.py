@@ -59,7 +59,8 @@ def patch_model(
             patched at the model inside).
         config: what adapter; every size left None is read off the model. Default: ``EmmaConfig()``.
         processor: the model's processor or tokenizer. Without it the instruction is the whole prompt, answers
-            and special tokens excluded; with it, the user's turns. Text towers need it to read prompts.
+            and special tokens excluded; with it, the user's turns, or with a warning the whole prompt, if its chat
+            template doesn't show them. Text towers need it to read prompts.
         instruction_encoder: overrides ``config.instruction_encoder``; also a module of your own that follows
             :class:`~emma_adapter.InstructionEncoder`.
 

@@ -14,7 +14,7 @@ from .errors import InstructionError, RoutingError
 from .families import ModelFamily
 from .instructions.extraction import Prompt
 from .instructions.packing import Samples, find_samples
-from .instructions.tokens import InstructionTokens, embedder
+from .instructions.tokens import InstructionTokens, embedded, embedder
 from .private import is_cache
 from .state import AdapterState
 
@@ -121,7 +121,7 @@ def _equals_embedding(inner: nn.Module, token_id: int, embeds: Tensor) -> Tensor
             f"the placeholder token {token_id} has no embedding (the vocabulary ends at {vocabulary}), so that images "
             "can't be found in inputs_embeds; pass input_ids"
         )
-    one = embed(torch.tensor([token_id], device=embeds.device)).to(embeds.dtype)
+    one = embedded(embed, torch.tensor([[token_id]], device=embeds.device)).to(embeds.dtype)
     return (embeds == one).all(dim=-1)
 
 
@@ -141,8 +141,10 @@ def _instruction_tokens(
             "instruction_mask= says which token ids of instruction= are padding, and there is no instruction=: give "
             "both, or neither"
         )
+    trains = inner.training and outer.records_gradients
     if outer.instruction is not None:
-        return state.pipeline.explicit(outer.instruction, outer.instruction_mask, rows, embed, device)
+        trained = has_media if trains else None
+        return state.pipeline.explicit(outer.instruction, outer.instruction_mask, rows, embed, device, trained)
     if (named := state.named_instruction) is not None:
         return named.for_each(rows, "rows")
     ids, mask = arguments.get("input_ids"), arguments.get("attention_mask")
@@ -166,7 +168,7 @@ def _instruction_tokens(
         attention_mask=mask,
         labels=labels,
         assistant_mask=assistant_mask,
-        trains=inner.training and outer.records_gradients,
+        trains=trains,
         has_media=has_media,
         placeholder_ids=frozenset(state.family.placeholder_id(inner, modality) for modality in state.family.modalities),
     )

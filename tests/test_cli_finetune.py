@@ -202,6 +202,16 @@ def rows_of(tmp_path, *rows, name="data.jsonl"):
         ({**GOOD, "messages": [{"role": "tool", "content": "a"}]}, "tool"),
         ({**GOOD, "messages": [{"role": "user", "content": 3}]}, "content is 3"),
         ({**GOOD, "messages": [GOOD["messages"][0], {"role": "assistant", "content": " "}]}, "empty"),
+        (
+            {**GOOD, "messages": [{"role": "user", "content": " "}, GOOD["messages"][1]]},
+            "turn 1: the question is empty",
+        ),
+        ({**GOOD, "messages": [{"role": "user", "content": "<image>"}, GOOD["messages"][1]]}, "question is empty"),
+        ({"image": "images/0.png", "question": "", "answer": "b"}, "question is empty"),
+        (
+            {**GOOD, "messages": [*GOOD["messages"], {"role": "user", "content": []}, GOOD["messages"][1]]},
+            "turn 3: the question is empty",
+        ),
         ({**GOOD, "messages": [{"role": "user", "content": "<image><image>"}, GOOD["messages"][1]]}, "2 image(s)"),
         ({**GOOD, "messages": [GOOD["messages"][0], {"role": "assistant", "content": "<image>"}]}, "only users"),
         ({**GOOD, "messages": [{"role": "user", "content": "\ud800"}, GOOD["messages"][1]]}, "surrogate"),
@@ -289,8 +299,10 @@ def save_as(form, tmp_path):
 def test_every_answer_is_an_example(tmp_path, form, ends):
     """Tokens are those that ``generate`` meets, and labels the answer and the token that ends it."""
     processor = tiny.processor()
-    if not ends:
-        processor.chat_template = processor.chat_template.replace("</s>", " ")
+    if ends:
+        processor.chat_template = processor.chat_template.replace(
+            "{{ part.text }} {% endgen", "{{ part.text }}</s>{% endgen"
+        )
     examples = Examples(processor, [2])
     table = examples.add(open_rows(str(save_as(form, tmp_path)), "train", None), "data", progress=False)
     assert len(table) == 2

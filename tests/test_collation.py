@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
 import tiny
-from emma_adapter import EmmaConfig, InstructionCollator, InstructionError, patch_model
+from emma_adapter import DataError, EmmaConfig, InstructionCollator, InstructionError, patch_model
 from zoo import ZOO
 
 PROCESSOR = tiny.processor()
@@ -109,6 +110,43 @@ def test_rows_that_are_no_chat_are_an_error(row):
         InstructionCollator(lambda _: {}, adapter)([row])
 
 
+@pytest.mark.parametrize(
+    "talk", [[tiny.user(" ")], [{"role": "user", "content": ""}], [tiny.user("why?"), tiny.user("")]]
+)
+@pytest.mark.parametrize("media", [{"images": [tiny.picture(0)]}, {"image": "bird.png"}])
+@pytest.mark.parametrize("as_tokens", [False, True])
+def test_an_empty_question_about_an_image_is_an_error(talk, media, as_tokens):
+    _, adapter = patched()
+    row = {"messages": [*talk, tiny.assistant("a bird")], **media}
+    collator = InstructionCollator(lambda _: {}, adapter, as_tokens=as_tokens)
+    with pytest.raises(DataError, match=r"row 2 of a batch of 2.*empty question"):
+        collator([rows()[0], row])
+    with pytest.raises(DataError, match="empty question"):
+        InstructionCollator(lambda _: {}, adapter, instruction_of=lambda row: "")([row])
+    collator([{**row, "images": [], "image": None}])  # a row of text needs no instruction
+
+
+@pytest.mark.parametrize("told", ["prompt", "text", "tokens"])
+def test_training_with_an_empty_question_warns_once(told):
+    model, _ = patched()
+    inputs = tiny.chat_inputs([[tiny.user(""), tiny.assistant("a bird")], [tiny.user("why?", 0)]], generate=False)
+    labels = inputs["input_ids"].clone()
+    labels[:, :-2] = -100
+    more = {
+        "prompt": {},
+        "text": {"instruction": [" ", ""]},
+        "tokens": {"instruction": torch.tensor([[5], [5]]), "instruction_mask": torch.tensor([[0], [1]])},
+    }[told]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(**inputs, labels=labels, **more)  # not training
+    with pytest.warns(UserWarning, match="an empty instruction"):
+        model.train()(**inputs, labels=labels, **more)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(**inputs, labels=labels, **more)
+
+
 def test_rows_without_a_user_are_an_error():
     _, adapter = patched()
     with pytest.raises(InstructionError, match="user"):
@@ -165,10 +203,10 @@ def test_explicit_equals_inferred_with_the_language_models_embeddings(name, poli
 
 
 def test_rows_of_tokens_may_be_empty():
+    """The collator refuses them for images; a call may make them."""
     model, adapter = patched()
-    talks = [[tiny.user(""), tiny.assistant("a bird")], TALKS[1]]
-    batch = InstructionCollator(Collator(), adapter, as_tokens=True)(rows(talks))
-    assert batch["instruction_mask"].sum(1).tolist()[0] == 0
+    batch = InstructionCollator(Collator(), adapter, as_tokens=True)(rows())
+    batch["instruction_mask"][0] = False
     instructions(model, adapter, batch)[0].backward()
     assert all(parameter.grad.isfinite().all() for parameter in adapter.parameters())
 

@@ -28,11 +28,6 @@ TEXTS = [
     ("what is in the picture?", "a tree"),
 ] * 3
 CONFIG = EmmaConfig(inner_dim=8, num_heads=2)
-# TRL renders with the processor; it says which part of a row is the assistant's if the template does.
-WITH_GENERATION = tiny.CHAT_TEMPLATE.replace(
-    "ASSISTANT: {{ message['content'][0]['text'] }}</s>",
-    "ASSISTANT: {% generation %}{{ message['content'][0]['text'] }}</s>{% endgeneration %}",
-)
 
 
 def dataset(columns="messages", texts=TEXTS):
@@ -162,7 +157,7 @@ def test_the_instruction_is_the_question_whatever_the_answer_says(style, tmp_pat
     found = instructions_of(adapter)
     processor = tiny.processor()
     if "assistant_only_loss" in options:
-        processor.chat_template = WITH_GENERATION
+        processor.chat_template = tiny.CHAT_TEMPLATE
     trainer = trainer_for(model, tmp_path, dataset(columns), processor, save_strategy="no", **options)
     trainer.train()
     if style != "label smoothing":  # labels are then missing in evaluation too, where a call may be any prompt

@@ -38,14 +38,13 @@ _CORPUS = [
     "A chat between a curious human and an artificial intelligence assistant.",
     "describe the image in detail. is there a cat? yes, no, two, three.",
 ]
+#: What llava-hf/llava-1.5-7b-hf writes, to the last space: nothing ends an answer.
 CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message['role'] == 'system' %}{{ message['content'][0]['text'] }} "
-    "{% elif message['role'] == 'user' %}USER: "
-    "{% for part in message['content'] if part['type'] == 'image' %}<image>\n{% endfor %}"
-    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }} {% endfor %}"
-    "{% else %}ASSISTANT: {{ message['content'][0]['text'] }}</s>{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+    "{% for message in messages %}{% if message.role != 'system' %}{{ message.role | upper }}: {% endif %}"
+    "{% for part in message.content if part.type == 'image' %}<image>\n{% endfor %}"
+    "{% for part in message.content if part.type == 'text' %}"
+    "{% if message.role == 'assistant' %}{% generation %}{{ part.text }} {% endgeneration %}"
+    "{% else %}{{ part.text }} {% endif %}{% endfor %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
 
 

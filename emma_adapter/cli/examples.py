@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import takewhile
 from typing import Any
 
 import click
@@ -11,7 +10,7 @@ import click
 from ..data.conversations import Message, count_images, trainable_turns
 from ..data.rows import Rows
 from ..errors import DataError
-from ..prompts import Prompts
+from ..prompts import Prompts, shared_length
 
 _IGNORE_INDEX = -100
 
@@ -31,8 +30,7 @@ class Examples:
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self._sources: list[Rows] = []
-        self._stops: list[str] = self.tokenizer.convert_ids_to_tokens(list(stop_ids))
-        self._prompts = Prompts(processor)
+        self._prompts = Prompts(processor, self.tokenizer.convert_ids_to_tokens(list(stop_ids)))
         self._taken: set[tuple[str, ...]] = set()
 
     def add(self, rows: Rows, name: str, *, progress: bool) -> Any:
@@ -61,7 +59,7 @@ class Examples:
         import torch
 
         found = [self._find(**example) for example in examples]
-        texts = [self._texts(messages) for messages, _ in found]
+        texts = [self._prompts.answered(messages) for messages, _ in found]
         batch = self.processor(
             images=[images for _, images in found],
             text=[whole for _, whole in texts],
@@ -98,22 +96,7 @@ class Examples:
         messages = rows.messages(row)[: turn + 1]
         return messages, rows.images(row)[: count_images(messages)]
 
-    def _texts(self, messages: list[Message]) -> tuple[str, str]:
-        """The prompt, and the prompt with its answer."""
-        whole = self._prompts.rendered(messages)
-        prompt = self._prompts.prompt(messages[:-1])
-        prompt = whole[: _shared(prompt, whole)]
-        if not any(stop in whole[len(prompt) :] for stop in self._stops):
-            # LLaVA's template has no end after an answer, and a model must learn to stop.
-            whole = whole.rstrip() + self.tokenizer.eos_token
-        return prompt, whole
-
     def _answer_ids(self, prompt: str, whole: str) -> list[int]:
         """What follows the prompt; with the token across the border, if there is one."""
         before, ids = (self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, whole))
-        return list(ids[_shared(before, ids) :])
-
-
-def _shared(one: Sequence[Any], other: Sequence[Any]) -> int:
-    """How long the beginning is that both have in common."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+        return list(ids[shared_length(before, ids) :])

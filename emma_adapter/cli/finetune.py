@@ -94,6 +94,7 @@ def finetune(
     from ..loading import load_adapter
     from ..model_card import load_call
     from ..patching import patch_model
+    from ..prompts import stop_ids
     from ..saving import check_not_foreign
     from .examples import Examples
     from .models import load_model, load_processor
@@ -108,7 +109,7 @@ def finetune(
     rows = open_rows(data, split, images)
     eval_rows = None if eval_data is None else open_rows(eval_data, eval_split, images)
     base = load_model(model, dtype, trust_remote_code=trust_remote_code)
-    examples = Examples(processor, _stop_ids(base, processor))
+    examples = Examples(processor, stop_ids(base, processor.tokenizer))
     train_examples = examples.add(rows, data, progress=main_process)
     eval_examples = None if eval_rows is None else examples.add(eval_rows, str(eval_data), progress=main_process)
 
@@ -218,9 +219,3 @@ def _resumed_from(settings: Any) -> str | None:
     if found is None or not Path(found).is_dir():
         raise click.UsageError(f"there is no checkpoint to resume from at {found or settings.output_dir}")
     return found
-
-
-def _stop_ids(model: Any, processor: Any) -> list[int]:
-    configured = getattr(model.generation_config, "eos_token_id", None)
-    ids = configured if isinstance(configured, list) else [configured]
-    return sorted({number for number in (*ids, processor.tokenizer.eos_token_id) if number is not None})

@@ -63,6 +63,7 @@ class TokenTexts:
         self.tokenization = Tokenization(tokenizer)
         self.special_ids = frozenset(special_ids) | _special_ids(tokenizer)
         self._texts: dict[int, str] = {ANSWERED: BARRIER}
+        self._known: dict[int, bool] = {}
 
     def __call__(self, token: int) -> str:
         """The token's characters, without white space; a special token's are marked as such."""
@@ -93,6 +94,17 @@ class TokenTexts:
             start = end
         return DecodedRow("".join(texts), [*first, length], [0, *accumulate(map(len, texts))])
 
+    def knows(self, token: int) -> bool:
+        """Whether the tokenizer has this token; yes if there is no tokenizer to ask."""
+        known = self._known.get(token)
+        if known is None:
+            known = self._known[token] = self.tokenizer is None or _has_token(self.tokenizer, token)
+        return known
+
+    def vocabulary(self) -> list[str]:
+        """The texts of all tokens, as far as the tokenizer tells."""
+        return list(getattr(self.tokenizer, "get_vocab", dict)())
+
     def of_text(self, text: str) -> str:
         """``text`` as it is found in a row, once the tokenizer has been at it."""
         return self.row(self.tokenization.ids(text)).text
@@ -113,6 +125,22 @@ class TokenTexts:
             return ""
         text = str(self.tokenizer.decode(known, skip_special_tokens=False, clean_up_tokenization_spaces=False))
         return "".join(text.split()).translate(_CONTROL)
+
+
+def vocabulary_state(tokenizer: Any) -> tuple[object, ...]:
+    """What changes when tokens are added to a tokenizer, and takes no time to find out, as the list of them would."""
+    size = len(tokenizer) if hasattr(tokenizer, "__len__") else None
+    return size, tuple(getattr(tokenizer, "all_special_ids", ()))
+
+
+def _has_token(tokenizer: Any, token: int) -> bool:
+    if not hasattr(tokenizer, "__len__") or token < len(tokenizer):
+        return True
+    try:
+        # Some vocabularies have gaps, so that their last tokens lie beyond their size.
+        return tokenizer.convert_ids_to_tokens(token) is not None
+    except (KeyError, IndexError, ValueError, TypeError, AttributeError):
+        return False
 
 
 def _special_ids(tokenizer: Any) -> frozenset[int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,8 +13,10 @@ from torch import Tensor
 
 from ..config import InstructionPolicy
 from ..errors import InstructionError
+from ..warning import warn_caller
 from .cache import LRUCache
-from .decoding import ANSWERED, TokenTexts
+from .decoding import ANSWERED, DecodedRow, TokenTexts, vocabulary_state
+from .markers import TurnMarkers, answer_headers
 from .templates import read_markers
 
 IGNORE_INDEX = -100
@@ -33,6 +34,18 @@ _TRAINS_PROMPT = (
     "labels supervise the instruction too: the model is trained to predict words that the images already know. "
     f"Set labels to {IGNORE_INDEX} at the prompt's tokens: in TRL, use prompt and completion columns, or "
     "assistant_only_loss=True"
+)
+
+_OTHER_TEMPLATE = (
+    "nothing in the prompt looks like what the processor's chat template writes around a user's turn: all of the "
+    "prompt's words, role words among them, are taken for the instruction, and instruction_policy has no effect. Make "
+    "prompts with processor.apply_chat_template, give patch_model the processor that makes them, or " + _PASS_IT
+)
+
+_UNKNOWN_TOKENS = (
+    "the prompt has tokens that the tokenizer which patch_model was given doesn't know; they are left out of the "
+    "instruction. A model that was pickled has a copy of the tokenizer: give the one that makes the prompts, "
+    "load_adapter(model, …, processor=processor), or " + _PASS_IT
 )
 
 
@@ -60,6 +73,16 @@ class _Turn:
     supervised: bool = False
 
 
+@dataclass(frozen=True)
+class _Known:
+    """What a reader has learned of its processor, as that was then."""
+
+    of: tuple[object, ...]
+    texts: TokenTexts
+    markers: TurnMarkers | None
+    found: LRUCache[list[_Turn]]
+
+
 class InstructionReader:
     """Finds the instruction in a prompt.
 
@@ -68,8 +91,15 @@ class InstructionReader:
     of it except special, placeholder and padding tokens (system text and role words included). Answers, which
     ``labels`` supervise or ``assistant_mask`` marks, are never read.
 
+    A processor's prompt without the template's markers may be a question that somebody typed: a warning says that it is
+    read whole. If it shows answers of the assistant, its turns would have to be known, and it is refused.
+
+    The processor is the user's, also in a copy of the reader: another template, or tokens that are added to its
+    tokenizer later, count from then on. What a tokenizer doesn't know is no word.
+
     Labels that supervise every word of a row don't tell which is the answer. Such a row is taken for a conversation of
-    the template, and only what users say before its first answer is read: later turns could be words of an answer.
+    the template, and only what users say before its first answer is read: later turns could be words of an answer. So
+    is a training call without labels, where the template announces turns by words ("USER:") and doesn't close answers.
 
     A turn without words is a turn: as the last one its instruction is empty. ``shortest_turn`` is the shortest of
     those with words.
@@ -93,19 +123,53 @@ class InstructionReader:
         *,
         system_prompts: Sequence[str] = (),
     ) -> None:
+        self.processor = processor
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.policy = policy
-        self._texts = TokenTexts(self.tokenizer, special_ids)
-        self.markers = read_markers(processor, self._texts, system_prompts) if processor is not None else None
-        self._found: LRUCache[list[_Turn]] = LRUCache(1024)
-        self._warned = False
+        self._special_ids = frozenset(special_ids)
+        self._system_prompts = tuple(system_prompts)
+        self._known = self._learn()
+        self._said: set[str] = set()
+
+    @property
+    def markers(self) -> TurnMarkers | None:
+        """What the processor's chat template writes around turns; None if that isn't known."""
+        return self._current().markers
+
+    @property
+    def has_template(self) -> bool:
+        return any(getattr(source, "chat_template", None) for source in (self.processor, self.tokenizer))
 
     def with_policy(self, policy: InstructionPolicy) -> InstructionReader:
         """The same reader for another policy."""
         other = copy.copy(self)
         other.policy = policy
-        other._found = LRUCache(1024)
+        other._said = set()
         return other
+
+    def __deepcopy__(self, memo: dict[int, object]) -> InstructionReader:
+        # The processor stays the user's, whose tokenizer makes the copy's prompts too.
+        return self.with_policy(self.policy)
+
+    @property
+    def _texts(self) -> TokenTexts:
+        return self._current().texts
+
+    def _current(self) -> _Known:
+        if self._known.of != self._state_of_processor():
+            self._known = self._learn()
+        return self._known
+
+    def _learn(self) -> _Known:
+        of = self._state_of_processor()
+        texts = TokenTexts(self.tokenizer, self._special_ids)
+        return _Known(of, texts, read_markers(self.processor, texts, self._system_prompts), LRUCache(1024))
+
+    def _state_of_processor(self) -> tuple[object, ...]:
+        templates = [getattr(source, "chat_template", None) for source in (self.processor, self.tokenizer)]
+        # Several templates are in a dictionary, which may change.
+        kept = (template if isinstance(template, str) else repr(template) for template in templates)
+        return (*kept, *vocabulary_state(self.tokenizer))
 
     def select(self, prompt: Prompt) -> Tensor:
         """Bool ``[B, L]`` on the CPU: true at tokens of the instruction.
@@ -120,7 +184,8 @@ class InstructionReader:
             valid = mask.bool().cpu()
         wanted = [True] * len(ids) if prompt.has_media is None else prompt.has_media.tolist()
         selected = torch.zeros(ids.shape, dtype=torch.bool)
-        unknown_placeholders = prompt.placeholder_ids - self._texts.special_ids
+        known = self._current()
+        unknown_placeholders = prompt.placeholder_ids - known.texts.special_ids
         for placeholder in unknown_placeholders:
             ids = ids.masked_fill(ids == placeholder, _SAYS_NOTHING)
         for row, tokens in enumerate(ids.tolist()):
@@ -130,7 +195,7 @@ class InstructionReader:
             row_answers = None if answers is None else answers[row].tolist()
             # Labels without any answer train nothing; without labels the loss is somebody else's, who knows the answer.
             unknown = prompt.trains and prompt.labels is None and not (row_answers and any(row_answers))
-            selected[row, self._select_row(tokens, where, row_answers, answer_unknown=unknown)] = True
+            selected[row, self._select_row(tokens, where, row_answers, known, answer_unknown=unknown)] = True
         return selected
 
     def texts(self, prompt: Prompt) -> list[str]:
@@ -163,16 +228,23 @@ class InstructionReader:
         return self.tokenizer
 
     def _select_row(
-        self, tokens: list[int], where: list[int], answers: list[bool] | None, *, answer_unknown: bool
+        self,
+        tokens: list[int],
+        where: list[int],
+        answers: list[bool] | None,
+        known: _Known,
+        *,
+        answer_unknown: bool,
     ) -> list[int]:
-        words = [i for i in where if self._is_word(tokens[i])]
+        words = [i for i in where if self._is_word(tokens[i], known.texts)]
+        # Answers are blanked before the search: what they say must not decide where a turn begins or ends.
+        blanked = [ANSWERED if answers is not None and answers[i] else token for i, token in enumerate(tokens)]
         turns: list[_Turn] = []
         if words and answers is not None and all(answers[i] for i in words):
-            turns = self._turns(tokens, where, before_answers=True)
+            turns = self._turns(tokens, where, known, before_answers=True)
         if not turns:
-            # Answers are blanked before the search: what they say must not decide where a turn begins or ends.
-            blanked = [ANSWERED if answers is not None and answers[i] else token for i, token in enumerate(tokens)]
-            turns = self._turns(blanked, where, holds_answers=answer_unknown)
+            turns = self._turns(blanked, where, known, holds_answers=answer_unknown)
+        found = bool(turns)
         if not turns:
             if answer_unknown:
                 raise InstructionError(
@@ -184,38 +256,93 @@ class InstructionReader:
             turns = _prompt_runs(words, answers)
         if all(turn.supervised for turn in turns):
             raise InstructionError(_ALL_SUPERVISED)
+        if not found and self.processor is not None:
+            self._check_read_whole([blanked[i] for i in where], known)
         chosen = choose_turns([turn.words for turn in turns if not turn.supervised], self.policy)
         selected = [i for words in chosen for i in words]
-        if not self._warned and answers is not None and any(answers[i] for i in selected):
-            self._warned = True
-            warnings.warn(_TRAINS_PROMPT, stacklevel=2)
+        if answers is not None and any(answers[i] for i in selected):
+            self.warn_once(_TRAINS_PROMPT)
         return selected
 
+    def _check_read_whole(self, tokens: list[int], known: _Known) -> None:
+        """Of a processor's prompt whose turns weren't found, ``ANSWERED`` where its answers are known.
+
+        Raises:
+            InstructionError: if it shows answers that aren't.
+        """
+        said = [token for token in tokens if token == ANSWERED or self._is_word(token, known.texts)]
+        if not said:
+            return
+        row = known.texts.row(tokens)
+        after = (first for end in answer_headers(row.text) for first in self._next_word(tokens, row, end, known.texts))
+        answered = any(token != ANSWERED for token in after)
+        ends = getattr(self.tokenizer, "eos_token_id", None)
+        if self.has_template and ANSWERED not in said and ends in tokens:
+            # What ends an answer stands between words.
+            places = [i for i, token in enumerate(tokens) if self._is_word(token, known.texts)]
+            answered = answered or ends in tokens[places[0] : places[-1]]
+        if answered:
+            raise InstructionError(
+                "the prompt shows answers of the assistant, but not what the processor's chat template writes around "
+                "a user's turn, so that the answers would be taken for the instruction: make prompts with "
+                "processor.apply_chat_template, give patch_model the processor that makes them, or name the "
+                "instruction: " + _PASS_IT
+            )
+        # Where nothing announces users, a question without an answer looks like any text.
+        if known.markers is not None and not known.markers.headless:
+            self.warn_once(_OTHER_TEMPLATE)
+
+    def _next_word(self, tokens: list[int], row: DecodedRow, end: int, texts: TokenTexts) -> list[int]:
+        """The first word after a place in the text, ``ANSWERED`` if an answer begins there; none at the end."""
+        later = row.tokens([(end, len(row.text))]) if end < len(row.text) else []
+        return [tokens[i] for i in later if tokens[i] == ANSWERED or self._is_word(tokens[i], texts)][:1]
+
+    def warn_once(self, message: str) -> None:
+        """Warn, unless this reader has said so before."""
+        if message not in self._said:
+            self._said.add(message)
+            warn_caller(message)
+
     def _turns(
-        self, tokens: list[int], where: list[int], *, before_answers: bool = False, holds_answers: bool = False
+        self,
+        tokens: list[int],
+        where: list[int],
+        known: _Known,
+        *,
+        before_answers: bool = False,
+        holds_answers: bool = False,
     ) -> list[_Turn]:
         """The turns between the template's markers; none if the markers are not known or not there."""
-        if self.markers is None:
+        texts, markers = known.texts, known.markers
+        if markers is None:
             return []
         kept = [tokens[i] for i in where]
         key = (array("q", kept).tobytes(), before_answers, holds_answers)
-        [turns] = self._found.get_or_compute([key], lambda _: [self._find_turns(kept, before_answers, holds_answers)])
+        [turns] = known.found.get_or_compute(
+            [key], lambda _: [self._find_turns(kept, texts, markers, before_answers, holds_answers)]
+        )
         return [_Turn([where[i] for i in turn.words], turn.supervised) for turn in turns]
 
-    def _find_turns(self, tokens: Sequence[int], before_answers: bool, holds_answers: bool) -> list[_Turn]:
-        assert self.markers is not None
-        row = self._texts.row(tokens)
-        text = self.markers.before_answers(row.text) if before_answers else row.text
+    def _find_turns(
+        self, tokens: Sequence[int], texts: TokenTexts, markers: TurnMarkers, before_answers: bool, holds_answers: bool
+    ) -> list[_Turn]:
+        row = texts.row(tokens)
+        text = markers.before_answers(row.text) if before_answers else row.text
         turns = []
-        for turn in self.markers.user_turns(text, holds_answers=holds_answers) if text is not None else ():
-            words = [i for i in row.tokens(turn.parts) if self._is_word(tokens[i])]
-            said = [number for number, i in enumerate(words) if self._texts(tokens[i])]
+        for turn in markers.user_turns(text, holds_answers=holds_answers) if text is not None else ():
+            words = [i for i in row.tokens(turn.parts) if self._is_word(tokens[i], texts)]
+            said = [number for number, i in enumerate(words) if texts(tokens[i])]
             words = words[said[0] : said[-1] + 1] if said else []
             turns.append(_Turn(words, supervised=turn.interrupted and not words))
         return turns
 
-    def _is_word(self, token: int) -> bool:
-        return token >= 0 and token not in self._texts.special_ids
+    def _is_word(self, token: int, texts: TokenTexts) -> bool:
+        if token < 0 or token in texts.special_ids:
+            return False
+        if not texts.knows(token):
+            self.warn_once(_UNKNOWN_TOKENS)
+            return False
+        return True
 
 
 def _answers(prompt: Prompt) -> Tensor | None:

@@ -8,8 +8,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from json import JSONDecodeError
 
-from .decoding import BARRIER
+from .decoding import BARRIER, SPECIAL
 
+# What well-known templates write before an answer. Role words in plain text count only as they write them.
+_ANSWER_HEADER = re.compile(
+    r"<\|im_start\|>assistant|<\|start\|>assistant(?:<\|message\|>)?|<\|assistant\|>|<\|CHATBOT_TOKEN\|>"
+    r"|<\|start_header_id\|>assistant<\|end_header_id\|>|<\uff5cAssistant\uff5c>|<start_of_turn>model|<\|turn>model"
+    r"|\[/INST\]|ASSISTANT:|Assistant:|###Response:"
+)
 _JSON = json.JSONDecoder(strict=False)
 
 
@@ -44,12 +50,17 @@ class TurnMarkers:
     media: re.Pattern[str] | None
     #: True if nothing announces the first turn.
     headless: bool
+    #: True if words announce a turn, as "USER:", and no tag or special token: answers may well quote them.
+    in_words: bool
 
     def user_turns(self, text: str, *, holds_answers: bool = False) -> list[UserTurn]:
         """The user turns of a conversation, in order. A ``BARRIER`` ends a turn.
 
         ``holds_answers``: the text has answers in it, which may quote the template.
         """
+        if holds_answers and self.in_words and not self.closings:
+            # Nothing tells a later turn from an answer that quotes one.
+            text = self.before_answers(text) or text
         # Closed messages tell a turn from an answer that quotes "USER:". Prompts written by hand may not close them.
         spans = self._spans(text, closed=True) if self.closings else []
         if len(spans) < (1 if holds_answers else 2):
@@ -104,6 +115,13 @@ class TurnMarkers:
             start = medium.end()
         if end > start:
             yield start, end
+
+
+def answer_headers(text: str) -> list[int]:
+    """Where the headers of answers end in the text of a :class:`~.decoding.DecodedRow`, by whatever template."""
+    marked = [place for place, letter in enumerate(text) if letter != SPECIAL]
+    plain = text.replace(SPECIAL, "")
+    return [marked[match.end() - 1] + 1 for match in _ANSWER_HEADER.finditer(plain)]
 
 
 def skip_json(text: str, start: int) -> int:

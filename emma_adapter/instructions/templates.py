@@ -47,9 +47,12 @@ def read_markers(
     """
     tokenizer = getattr(processor, "tokenizer", processor)
     texts = TokenTexts(tokenizer) if texts is None else texts
+    sentinels = _sentinels(texts) if hasattr(processor, "apply_chat_template") else None
+    if sentinels is None:
+        return None
     for renderer in (processor,) if tokenizer is processor else (processor, tokenizer):
         # A template for strings may print lists, but one for lists finds nothing in a string.
-        templates = (_Template(renderer, texts, parts) for parts in _CONTENT_STYLES)
+        templates = (_Template(renderer, texts, parts, sentinels) for parts in _CONTENT_STYLES)
         template = next((template for template in templates if template.render(template.talk)), None)
         if template is not None and (markers := template.markers(system_prompts)) is not None:
             return markers
@@ -68,10 +71,11 @@ class _Rendered:
 class _Template:
     """A chat template, and what is learned by rendering it."""
 
-    def __init__(self, renderer: Any, texts: TokenTexts, parts: Collection[str]) -> None:
+    def __init__(self, renderer: Any, texts: TokenTexts, parts: Collection[str], sentinels: Sequence[str]) -> None:
         self.renderer = renderer
         self.texts = texts
         self.parts = parts
+        self.sentinels = sentinels
         self.talk = [self.says(role, i) for i, role in enumerate(("user", "assistant", "user", "assistant"))]
 
     def markers(self, system_prompts: Sequence[str]) -> TurnMarkers | None:
@@ -110,11 +114,12 @@ class _Template:
             definitions=self._definitions(starts.texts),
             media=self._media(first, to_answer),
             headless=not first,
+            in_words=not any(SPECIAL in text or "<" in text or "[" in text for text in starts.texts),
         )
 
     def says(self, role: str, number: int, text: str | None = None, *, parts: bool | None = None) -> Message:
         """A message of ``text``, by default the sentinel of this number."""
-        text = _sentinel(number) if text is None else text
+        text = self.sentinels[number] if text is None else text
         as_parts = role in self.parts if parts is None else parts
         return {"role": role, "content": [{"type": "text", "text": text}] if as_parts else text}
 
@@ -124,14 +129,15 @@ class _Template:
             text = self.texts.of_text(self.renderer.apply_chat_template(talk, tokenize=False, **options))
         except Exception:  # noqa: BLE001 - a template is a program of the user's; whatever it raises, it says nothing
             return None
-        places = [(text.find(_sentinel(i)), i) for i in (range(len(talk)) if sentinels is None else sentinels)]
+        squeezed = ["".join(sentinel.split()) for sentinel in self.sentinels]
+        places = [(text.find(squeezed[i]), i) for i in (range(len(talk)) if sentinels is None else sentinels)]
         if any(place < 0 for place, _ in places):
             return None
         order, before, end = [], [], 0
         for place, number in sorted(places):
             order.append(number)
             before.append(text[end:place])
-            end = place + len(_sentinel(number))
+            end = place + len(squeezed[number])
         return _Rendered(order, before, text[end:])
 
     def _with_system(self, known: str | None = None) -> _Rendered | None:
@@ -248,9 +254,20 @@ class _Starts:
         return tuple(sorted(found - {""}))
 
 
-def _sentinel(number: int) -> str:
-    # Letters and digits, which every tokenizer knows and none changes; without spaces, which don't count.
-    return f"zqemma{number}qz"
+def _sentinels(texts: TokenTexts) -> list[str] | None:
+    """What stands for what is said: texts that the tokenizer keeps and no template writes; None if there are none."""
+    # Letters and digits, which a tokenizer that knows all characters doesn't change; without spaces.
+    made = [f"zqemma{number}qz" for number in range(_SYSTEM + 1)]
+    if all(texts.of_text(text) == text for text in made):
+        return made
+    # A vocabulary of whole words, to which ours are unknown: its own, each said three times.
+    words: list[str] = []
+    for word in sorted(texts.vocabulary(), key=lambda word: (-len(word), word)):
+        if word.isalnum() and texts.of_text(word) == word and not any(word in longer for longer in words):
+            words.append(word)
+        if len(words) == len(made):
+            return [" ".join([word] * 3) for word in words]
+    return None
 
 
 def _tool_call(arguments: Any) -> Message:

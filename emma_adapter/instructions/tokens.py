@@ -13,6 +13,10 @@ from .encoders import CachedEncoder
 from .extraction import InstructionReader, Prompt
 
 LLM = "llm"
+_TEACHES_NOTHING = (
+    "a training call has a row with an image and an empty instruction: the adapter leaves visual tokens as they are "
+    "where nothing is asked, and learns nothing from that row. Leave it out of the data, or write the question"
+)
 #: What ``instruction=`` may be: one text for all rows, a text per row, token ids ``[B, T]``, or a tokenizer's output.
 Instruction = str | Sequence[str] | Tensor | Mapping[str, Tensor]
 
@@ -72,8 +76,17 @@ class InstructionPipeline:
         num_rows: int | None,
         embed: Callable[[Tensor], Tensor],
         device: torch.device,
+        trained: Tensor | None = None,
     ) -> InstructionTokens:
         """Tokens of an ``instruction=`` argument.
+
+        Args:
+            instruction: as the call gave it.
+            mask: ``[B, T]``, which token ids count.
+            num_rows: of the call; None outside of one.
+            embed: the language model's embeddings.
+            device: where the tokens are wanted.
+            trained: bool ``[B]``, rows with images of a call that trains; a warning if one has no instruction.
 
         Raises:
             InstructionError: if it has another number of rows than the call, or another type than allowed.
@@ -104,6 +117,7 @@ class InstructionPipeline:
         given = len(texts) if texts is not None else ids.shape[0]  # type: ignore[union-attr]
         if num_rows is not None and given != num_rows:
             raise InstructionError(f"instruction= has {given} row(s) and the call has {num_rows}; give one per row")
+        self._check_taught(texts, mask, trained)
         if self.encoder is not None:
             if texts is None:
                 assert ids is not None and mask is not None
@@ -122,10 +136,28 @@ class InstructionPipeline:
         Raises:
             InstructionError: if it can't be told from the answer, or can't be decoded for a text tower.
         """
+        trained = None
+        if prompt.trains:
+            trained = torch.ones(len(prompt.input_ids)) if prompt.has_media is None else prompt.has_media
         if self.encoder is not None:
-            return self._encode(self.reader.texts(prompt), prompt.input_ids.device)
-        selected = self.reader.select(prompt).to(prompt.input_ids.device)
+            texts = self.reader.texts(prompt)
+            self._check_taught(texts, None, trained)
+            return self._encode(texts, prompt.input_ids.device)
+        selected = self.reader.select(prompt)
+        self._check_taught(None, selected, trained)
+        selected = selected.to(prompt.input_ids.device)
         return self._embed(*_left_aligned(prompt.input_ids, selected), embed)
+
+    def _check_taught(self, texts: list[str] | None, mask: Tensor | None, trained: Tensor | None) -> None:
+        if trained is None:
+            return
+        if texts is not None:
+            empty = [not text.strip() for text in texts]
+        else:
+            assert mask is not None
+            empty = (~mask).all(dim=1).tolist()
+        if any(row and wanted for row, wanted in zip(empty, trained.tolist(), strict=True)):
+            self.reader.warn_once(_TEACHES_NOTHING)
 
     def _encode(self, texts: list[str], device: torch.device) -> InstructionTokens:
         assert self.encoder is not None
@@ -142,15 +174,30 @@ class InstructionPipeline:
     def _embed(self, ids: Tensor, mask: Tensor, embed: Callable[[Tensor], Tensor]) -> InstructionTokens:
         # The end is kept: where only the whole prompt is known, the question stands there.
         ids, mask = _cut_to_last(ids, mask, self.max_instruction_tokens)
-        with torch.no_grad():
-            # What is masked may be a placeholder's id, which need not be in the vocabulary.
-            tokens = embed(ids.masked_fill(~mask, 0))
-        return InstructionTokens(tokens.detach(), mask)
+        # What is masked may be a placeholder's id, which need not be in the vocabulary.
+        return InstructionTokens(embedded(embed, ids.masked_fill(~mask, 0)), mask)
 
 
 def embedder(model: nn.Module) -> Callable[[Tensor], Tensor]:
     """The language model's input embeddings, called as a module so that offloading and sharding hooks run."""
     return model.get_input_embeddings()  # type: ignore[operator]
+
+
+def embedded(embed: Callable[[Tensor], Tensor], ids: Tensor) -> Tensor:
+    """The embeddings of ids ``[B, T]`` as in eval mode, without gradients: ``[B, T, D]``.
+
+    What a training run adds to the embeddings of its prompts, as NEFTune's noise or dropout, is not for the
+    instruction: the adapter meets none when it is used. Weights are those of the moment, PEFT's changes included.
+    """
+    training = [part for part in embed.modules() if part.training] if isinstance(embed, nn.Module) else []
+    for part in training:
+        part.training = False
+    try:
+        with torch.no_grad():
+            return embed(ids).detach()
+    finally:
+        for part in training:
+            part.training = True
 
 
 def _checked_ids(ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:

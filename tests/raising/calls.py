@@ -9,6 +9,7 @@ from transformers import DynamicCache
 import tiny
 from emma_adapter import (
     ConfigError,
+    DataError,
     InstructionCollator,
     InstructionError,
     MediaLayout,
@@ -298,6 +299,13 @@ def labels_on_everything(bench: Bench) -> None:
     bench.adapter(processor=None).model(**labelled())
 
 
+@raises(InstructionError, "instructions/extraction.py:InstructionReader._check_read_whole", "shows answers")
+def a_conversation_by_another_template(bench: Bench) -> None:
+    text = "<image>User: what? Assistant: a bird User: why? Assistant:"
+    inputs = tiny.processor()(text=text, images=[tiny.picture(0)], return_tensors="pt")
+    bench.adapter().model(**inputs)
+
+
 @raises(InstructionError, "instructions/extraction.py:_answers", "differ in shape")
 def labels_of_another_shape(bench: Bench) -> None:
     bench.adapter().model(**labelled(labels=torch.ones(1, 2, dtype=torch.long)))
@@ -323,6 +331,12 @@ def a_collator_for_the_model(bench: Bench) -> None:
 @raises(InstructionError, "collation.py:InstructionCollator.__init__", "needs the model's tokenizer")
 def token_ids_without_a_tokenizer(bench: Bench) -> None:
     InstructionCollator(plain, bench.adapter(processor=None), as_tokens=True)
+
+
+@raises(DataError, "collation.py:InstructionCollator.__call__", "empty question")
+def a_row_with_an_empty_question(bench: Bench) -> None:
+    row = {"messages": [tiny.user(" "), tiny.assistant("a cat")], "images": [tiny.picture(0)]}
+    InstructionCollator(plain, bench.adapter())([row])
 
 
 @raises(InstructionError, "collation.py:InstructionCollator._turns", "reads rows with a list of messages")

@@ -294,6 +294,11 @@ def an_answer_without_a_question(bench: Bench) -> None:
     finetune(bench, talk(ANSWER, USER))
 
 
+@raises(DataError, "cli/conversations.py:read_messages", "the question is empty")
+def an_answer_to_an_empty_question(bench: Bench) -> None:
+    finetune(bench, talk({"role": "user", "content": "<image>"}, ANSWER))
+
+
 def report(bench: Bench, row: dict[str, Any]) -> None:
     """Of an untrained adapter, with this one row."""
     folder = make_workspace(bench.folder)

@@ -41,6 +41,7 @@ def gemma3_processor() -> hf.Gemma3Processor:
             system="<start_of_turn>user\n{}\n\n",
             system_in_first_user=True,
             image="<start_of_image>",
+            text="part.text | trim",
         ),
     )
 

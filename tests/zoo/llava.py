@@ -12,9 +12,10 @@ from tiny import IMAGE_SIZE, PATCH, WIDTH
 
 from .entry import Entry, encode_nested_chat
 from .settings import square, text_settings, vision_settings
-from .text import CHATML, chat_template, tokenizer
+from .text import chat_template, tokenizer
 
-VICUNA = {"user": "USER: {} ", "assistant": "ASSISTANT: {}</s>", "system": "{} ", "image": "<image>\n"}
+# Neither ends an answer.
+VICUNA = {"user": "USER: {} ", "assistant": "ASSISTANT: {} ", "system": "{} ", "image": "<image>\n"}
 VIPLLAVA = {"user": "###Human: {}", "assistant": "###Assistant: {}", "system": "{}", "image": "<image>\n"}
 
 
@@ -80,7 +81,7 @@ def llava_next_processor() -> hf.LlavaNextProcessor:
         num_additional_image_tokens=1,
         chat_template=chat_template(
             user="[INST] {} [/INST]",
-            assistant=" {}</s>",
+            assistant=" {}</s> ",
             system="<<SYS>>\n{}\n<</SYS>>\n\n",
             image="<image>\n",
         ),
@@ -148,7 +149,15 @@ def llava_onevision_processor() -> hf.LlavaOnevisionProcessor:
         num_image_tokens=9,
         vision_feature_select_strategy="full",
         vision_aspect_ratio=ONEVISION_ASPECT,
-        chat_template=chat_template(**CHATML, image="<image>\n", video="<video>\n"),
+        chat_template=chat_template(
+            user="<|im_start|>user {}<|im_end|>",
+            assistant="<|im_start|>assistant {}<|im_end|>",
+            system="<|im_start|>system {}<|im_end|>",
+            image="<image>",
+            video="<video>",
+            text="'\\n' + part.text",
+            generation="<|im_start|>assistant\n",
+        ),
     )
 
 
@@ -172,7 +181,9 @@ def llava_onevision_model(processor: ProcessorMixin) -> PreTrainedModel:
 PIXTRAL_SIZE = 8 * PATCH
 
 
-def pixtral_processor(spatial_merge_size: int, *, system: str) -> hf.PixtralProcessor:
+def pixtral_processor(
+    spatial_merge_size: int, *, system: str, default_system: str | None = None
+) -> hf.PixtralProcessor:
     return hf.PixtralProcessor(
         image_processor=hf.PixtralImageProcessor(size={"longest_edge": PIXTRAL_SIZE}, patch_size=square(PATCH)),
         tokenizer=tokenizer(
@@ -186,7 +197,12 @@ def pixtral_processor(spatial_merge_size: int, *, system: str) -> hf.PixtralProc
         patch_size=PATCH,
         spatial_merge_size=spatial_merge_size,
         chat_template=chat_template(
-            start="<s>", user="[INST]{}[/INST]", assistant="{}</s>", system=system, image="[IMG]"
+            start="<s>",
+            user="[INST]{}[/INST]",
+            assistant="{}</s>",
+            system=system,
+            image="[IMG]",
+            default_system=default_system,
         ),
     )
 
@@ -220,7 +236,7 @@ def mistral3_model(processor: ProcessorMixin) -> PreTrainedModel:
 
 
 ENTRIES = (
-    Entry("llava", lambda: llava_processor(chat_template(**VICUNA)), llava_model),
+    Entry("llava", lambda: llava_processor(tiny.CHAT_TEMPLATE), llava_model),
     Entry("llava_pixtral", lambda: pixtral_processor(1, system="[INST]{}[/INST]"), llava_pixtral_model, dynamic=True),
     Entry("vipllava", lambda: llava_processor(chat_template(**VIPLLAVA)), vipllava_model),
     Entry("llava_next", llava_next_processor, llava_next_model, dynamic=True),
@@ -235,7 +251,11 @@ ENTRIES = (
     ),
     Entry(
         "mistral3",
-        lambda: pixtral_processor(2, system="[SYSTEM_PROMPT]{}[/SYSTEM_PROMPT]"),
+        lambda: pixtral_processor(
+            2,
+            system="[SYSTEM_PROMPT]{}[/SYSTEM_PROMPT]",
+            default_system="You are Mistral Small 3.1, a model by Mistral AI.",
+        ),
         mistral3_model,
         dynamic=True,
     ),

@@ -1,4 +1,4 @@
-"""Tokenizers and chat templates in the style of each family."""
+"""Tokenizers in the style of each family, and chat templates that write what the published ones do."""
 
 from __future__ import annotations
 
@@ -57,17 +57,23 @@ def chat_template(
     start: str = "",
     default_system: str | None = None,
     system_in_first_user: bool = False,
+    text: str = "part.text",
+    space_before_text: bool = False,
+    generation: str | None = None,
 ) -> str:
     """A Jinja template out of patterns of one message each; ``{}`` is where its content goes.
 
-    The generation prompt is what precedes an answer's content, so that a prompt is always the beginning of its
-    answered conversation.
+    ``text`` is what is made of a part's text. ``space_before_text``: a message that doesn't begin with an image begins
+    with a space. ``generation`` is the generation prompt; by default what precedes an answer's content, so that a
+    prompt is the beginning of its answered conversation.
     """
     parts = (
         "{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}"
         f"{{% if part.type == 'image' %}}{_say(image)}{{% elif part.type == 'video' %}}{_say(video)}"
-        "{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}"
+        f"{{% else %}}{{{{ {text} }}}}{{% endif %}}{{% endfor %}}{{% endif %}}"
     )
+    if space_before_text:
+        parts = f"{{% if message.content[0].type != 'image' %}} {{% endif %}}{parts}"
     before_system, after_system = system.split("{}")
     before_user, after_user = user.split("{}")
     before_answer, after_answer = assistant.split("{}")
@@ -82,7 +88,8 @@ def chat_template(
         opening = f"{{% if loop.index0 == 0 or messages[loop.index0 - 1].role != 'system' %}}{opening}{{% endif %}}"
     made += f"{opening}{parts}{_say(after_user)}"
     made += f"{{% else %}}{_say(before_answer)}{parts}{_say(after_answer)}{{% endif %}}"
-    return f"{made}{{% endfor %}}{{% if add_generation_prompt %}}{_say(before_answer.rstrip(' '))}{{% endif %}}"
+    generation = before_answer.rstrip(" ") if generation is None else generation
+    return f"{made}{{% endfor %}}{{% if add_generation_prompt %}}{_say(generation)}{{% endif %}}"
 
 
 def _say(text: str) -> str:

@@ -62,10 +62,11 @@ def idefics_tokenizer(bos: str) -> PreTrainedTokenizerBase:
 def idefics_template(bos: str) -> str:
     return chat_template(
         start=bos,
-        user="User: {}<end_of_utterance>\n",
-        assistant="Assistant: {}<end_of_utterance>\n",
-        system="System: {}<end_of_utterance>\n",
+        user="User:{}<end_of_utterance>\n",
+        assistant="Assistant:{}<end_of_utterance>\n",
+        system="System:{}<end_of_utterance>\n",
         image="<image>",
+        space_before_text=True,
     )
 
 
