@@ -413,10 +413,10 @@ A, B = ({"type": "image", "path": f"{name}.png"} for name in "ab")
         (asked({"type": "input_audio", "input_audio": {}}), "the row has a sound"),
         ({**asked(), "images": ["a.mp4"]}, "there is no image"),
         ({"query": "a?", "response": "b", "history": ["ab"]}, "list of pairs"),
-        ({"images": ["a.png"], "question": " ", "answer": "b"}, "the user says nothing"),
+        ({"images": ["a.png"], "question": " ", "answer": "b"}, "the question is empty"),
         (
             {"images": ["a.png"], "messages": [{"role": "user", "content": "<image>"}, ASSISTANT]},
-            "the user says nothing",
+            "the question is empty",
         ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

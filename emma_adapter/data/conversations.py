@@ -243,10 +243,12 @@ def _check_order(messages: list[Message], where: str, *, answered: bool) -> None
 
 
 def _check_questions(messages: list[Message], where: str) -> None:
-    """That the user says something each time; several turns in a row are one question."""
+    """Check that the user asks something each time; several turns in a row are one question."""
     number = 0
     for role, turns in groupby(messages, key=lambda message: message["role"]):
         own = list(turns)
         number += len(own)
         if role == "user" and not any(part.get("text", "").strip() for turn in own for part in turn["content"]):
-            raise DataError(f"{where}, turn {number}: the user says nothing: add the question")
+            raise DataError(
+                f"{where}, turn {number}: the question is empty: write what is asked, or leave it and its answer out"
+            )
