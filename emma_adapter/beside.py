@@ -40,7 +40,7 @@ def tell_in_card(model: nn.Module, directory: Path, location: str = "path/to/thi
     state = state_of(model)
     shown = DEFAULT if DEFAULT in state.adapters else state.active
     section = beside_section(
-        getattr(state.model.config, "_name_or_path", ""),
+        getattr(state.model.config, "name_or_path", ""),
         location,
         state.adapters[shown].config.instruction_encoder,
         with_peft=model is not state.model,

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import private
 from .attachment import PLACE_ATTRIBUTE, alignment_at, is_aligned, projector_parameters
 from .calls import (
     Bypass,
@@ -61,7 +62,7 @@ def install_projector_hooks(projector: nn.Module) -> None:
 
 
 def has_projector_hooks(projector: nn.Module) -> bool:
-    return any(hook is before_projector for hook in projector._forward_pre_hooks.values())
+    return any(hook is before_projector for hook in private.pre_hooks(projector))
 
 
 def remove_hooks(module: nn.Module) -> None:
@@ -70,15 +71,7 @@ def remove_hooks(module: nn.Module) -> None:
         *(before_virtual_tokens, after_virtual_tokens, before_outer, after_outer, before_inner, after_inner),
         *(before_projector, after_projector, after_embedding),
     )
-    for hooks in (module._forward_pre_hooks, module._forward_hooks):
-        for key in [key for key, hook in hooks.items() if any(hook is our for our in ours)]:
-            del hooks[key]
-            for flags in (
-                module._forward_pre_hooks_with_kwargs,
-                module._forward_hooks_with_kwargs,
-                module._forward_hooks_always_called,
-            ):
-                flags.pop(key, None)
+    private.remove_hooks(module, ours)
 
 
 def before_virtual_tokens(wrapper: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

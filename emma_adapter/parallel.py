@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import attachment
+from . import attachment, private
 from .errors import PatchError
 from .instructions.tokens import embedded, embedder
 from .sharding import is_partitioned, is_sharded
@@ -84,12 +84,9 @@ def install_embedding_hook(state: AdapterState, embed: nn.Module) -> None:
     """
     # Each time: models may share their embeddings.
     setattr(embed, STATE_ATTRIBUTE, state)
-    hooks = embed._forward_hooks
-    if hooks and next(reversed(hooks.values())) is after_embedding:
-        return
-    for key in [key for key, hook in hooks.items() if hook is after_embedding]:
-        del hooks[key]
-    embed.register_forward_hook(after_embedding)
+    if not private.is_last_hook(embed, after_embedding):
+        private.remove_hooks(embed, [after_embedding])
+        embed.register_forward_hook(after_embedding)
 
 
 def after_embedding(embed: nn.Module, args: Any, output: Tensor) -> Tensor | None:
@@ -114,12 +111,9 @@ def check_wrapped_once_patched(alignment: nn.Module) -> None:
             "process without images would leave the others waiting for its part. Shard the model around it: the "
             "adapter is small, and belongs in the group of its projector or of the whole model"
         )
-    # PyTorch tells this under private names only; a release without them goes unchecked.
-    running = getattr(nn.parallel.DistributedDataParallel, "_get_active_ddp_module", None)
-    wrapper = None if running is None else running()
-    if wrapper is None or not hasattr(wrapper, "_module_parameters") or not torch.is_grad_enabled():
+    known = private.parameters_of_running_ddp() if torch.is_grad_enabled() else None
+    if known is None:
         return
-    known = {id(parameter) for parameter in wrapper.module.parameters()} & set(map(id, wrapper._module_parameters))
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     if any(id(parameter) not in known for parameter in trained):
         raise PatchError(

@@ -116,7 +116,7 @@ def install(
     private.answer_trainer(model, functools.partial(starting.meet_trainer, state))
     precision.remember_weights(model)
     for module in dict.fromkeys((model, inner)):
-        MethodGuard.install(module, "_replicate_for_data_parallel", guard_replication)
+        MethodGuard.install(module, private.REPLICATE, guard_replication)
     for modality in family.modalities:
         method = family.feature_methods.get(modality)
         if method is not None and hasattr(inner, method):

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Collection, Iterator, Set
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 #: What transformers has called the cache argument: ``past_key_values`` before 5.24, and until 5.40 as an alias.
 _CACHE_NAMES = ("cache", "past_key_values")
@@ -22,6 +22,92 @@ UPLOAD = "_upload_modified_files"
 _IGNORED_ON_SAVE = "_keys_to_ignore_on_save"
 _HAS_PEFT_ADAPTERS = "_hf_peft_config_loaded"
 _TRAINER_MODULES = ("transformers.trainer", "transformers.trainer_utils")
+
+
+#: Of PyTorch's ``nn.Module``: what ``nn.DataParallel`` makes replicas by. Without it, replicas would run the methods of
+#: the model they were made of. Held by ``test_private.py::test_replicas_are_made_by_a_method_of_the_module``.
+REPLICATE = "_replicate_for_data_parallel"
+
+
+def is_backward_running() -> bool:
+    """Return whether this thread runs a backward: ``torch._C._current_graph_task_id``, as torch.utils.checkpoint asks.
+
+    Held by ``test_private.py::test_a_backward_is_noticed``.
+    """
+    return torch._C._current_graph_task_id() != -1
+
+
+def is_transformed() -> bool:
+    """Return whether ``vmap`` or another transform of functorch runs: ``torch._C._are_functorch_transforms_active``.
+
+    Held by ``test_private.py::test_a_transform_is_noticed``.
+    """
+    return bool(torch._C._are_functorch_transforms_active())
+
+
+def storage_address(tensor: Tensor) -> int:
+    """Return what names a tensor's memory while that exists: ``UntypedStorage._cdata``, as torch.multiprocessing does.
+
+    Held by ``test_private.py::test_memory_has_an_address``.
+    """
+    return int(tensor.untyped_storage()._cdata)
+
+
+def pre_hooks(module: nn.Module) -> list[Any]:
+    """Return the forward pre-hooks of a module: ``_forward_pre_hooks``, since handles are lost when it is copied.
+
+    Held by ``test_private.py::test_hooks_are_found_and_removed``.
+    """
+    return list(module._forward_pre_hooks.values())
+
+
+def is_last_hook(module: nn.Module, hook: Callable[..., Any]) -> bool:
+    """Return whether ``hook`` is the forward hook of a module that runs after all others: ``_forward_hooks``.
+
+    Held by ``test_private.py::test_hooks_are_found_and_removed``.
+    """
+    hooks = module._forward_hooks
+    return bool(hooks) and next(reversed(hooks.values())) is hook
+
+
+def remove_hooks(module: nn.Module, functions: Collection[Callable[..., Any]]) -> None:
+    """Remove these functions from the forward hooks and pre-hooks of a module, also of a copy of the module that they
+    were registered on, to which no handle belongs.
+
+    Held by ``test_private.py::test_hooks_are_found_and_removed``.
+    """
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key in [key for key, hook in hooks.items() if any(hook is function for function in functions)]:
+            del hooks[key]
+            for flags in (
+                module._forward_pre_hooks_with_kwargs,
+                module._forward_hooks_with_kwargs,
+                module._forward_hooks_always_called,
+            ):
+                flags.pop(key, None)
+
+
+def parameters_of_running_ddp() -> set[int] | None:
+    """Return the identities of the parameters whose gradients the running ``DistributedDataParallel`` averages; None if
+    none runs, or the release of PyTorch doesn't tell: ``_get_active_ddp_module`` and ``_module_parameters``.
+
+    Without them, a model that was patched after it was wrapped isn't refused. Held by
+    ``distributed/test_processes.py``.
+    """
+    running = getattr(nn.parallel.DistributedDataParallel, "_get_active_ddp_module", None)
+    wrapper = None if running is None else running()
+    if wrapper is None or not hasattr(wrapper, "_module_parameters"):
+        return None
+    return {id(parameter) for parameter in wrapper.module.parameters()} & set(map(id, wrapper._module_parameters))
+
+
+def accelerate_hooks(module: nn.Module) -> list[Any]:
+    """Return the hooks by which accelerate moves a module or its inputs: its attribute ``_hf_hook``.
+
+    Held by ``test_private.py::test_accelerates_hooks_are_found``.
+    """
+    hook = getattr(module, "_hf_hook", None)
+    return list(getattr(hook, "hooks", [] if hook is None else [hook]))
 
 
 def is_cache(value: Any) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from .errors import InstructionError
+from .private import is_backward_running, storage_address
 
 Value = TypeVar("Value")
 _Key = tuple[int, int | torch.SymInt, torch.Size]
@@ -54,7 +55,7 @@ def with_own_memory(given: Any) -> Any:
 
 def is_recomputing() -> bool:
     """Whether this thread runs a backward: a forward that runs inside of one is a recomputation."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    return not torch.compiler.is_compiling() and is_backward_running()
 
 
 class RecomputationMemory(Generic[Value]):
@@ -115,4 +116,4 @@ class _Entry(Generic[Value]):
 
 
 def _key_of(tensor: Tensor) -> _Key:
-    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape
+    return storage_address(tensor), tensor.storage_offset(), tensor.shape

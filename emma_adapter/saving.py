@@ -140,7 +140,7 @@ def _describe(model: nn.Module, adapter: str, tensors: Mapping[str, Tensor]) -> 
         "library_version": __version__,
         "save_id": uuid.uuid4().hex,
         "sha256": digest(tensors),
-        "base_model_name_or_path": getattr(base, "_name_or_path", "") or None,
+        "base_model_name_or_path": getattr(base, "name_or_path", "") or None,
         "model_type": base.model_type,
         "reads_turns": named.pipeline.reader.markers is not None,
         "projector_trained": bool(named.original_projectors),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import PatchError
+from .private import accelerate_hooks
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -40,9 +41,8 @@ def execution_device(module: nn.Module) -> torch.device | None:
     """Where accelerate's hooks run a module, if it has any: its inputs may come from elsewhere, and its weights lie
     elsewhere."""
     for part in module.modules():
-        hook = getattr(part, "_hf_hook", None)
-        for one in getattr(hook, "hooks", [hook]):
-            device = getattr(one, "execution_device", None)
+        for hook in accelerate_hooks(part):
+            device = getattr(hook, "execution_device", None)
             if device is not None:
                 return torch.device(device)
     return None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 
 import pytest
 import torch
 import transformers
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from transformers import DynamicCache, EncoderDecoderCache, LlamaForCausalLM, StaticCache
 
 import tiny
@@ -58,3 +60,73 @@ def test_generate_passes_a_cache_by_a_name_that_is_known(monkeypatch):
     monkeypatch.setattr(model, "forward", note)
     model.generate(torch.tensor([[1, 5]]), max_new_tokens=2, do_sample=False)
     assert names and names <= set(private._CACHE_NAMES)
+
+
+def test_a_backward_is_noticed():
+    seen = []
+    value = torch.ones(2, requires_grad=True)
+    value.register_hook(lambda grad: seen.append(private.is_backward_running()))
+    value.sum().backward()
+    assert seen == [True] and not private.is_backward_running()
+
+
+def test_a_transform_is_noticed():
+    seen = []
+    torch.vmap(lambda value: seen.append(private.is_transformed()) or value)(torch.ones(2))
+    assert seen == [True] and not private.is_transformed()
+
+
+def test_memory_has_an_address():
+    value = torch.ones(4)
+    assert private.storage_address(value) == private.storage_address(value[2:].detach())
+    assert private.storage_address(value) != private.storage_address(value.clone())
+
+
+def test_hooks_are_found_and_removed():
+    """PyTorch's own handles say what there is to remove."""
+    ran = []
+
+    def ours(*_, **__):
+        ran.append("ours")
+
+    def theirs(*_, **__):
+        ran.append("theirs")
+
+    module = torch.nn.Linear(2, 2)
+    module.register_forward_pre_hook(ours, with_kwargs=True)
+    module.register_forward_hook(ours, with_kwargs=True, always_call=True)
+    assert private.pre_hooks(module) == [ours] and private.is_last_hook(module, ours)
+    handle = module.register_forward_hook(theirs)
+    assert not private.is_last_hook(module, ours) and private.is_last_hook(module, theirs)
+    twin = copy.deepcopy(module)
+    private.remove_hooks(twin, [ours])
+    twin(torch.ones(1, 2))
+    assert ran == ["theirs"]
+    module(torch.ones(1, 2))
+    assert ran == ["theirs", "ours", "ours", "theirs"]
+    handle.remove()
+    private.remove_hooks(module, [ours])
+    assert not private.pre_hooks(module)
+    fresh = torch.nn.Linear(2, 2)
+    held = {name: value for name, value in vars(module).items() if "hook" in name}
+    assert held == {name: vars(fresh)[name] for name in held}
+
+
+def test_accelerates_hooks_are_found():
+    module = torch.nn.Linear(2, 2)
+    assert private.accelerate_hooks(module) == []
+    one, other = AlignDevicesHook(execution_device="cpu"), AlignDevicesHook(execution_device="cpu")
+    add_hook_to_module(module, one)
+    assert private.accelerate_hooks(module) == [one]
+    add_hook_to_module(module, other, append=True)
+    assert private.accelerate_hooks(module) == [one, other]
+
+
+def test_replicas_are_made_by_a_method_of_the_module():
+    replica = getattr(torch.nn.Linear(2, 2), private.REPLICATE)()
+    assert isinstance(replica, torch.nn.Linear)
+
+
+def test_no_ddp_runs_here():
+    assert private.parameters_of_running_ddp() is None
+    assert hasattr(torch.nn.parallel.DistributedDataParallel, "_get_active_ddp_module")

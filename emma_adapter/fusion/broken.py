@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..private import is_transformed
+
 
 def broken_tokens(visual_tokens: Tensor) -> Tensor | None:
     """True for tokens with a value that isn't finite, ``[..., D] -> [..., 1]``; None if it is known that there are
@@ -36,5 +38,5 @@ def may_look(tensor: Tensor) -> bool:
         and type(tensor) is Tensor
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()  # type: ignore[attr-defined]
-        and not torch._C._are_functorch_transforms_active()
+        and not is_transformed()
     )
