@@ -199,15 +199,17 @@ def test_a_model_of_a_class_of_its_own(tmp_path, foreign, monkeypatch):
 # ---------------------------------------------------------------------------------------------- info
 
 
-@pytest.mark.parametrize("folder", ["adapter", "model-with-adapter"])
-def test_info_of_an_adapter(folder):
-    facts = json.loads(run("info", "--json", folder).stdout)
+@pytest.mark.parametrize(
+    "place", [["adapter"], ["model-with-adapter"], [".", "--subfolder", "adapter"]], ids=lambda place: place[-1]
+)
+def test_info_of_an_adapter(place):
+    facts = json.loads(run("info", "--json", *place).stdout)
     assert facts["kind"] == "adapter"
     assert (facts["model_type"], facts["fusion"], facts["instruction_encoder"]) == ("llava", "modulation", "llm")
     assert facts["visual_grid"] == [2, 2]
     assert facts["parameters"] == patch_model(tiny.llava()).num_parameters()
     assert facts["checksum"] == "right"
-    assert "2 x 2" in run("info", folder).stdout
+    assert "2 x 2" in run("info", *place).stdout
 
 
 @pytest.mark.parametrize("fusion", ["attention", "linear", "modulation"])
@@ -246,6 +248,11 @@ def test_info_tells_a_damaged_file(tmp_path):
 )
 def test_info_of_something_else(target, words):
     assert words in refused("info", target)
+
+
+def test_info_of_a_folder_that_is_not_in_it():
+    assert "leads out" in refused("info", "adapter", "--subfolder", "../trained")
+    assert "holds neither an adapter" in refused("info", "adapter", "--subfolder", "last-checkpoint")
 
 
 def test_info_of_an_unsupported_model(tmp_path, clip_folder):

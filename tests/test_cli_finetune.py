@@ -141,6 +141,8 @@ def test_accelerate_launches_it(tmp_path):
         (["--eval_strategy", "epoch"], "eval"),
         (["--eval-data", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--adapter", "images"], "adapter_config.json"),
+        (["--subfolder", "last-checkpoint"], "--adapter"),
+        (["--adapter", ".", "--subfolder", "images"], "adapter_config.json"),
         (["--instruction-encoder", "nowhere/at-all"], "text tower"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
