@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
 import weakref
 from collections.abc import Callable
@@ -38,7 +39,12 @@ def _begin(model: nn.Module) -> None:
         _warn_of_mixed_rates(model, trainer)
 
 
-def meet_trainer(state: AdapterState) -> bool:
+def expect_trainer(model: nn.Module) -> None:
+    """Have a Trainer, when it is made of a quantized model, learn whether there is an adapter to train."""
+    private.answer_trainer(model, functools.partial(_meet_trainer, state_of(model)))
+
+
+def _meet_trainer(state: AdapterState) -> bool:
     """Tell a Trainer that is being made of a quantized model whether there is an adapter to train.
 
     TRL has cast the adapter by then, and DistributedDataParallel hasn't read its dtypes yet.
