@@ -103,13 +103,15 @@ def check_output_folder(model: nn.Module, trainer: Any) -> None:
     Raises:
         FileExistsError: if one of them would replace another tool's adapter, or the weights of a model.
     """
-    # A PeftModel is saved by PEFT; what is trained whole is saved as transformers does.
-    if hasattr(type(trainer.model), "get_base_model") or _trained(model) - _belonging(model):
+    # A PeftModel is saved by PEFT; what is trained whole is saved as transformers does; what a Trainer only uses isn't.
+    by_peft = hasattr(type(trainer.model), "get_base_model")
+    if by_peft or model not in trainer.model.modules() or _trained(model) - _belonging(model):
         return
     folder = Path(trainer.args.output_dir)
     # Where trainer.save_model() goes.
     saving.check_not_foreign(folder)
-    if trainer.args.push_to_hub:
+    # Trainer knows it in the process that pushes.
+    if trainer.args.push_to_hub and trainer.hub_model_id is not None:
         _check_repository(trainer)
     if trainer.args.save_strategy == "no":
         return

@@ -34,9 +34,9 @@ def _begin(model: nn.Module) -> None:
     precision.restore_weights(model)
     trainer = private.running_trainer()
     if trainer is not None and trainer not in _started:
-        _started.add(trainer)
         base_saves.check_output_folder(model, trainer)
         _warn_of_mixed_rates(model, trainer)
+        _started.add(trainer)
 
 
 def expect_trainer(model: nn.Module) -> None:
