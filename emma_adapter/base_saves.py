@@ -49,7 +49,8 @@ def guard_save_pretrained(model: nn.Module, original: Callable[..., Any], *args:
     uploads = bool(kwargs.get("push_to_hub"))
     if uploads:
         _save_adapters_beside(model, directory, is_main_process=is_main_process)
-    with private.whole_saves(model), _state_dict_of_the_base(model):
+    base = kwargs["state_dict"] = _base_state_dict(model)
+    with private.whole_saves(model), _state_dict_is(model, base):
         result = original(**kwargs)
     if not uploads:
         _save_adapters_beside(model, directory, is_main_process=is_main_process)
@@ -107,13 +108,15 @@ def check_output_folder(model: nn.Module, trainer: Any) -> None:
     Raises:
         FileExistsError: if one of them would replace another tool's adapter, or the weights of a model.
     """
-    # A PeftModel is saved by PEFT; what is trained whole is saved as transformers does.
-    if hasattr(type(trainer.model), "get_base_model") or _trained(model) - _belonging(model):
+    # A PeftModel is saved by PEFT; what is trained whole is saved as transformers does; what a Trainer only uses isn't.
+    by_peft = hasattr(type(trainer.model), "get_base_model")
+    if by_peft or model not in trainer.model.modules() or _trained(model) - _belonging(model):
         return
     folder = Path(trainer.args.output_dir)
     # Where trainer.save_model() goes.
     saving.check_not_foreign(folder)
-    if trainer.args.push_to_hub:
+    # Trainer knows it in the process that pushes.
+    if trainer.args.push_to_hub and trainer.hub_model_id is not None:
         _check_repository(trainer)
     if trainer.args.save_strategy == "no":
         return
@@ -142,13 +145,8 @@ def _would_replace_a_model(place: str, argument: str) -> FileExistsError:
     return FileExistsError(errno.EEXIST, f"{message}; train with another {argument}", place)
 
 
-@contextmanager
-def _state_dict_of_the_base(model: nn.Module) -> Iterator[None]:
-    """In the block, and in this thread, ``model.state_dict()`` is that of the model as it was before it was patched.
-
-    Passed as ``state_dict=``, it would be ignored where the model is quantized.
-    """
-    present = model.state_dict(keep_vars=True)
+def _base_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Return the model as it was before it was patched: without the adapter, and with the original projectors."""
     adapters = {
         key
         for adapter in state_of(model).adapters
@@ -156,20 +154,29 @@ def _state_dict_of_the_base(model: nn.Module) -> Iterator[None]:
     }
     trained = projector_parameters(model)
     originals = {id(trained[name]): value for name, value in original_projectors(model).items()}
-    removed = {name for name, value in present.items() if id(value) in adapters}
-    replaced = {name: originals[id(value)] for name, value in present.items() if id(value) in originals}
+    return {
+        name: originals.get(id(value), value.detach())
+        for name, value in model.state_dict(keep_vars=True).items()
+        if id(value) not in adapters
+    }
+
+
+@contextmanager
+def _state_dict_is(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """In the block, and in this thread, ``model.state_dict()`` is ``tensors``, if the model is quantized: there
+    transformers doesn't read what is passed as ``state_dict=``."""
+    if getattr(model, "hf_quantizer", None) is None:
+        yield
+        return
     thread = threading.get_ident()
 
-    def take_off(_: nn.Module, state_dict: dict[str, Tensor], prefix: str, __: Any) -> None:
-        if threading.get_ident() != thread:
-            return
-        for name in removed:
-            state_dict.pop(prefix + name, None)
-        for name, value in replaced.items():
-            if prefix + name in state_dict:
-                state_dict[prefix + name] = value
+    def replace(_: nn.Module, state_dict: dict[str, Tensor], prefix: str, __: Any) -> None:
+        if threading.get_ident() == thread:
+            for name in [name for name in state_dict if name.startswith(prefix)]:
+                del state_dict[name]
+            state_dict.update({prefix + name: value for name, value in tensors.items()})
 
-    handle = model.register_state_dict_post_hook(take_off)
+    handle = model.register_state_dict_post_hook(replace)
     try:
         yield
     finally:

@@ -113,7 +113,7 @@ def install(
     # Of a part, which the model holds: build().train() would be left with nothing but its guard.
     MethodGuard.install(family.projector(inner) if inner is model else inner, "train", starting.guard_train)
     base_saves.expect_checkpoints(model)
-    private.answer_trainer(model, functools.partial(starting.meet_trainer, state))
+    starting.expect_trainer(model)
     precision.remember_weights(model)
     for module in dict.fromkeys((model, inner)):
         MethodGuard.install(module, private.REPLICATE, guard_replication)
@@ -282,6 +282,7 @@ class EmmaAdapter:
                 PEFT. Nothing is changed then.
         """
         training.train_only(self.model, projector=projector)
+        starting.expect_trainer(self.model)
         return self
 
     def unfreeze(self) -> EmmaAdapter:

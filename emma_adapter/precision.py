@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -25,6 +27,16 @@ def quantized_tensors(model: nn.Module, projector: nn.Module) -> list[str]:
             if is_packed and name not in found:
                 found.append(name)
     return found
+
+
+def with_the_projector_as_it_is(model: nn.Module, projectors: Iterable[nn.Module]) -> str:
+    """Say how a model is loaded whose projector is not quantized."""
+    wanted = list(projectors)
+    names = [name for name, module in model.named_modules() if any(module is one for one in wanted)]
+    return (
+        "load the model with its projector as it is, for bitsandbytes "
+        f"BitsAndBytesConfig(..., llm_int8_skip_modules={[*names, 'lm_head']!r})"
+    )
 
 
 def _is_packed(tensor: Tensor) -> bool:

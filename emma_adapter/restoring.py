@@ -153,6 +153,12 @@ def check_fit(model: nn.Module, saved: checkpoint.SavedAdapter) -> None:
             f"deepstack projectors; this model has {len(places) - 1}; {_REMEDY}"
         )
     if saved.projector:
+        quantized = [place + name for place in places for name in precision.quantized_tensors(model, places[place])]
+        if quantized:
+            raise CheckpointError(
+                f"{saved.source} holds a projector that was trained with the adapter, and {listed(sorted(quantized))} "
+                f"of this model are quantized: {precision.with_the_projector_as_it_is(model, places.values())}"
+            )
         own = {
             place + name: parameter
             for place, projector in places.items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
 import weakref
 from collections.abc import Callable
@@ -33,7 +34,6 @@ def _begin(model: nn.Module) -> None:
     precision.restore_weights(model)
     trainer = private.running_trainer()
     if trainer is not None and trainer not in _started:
-        _started.add(trainer)
         base_saves.check_output_folder(model, trainer)
         if trainer.args.push_to_hub:
             # It imports transformers.
@@ -41,9 +41,15 @@ def _begin(model: nn.Module) -> None:
 
             trainer.add_callback(AdapterPushCallback)
         _warn_of_mixed_rates(model, trainer)
+        _started.add(trainer)
 
 
-def meet_trainer(state: AdapterState) -> bool:
+def expect_trainer(model: nn.Module) -> None:
+    """Have a Trainer, when it is made of a quantized model, learn whether there is an adapter to train."""
+    private.answer_trainer(model, functools.partial(_meet_trainer, state_of(model)))
+
+
+def _meet_trainer(state: AdapterState) -> bool:
     """Tell a Trainer that is being made of a quantized model whether there is an adapter to train.
 
     TRL has cast the adapter by then, and DistributedDataParallel hasn't read its dtypes yet.

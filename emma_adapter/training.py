@@ -16,7 +16,7 @@ from . import attachment
 from .errors import ConfigError, PatchError
 from .hooks import remove_hooks
 from .original_projector import OriginalProjector
-from .precision import quantized_tensors
+from .precision import quantized_tensors, with_the_projector_as_it_is
 from .sharding import is_fully_sharded
 from .state import state_of
 from .untrusted import listed
@@ -86,11 +86,9 @@ def _check_projector_trainable(model: nn.Module) -> None:
     projectors = attachment.projectors(model)
     quantized = [place + name for place in projectors for name in quantized_tensors(model, projectors[place])]
     if quantized:
-        names = [name for name, module in model.named_modules() if any(module is one for one in projectors.values())]
         raise PatchError(
             f"the projector's weights {listed(sorted(quantized))} are quantized and can't be trained: train_only() "
-            "without projector=True, or load the model with its projector as it is, for bitsandbytes "
-            f"BitsAndBytesConfig(..., llm_int8_skip_modules={[*names, 'lm_head']!r})"
+            f"without projector=True, or {with_the_projector_as_it_is(model, projectors.values())}"
         )
 
 

@@ -14,7 +14,7 @@ from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration
 from transformers.trainer_utils import validate_quantization_for_training
 
 import tiny
-from emma_adapter import PatchError, get_adapter, load_adapter, patch_model, unpatch_model
+from emma_adapter import CheckpointError, PatchError, get_adapter, load_adapter, patch_model, unpatch_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -78,6 +78,19 @@ def test_a_quantized_projector_is_refused_before_anything_changes(kind, folder):
     assert [parameter.requires_grad for parameter in model.parameters()] == before
     assert model.model.multi_modal_projector._modules.keys() == {"linear_1", "act", "linear_2", "emma"}
     adapter.train_only().unfreeze()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_trained_projector_is_not_loaded_into_a_quantized_one(kind, folder, tmp_path):
+    trained = LlavaForConditionalGeneration.from_pretrained(folder)
+    patch_model(trained, processor=PROCESSOR).train_only(projector=True).save_pretrained(tmp_path)
+    model = load(folder, kind)
+    before = copied(model)
+    with pytest.raises(CheckpointError, match=r"linear_1.weight.*quantized.*llm_int8_skip_modules"):
+        load_adapter(model, tmp_path, processor=PROCESSOR)
+    assert same_values(model.state_dict(), before)
+    adapter = load_adapter(load(folder, kind, projector_too=False), tmp_path, processor=PROCESSOR)
+    assert adapter.train_only(projector=True).parameter_groups(1e-3)[1]["params"]
 
 
 class _Packed(torch.nn.Linear):

@@ -237,6 +237,15 @@ def an_adapter_of_another_family(bench: Bench) -> None:
     load(bench.saved(), ZOO["qwen2_vl"].model())
 
 
+@raises(CheckpointError, "restoring.py:check_fit", "are quantized")
+def a_trained_projector_for_one_of_integers(bench: Bench) -> None:
+    bench.adapter().train_only(projector=True).save_pretrained(bench.folder)
+    model = tiny.llava()
+    linear = model.model.multi_modal_projector.linear_1
+    linear.weight = torch.nn.Parameter(linear.weight.to(torch.int8), requires_grad=False)
+    load(bench.folder, model)
+
+
 @raises(CheckpointError, "restoring.py:check_fit", "another vision tower")
 def an_adapter_of_another_vision_tower(bench: Bench) -> None:
     vision = tiny.vision_config()
