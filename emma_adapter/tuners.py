@@ -8,7 +8,7 @@ save and load the adapter with its own. PEFT itself is never imported: a tuner i
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -164,15 +164,14 @@ def _save_with_adapters(model: nn.Module, original: Callable[..., Any], *args: A
     return result
 
 
-def _through_reference(model: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+@contextlib.contextmanager
+def _through_reference(model: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Iterator[None]:
     """Where a reference is kept, the model with its LoRA off is that: calls go through the frozen adapter."""
     state = state_of(model)
     check_reference_pass(model)
-    around = contextlib.ExitStack()
-    around.enter_context(original(*args, **kwargs))
-    if state.reference is not None:
-        around.enter_context(state.using(state.reference))
-    return around
+    reference = contextlib.nullcontext() if state.reference is None else state.using(state.reference)
+    with original(*args, **kwargs), reference:
+        yield
 
 
 def _note_reference(model: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -120,15 +120,13 @@ REGIONS = {
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("_compiler")
-@pytest.mark.parametrize("how", ["model.compile()", "model.forward", "regions"])
+@pytest.mark.parametrize("how", ["the whole", "regions"])
 def test_a_model_that_ran_compiled_sees_what_comes_after(how, tmp_path):
     model, twin = tiny.llava(), tiny.llava()
     if how == "regions":
         for parts in REGIONS.values():
             for part in parts(model):
                 part.compile(backend="eager")
-    elif how == "model.forward":
-        model.forward = torch.compile(model.forward, backend="eager")
     else:
         model.compile(backend="eager")
     assert torch.equal(logits(model), logits(twin))
@@ -137,6 +135,7 @@ def test_a_model_that_ran_compiled_sees_what_comes_after(how, tmp_path):
     if how == "regions":
         for adapter in (one, other):
             adapter.save_pretrained(tmp_path / "saved")
+            torch.manual_seed(1)
             adapter.add("second", EmmaConfig(fusion="linear"))
             adapter.set_active("second").train_only(projector=True)
             tiny.train_randomly(adapter.alignment)
@@ -161,6 +160,7 @@ def test_an_internvl_that_ran_compiled_sees_the_adapter():
     run = torch.compile(model, backend="eager")
     logits(run, inputs)
     for one in (model, twin):
+        torch.manual_seed(0)
         tiny.train_randomly(patch_model(one, processor=entry.processor()).alignment)
     assert torch.equal(logits(run, inputs), logits(twin, inputs))
 
