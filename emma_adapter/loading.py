@@ -80,7 +80,7 @@ def load_adapter(
             warnings.warn(
                 f"{saved.source} was used with a processor, which tells the user's turns from the rest of the prompt; "
                 "without one, the whole prompt is the instruction: load_adapter(model, …, processor=processor)",
-                stacklevel=2,
+                stacklevel=3,
             )
         config = saved.config if kernel is None else saved.config.replace(kernel=kernel)
         try:

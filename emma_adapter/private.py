@@ -139,7 +139,7 @@ def has_compiled_code() -> bool:
     """Whether ``torch.compile`` has compiled anything in this process.
 
     Reads ``torch._dynamo.convert_frame.output_codes``, PyTorch's list of what it has compiled. True in a release that
-    has none. Held by ``tests/test_compiled.py::test_what_was_compiled_is_kept_where_nothing_is_patched``.
+    has none. Held by ``tests/test_wrapped.py::test_what_was_compiled_is_kept_where_nothing_is_patched``.
     """
     frames: Any = sys.modules.get("torch._dynamo.convert_frame")
     return frames is not None and bool(getattr(getattr(frames, "output_codes", None), "seen", True))

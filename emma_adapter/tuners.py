@@ -203,15 +203,14 @@ def _tell_in_card(model: nn.Module, original: Callable[..., Any], *args: Any, **
     return result
 
 
-def _through_reference(model: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+@contextlib.contextmanager
+def _through_reference(model: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Iterator[None]:
     """Where a reference is kept, the model with its LoRA off is that: calls go through the frozen adapter."""
     state = state_of(model)
     check_reference_pass(model)
-    around = contextlib.ExitStack()
-    around.enter_context(original(*args, **kwargs))
-    if state.reference is not None:
-        around.enter_context(state.using(state.reference))
-    return around
+    reference = contextlib.nullcontext() if state.reference is None else state.using(state.reference)
+    with original(*args, **kwargs), reference:
+        yield
 
 
 def _note_reference(model: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
