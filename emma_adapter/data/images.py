@@ -192,7 +192,7 @@ def _explanation(error: Exception, name: str) -> tuple[str, str]:
         if name != _HELD and os.path.getsize(name) == 0:
             said = "the file is empty"
         else:
-            said = "it is in no format that Pillow knows"
+            return "it is in no format that Pillow knows", "save it as PNG or JPEG, or leave the row out"
     return said, "take another copy of it, or leave the row out"
 
 

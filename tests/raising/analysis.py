@@ -149,6 +149,11 @@ def probing_features_and_labels_of_different_numbers(bench: Bench) -> None:
     probe(NORMAL, [0, 1])
 
 
+@raises(AnalysisError, "analysis/probes.py:probe", "groups must be [n]")
+def probing_groups_of_another_number(bench: Bench) -> None:
+    probe(NORMAL, np.arange(60) % 2, groups=[0, 1])
+
+
 @raises(AnalysisError, "analysis/probes.py:probe", "aren't finite")
 def probing_nan(bench: Bench) -> None:
     probe(NORMAL * np.nan, np.arange(60) % 2)
