@@ -112,7 +112,7 @@ def activate(model: nn.Module, name: str) -> None:
     training.reset_projectors(model)
     for parameter in attachment.named_parameters(model).values():
         parameter.requires_grad_(False)
-    state.chosen = name
+    state.active = name
     for parameter in attachment.named_parameters(model).values():
         parameter.requires_grad_(trainable)
     projector = training.projector_parameters(model)

@@ -170,6 +170,10 @@ class AdapterState:
             return used
         return self.reference if self.in_reference and self.reference is not None else self.chosen
 
+    @active.setter
+    def active(self, name: str) -> None:
+        self.chosen = name
+
     @property
     def current(self) -> NamedAdapter:
         """The active adapter."""

@@ -140,13 +140,13 @@ def test_a_model_that_ran_compiled_sees_what_comes_after(how, tmp_path):
             adapter.set_active("second").train_only(projector=True)
             tiny.train_randomly(adapter.alignment)
             tiny.train_randomly(adapter.model.model.multi_modal_projector.linear_1)
-        assert torch.equal(logits(model), logits(twin))
+        assert torch.allclose(logits(model), logits(twin), atol=1e-6)
         with one.disabled(), other.disabled():
-            assert torch.equal(logits(model), logits(twin))
+            assert torch.allclose(logits(model), logits(twin), atol=1e-6)
         for adapter in (one, other):
             load_adapter(adapter.model, tmp_path / "saved", name="third")
             adapter.set_active("third")
-        assert torch.equal(logits(model), logits(twin))
+        assert torch.allclose(logits(model), logits(twin), atol=1e-6)
     unpatch_model(model)
     assert torch.equal(logits(model), logits(tiny.llava()))
 
