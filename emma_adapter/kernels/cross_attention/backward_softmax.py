@@ -85,7 +85,10 @@ def query_backward(
     key_columns = head * head_dim + channels
     column_inside = channels < head_dim
     # do . o as the sum that it stands for: that of the rounded o would be off by as much as small gradients measure.
+    # The weights, computed again from a rounded sum, don't add up to 1 exactly. Where one of them is nearly 1, the
+    # gradient of its score is a small difference, and what they add up to is no part of it.
     delta = tl.zeros([BLOCK_M], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
     for first in range(0, T, BLOCK_T):
         t = first + tl.arange(0, BLOCK_T)
         key, weights, weights_grad = softmax_tile(
@@ -93,6 +96,8 @@ def query_backward(
             *(T, I, scale, BLOCK_M, BLOCK_T),
         )
         delta += tl.sum(weights * weights_grad, 1)
+        total += tl.sum(weights, 1)
+    delta = delta / tl.where(total == 0.0, 1.0, total)
     query_grad = tl.zeros([BLOCK_M, BLOCK_H], tl.float32)
     for first in range(0, T, BLOCK_T):
         t = first + tl.arange(0, BLOCK_T)
