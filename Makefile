@@ -20,7 +20,7 @@ test-oldest: $(OLDEST_VENV)/.installed
 		tests/test_encoders.py tests/test_zoo.py tests/test_dispatch.py tests/test_token_mixing.py tests/test_fusion.py \
 		tests/test_peft.py tests/test_named.py tests/test_recomputation.py tests/test_concurrency.py \
 		tests/test_life_cycle.py tests/test_numbers.py \
-		tests/kernels/test_interpreter.py tests/kernels/test_launches.py
+		tests/kernels/test_interpreter.py tests/kernels/test_launches.py tests/kernels/test_compiled.py
 
 # All tests on the newest releases, of these packages the pre-releases too: tells early what others are about to change.
 # tests/test_private.py fails first where it is something that emma_adapter/private.py relies on. Installed anew each time.

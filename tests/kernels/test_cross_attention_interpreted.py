@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from emma_adapter import EmmaAlignment, EmmaConfig, KernelError, ShapeError
 from emma_adapter.kernels.cross_attention import (
     cross_attention,
     cross_attention_reference,
+    forward,
     tiles,
     unsupported_reason,
 )
@@ -37,6 +38,7 @@ def small_tiles(monkeypatch):
     for blocks in tiles.BLOCKS.values():
         for name, size in SMALL.items():
             monkeypatch.setitem(blocks, name, size)
+    monkeypatch.setattr(forward, "MANY_PROGRAMS", 2)
     tiles.configuration.cache_clear()
     yield
     tiles.configuration.cache_clear()
@@ -147,7 +149,31 @@ def assert_correct(problem: Problem, dtype: torch.dtype) -> None:
             continue
         error, eager_error = distance(gradients[name], gradient), distance(eager_gradients[name], gradient)
         assert error <= backward, (name, error, eager_error)
+        if error > 2 * eager_error + 2 * rounding:
+            eager_error = max(eager_error, eager_error_nearby(problem, dtype, name))
         assert error <= 2 * eager_error + 2 * rounding, (name, error, eager_error)
+
+
+def eager_error_nearby(problem: Problem, dtype: torch.dtype, name: str) -> float:
+    """The largest error of PyTorch's gradient over problems that differ in their last bits. A gradient that is all in
+    one number, as that of the norm's scale beside an outlier, has an error that is small by chance now and then: of
+    1.7e-7 in one problem, and 1.8e-6 one bit beside it."""
+    errors = []
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        steps = {
+            key: torch.randint(-2, 3, tensor.shape, generator=generator) for key, tensor in problem.tensors.items()
+        }
+        nearby = {
+            key: (tensor * (1 + torch.finfo(dtype).eps * steps[key])).to(dtype).float()
+            for key, tensor in problem.tensors.items()
+        }
+        other = replace(problem, tensors=nearby)
+        other.run(cross_attention_reference, torch.float64)
+        exact = other.gradients[name]
+        other.run(cross_attention_reference, dtype)
+        errors.append(distance(other.gradients[name], exact))
+    return max(errors)
 
 
 def same_bits(left: Tensor, right: Tensor) -> bool:
@@ -182,6 +208,19 @@ def test_formula(index, name):
 @every_epilogue
 def test_formula_in_every_dtype(epilogue, dtype):
     assert_correct(make((6, 6, 6), mask=MASK, epilogue=epilogue, dtype=dtype), dtype)
+
+
+@pytest.mark.parametrize(("seed", "visual"), [(20, "outlier"), (10, "outlier"), (16, "outlier-first")])
+def test_a_gradient_that_is_all_in_one_number(seed, visual):
+    """That of the norm's scale, beside an outlier: where PyTorch happens to be nearly exact, once."""
+    epilogue = "modulate" if seed == 20 else "add"
+    problem = make((3,), width=48, instructions=1, epilogue=epilogue, visual=visual, seed=seed)
+    assert_correct(problem, torch.float32)
+
+
+def test_a_nearly_certain_choice():
+    """Gradients of scores are then small differences, in which the rounding of the softmax's sum must not show."""
+    assert_correct(make((1,), width=16, heads=1, keys=3, instructions=1, seed=7), torch.float32)
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -424,7 +463,7 @@ def operands(problem: Problem, *, requires_grad: bool = True) -> tuple:
         *(t["visual_tokens"], t["key"], t["value"], torch.ones(t["key"].shape[:2], dtype=torch.bool)),
         *(torch.arange(len(cu_seqlens) - 1, dtype=torch.int32), cu_seqlens, *(t.get(name) for name in names)),
         problem.fixed["position_start"].int() if "position_start" in problem.fixed else None,
-        *(t["output_weight"], t["output_bias"], problem.fixed["num_heads"], 1e-5),
+        *(t["output_weight"], t["output_bias"], len(cu_seqlens) - 1, problem.fixed["num_heads"], 1e-5),
         problem.fixed["epilogue"] == "modulate",
     )
 
@@ -440,7 +479,7 @@ def test_the_operators_pass_pytorchs_own_checks(positions):
     without_bias = (*plain[:9], *plain[10:14])
     torch.library.opcheck(
         cross_attention_backward,
-        (torch.randn_like(y), *without_bias, *intermediates, plain[14], plain[16], True, True, True),
+        (torch.randn_like(y), *without_bias, *intermediates, plain[14], plain[15], plain[17], True, True, True),
         test_utils=("test_schema", "test_faketensor"),
     )
 
