@@ -38,7 +38,6 @@ from .planning import has_pixels, pinned_plan, plan_call
 from .recomputation import is_recomputing, may_be_recomputed, with_own_memory
 from .sharding import execution_device
 from .state import STATE_ATTRIBUTE, AdapterState, CallContext, state_of
-from .trainers import warn_of_bare_reference
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -141,7 +140,6 @@ def before_inner(inner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     else:
         if inner.training and torch.is_grad_enabled():
             warn_if_left_out(state.model)
-            warn_of_bare_reference(state.model)
         context.plan = _plan(state, inner, outer, told)
     if context.may_be_recomputed:
         _remember_call(state, context.plan, kwargs)

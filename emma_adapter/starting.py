@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from . import attachment, base_saves, precision, private
+from . import attachment, base_saves, precision, private, trainers
 from .errors import PatchError
 from .guards import arguments_by_name
 from .state import AdapterState, state_of
@@ -33,13 +33,15 @@ def guard_train(part: nn.Module, original: Callable[..., Any], *args: Any, **kwa
 def _begin(model: nn.Module) -> None:
     precision.restore_weights(model)
     trainer = private.running_trainer()
-    if trainer is not None and trainer not in _started:
+    # One that is only being made doesn't know its arguments yet.
+    if trainer is not None and trainer.is_in_train and trainer not in _started:
         base_saves.check_output_folder(model, trainer)
         if trainer.args.push_to_hub:
             # It imports transformers.
             from .push_callback import AdapterPushCallback
 
             trainer.add_callback(AdapterPushCallback)
+        trainers.warn_of_bare_reference(model, trainer)
         _warn_of_mixed_rates(model, trainer)
         _started.add(trainer)
 

@@ -119,8 +119,6 @@ class AdapterState:
         self.reference: str | None = None
         #: True while PEFT's own frozen copy, the reference of a LoRA, is in use.
         self.in_reference = False
-        #: The trainer whose reference was looked at.
-        self.known_trainer: weakref.ref[Any] | None = None
         #: Which parameters of the model were trainable before ``train_only``.
         self.trainable_before: dict[str, bool] | None = None
         #: The float32 weights of the adapters, by the identity of their parameters, if the model is quantized.
@@ -139,14 +137,14 @@ class AdapterState:
         self._model = weakref.ref(model)
 
     def __getstate__(self) -> dict[str, Any]:
-        calls = ("context", "memories", "_owner", "_has_blocks", "_inherited", "known_trainer", "in_reference")
+        calls = ("context", "memories", "_owner", "_has_blocks", "_inherited", "in_reference")
         kept = {key: value for key, value in self.__dict__.items() if key not in calls}
         return kept | {"float32_weights": {}, "_model": self._model()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, context=CallContext(), memories=Memories(), _model=weakref.ref(state["_model"]))
         self._owner, self._has_blocks, self._inherited = BlockOwner(), False, None
-        self.known_trainer, self.in_reference = None, False
+        self.in_reference = False
 
     def for_replica(self) -> AdapterState:
         """The same state, for a copy of a module that will run this thread's call in another thread."""

@@ -3,15 +3,12 @@ know adapters."""
 
 from __future__ import annotations
 
-import sys
 import warnings
-import weakref
 from typing import Any
 
-import torch
 from torch import nn
 
-from . import attachment
+from . import attachment, private
 from .errors import PatchError
 from .idle import is_identity
 from .sharding import is_elsewhere
@@ -23,26 +20,8 @@ REFERENCE_LORA = "ref"
 _REMEDY = "from emma_adapter.integrations.trl import keep_reference; keep_reference(trainer) before trainer.train()"
 
 
-def running_trainer() -> Any:
-    """Return the ``transformers.Trainer`` that is running in this thread; None if there is none."""
-    module: Any = sys.modules.get("transformers.trainer")
-    frame = None if module is None else sys._getframe()
-    while frame is not None:
-        owner = frame.f_locals.get("self")
-        if isinstance(owner, module.Trainer):
-            return owner
-        frame = frame.f_back
-    return None
-
-
-def warn_of_bare_reference(model: nn.Module) -> None:
-    """Say once for each trainer if it compares the model, whose adapter was trained before, with the bare base."""
-    if torch.compiler.is_compiling() or (trainer := running_trainer()) is None:
-        return
-    state = state_of(model)
-    if state.known_trainer is not None and state.known_trainer() is trainer:
-        return
-    state.known_trainer = weakref.ref(trainer)
+def warn_of_bare_reference(model: nn.Module, trainer: Any) -> None:
+    """Warn if a trainer that starts compares the model, whose adapter was trained before, with the bare base."""
     reference = getattr(trainer, "ref_model", None)
     # A run that goes on where another one ended isn't at its beginning, which is what the reference is.
     if not isinstance(reference, nn.Module) or trainer.state.global_step > 0:
@@ -68,7 +47,7 @@ def check_reference_pass(model: nn.Module) -> None:
     if state.reference is not None or not model.training:
         return
     trained = any(parameter.requires_grad for parameter in attachment.named_parameters(state.model).values())
-    if trained and (trainer := running_trainer()) is not None and hasattr(trainer, "ref_model"):
+    if trained and (trainer := private.running_trainer()) is not None and hasattr(trainer, "ref_model"):
         raise PatchError(
             f"the reference of this {type(trainer).__name__} is the model without its LoRA, but with the EMMA adapter, "
             f"which is being trained, so that the reference would change with it: {_REMEDY}"
