@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .alignment import EmmaAlignment
 from .errors import RoutingError
-from .families import MediaLayout, ModelFamily, ProjectorCall
+from .families import MediaLayout, ModelFamily, ProjectorCall, mismatch
 from .fusion.packing import Packing
 from .instructions.routing import rows_of_media
 from .instructions.tokens import Instruction, InstructionTokens
@@ -127,15 +127,17 @@ class RoutedInstruction:
     """The instruction for every part of one projector input."""
 
     layout: MediaLayout
+    modality: str
     rows: Tensor  # [media], rows of the instruction
     #: Name of the adapter that the instruction is encoded for.
     adapter: str
     instruction: InstructionTokens
 
     @property
-    def tokens_to_check(self) -> int | None:
-        """How many tokens the projector must put out; None where its input told that already."""
-        return sum(self.layout.tokens) if self.layout.tokens_from_prompt else None
+    def unchecked_tokens(self) -> tuple[str, int] | None:
+        """Modality and placeholders that only the projector's output can be checked against; None where its input
+        told how many tokens its media take."""
+        return (self.modality, sum(self.layout.tokens)) if self.layout.tokens_from_prompt else None
 
     def align(self, alignment: EmmaAlignment, visual_tokens: Tensor) -> Tensor:
         layout = self.layout
@@ -206,7 +208,7 @@ def route(
     placeholders = plan.placeholders[running.modality]
     layout = _checked_layout(family, projector_call(plan.inner, running, visual_tokens, placeholders))
     rows = rows_of_media(placeholders, layout.tokens, repeats=plan.repeats, modality=running.modality)
-    return RoutedInstruction(layout, rows, plan.adapter, plan.instruction)
+    return RoutedInstruction(layout, running.modality, rows, plan.adapter, plan.instruction)
 
 
 def route_without_prompt(
@@ -222,7 +224,9 @@ def route_without_prompt(
     layout = _checked_layout(family, projector_call(inner, running, visual_tokens, None))
     media = len(layout.tokens)
     rows = torch.arange(media, device=visual_tokens.device)
-    return RoutedInstruction(layout, rows, adapter, instruction.for_each(media, f"{running.modality}s"))
+    return RoutedInstruction(
+        layout, running.modality, rows, adapter, instruction.for_each(media, f"{running.modality}s")
+    )
 
 
 def projector_call(
@@ -238,11 +242,12 @@ def projector_call(
     )
 
 
-def check_tokens(expected: int, projected: Tensor) -> None:
+def check_tokens(modality: str, placeholders: int, projected: Tensor) -> None:
     """Check that a projector put out one token for each placeholder.
 
     Args:
-        expected: placeholders of the prompt.
+        modality: of what it projected.
+        placeholders: of the prompts.
         projected: output of the projector, ``[..., D]``.
 
     Raises:
@@ -250,11 +255,11 @@ def check_tokens(expected: int, projected: Tensor) -> None:
             have met the instruction of another row.
     """
     found = projected.shape[:-1].numel()
-    if found != expected:
+    if found != placeholders:
         raise RoutingError(
-            f"the call's images take {found} tokens, but its prompts hold {expected} placeholder tokens: let the "
-            "model's processor make text and images together; if a cache holds earlier turns of the prompt, pass it to "
-            "generate as an argument of its own"
+            f"{mismatch(modality, placeholders, found)}. Let the model's processor make text and images together, "
+            "and let nothing cut them off (max_length, truncation). If a cache holds earlier turns of the prompt, pass "
+            "it to generate as an argument of its own"
         )
 
 

@@ -199,7 +199,7 @@ def before_projector(projector: nn.Module, args: tuple[Any, ...], kwargs: dict[s
     visual_tokens, put_back = _first_argument(args, kwargs)
     route = _route(state, projector, visual_tokens)
     state.context.stand_in = _stand_in(state, projector, route)
-    state.context.expected_tokens = None if isinstance(route, Bypass) else route.tokens_to_check
+    state.context.unchecked_tokens = None if isinstance(route, Bypass) else route.unchecked_tokens
     if isinstance(route, Bypass) or not is_aligned(state, projector, route.adapter):
         return None
     device = execution_device(projector)
@@ -237,9 +237,9 @@ def after_projector(projector: nn.Module, args: Any, kwargs: Any, output: Any) -
         RoutingError: if the images take other numbers of tokens than their rows were found with.
     """
     state = state_of(projector)
-    expected, state.context.expected_tokens = state.context.expected_tokens, None
-    if expected is not None and isinstance(output, Tensor):
-        check_tokens(expected, output)
+    unchecked, state.context.unchecked_tokens = state.context.unchecked_tokens, None
+    if unchecked is not None and isinstance(output, Tensor):
+        check_tokens(*unchecked, output)
     kept, state.context.stand_in = state.context.stand_in, None
     if kept is None:
         return None

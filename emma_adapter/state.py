@@ -71,8 +71,8 @@ class CallContext(threading.local):
         self.recomputed: tuple[nn.Module, Scope] | None = None
         #: What computes in the place of a running projector, whose weights are those of another adapter.
         self.stand_in: OriginalProjector | None = None
-        #: Tokens that a running projector must put out for the prompt's placeholders to be those of its images.
-        self.expected_tokens: int | None = None
+        #: Modality and number of the placeholders that the output of a running projector is for, if it is to be checked.
+        self.unchecked_tokens: tuple[str, int] | None = None
         #: True until a call without images has its adapter parameters in its graph; see ``parallel``.
         self.ties_embeddings = False
         #: True while a ``generate`` without images runs.

@@ -493,7 +493,7 @@ def test_a_cache_that_is_hidden_from_us_is_an_error_and_never_another_rows_instr
     torch.testing.assert_close(met[0], met[1], atol=SAME, rtol=0)
     hidden = {"memory": SimpleNamespace(held=copy.deepcopy(cache))}
     if Version(transformers.__version__) >= Version("5.18"):
-        with pytest.raises(RoutingError, match="placeholder tokens"):
+        with pytest.raises(RoutingError, match="Image features and image tokens do not match"):
             model.generate(**inputs, **hidden)
     else:
         # It encodes images within forward, whose ids are those of the images.
