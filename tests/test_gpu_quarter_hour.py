@@ -5,14 +5,16 @@ from __future__ import annotations
 import io
 import json
 import os
+import subprocess
 import time
 
 import pytest
+import torch
 from click import ClickException
 from click.testing import CliRunner
 from test_kernel_benchmarks import MACHINE, gpu_records
 
-from benchmarks.kernels import gpu_quarter_hour, publish, stages
+from benchmarks.kernels import gpu_quarter_hour, publish, schedules, stages
 from benchmarks.kernels.gpu_quarter_hour import LINES, STAGES, Stage, main, run, summary
 from benchmarks.kernels.records import Results
 
@@ -130,6 +132,44 @@ def test_every_stage_that_the_runner_names_there_is():
     assert {stage.name for stage in STAGES} == set(stages.STAGES)
     with pytest.raises(SystemExit):
         main(["--output", "nowhere", "--only", "unknown"])
+
+
+def test_a_sweep_changes_the_schedule_of_one_kernel(monkeypatch):
+    pytest.importorskip("triton")
+    from emma_adapter.kernels import token_mixing
+    from emma_adapter.kernels.launch import Configuration
+
+    launched = []
+    monkeypatch.setattr(Configuration, "launch", lambda self, grid, device, **arguments: launched.append(self))
+    (_, candidate), configurations = schedules.CANDIDATES[0], list(token_mixing.configurations())
+    with schedules.using(candidate):
+        for configuration in configurations:
+            configuration.launch((1,), torch.device("cpu"))
+    for before, after in zip(configurations, launched, strict=True):
+        own = before.kernel.__name__ == candidate.kernel
+        assert (after.num_warps, after.num_stages) == (
+            (candidate.num_warps, candidate.num_stages) if own else (before.num_warps, before.num_stages)
+        )
+        assert after.constants == before.constants
+    launched.clear()
+    configurations[0].launch((1,), torch.device("cpu"))
+    assert launched == configurations[:1]
+
+
+@pytest.mark.parametrize(("codes", "good"), [([0], True), ([9], False), ([2, 0], True), ([2, 2], False)])
+def test_memcheck_tries_again_without_an_option_that_is_not_known(codes, good, tmp_path, monkeypatch):
+    commands = []
+
+    def sanitize(command, **options):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, codes[len(commands) - 1], "", "unknown option")
+
+    monkeypatch.setattr(stages.shutil, "which", lambda name: "compute-sanitizer")
+    monkeypatch.setattr(stages.subprocess, "run", sanitize)
+    log = gpu_quarter_hour.Log(tmp_path, "memcheck")
+    assert stages.memcheck(stages.Run(log, 60, dry=False, began=0)) == good
+    assert of(lines(tmp_path), "memcheck", "code") == codes
+    assert ["--kernel-name-exclude" in command for command in commands] == [True, False][: len(codes)]
 
 
 def test_without_a_gpu_and_not_dry_it_says_so(tmp_path):
