@@ -71,7 +71,7 @@ class CallContext(threading.local):
         self.recomputed: tuple[nn.Module, Scope] | None = None
         #: What computes in the place of a running projector, whose weights are those of another adapter.
         self.stand_in: OriginalProjector | None = None
-        #: Modality and number of the placeholders that the output of a running projector is for, if it is to be checked.
+        #: Modality and number of the placeholders that the output of a running projector is to be checked against.
         self.unchecked_tokens: tuple[str, int] | None = None
         #: True until a call without images has its adapter parameters in its graph; see ``parallel``.
         self.ties_embeddings = False
