@@ -32,10 +32,11 @@ if TYPE_CHECKING:
     from .fusion import Fusion, register_fusion
     from .fusion.dispatch import KernelUse
     from .fusion.packing import Packing
+    from .handle import EmmaAdapter, get_adapter
     from .instructions.cache import CacheInfo
     from .instructions.encoders import InstructionEncoder
     from .loading import load_adapter
-    from .patching import EmmaAdapter, get_adapter, patch_model, unpatch_model
+    from .patching import patch_model, unpatch_model
 
 __all__ = [
     "AnalysisError",
@@ -75,7 +76,7 @@ __all__ = [
 # Imported when they are first asked for: they need torch, which takes seconds, and ``--help`` doesn't.
 _HOMES = {
     "CacheInfo": "instructions.cache",
-    "EmmaAdapter": "patching",
+    "EmmaAdapter": "handle",
     "EmmaAlignment": "alignment",
     "EmmaConfig": "config",
     "Fusion": "fusion",
@@ -86,7 +87,7 @@ _HOMES = {
     "ModelFamily": "families",
     "Packing": "fusion.packing",
     "ProjectorCall": "families",
-    "get_adapter": "patching",
+    "get_adapter": "handle",
     "load_adapter": "loading",
     "patch_model": "patching",
     "register_family": "families",

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .errors import ConfigError, DataError, InstructionError
+from .handle import EmmaAdapter
 from .instructions.extraction import IGNORE_INDEX, choose_turns, pad_right
-from .patching import EmmaAdapter
 from .prompts import stop_ids
 from .state import state_of
 from .warning import warn_caller

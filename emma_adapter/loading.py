@@ -12,7 +12,8 @@ from . import hub, restoring, sharding
 from .errors import PatchError
 from .families import require_model
 from .fusion.dispatch import Kernel
-from .patching import EmmaAdapter, patch_model, unpatch_model
+from .handle import EmmaAdapter
+from .patching import patch_model, unpatch_model
 from .state import DEFAULT, STATE_ATTRIBUTE
 from .surroundings import undisturbed
 from .wrappers import base_of

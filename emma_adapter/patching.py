@@ -1,26 +1,21 @@
-"""patch_model, unpatch_model and the EmmaAdapter handle."""
+"""patch_model and unpatch_model."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from os import PathLike
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from . import (
     attachment,
     base_saves,
-    hub,
     named,
     precision,
     private,
     pushing,
-    saving,
     sharding,
     starting,
     training,
@@ -32,11 +27,9 @@ from .config import EmmaConfig
 from .errors import PatchError
 from .families import find_family, require_model
 from .fitting import make_pipeline, make_reader, resolve_encoder, resolve_sizes
-from .fusion.dispatch import KernelUse
 from .guards import MethodGuard, guard_features, guard_generate, guard_replication
+from .handle import EmmaAdapter
 from .hooks import install_call_hooks, remove_hooks
-from .instructions.cache import CacheInfo
-from .instructions.tokens import Instruction, embedder
 from .state import DEFAULT, STATE_ATTRIBUTE, AdapterState, state_of
 from .surroundings import undisturbed
 from .wrappers import base_of
@@ -155,274 +148,3 @@ def unpatch_model(model: nn.Module) -> None:
         attachment.detach(module)
     tuners.release_wrappers(around)
     private.forget_compiled_code()
-
-
-def get_adapter(model: nn.Module) -> EmmaAdapter:
-    """The handle of a patched model, also of a copy of one, or of what other tools have wrapped around it.
-
-    Raises:
-        PatchError: if the model is not patched.
-    """
-    model = base_of(model)
-    state_of(model)
-    return EmmaAdapter(model)
-
-
-class EmmaAdapter:
-    """Handle on the adapter of one patched model. It holds no state of its own: any number may exist."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The adapters on this model. Everything else that this handle tells or does concerns the active one."""
-        return tuple(self._state.adapters)
-
-    @property
-    def active(self) -> str:
-        """Name of the adapter that the model's calls go through. ``patch_model`` makes ``"default"``."""
-        return self._state.active
-
-    @undisturbed()
-    def add(
-        self,
-        name: str,
-        config: EmmaConfig | None = None,
-        *,
-        processor: Any = None,
-        instruction_encoder: str | nn.Module | None = None,
-    ) -> EmmaAdapter:
-        """Put another adapter on the model, of its own kind and frozen until ``set_active(name)``.
-
-        Args:
-            name: letters, digits and underscores.
-            config: as for :func:`patch_model`.
-            processor: as for :func:`patch_model`; default: prompts are read as by the active adapter.
-            instruction_encoder: as for :func:`patch_model`.
-
-        Raises:
-            PatchError: if the name is taken or can't be one.
-        """
-        named.add(self.model, name, EmmaConfig() if config is None else config, processor, instruction_encoder)
-        return self
-
-    @undisturbed()
-    def set_active(self, name: str) -> EmmaAdapter:
-        """Have calls go through another of the model's adapters, and the projector trained with it, if one was.
-
-        It becomes trainable if the one before was; that one is frozen. Not while a call of the model is running.
-
-        Raises:
-            PatchError: if there is no adapter of that name.
-        """
-        named.activate(self.model, name)
-        return self
-
-    def remove(self, name: str) -> EmmaAdapter:
-        """Take an adapter off again that isn't the active one.
-
-        Raises:
-            PatchError: if it is, or if there is none of that name.
-        """
-        named.remove(self.model, name)
-        return self
-
-    @property
-    def config(self) -> EmmaConfig:
-        """The config with every size filled in."""
-        return self._state.config
-
-    @property
-    def alignment(self) -> EmmaAlignment:
-        """The trainable module at the projector."""
-        return attachment.alignments(self.model)[attachment.MAIN_PLACE]
-
-    def disabled(self) -> AbstractContextManager[None]:
-        """``with adapter.disabled(): …`` is the original model, bit for bit, in this thread or asynchronous task."""
-        return self._state.disabled()
-
-    def instruction(
-        self, instruction: Instruction, instruction_mask: Tensor | None = None
-    ) -> AbstractContextManager[None]:
-        """``with adapter.instruction("…"): …``: the instruction of every call in the block that names none itself, in
-        this thread or asynchronous task: one for all rows, or one for each. Also for direct calls to the vision side,
-        as ``model.get_image_features``, which have no prompt: one for all images, or one for each."""
-        state = self._state
-        inner = state.family.inner(self.model)
-        if state.pipeline.encoder is None and sharding.is_fully_sharded(self.model):
-            raise PatchError(
-                "the language model's embeddings are sharded and can be read within a call only: pass the instruction "
-                "to the call, model(**inputs, instruction=…)"
-            )
-        device = next(self.parameters()).device
-        tokens = state.pipeline.explicit(instruction, instruction_mask, None, embedder(inner), device)
-        return state.naming(tokens)
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """The adapter's parameters, float32 unless the model was cast after patching."""
-        return iter(attachment.named_parameters(self.model).values())
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Parameters by their name in the adapter, which doesn't depend on where it sits in the model."""
-        return iter(attachment.named_parameters(self.model).items())
-
-    def num_parameters(self) -> int:
-        """How many numbers the adapter has learned or can learn."""
-        return training.count_parameters(self.model)[0]
-
-    @undisturbed()
-    def train_only(self, *, projector: bool = False) -> EmmaAdapter:
-        """Freeze everything but the adapter, and with ``projector=True`` but the projector.
-
-        As long as nothing else is made trainable, Trainer's checkpoints hold the adapter only; else the whole model.
-
-        Raises:
-            PatchError: if the projector can't be trained with the adapter: it is quantized, sharded, or wrapped by
-                PEFT. Nothing is changed then.
-        """
-        training.train_only(self.model, projector=projector)
-        starting.expect_trainer(self.model)
-        return self
-
-    def unfreeze(self) -> EmmaAdapter:
-        """Make trainable again what ``train_only`` has frozen, for a second stage in which everything is trained.
-
-        A projector that was trained with the adapter still belongs to it. Does nothing without ``train_only`` before.
-        """
-        training.unfreeze(self.model)
-        return self
-
-    def regroup(
-        self,
-        optimizer: torch.optim.Optimizer,
-        lr: float,
-        *,
-        projector_lr: float | None = None,
-        weight_decay: float = 0.0,
-    ) -> EmmaAdapter:
-        """Move the adapter's parameters to groups of their own, in an optimizer that another tool has made.
-
-        Such a tool sorts parameters by rules that are made for something else: LoRA+ gives the adapter's norms and
-        biases the rate of ``lora_B``, sixteen times that of its other weights.
-
-        Args:
-            optimizer: before its first step, and before a scheduler is made for it.
-            lr: as for :meth:`parameter_groups`, and so the others.
-            projector_lr: see there.
-            weight_decay: see there.
-
-        Raises:
-            ConfigError: if a rate is no number or negative, or the optimizer was used already.
-        """
-        training.regroup(self.model, optimizer, lr, projector_lr=projector_lr, weight_decay=weight_decay)
-        return self
-
-    def parameter_groups(
-        self, lr: float, *, projector_lr: float | None = None, weight_decay: float = 0.0
-    ) -> list[dict[str, Any]]:
-        """Groups for an optimizer; the projector's own, at ``projector_lr`` (default ``lr``), if it is trained with the
-        adapter: after ``train_only(projector=True)``."""
-        return training.parameter_groups(self.model, lr, projector_lr=projector_lr, weight_decay=weight_decay)
-
-    def save_pretrained(
-        self,
-        directory: str | PathLike[str],
-        *,
-        is_main_process: bool | None = None,
-        state_dict: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        """Write ``adapter_config.json``, ``adapter_model.safetensors`` and a model card, atomically.
-
-        Whenever it is killed, ``load_adapter`` finds the adapter that was there before, or the new one; what is left
-        over is removed by the next save. Several processes and threads may save to one folder, and load from it.
-
-        Of several processes, rank 0 writes. Weights that FSDP2 has sharded are gathered first: then every process must
-        call this, and none goes on before the files are there. Without sharding there is nothing to wait for, and
-        rank 0 may call it alone.
-
-        Args:
-            directory: the folder, made if it isn't there. Where it holds a model that transformers loads, the adapter
-                goes into ``emma_adapter/`` in it, where ``load_adapter(model, directory)`` finds it: among the model's
-                files, its config would make transformers take the model for an adapter of PEFT.
-            is_main_process: whether this process writes, if not rank 0 should.
-            state_dict: of the model, gathered: ``accelerator.get_state_dict(model)``. The weights are taken from it
-                where they aren't whole here, and nobody waits for others.
-
-        Raises:
-            OSError: if the folder can't be written, or holds an adapter of another tool. What it held is intact; the
-                message tells if it is the new adapter already, and only its config file or card couldn't be written.
-            CheckpointError: if weights are NaN or infinite, as after a training that diverged.
-            PatchError: if the weights are held by something that only gathers them itself, as DeepSpeed ZeRO-3.
-        """
-        saving.save(self.model, directory, is_main_process=is_main_process, gathered=state_dict)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool | None = None,
-        revision: str | None = None,
-        commit_message: str = "Upload EMMA adapter",
-        token: str | bool | None = None,
-        create_pr: bool = False,
-    ) -> str:
-        """Upload what ``save_pretrained`` writes to ``repo_id`` on the hub, which is made if there is none.
-
-        Args:
-            repo_id: ``"user/name"``. If it holds a model, the adapter goes into ``emma_adapter/`` there.
-            private: whether a repository that is made now is private; default: as the user's or organisation's is.
-            revision: branch, made if there is none.
-            commit_message: of the upload.
-            token: of the hub; default, and with True: the one that ``hf auth login`` stored, or ``HF_TOKEN``.
-            create_pr: open a pull request instead of committing.
-
-        Returns:
-            The address of the commit.
-
-        Raises:
-            FileExistsError: if the repository holds an adapter of another tool, as a LoRA.
-            huggingface_hub.errors.HfHubHTTPError: if the hub refuses.
-        """
-        return hub.push(
-            self.model,
-            repo_id,
-            private=private,
-            revision=revision,
-            commit_message=commit_message,
-            token=token,
-            create_pr=create_pr,
-        )
-
-    def kernel_report(self) -> tuple[KernelUse, ...]:
-        """What computed the calls so far, PyTorch's operations or the Triton kernels, and why; one entry for each kind
-        of call: ``print(*adapter.kernel_report(), sep="\\n")``."""
-        return tuple(
-            use for alignment in attachment.alignments(self.model).values() for use in alignment.kernel_report()
-        )
-
-    def cache_info(self) -> CacheInfo:
-        """Hits, misses and size of the cache of encoded instructions. ``"llm"`` looks embeddings up, uncached."""
-        encoder = self._state.pipeline.encoder
-        return CacheInfo(0, 0, 0, 0) if encoder is None else encoder.info()
-
-    def clear_cache(self) -> None:
-        """Forget all encoded instructions, and count hits and misses from zero."""
-        encoder = self._state.pipeline.encoder
-        if encoder is not None:
-            encoder.clear_cache()
-
-    @property
-    def _state(self) -> AdapterState:
-        return state_of(self.model)
-
-    def __repr__(self) -> str:
-        own, total = training.count_parameters(self.model)
-        config: Any = self.model.config
-        info = self.cache_info()
-        names = "" if len(self.names) == 1 else f"active={self.active!r} of {list(self.names)}, "
-        return (
-            f"EmmaAdapter({names}family={config.model_type!r}, fusion={self.config.fusion!r}, "
-            f"instruction_encoder={self.config.instruction_encoder!r}, parameters={own:,} "
-            f"({own / total:.3%} of the model), cache_hits={info.hits}, cache_misses={info.misses})"
-        )

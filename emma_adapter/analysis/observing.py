@@ -18,8 +18,8 @@ from ..calls import ObservedAlignment
 from ..errors import AnalysisError
 from ..families import Box, MediaLayout
 from ..fusion.packing import Grid
+from ..handle import EmmaAdapter
 from ..instructions.tokens import Instruction
-from ..patching import EmmaAdapter
 from ..state import state_of
 from ..wrappers import base_of
 

@@ -10,7 +10,7 @@ import torch
 
 from ..analysis import TokenMap, compare, token_movement
 from ..analysis.observing import in_eval_mode
-from ..patching import EmmaAdapter
+from ..handle import EmmaAdapter
 from ..prompts import Prompts
 from .contents import Answers, Example, Twins, View
 from .pictures import encoded_pictures

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..patching import EmmaAdapter
+from ..handle import EmmaAdapter
 from ..state import state_of
 from ..training import count_parameters
 from ..version import __version__

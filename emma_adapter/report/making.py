@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 from ..errors import AnalysisError
-from ..patching import EmmaAdapter
+from ..handle import EmmaAdapter
 from ..prompts import Prompts
 from . import sections
 from .contents import Absent, Report

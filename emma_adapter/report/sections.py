@@ -22,7 +22,7 @@ from ..analysis import (
 from ..errors import AnalysisError
 from ..fusion import LinearFusion, ModulationFusion
 from ..fusion.cross_attention import CrossAttentionFusion
-from ..patching import EmmaAdapter
+from ..handle import EmmaAdapter
 from ..prompts import Prompts
 from .contents import Absent, Information, Reading
 from .questions import Entry, find_pairs, normalised

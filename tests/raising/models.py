@@ -360,7 +360,7 @@ def a_model_that_was_wrapped_before_it_was_patched(bench: Bench) -> None:
         wrapped(**question(), instruction=torch.tensor([[5, 6]]))
 
 
-@raises(PatchError, "patching.py:EmmaAdapter.instruction", "embeddings are sharded")
+@raises(PatchError, "handle.py:EmmaAdapter.instruction", "embeddings are sharded")
 def a_named_instruction_for_a_sharded_model(bench: Bench) -> None:
     adapter = bench.adapter()
     with sharded(adapter.model), adapter.instruction("is there a cat?"):
