@@ -19,7 +19,7 @@ test-oldest: $(OLDEST_VENV)/.installed
 		tests/test_encoders.py tests/test_zoo.py tests/test_dispatch.py tests/test_token_mixing.py tests/test_fusion.py \
 		tests/test_peft.py tests/test_named.py tests/test_recomputation.py tests/test_concurrency.py \
 		tests/test_life_cycle.py tests/test_numbers.py \
-		tests/kernels/test_interpreter.py tests/kernels/test_launches.py
+		tests/kernels/test_interpreter.py tests/kernels/test_launches.py tests/kernels/test_compiled.py
 
 # Time and memory of the fusions and their Triton kernels; without a GPU, a subset of it.
 bench-gpu: $(VENV)/.installed

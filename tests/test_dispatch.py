@@ -153,7 +153,7 @@ def test_auto_asks_the_measurements_first(monkeypatch):
     known = measured.measured_case("attention", torch.float32, backward=True)
     monkeypatch.setattr(dispatch, "_no_triton", lambda device: None)
     monkeypatch.setattr(dispatch, "_INTERPRETED", True)
-    monkeypatch.setattr(measured, "is_measured", lambda device, case: case == known)
+    monkeypatch.setattr(measured, "least_tokens", lambda device, case: 12 if case == known else None)
     v, _ = tokens()
 
     def asked(kernel: str, problem: str | None, trains: bool = True) -> tuple[bool, str]:
@@ -167,13 +167,17 @@ def test_auto_asks_the_measurements_first(monkeypatch):
     runs, reason = asked("auto", None, trains=False)
     assert not runs
     assert reason.startswith("attention/float32/forward was not measured")
+    v = v[:, :5]
+    runs, reason = asked("auto", None)
+    assert not runs
+    assert "as fast from 12 visual tokens on" in reason
 
 
 def test_auto_does_not_replace_rounded_products(monkeypatch):
     """Under autocast PyTorch multiplies in bfloat16, which exact float32 kernels were not compared with."""
     monkeypatch.setattr(dispatch, "_no_triton", lambda device: None)
     monkeypatch.setattr(dispatch, "_INTERPRETED", True)
-    monkeypatch.setattr(measured, "is_measured", lambda device, case: True)
+    monkeypatch.setattr(measured, "least_tokens", lambda device, case: 0)
     v, _ = tokens()
     own = dispatch.Dispatch("attention", "auto")
     assert own.takes_triton(v, lambda: None, trains=True)
@@ -197,13 +201,38 @@ def test_a_triton_that_cannot_be_imported_is_a_reason(monkeypatch):
         make("attention", "triton")(*tokens())
 
 
-def test_measurements_are_by_device(monkeypatch):
-    monkeypatch.setattr(measured, "_measured", lambda: {"GPU 9000": ["linear/bfloat16/forward"]})
+def test_measurements_are_by_device_and_float16_follows_bfloat16(monkeypatch):
+    from_64, nowhere = {"min_tokens": 64}, None
+    cases = {
+        "linear/bfloat16/forward": from_64,
+        "linear/bfloat16/forward+backward": nowhere,
+        "attention/bfloat16/forward": from_64,
+        "attention/float16/forward": nowhere,
+    }
+    monkeypatch.setattr(measured, "_measured", lambda: {"GPU 9000": cases})
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {9000 + device.index}")
-    assert measured.is_measured(torch.device("cuda", 0), "linear/bfloat16/forward")
-    assert not measured.is_measured(torch.device("cuda", 1), "linear/bfloat16/forward")
-    assert not measured.is_measured(torch.device("cuda", 0), "linear/bfloat16/forward+backward")
-    assert not measured.is_measured(torch.device("cpu"), "linear/bfloat16/forward")
+
+    def least(case: str, device: str = "cuda:0") -> int | None:
+        return measured.least_tokens(torch.device(device), case)
+
+    assert least("linear/bfloat16/forward") == least("linear/float16/forward") == 64
+    assert least("linear/float32/forward") is None
+    assert least("linear/bfloat16/forward+backward") is least("linear/float16/forward+backward") is None
+    assert least("attention/float16/forward") is None
+    assert least("linear/bfloat16/forward", "cuda:1") is None
+    assert least("linear/bfloat16/forward", "cpu") is None
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_graph_asks_the_measurements_for_its_size(monkeypatch):
+    monkeypatch.setattr(measured, "least_tokens", torch.compiler.assume_constant_result(lambda device, case: 18))
+    monkeypatch.setattr(dispatch, "_INTERPRETED", True)
+    monkeypatch.setattr(dispatch, "_no_triton", lambda device: "asked for a kernel")
+    alignment = make("attention")
+    compiled = torch.compile(alignment, fullgraph=True, backend="aot_eager", dynamic=True)
+    for batch, reason in ((2, "from 18 visual tokens on"), (3, "asked for a kernel")):
+        compiled(*tokens(batch))
+        assert reason in alignment.kernel_report()[-1].reason
 
 
 def test_the_shipped_measurements_name_known_cases():
@@ -214,11 +243,14 @@ def test_the_shipped_measurements_name_known_cases():
         for backward in (False, True)
     }
     shipped = json.loads(measured.MEASURED_FILE.read_text())
-    assert all(set(found) <= cases for found in shipped.values())
+    for found in shipped.values():
+        assert set(found) <= cases
+        assert all(least is None or least["min_tokens"] > 0 for least in found.values())
 
 
-def test_an_old_gpu_is_named(monkeypatch):
+def test_a_gpu_or_a_compiler_that_is_too_old_is_named(monkeypatch):
     pytest.importorskip("triton")
+    from emma_adapter.kernels import launch
     from emma_adapter.kernels.launch import device_problem
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
@@ -226,6 +258,13 @@ def test_an_old_gpu_is_named(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", None)
     assert "Turing" in device_problem(torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert device_problem(torch.device("cuda", 0)) is None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+    monkeypatch.setattr(launch, "TRITON_VERSION", (3, 8))
+    assert device_problem(torch.device("cuda", 0)) is None
+    monkeypatch.setattr(launch, "TRITON_VERSION", (3, 7))
+    assert "its compiler crashes there; Triton 3.8 can" in device_problem(torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert device_problem(torch.device("cuda", 0)) is None
     assert "meta" in device_problem(torch.device("meta"))
 

@@ -1,4 +1,4 @@
-"""Tells ``kernel="auto"`` where the Triton kernels were at least as fast as PyTorch."""
+"""Tells ``kernel="auto"`` where the Triton kernels were as fast as PyTorch."""
 
 from __future__ import annotations
 
@@ -8,72 +8,88 @@ from pathlib import Path
 
 import click
 
-from emma_adapter.kernels.measured import MEASURED_FILE
+from emma_adapter.kernels.measured import MEASURED_FILE, Measurements
 
 from .records import Record, Results, groups
-from .shapes import BATCHES, OPERATION_NAMES, PHASES, SHAPES, applies
+
+#: How much slower than the best variant that isn't compiled still counts as as fast: about what a run repeats to.
+TOLERANCE = 0.05
+
+Verdicts = dict[str, dict[str, int] | None]
 
 
-def record_measured(results: Results, path: Path = MEASURED_FILE) -> dict[str, bool]:
-    """Update the device's entry in the package, ``{device: ["attention/bfloat16/forward", ...]}``.
+def record_measured(results: Results, path: Path = MEASURED_FILE) -> Verdicts:
+    """Update the device's entry in the package, ``{device: {"attention/bfloat16/forward": {"min_tokens": 2304}}}``.
 
-    Only what was measured on every shape and batch size is touched: it is entered if Triton was nowhere slower than
-    the best variant that isn't compiled, and taken out otherwise. Runs on a CPU change nothing.
+    Only operations, dtypes and passes that were measured are touched. Runs on a CPU change nothing.
 
     Returns:
-        What was decided, by ``operation/dtype/pass``.
+        What was decided, by ``operation/dtype/pass``: from how many visual tokens on, or None for nowhere.
     """
     if results.machine.kind != "cuda":
         return {}
-    verdicts = {}
-    for dtype in {record.dtype for record in results.records}:
-        for operation in OPERATION_NAMES:
-            for phase in PHASES:
-                records = [
-                    record
-                    for record in results.records
-                    if (record.operation, record.dtype, record.phase) == (operation, dtype, phase)
-                    and not record.train_vision
-                ]
-                verdict = _nowhere_slower(operation, records)
-                if verdict is not None:
-                    verdicts[f"{operation}/{dtype}/{phase}"] = verdict
+    found: dict[str, list[Record]] = {}
+    for record in results.records:
+        if not record.train_vision:
+            found.setdefault(f"{record.operation}/{record.dtype}/{record.phase}", []).append(record)
+    verdicts = {case: _verdict(records) for case, records in found.items() if _sizes(records)}
     if not verdicts:
         return {}
-    stored = json.loads(path.read_text()) if path.exists() else {}
-    cases = {case for case in stored.get(results.machine.device, []) if verdicts.get(case, True)}
-    cases |= {case for case, fast in verdicts.items() if fast}
-    entries = {**stored, results.machine.device: sorted(cases)}
+    stored: Measurements = json.loads(path.read_text()) if path.exists() else {}
+    cases = {**stored.get(results.machine.device, {}), **verdicts}
+    entries = {**stored, results.machine.device: dict(sorted(cases.items()))}
     path.write_text(json.dumps(dict(sorted(entries.items())), indent=2) + "\n")
     return verdicts
 
 
-def _nowhere_slower(operation: str, records: Sequence[Record]) -> bool | None:
-    """None if a shape wasn't run."""
-    wanted = {(shape.name, batch) for shape in SHAPES for batch in BATCHES if applies(operation, shape, batch)}
-    found = {(group[0].shape, group[0].batch): _as_fast(group) for group in groups(records)}
-    if wanted - found.keys():
-        return None
-    return all(found[key] for key in wanted)
+def _verdict(records: Sequence[Record]) -> dict[str, int] | None:
+    """The smallest size from which on Triton was nowhere slower; None if it was at the largest."""
+    least = None
+    for tokens, fast in sorted(_sizes(records).items(), reverse=True):
+        if not fast:
+            break
+        least = tokens
+    return None if least is None else {"min_tokens": least}
 
 
-def _as_fast(group: Sequence[Record]) -> bool:
+def _sizes(records: Sequence[Record]) -> dict[int, bool]:
+    """Whether Triton was as fast, by the number of visual tokens in a call: for all shapes that have as many."""
+    sizes: dict[int, bool] = {}
+    for group in groups(records):
+        fast = _as_fast(group)
+        if fast is not None:
+            tokens = group[0].num_tokens * group[0].batch
+            sizes[tokens] = fast and sizes.get(tokens, True)
+    return sizes
+
+
+def _as_fast(group: Sequence[Record]) -> bool | None:
     """A kernel that failed isn't fast; and without a variant to compare with, nothing is known."""
     times = {
         record.variant: record.median_us for record in group if record.median_us is not None and not record.compiled
     }
     triton = times.pop("triton", None)
-    return triton is not None and bool(times) and triton <= min(times.values())
+    if not times or all(record.variant != "triton" for record in group):
+        return None
+    return triton is not None and triton <= (1 + TOLERANCE) * min(times.values())
+
+
+def told(verdicts: Verdicts) -> list[str]:
+    """A line a case."""
+    return [
+        f"{case}: " + (f"Triton from {least['min_tokens']:,} visual tokens on" if least else "PyTorch")
+        for case, least in verdicts.items()
+    ]
 
 
 @click.command(help=__doc__)
 @click.argument("file", type=click.Path(exists=True, path_type=Path))
 def main(file: Path) -> None:
     verdicts = record_measured(Results.load(file))
-    for case, fast in verdicts.items():
-        click.echo(f"{case}: {'Triton' if fast else 'PyTorch'}")
+    for line in told(verdicts):
+        click.echo(line)
     if not verdicts:
-        click.echo("No operation was measured on every shape and batch size on a GPU: nothing changes")
+        click.echo("Nothing was measured on a GPU beside PyTorch: nothing changes")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from .comparison import Budget, Effort, compare, failed
 from .machine import Machine, describe_machine, tower_microseconds
-from .measured import record_measured
+from .measured import record_measured, told
 from .operations import OPERATIONS, Operation
 from .plot import draw
 from .records import Record, Results
@@ -139,8 +139,8 @@ def finish(results: Results, output: Path, stem: str, *, record: bool) -> None:
     for entry in failures:
         click.echo(f"{', '.join(map(str, entry.group))}, {entry.variant}: {entry.error}")
     click.echo(f"{len(failures)} of {len(results.records)} measurements failed or were left out.")
-    for case, fast in (record_measured(results) if record else {}).items():
-        click.echo(f'kernel="auto" on this device, {case}: {"Triton" if fast else "PyTorch"}')
+    for line in told(record_measured(results) if record else {}):
+        click.echo(f'kernel="auto" on this device, {line}')
     click.echo("Written: " + ", ".join(path.name for path in paths) + f" in {output}")
 
 

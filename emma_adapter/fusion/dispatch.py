@@ -98,12 +98,15 @@ class Dispatch:
         device, dtype = visual_tokens.device, visual_tokens.dtype
         if dtype == torch.float32 and (torch.is_autocast_enabled(device.type) or torch.backends.cuda.matmul.allow_tf32):
             return "float32 products may be rounded here, by autocast or tf32, and the kernels' are not"
-        from ..kernels.measured import is_measured, measured_case
+        from ..kernels.measured import least_tokens, measured_case
 
         case = measured_case(self.fusion, dtype, backward=trains)
-        if is_measured(device, case):
-            return None
-        return f'{case} was not measured to be as fast on this device; kernel="triton" forces it'
+        least = least_tokens(device, case)
+        if least is None:
+            return f'{case} was not measured to be as fast on this device; kernel="triton" forces it'
+        if visual_tokens.shape[:-1].numel() < least:
+            return f'{case} was measured to be as fast from {least} visual tokens on; kernel="triton" forces it'
+        return None
 
     def _note(self, runs: Implementation, reason: str, visual_tokens: Tensor) -> bool:
         device, dtype = visual_tokens.device, visual_tokens.dtype

@@ -19,6 +19,8 @@ from ..errors import KernelError
 #: Whether kernels run on CPU tensors, in Triton's interpreter (``TRITON_INTERPRET=1`` before Triton is imported).
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
+TRITON_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
+
 #: What visual tokens may be.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -107,8 +109,16 @@ def device_problem(device: torch.device) -> str | None:
         return None
     if device.type != "cuda":
         return f"Triton's kernels run on GPUs, and the visual tokens are on {device}"
-    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+    if torch.version.hip is not None:
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
         return f"the kernels need compute capability 8.0, and {torch.cuda.get_device_name(device)} has less"
+    if capability >= (10, 0) and TRITON_VERSION < (3, 8):
+        return (
+            f"Triton {triton.__version__} can't compile the kernels for {torch.cuda.get_device_name(device)}: its "
+            "compiler crashes there; Triton 3.8 can"
+        )
     return None
 
 

@@ -1,6 +1,8 @@
-"""Where the kernels were measured to be at least as fast as PyTorch: what ``kernel="auto"`` goes by.
+"""Where the kernels were measured to be as fast as PyTorch: what ``kernel="auto"`` goes by.
 
-``measured.json`` maps the name of a device to ``"operation/dtype/phase"``; ``make bench-gpu`` writes it.
+``measured.json`` maps the name of a device to ``"operation/dtype/phase"``, and that to ``{"min_tokens": n}``: with n
+visual tokens in a call or more, Triton was nowhere slower than PyTorch by more than a tolerance. null stands for what
+was slower at the largest size. ``python -m benchmarks.kernels.publish`` writes it.
 """
 
 from __future__ import annotations
@@ -13,6 +15,9 @@ import torch
 
 MEASURED_FILE = Path(__file__).with_name("measured.json")
 
+#: By device and case.
+Measurements = dict[str, dict[str, dict[str, int] | None]]
+
 
 def measured_case(operation: str, dtype: torch.dtype, *, backward: bool) -> str:
     """What a benchmark measures, as ``measured.json`` names it."""
@@ -20,12 +25,19 @@ def measured_case(operation: str, dtype: torch.dtype, *, backward: bool) -> str:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def is_measured(device: torch.device, case: str) -> bool:
-    """True if the kernels of a case were at least as fast as PyTorch on every benchmarked shape, on such a device."""
-    return device.type == "cuda" and case in _measured().get(torch.cuda.get_device_name(device), ())
+def least_tokens(device: torch.device, case: str) -> int | None:
+    """From how many visual tokens on the kernels of a case were measured to be as fast, on such a device; or None.
+
+    float16 takes the same instructions as bfloat16, and follows it where it was not measured itself.
+    """
+    if device.type != "cuda":
+        return None
+    cases = _measured().get(torch.cuda.get_device_name(device), {})
+    found = cases.get(case, cases.get(case.replace("/float16/", "/bfloat16/")))
+    return None if found is None else found["min_tokens"]
 
 
 @lru_cache(maxsize=1)
-def _measured() -> dict[str, list[str]]:
-    found: dict[str, list[str]] = json.loads(MEASURED_FILE.read_text())
+def _measured() -> Measurements:
+    found: Measurements = json.loads(MEASURED_FILE.read_text())
     return found

@@ -24,7 +24,8 @@ SHARED_MEMORY = {"sm_80": 101_376, "sm_90": 101_376, "sm_100": 101_376, "gfx942"
 
 
 def name_of(configuration: Configuration) -> str:
-    shown = {name: value for name, value in configuration.constants if name in ("BLOCK_M", "BLOCK_H", "MODULATE")}
+    told = ("BLOCK_M", "BLOCK_H", "MODULATE", "ONE_TILE")
+    shown = {name: value for name, value in configuration.constants if name in told}
     dtype = str(configuration.dtype).removeprefix("torch.")
     return "-".join([configuration.kernel.__name__, dtype, *(f"{name}={value}" for name, value in shown.items())])
 
@@ -58,3 +59,39 @@ def local_memory(kernel, target: str, folder: Path) -> int:
     ).stdout
     stack, local = re.search(r"STACK:(\d+).*LOCAL:(\d+)", report).groups()
     return int(stack) + int(local)
+
+
+def transposed_products(ttir: str) -> list[str]:
+    """Lines of Triton's intermediate code that transpose what is computed from the result of a ``dot``."""
+    operands: dict[str, list[str]] = {}
+    products: set[str] = set()
+    open_results: list[str] = []
+    transposed: list[tuple[str, str]] = []
+    for line in ttir.splitlines():
+        code = re.sub(r"\bloc\(.*", "", line).strip()
+        used = re.findall(r"%[\w.$-]+", code)
+        made = re.match(r"(%[\w.$-]+)(?::\d+)? = ([\w.]+)", code)
+        name, operation = made.groups() if made else ("", code.partition(" ")[0])
+        if operation == "scf.yield" and open_results:
+            operands.setdefault(open_results[-1], []).extend(used)
+        elif made and operation not in ("tt.load", "arith.constant"):
+            operands[name] = used[1:]
+            if operation == "tt.dot":
+                products.add(name)
+            elif operation == "tt.trans":
+                transposed.append((name, code))
+        if code.endswith("{"):
+            if not code.startswith("}"):
+                open_results.append(name)
+        elif code.startswith("}") and open_results:
+            open_results.pop()
+
+    def from_product(value: str, seen: set[str]) -> bool:
+        if value in products:
+            return True
+        if value in seen:
+            return False
+        seen.add(value)
+        return any(from_product(operand, seen) for operand in operands.get(value, []))
+
+    return [code for name, code in transposed if from_product(name, set())]

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+from interpreter import scalars_as_indices
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 collect_ignore_glob = ["test_*_interpreted.py"]
@@ -23,21 +25,8 @@ if INTERPRETED:
 
 @pytest.fixture(autouse=True, scope="session")
 def _scalars_are_indices():
-    """Triton before 3.7 makes numbers of arrays in a way that NumPy 2.4 no longer takes."""
-    if not INTERPRETED:
+    with scalars_as_indices() if INTERPRETED else nullcontext():
         yield
-        return
-    from triton.runtime import interpreter
-
-    patch = interpreter._patch_lang_tensor
-
-    def patched(tensor, *scope):
-        patch(tensor, *scope)
-        tensor.__index__ = lambda self: int(self.handle.data.item())
-
-    interpreter._patch_lang_tensor = patched
-    yield
-    interpreter._patch_lang_tensor = patch
 
 
 @pytest.fixture

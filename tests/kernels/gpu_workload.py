@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from emma_adapter import EmmaAlignment, EmmaConfig, Packing
@@ -10,7 +12,9 @@ SIZES = {"visual_dim": 80, "instruction_dim": 24, "visual_grid": (5, 7), "max_in
 
 
 def run_all() -> None:
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+    """In the dtypes that ``WORKLOAD_DTYPES`` names, or in all of them."""
+    names = os.environ.get("WORKLOAD_DTYPES", "float32,float16,bfloat16").split(",")
+    for dtype in (getattr(torch, name) for name in names):
         for fusion in ("attention", "modulation", "linear"):
             config = EmmaConfig(fusion=fusion, kernel="triton", inner_dim=144, **SIZES)
             alignment = EmmaAlignment(config).cuda()

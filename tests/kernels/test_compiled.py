@@ -9,10 +9,13 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from compilation import SHARED_MEMORY, TARGETS, compiled, local_memory, name_of  # noqa: E402
+from compilation import SHARED_MEMORY, TARGETS, compiled, local_memory, name_of, transposed_products  # noqa: E402
 from emma_adapter import KernelError  # noqa: E402
 from emma_adapter.kernels import cross_attention, token_mixing  # noqa: E402
+from emma_adapter.kernels.launch import TRITON_VERSION  # noqa: E402
 
+#: Of the oldest Triton, what it was measured with; for sm_100 its compiler crashes, and `device_problem` says so.
+SUPPORTED = TARGETS if TRITON_VERSION >= (3, 8) else {"sm_90": TARGETS["sm_90"]}
 OPERATIONS = (cross_attention, token_mixing)
 CONFIGURATIONS = [configuration for operation in OPERATIONS for configuration in operation.configurations()]
 
@@ -22,12 +25,14 @@ def test_names_are_unique():
     assert len(set(names)) == len(names)
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", SUPPORTED)
 @pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=name_of)
 def test_compiles_without_spills(configuration, target, tmp_path):
     kernel = compiled(configuration, target)
     assert kernel.metadata.shared <= SHARED_MEMORY[target]
     assert local_memory(kernel, target, tmp_path) == 0
+    # Compilers were seen to get that wrong on sm_90 (github.com/fla-org/flash-linear-attention/pull/826).
+    assert not transposed_products(kernel.asm["ttir"])
     if target != "gfx942" and configuration.kernel.__name__.startswith("mix_"):
         # Activations reach shared memory 16 bytes at a time and asynchronously: the compiler knows they are aligned.
         assert re.search(r"cp\.async\.cg\.shared\.global .*0x10,", kernel.asm["ptx"])
@@ -50,7 +55,7 @@ def test_spills_would_be_seen(tmp_path):
     configuration = next(cross_attention.configurations())
     constants = {**dict(configuration.constants), "BLOCK_M": 256, "BLOCK_I": 256}
     object.__setattr__(configuration, "constants", tuple(constants.items()))
-    for target in ("sm_90", "gfx942"):
+    for target in {"sm_90", "gfx942"} & SUPPORTED.keys():
         assert local_memory(compiled(configuration, target), target, tmp_path) > 0
 
 

@@ -15,6 +15,7 @@ from emma_adapter import EmmaAlignment, EmmaConfig, KernelError, ShapeError
 from emma_adapter.kernels.cross_attention import (
     cross_attention,
     cross_attention_reference,
+    forward,
     tiles,
     unsupported_reason,
 )
@@ -37,6 +38,7 @@ def small_tiles(monkeypatch):
     for blocks in tiles.BLOCKS.values():
         for name, size in SMALL.items():
             monkeypatch.setitem(blocks, name, size)
+    monkeypatch.setattr(forward, "MANY_PROGRAMS", 2)
     tiles.configuration.cache_clear()
     yield
     tiles.configuration.cache_clear()
@@ -461,7 +463,7 @@ def operands(problem: Problem, *, requires_grad: bool = True) -> tuple:
         *(t["visual_tokens"], t["key"], t["value"], torch.ones(t["key"].shape[:2], dtype=torch.bool)),
         *(torch.arange(len(cu_seqlens) - 1, dtype=torch.int32), cu_seqlens, *(t.get(name) for name in names)),
         problem.fixed["position_start"].int() if "position_start" in problem.fixed else None,
-        *(t["output_weight"], t["output_bias"], problem.fixed["num_heads"], 1e-5),
+        *(t["output_weight"], t["output_bias"], len(cu_seqlens) - 1, problem.fixed["num_heads"], 1e-5),
         problem.fixed["epilogue"] == "modulate",
     )
 
@@ -477,7 +479,7 @@ def test_the_operators_pass_pytorchs_own_checks(positions):
     without_bias = (*plain[:9], *plain[10:14])
     torch.library.opcheck(
         cross_attention_backward,
-        (torch.randn_like(y), *without_bias, *intermediates, plain[14], plain[16], True, True, True),
+        (torch.randn_like(y), *without_bias, *intermediates, plain[14], plain[15], plain[17], True, True, True),
         test_utils=("test_schema", "test_faketensor"),
     )
 

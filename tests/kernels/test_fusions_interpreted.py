@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import pickle
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tiny
 from emma_adapter import EmmaAlignment, EmmaConfig, KernelError, Packing, patch_model
@@ -116,7 +118,7 @@ def test_programs_stay_inside_their_tensors_and_do_not_meet(data):
     ("mask", "replacement", "what"),
     [
         ("row_inside = rows < M", "row_inside = rows < M + 1", "outside"),
-        ("tl.program_id(0) // channel_blocks * BLOCK_M", "tl.program_id(0) * 0", "written twice"),
+        ("tl.program_id(0) // channel_programs * BLOCK_M", "tl.program_id(0) * 0", "written twice"),
     ],
 )
 def test_a_broken_kernel_is_seen(mask, replacement, what, monkeypatch, tmp_path):
@@ -129,8 +131,7 @@ def test_a_broken_kernel_is_seen(mask, replacement, what, monkeypatch, tmp_path)
     broken = tmp_path / "broken.py"
     broken.write_text(
         "import triton\nimport triton.language as tl\nfrom emma_adapter.kernels.launch import dot, rounded\n"
-        "from emma_adapter.kernels.cross_attention.tiles import output_tile, updated_rows\n\n"
-        + kernel.replace(mask, replacement)
+        "from emma_adapter.kernels.cross_attention.tiles import *\n\n" + kernel.replace(mask, replacement)
     )
     spec = importlib.util.spec_from_file_location("broken", broken)
     module = importlib.util.module_from_spec(spec)
@@ -235,3 +236,40 @@ def test_what_a_call_cannot_have_says_why():
         make("linear", rank=2)(torch.randn(1, N, D), torch.randn(1, T, DT))
     with pytest.raises(KernelError, match=r"native grid \(3, 6\)"):
         make("linear")(torch.randn(1, 8, D), torch.randn(1, T, DT), grid=(2, 4))
+
+
+class Copies(TorchDispatchMode):
+    """Tensors that are made of numbers of the host, or change their dtype from float64, which nothing on a GPU has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        wide = any(isinstance(own, Tensor) and own.dtype == torch.float64 for own in args)
+        if name.startswith("lift_fresh") or (name == "_to_copy" and wide):
+            self.found.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+def test_packed_images_of_known_grids_take_nothing_from_the_host(ordered):
+    """What a GPU would have to be waited for, and what no CUDA graph can hold."""
+    alignment, t = make("modulation"), torch.randn(3, T, DT)
+    grids = [(3, 6), (2, 4), (5, 3), (2, 4)]
+    orders = {grid: torch.randperm(grid[0] * grid[1]) for grid in grids} if ordered else None
+    packing = Packing(grids, torch.tensor([0, 2, 1, 1]), orders)
+    v = torch.randn(sum(h * w for h, w in grids), D)
+    first = alignment(v, t, MASK, packing=packing)
+    with Copies() as copies:
+        again = alignment(v, t, MASK, packing=packing)
+        again.sum().backward()
+    assert copies.found == []
+    assert torch.equal(first, again)
+    # Of other images, the lengths alone, in memory that is sent without waiting.
+    with Copies() as copies:
+        alignment(v, t, MASK, packing=Packing(grids[::-1], torch.tensor([0, 2, 1, 1]), orders))
+    assert "_to_copy" not in copies.found
+    copied = pickle.loads(pickle.dumps(packing))
+    assert torch.equal(alignment(v, t, MASK, packing=copied), first)

@@ -17,6 +17,8 @@ from triton.runtime.jit import create_function_from_signature  # noqa: E402
 from emma_adapter.kernels import cross_attention, token_mixing  # noqa: E402
 from emma_adapter.kernels import launch as launching  # noqa: E402
 from emma_adapter.kernels.launch import Configuration  # noqa: E402
+from emma_adapter.kernels.token_mixing import tiles  # noqa: E402
+from emma_adapter.kernels.token_mixing.tiles import splits_for  # noqa: E402
 from precision import DTYPES  # noqa: E402
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -96,6 +98,13 @@ def test_cross_attention(launched, dtype, epilogue):
         )
     kernels = {configuration.kernel for configuration in cross_attention.configurations()}
     assert {configuration.kernel for configuration in launched} == kernels
+
+
+@pytest.mark.parametrize(("num_chunks", "blocks"), [(1024, 30), (18, 48), (1024, 300), (3, 1), (4608, 110)])
+def test_a_sum_is_split_into_what_runs_at_once(num_chunks, blocks):
+    splits, chunks = splits_for(num_chunks, blocks)
+    assert (splits - 1) * chunks < num_chunks <= splits * chunks
+    assert splits == 1 or splits * blocks <= tiles._MANY_PROGRAMS
 
 
 @every_dtype

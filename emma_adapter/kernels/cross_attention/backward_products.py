@@ -9,36 +9,14 @@ import triton
 import triton.language as tl
 
 from ..launch import dot, rounded
-from .tiles import output_tile, updated_rows
+from .tiles import attended_tile, output_tile, updated_rows, weight_tile
 
 
 @triton.jit
-def update_gradient(
-    grad_ptr,  # [M, D]
-    x_ptr,  # [M, D]
-    attended_ptr,  # [M, I]
-    weight_ptr,  # [D, I]
-    bias_ptr,  # [D]
-    rows,
-    row_inside,
-    channels,
-    D,
-    I,
-    BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-    MODULATE: tl.constexpr,
-):
-    """The gradient of the update z from that of y, float32 ``[BLOCK_M, BLOCK_D]``; 0 outside of ``row_inside``."""
-    places = rows.to(tl.int64)[:, None] * D + channels[None, :]
-    inside = row_inside[:, None] & (channels < D)[None, :]
-    gradient = tl.load(grad_ptr + places, mask=inside, other=0.0).to(tl.float32)
-    if MODULATE:
-        z = output_tile(attended_ptr, weight_ptr, bias_ptr, rows, row_inside, channels, D, I, BLOCK_M, BLOCK_D, BLOCK_I)
-        x = tl.load(x_ptr + places, mask=inside, other=0.0).to(tl.float32)
-        gate = tl.sigmoid(z)
-        gradient = gradient * x * (2.0 * gate * (1.0 - gate))
-    return gradient
+def through_gate(gradient, x, z):
+    """The gradient of the update z from that of ``x 2 sigmoid(z)``."""
+    gate = tl.sigmoid(z)
+    return gradient * x * (2.0 * gate * (1.0 - gate))
 
 
 @triton.jit
@@ -71,24 +49,33 @@ def output_backward(
     BLOCK_D: tl.constexpr,
     BLOCK_I: tl.constexpr,
     MODULATE: tl.constexpr,
+    ONE_TILE: tl.constexpr,
 ):
-    """``do = dz W_o``; one program for BLOCK_M tokens and BLOCK_I columns."""
+    """``do = dz W_o``; one program for BLOCK_M tokens and BLOCK_I columns. With ONE_TILE, I is at most BLOCK_I: o is
+    read once, and a tile of W_o serves z and do."""
     inner_blocks = tl.cdiv(I, BLOCK_I)
     rows = tl.program_id(0) // inner_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     inner = tl.program_id(0) % inner_blocks * BLOCK_I + tl.arange(0, BLOCK_I)
     updated = updated_rows(lse_ptr, rstd_ptr, rows, rows < M, num_heads)
     attended_grad = tl.zeros([BLOCK_M, BLOCK_I], tl.float32)
+    first_inner = tl.program_id(0) % inner_blocks * BLOCK_I
+    if MODULATE and ONE_TILE:
+        attended = attended_tile(attended_ptr, rows, updated, 0, I, BLOCK_I)
     for first in range(0, D, BLOCK_D):
         channels = first + tl.arange(0, BLOCK_D)
-        dz = update_gradient(
-            *(grad_ptr, x_ptr, attended_ptr, weight_ptr, bias_ptr, rows, updated, channels, D, I),
-            *(BLOCK_M, BLOCK_D, BLOCK_I, MODULATE),
-        )
-        weight = tl.load(
-            weight_ptr + channels[:, None] * I + inner[None, :],
-            mask=(channels < D)[:, None] & (inner < I)[None, :],
-            other=0.0,
-        )
+        places = rows.to(tl.int64)[:, None] * D + channels[None, :]
+        inside = updated[:, None] & (channels < D)[None, :]
+        dz = tl.load(grad_ptr + places, mask=inside, other=0.0).to(tl.float32)
+        weight = weight_tile(weight_ptr, channels, first_inner, D, I, BLOCK_I)
+        if MODULATE:
+            if ONE_TILE:
+                z = dot(attended, tl.trans(weight), tl.zeros([BLOCK_M, BLOCK_D], tl.float32))
+                z += tl.load(bias_ptr + channels, mask=channels < D, other=0.0)[None, :]
+            else:
+                z = output_tile(
+                    *(attended_ptr, weight_ptr, bias_ptr, rows, updated, channels, D, I, BLOCK_M, BLOCK_D, BLOCK_I)
+                )
+            dz = through_gate(dz, tl.load(x_ptr + places, mask=inside, other=0.0).to(tl.float32), z)
         attended_grad = dot(rounded(dz, x_ptr.dtype.element_ty), weight, attended_grad)
     tl.store(
         attended_grad_ptr + rows.to(tl.int64)[:, None] * I + inner[None, :],
@@ -158,8 +145,13 @@ def output_weight_backward(
     BLOCK_D: tl.constexpr,
     BLOCK_I: tl.constexpr,
     MODULATE: tl.constexpr,
+    ONE_TILE: tl.constexpr,
 ):
-    """``dz^T o`` and the sum of dz, over ``rows_per_split`` tokens, BLOCK_D channels, BLOCK_I columns."""
+    """``dz^T o`` and the sum of dz, over ``rows_per_split`` tokens, BLOCK_D channels, BLOCK_I columns.
+
+    dz^T is computed as such, from ``z^T = W_o o^T``: compilers were seen to transpose the result of a product wrongly.
+    With ONE_TILE, I is at most BLOCK_I: W_o is read once, and a tile of o serves z and the gradient.
+    """
     channel_blocks = tl.cdiv(D, BLOCK_D)
     channels = tl.program_id(0) % channel_blocks * BLOCK_D + tl.arange(0, BLOCK_D)
     inner = tl.program_id(0) // channel_blocks * BLOCK_I + tl.arange(0, BLOCK_I)
@@ -167,20 +159,31 @@ def output_weight_backward(
     weight_grad = tl.zeros([BLOCK_D, BLOCK_I], tl.float32)
     bias_grad = tl.zeros([BLOCK_D], tl.float32)
     stop = tl.minimum(split * rows_per_split + rows_per_split, M)
+    first_inner = tl.program_id(0) // channel_blocks * BLOCK_I
+    if MODULATE:
+        bias = tl.load(bias_ptr + channels, mask=channels < D, other=0.0)
+        if ONE_TILE:
+            weight = weight_tile(weight_ptr, channels, 0, D, I, BLOCK_I)
     for first in range(split * rows_per_split, stop, BLOCK_M):
         rows = first + tl.arange(0, BLOCK_M)
         updated = updated_rows(lse_ptr, rstd_ptr, rows, rows < stop, num_heads)
-        dz = update_gradient(
-            *(grad_ptr, x_ptr, attended_ptr, weight_ptr, bias_ptr, rows, updated, channels, D, I),
-            *(BLOCK_M, BLOCK_D, BLOCK_I, MODULATE),
-        )
-        attended = tl.load(
-            attended_ptr + rows.to(tl.int64)[:, None] * I + inner[None, :],
-            mask=updated[:, None] & (inner < I)[None, :],
-            other=0.0,
-        )
-        weight_grad = dot(tl.trans(rounded(dz, x_ptr.dtype.element_ty)), attended, weight_grad)
-        bias_grad += tl.sum(dz, 0)
+        places = rows.to(tl.int64)[None, :] * D + channels[:, None]
+        inside = updated[None, :] & (channels < D)[:, None]
+        dz = tl.load(grad_ptr + places, mask=inside, other=0.0).to(tl.float32)
+        attended = attended_tile(attended_ptr, rows, updated, first_inner, I, BLOCK_I)
+        if MODULATE:
+            if ONE_TILE:
+                z = dot(weight, tl.trans(attended), tl.zeros([BLOCK_D, BLOCK_M], tl.float32))
+            else:
+                z = tl.zeros([BLOCK_D, BLOCK_M], tl.float32)
+                for column in range(0, I, BLOCK_I):
+                    every_attended = attended_tile(attended_ptr, rows, updated, column, I, BLOCK_I)
+                    every_weight = weight_tile(weight_ptr, channels, column, D, I, BLOCK_I)
+                    z = dot(every_weight, tl.trans(every_attended), z)
+            x = tl.load(x_ptr + places, mask=inside, other=0.0).to(tl.float32)
+            dz = through_gate(dz, x, z + bias[:, None])
+        weight_grad = dot(rounded(dz, x_ptr.dtype.element_ty), attended, weight_grad)
+        bias_grad += tl.sum(dz, 1)
     tl.store(
         weight_partial_ptr + (split.to(tl.int64) * D + channels)[:, None] * I + inner[None, :],
         weight_grad,

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from ..launch import dot, rounded
-from .tiles import LOG2_E, segment_slice
+from .tiles import LOG2_E, instruction_row, number_of_keys, segment_slice
 
 
 @triton.jit
@@ -44,7 +44,7 @@ def softmax_tile(
 
 
 @triton.jit(
-    do_not_specialize=["T", "num_heads", "num_segments", "search_steps"],
+    do_not_specialize=["N", "T", "num_heads", "num_segments", "search_steps", "shared"],
     do_not_specialize_on_alignment=["key_mask_ptr", "instruction_ptr", "cu_seqlens_ptr"],
 )
 def query_backward(
@@ -58,19 +58,21 @@ def query_backward(
     lse_ptr,  # float32 [M, H]
     delta_ptr,  # out float32 [M, H]: do . o, which the gradient of every score needs
     query_grad_ptr,  # out [M, I]
+    N,  # tokens of every segment; 0 if cu_seqlens says how many
     T,
     I,
     head_dim,
     num_heads,
     num_segments,
     search_steps,
+    shared,
     scale,
     BLOCK_M: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
     """Through the softmax to the query; one program for one head and at most BLOCK_M tokens of one segment."""
-    segment, start, stop = segment_slice(tl.program_id(0), cu_seqlens_ptr, num_segments, search_steps, BLOCK_M)
+    segment, start, stop = segment_slice(tl.program_id(0), cu_seqlens_ptr, N, num_segments, search_steps, BLOCK_M)
     if start >= stop:
         return
     head = tl.program_id(1)
@@ -81,15 +83,16 @@ def query_backward(
     query = tl.load(query_ptr + places, mask=inside, other=0.0)
     attended_grad = tl.load(attended_grad_ptr + places, mask=inside, other=0.0)
     lse = tl.load(lse_ptr + rows.to(tl.int64) * num_heads + head, mask=rows < stop, other=0.0)
-    first_key = tl.load(instruction_ptr + segment).to(tl.int64) * T
+    first_key = instruction_row(segment, instruction_ptr, shared).to(tl.int64) * T
     key_columns = head * head_dim + channels
     column_inside = channels < head_dim
+    keys = number_of_keys(key_mask_ptr, first_key, T)
     # do . o as the sum that it stands for: that of the rounded o would be off by as much as small gradients measure.
     # The weights, computed again from a rounded sum, don't add up to 1 exactly. Where one of them is nearly 1, the
     # gradient of its score is a small difference, and what they add up to is no part of it.
     delta = tl.zeros([BLOCK_M], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    for first in range(0, T, BLOCK_T):
+    for first in range(0, keys, BLOCK_T):
         t = first + tl.arange(0, BLOCK_T)
         key, weights, weights_grad = softmax_tile(
             *(query, attended_grad, lse, key_ptr, value_ptr, key_mask_ptr, first_key, t, key_columns, column_inside),
@@ -99,7 +102,7 @@ def query_backward(
         total += tl.sum(weights, 1)
     delta = delta / tl.where(total == 0.0, 1.0, total)
     query_grad = tl.zeros([BLOCK_M, BLOCK_H], tl.float32)
-    for first in range(0, T, BLOCK_T):
+    for first in range(0, keys, BLOCK_T):
         t = first + tl.arange(0, BLOCK_T)
         key, weights, weights_grad = softmax_tile(
             *(query, attended_grad, lse, key_ptr, value_ptr, key_mask_ptr, first_key, t, key_columns, column_inside),
@@ -112,7 +115,7 @@ def query_backward(
 
 
 @triton.jit(
-    do_not_specialize=["T", "num_heads", "num_segments", "search_steps"],
+    do_not_specialize=["N", "T", "num_heads", "num_segments", "search_steps", "shared"],
     do_not_specialize_on_alignment=["key_mask_ptr", "instruction_ptr", "cu_seqlens_ptr"],
 )
 def key_value_backward(
@@ -125,14 +128,16 @@ def key_value_backward(
     attended_grad_ptr,  # [M, I]
     lse_ptr,  # float32 [M, H]
     delta_ptr,  # float32 [M, H]
-    key_partial_ptr,  # out float32 [cdiv(M, CHUNK) + S, T, I]
-    value_partial_ptr,  # out float32 [cdiv(M, CHUNK) + S, T, I]
+    key_partial_ptr,  # out float32 [slots, T, I]
+    value_partial_ptr,  # out float32, the same
+    N,
     T,
     I,
     head_dim,
     num_heads,
     num_segments,
     search_steps,
+    shared,
     scale,
     BLOCK_M: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -144,13 +149,13 @@ def key_value_backward(
     The number of the program is the place of its sum: no two programs meet, and nothing need be zero beforehand.
     """
     slot = tl.program_id(0)
-    segment, start, stop = segment_slice(slot, cu_seqlens_ptr, num_segments, search_steps, CHUNK)
+    segment, start, stop = segment_slice(slot, cu_seqlens_ptr, N, num_segments, search_steps, CHUNK)
     if start >= stop:
         return
     head = tl.program_id(1)
     t = tl.program_id(2) * BLOCK_T + tl.arange(0, BLOCK_T)
     channels = tl.arange(0, BLOCK_H)
-    first_key = tl.load(instruction_ptr + segment).to(tl.int64) * T
+    first_key = instruction_row(segment, instruction_ptr, shared).to(tl.int64) * T
     valid = tl.load(key_mask_ptr + first_key + t, mask=t < T, other=0) != 0
     key_places = (first_key + t)[:, None] * I + head * head_dim + channels[None, :]
     key_inside = valid[:, None] & (channels < head_dim)[None, :]
@@ -158,6 +163,8 @@ def key_value_backward(
     value = tl.load(value_ptr + key_places, mask=key_inside, other=0.0)
     key_grad = tl.zeros([BLOCK_T, BLOCK_H], tl.float32)
     value_grad = tl.zeros([BLOCK_T, BLOCK_H], tl.float32)
+    # Of nothing but padding there is nothing to sum.
+    stop = tl.where(tl.max(valid.to(tl.int32), 0) == 0, start, stop)
     for first in range(start, stop, BLOCK_M):
         rows = first + tl.arange(0, BLOCK_M)
         row_inside = rows < stop
@@ -184,35 +191,48 @@ def key_value_backward(
 
 
 @triton.jit(
-    do_not_specialize=["width", "num_segments"],
+    do_not_specialize=["N", "width", "num_segments", "shared"],
     do_not_specialize_on_alignment=["instruction_ptr", "cu_seqlens_ptr"],
 )
 def key_value_sum(
-    key_partial_ptr,  # float32 [cdiv(M, CHUNK) + S, T * I]
-    value_partial_ptr,  # float32 [cdiv(M, CHUNK) + S, T * I]
+    key_partial_ptr,  # float32 [slots, T * I]
+    value_partial_ptr,  # float32 [slots, T * I]
     instruction_ptr,  # int32 [S]
     cu_seqlens_ptr,  # int32 [S + 1]
     key_grad_ptr,  # out [R, T * I]
     value_grad_ptr,  # out [R, T * I]
+    N,
     width,  # T * I
     num_segments,
+    shared,
     CHUNK: tl.constexpr,
     BLOCK_SUM: tl.constexpr,
 ):
     """The partial sums of all segments that share an instruction; for an instruction and BLOCK_SUM numbers."""
+    row = tl.program_id(0)
     places = tl.program_id(1) * BLOCK_SUM + tl.arange(0, BLOCK_SUM)
     inside = places < width
     key_grad = tl.zeros([BLOCK_SUM], tl.float32)
     value_grad = tl.zeros([BLOCK_SUM], tl.float32)
-    for segment in range(num_segments):
-        start = tl.load(cu_seqlens_ptr + segment)
-        stop = tl.load(cu_seqlens_ptr + segment + 1)
-        if (tl.load(instruction_ptr + segment) == tl.program_id(0)) & (start < stop):
-            for chunk in range(start // CHUNK, (stop - 1) // CHUNK + 1):
-                partial = (chunk + segment) * width.to(tl.int64) + places
+    # An instruction that isn't shared has one segment, if any.
+    first_segment = tl.where(shared != 0, 0, row)
+    last_segment = tl.where(shared != 0, num_segments, row + 1)
+    for segment in range(first_segment, last_segment):
+        if instruction_row(segment, instruction_ptr, shared) == row:
+            if N > 0:
+                chunks = tl.cdiv(N, CHUNK)
+                first_slot = segment * chunks
+                last_slot = first_slot + chunks
+            else:
+                start = tl.load(cu_seqlens_ptr + segment)
+                stop = tl.load(cu_seqlens_ptr + segment + 1)
+                first_slot = segment + start // CHUNK
+                last_slot = tl.where(start < stop, segment + (stop - 1) // CHUNK + 1, first_slot)
+            for slot in range(first_slot, last_slot):
+                partial = slot * width.to(tl.int64) + places
                 key_grad += tl.load(key_partial_ptr + partial, mask=inside, other=0.0)
                 value_grad += tl.load(value_partial_ptr + partial, mask=inside, other=0.0)
-    out = tl.program_id(0).to(tl.int64) * width + places
+    out = row.to(tl.int64) * width + places
     tl.store(key_grad_ptr + out, rounded(key_grad, key_grad_ptr.dtype.element_ty), mask=inside)
     tl.store(value_grad_ptr + out, rounded(value_grad, value_grad_ptr.dtype.element_ty), mask=inside)
 

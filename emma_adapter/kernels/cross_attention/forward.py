@@ -14,21 +14,27 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import Configuration, aligned, cdiv, dot, rounded
+from .layout import Layout, mask_bytes
 from .tiles import (
     BLOCKS,
     LOG2_E,
+    MANY_PROGRAMS,
+    attended_tile,
     configuration,
     head_block,
+    instruction_row,
     is_finite_token,
+    number_of_keys,
     output_tile,
     segment_slice,
     updated_rows,
     variants,
+    weight_tile,
 )
 
 
 @triton.jit(
-    do_not_specialize=["M", "P", "num_segments", "search_steps"],
+    do_not_specialize=["M", "N", "P", "num_segments", "search_steps"],
     do_not_specialize_on_alignment=["position_start_ptr", "cu_seqlens_ptr"],
 )
 def query_forward(
@@ -44,6 +50,7 @@ def query_forward(
     center_ptr,  # out float32 [M, 2]: the mean in two parts, see below
     rstd_ptr,  # out float32 [M]
     M,
+    N,  # tokens of every segment; 0 if cu_seqlens says how many
     D,
     I,
     P,
@@ -107,15 +114,18 @@ def query_forward(
     query += tl.load(bias_ptr + inner, mask=inner < I, other=0.0)[None, :]
 
     if P > 0:
-        # The segment of each row: the last one that starts at or before it.
-        low = rows * 0
-        high = low + num_segments
-        for _ in range(search_steps):
-            middle = (low + high) // 2
-            reached = tl.load(cu_seqlens_ptr + middle) <= rows
-            low = tl.where(reached, middle, low)
-            high = tl.where(reached, high, middle)
-        place = tl.load(position_start_ptr + low) + rows - tl.load(cu_seqlens_ptr + low)
+        if N > 0:
+            place = rows % N
+        else:
+            # The segment of each row: the last one that starts at or before it.
+            low = rows * 0
+            high = low + num_segments
+            for _ in range(search_steps):
+                middle = (low + high) // 2
+                reached = tl.load(cu_seqlens_ptr + middle) <= rows
+                low = tl.where(reached, middle, low)
+                high = tl.where(reached, high, middle)
+            place = tl.load(position_start_ptr + low) + rows - tl.load(cu_seqlens_ptr + low)
         query += tl.load(
             position_ptr + place.to(tl.int64)[:, None] * I + inner[None, :],
             mask=((place >= 0) & (place < P))[:, None] & (inner < I)[None, :],
@@ -134,7 +144,7 @@ def query_forward(
 
 
 @triton.jit(
-    do_not_specialize=["T", "num_heads", "num_segments", "search_steps"],
+    do_not_specialize=["N", "T", "num_heads", "num_segments", "search_steps", "shared"],
     do_not_specialize_on_alignment=["key_mask_ptr", "instruction_ptr", "cu_seqlens_ptr"],
 )
 def attention_forward(
@@ -146,19 +156,21 @@ def attention_forward(
     cu_seqlens_ptr,  # int32 [S + 1]
     attended_ptr,  # out [M, I]
     lse_ptr,  # out float32 [M, H]: log2 of the sum of exponentials, -inf if there is no key
+    N,
     T,
     I,
     head_dim,
     num_heads,
     num_segments,
     search_steps,
+    shared,
     scale,
     BLOCK_M: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
     """``softmax(q K^T scale + mask) V``; one program for one head and at most BLOCK_M tokens of one segment."""
-    segment, start, stop = segment_slice(tl.program_id(0), cu_seqlens_ptr, num_segments, search_steps, BLOCK_M)
+    segment, start, stop = segment_slice(tl.program_id(0), cu_seqlens_ptr, N, num_segments, search_steps, BLOCK_M)
     if start >= stop:
         return
     head = tl.program_id(1)
@@ -167,13 +179,13 @@ def attention_forward(
     inside = (rows < stop)[:, None] & (channels < head_dim)[None, :]
     places = rows.to(tl.int64)[:, None] * I + head * head_dim + channels[None, :]
     query = tl.load(query_ptr + places, mask=inside, other=0.0)
-    first_key = tl.load(instruction_ptr + segment).to(tl.int64) * T
+    first_key = instruction_row(segment, instruction_ptr, shared).to(tl.int64) * T
 
     # Online softmax (Milakov and Gimelshein 2018).
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     attended = tl.zeros([BLOCK_M, BLOCK_H], tl.float32)
-    for first in range(0, T, BLOCK_T):
+    for first in range(0, number_of_keys(key_mask_ptr, first_key, T), BLOCK_T):
         t = first + tl.arange(0, BLOCK_T)
         valid = tl.load(key_mask_ptr + first_key + t, mask=t < T, other=0) != 0
         # Padding is not read: whatever it holds, NaN included, can't reach a product.
@@ -197,7 +209,7 @@ def attention_forward(
     tl.store(lse_ptr + rows.to(tl.int64) * num_heads + head, lse, mask=rows < stop)
 
 
-@triton.jit(do_not_specialize=["M", "num_heads"])
+@triton.jit(do_not_specialize=["M", "num_heads", "channels_a_program"])
 def output_forward(
     x_ptr,  # [M, D]
     attended_ptr,  # [M, I]
@@ -210,27 +222,41 @@ def output_forward(
     D,
     I,
     num_heads,
+    channels_a_program,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_I: tl.constexpr,
     MODULATE: tl.constexpr,
+    ONE_TILE: tl.constexpr,
 ):
-    """``y = x + z`` or ``x 2 sigmoid(z)``; one program for BLOCK_M tokens and BLOCK_D channels."""
-    channel_blocks = tl.cdiv(D, BLOCK_D)
-    rows = tl.program_id(0) // channel_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
-    channels = tl.program_id(0) % channel_blocks * BLOCK_D + tl.arange(0, BLOCK_D)
+    """``y = x + z`` or ``x 2 sigmoid(z)``; one program for BLOCK_M tokens and ``channels_a_program`` channels. With
+    ONE_TILE, I is at most BLOCK_I, and o is read once."""
+    channel_programs = tl.cdiv(D, channels_a_program)
+    rows = tl.program_id(0) // channel_programs * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_channel = tl.program_id(0) % channel_programs * channels_a_program
     row_inside = rows < M
-    inside = row_inside[:, None] & (channels < D)[None, :]
     updated = updated_rows(lse_ptr, rstd_ptr, rows, row_inside, num_heads)
-    z = output_tile(attended_ptr, weight_ptr, bias_ptr, rows, row_inside, channels, D, I, BLOCK_M, BLOCK_D, BLOCK_I)
-    places = rows.to(tl.int64)[:, None] * D + channels[None, :]
-    x = tl.load(x_ptr + places, mask=inside, other=0.0)
-    y = x.to(tl.float32)
-    y = y * (2.0 * tl.sigmoid(z)) if MODULATE else y + z
-    # An untrained adapter is the identity bit for bit, -0.0 included, whatever the arithmetic above makes of it.
-    changed = updated[:, None] & (z != 0.0)
-    y = tl.where(changed, rounded(y, y_ptr.dtype.element_ty), x)
-    tl.store(y_ptr + places, y, mask=inside)
+    if ONE_TILE:
+        attended = attended_tile(attended_ptr, rows, row_inside, 0, I, BLOCK_I)
+    for first in range(first_channel, tl.minimum(first_channel + channels_a_program, D), BLOCK_D):
+        channels = first + tl.arange(0, BLOCK_D)
+        inside = row_inside[:, None] & (channels < D)[None, :]
+        if ONE_TILE:
+            weight = weight_tile(weight_ptr, channels, 0, D, I, BLOCK_I)
+            z = dot(attended, tl.trans(weight), tl.zeros([BLOCK_M, BLOCK_D], tl.float32))
+            z += tl.load(bias_ptr + channels, mask=channels < D, other=0.0)[None, :]
+        else:
+            z = output_tile(
+                *(attended_ptr, weight_ptr, bias_ptr, rows, row_inside, channels, D, I, BLOCK_M, BLOCK_D, BLOCK_I)
+            )
+        places = rows.to(tl.int64)[:, None] * D + channels[None, :]
+        x = tl.load(x_ptr + places, mask=inside, other=0.0)
+        y = x.to(tl.float32)
+        y = y * (2.0 * tl.sigmoid(z)) if MODULATE else y + z
+        # An untrained adapter is the identity bit for bit, -0.0 included, whatever the arithmetic above makes of it.
+        changed = updated[:, None] & (z != 0.0)
+        y = tl.where(changed, rounded(y, y_ptr.dtype.element_ty), x)
+        tl.store(y_ptr + places, y, mask=inside)
 
 
 # --- host ------------------------------------------------------------------------------------------------------
@@ -241,8 +267,8 @@ def attend(
     key: Tensor,
     value: Tensor,
     key_mask: Tensor,
-    instruction: Tensor,
-    cu_seqlens: Tensor,
+    instruction: Tensor | None,
+    cu_seqlens: Tensor | None,
     norm_weight: Tensor,
     norm_bias: Tensor,
     query_weight: Tensor,
@@ -252,6 +278,7 @@ def attend(
     output_weight: Tensor,
     output_bias: Tensor,
     *,
+    segments: int,
     num_heads: int,
     eps: float,
     modulate: bool,
@@ -260,8 +287,9 @@ def attend(
     """Fill ``outputs``: y ``[M, D]``, query, attended ``[M, I]``, lse ``[M, H]``, center ``[M, 2]``, rstd ``[M]``."""
     y, query, attended, lse, center, rstd = outputs
     dtype, device = x.dtype, x.device
-    (tokens, width), inner, segments = x.shape, query_weight.shape[0], instruction.shape[0]
+    (tokens, width), inner = x.shape, query_weight.shape[0]
     block = BLOCKS[dtype]
+    layout = Layout.of(tokens, segments, cu_seqlens, instruction, unused=rstd)
     row_blocks = cdiv(tokens, block["BLOCK_M"])
     x = aligned(x)
     bias = aligned(query_bias, torch.float32)
@@ -274,8 +302,8 @@ def attend(
         weight_ptr=aligned(query_weight, dtype),
         bias_ptr=bias,
         position_ptr=bias if position is None else aligned(position, torch.float32),
-        position_start_ptr=torch.zeros_like(instruction) if position_start is None else position_start,
-        cu_seqlens_ptr=cu_seqlens,
+        position_start_ptr=layout.unused if position_start is None else position_start,
+        **layout.rows(),
         query_ptr=query,
         center_ptr=center,
         rstd_ptr=rstd,
@@ -283,32 +311,32 @@ def attend(
         D=width,
         I=inner,
         P=0 if position is None else len(position),
-        num_segments=segments,
-        search_steps=segments.bit_length(),
         eps=eps,
     )
     head_dim = inner // num_heads
     configuration(attention_forward, dtype, BLOCK_H=head_block(head_dim)).launch(
-        (row_blocks + segments, num_heads),
+        (layout.slots(block["BLOCK_M"]), num_heads),
         device,
         query_ptr=query,
         key_ptr=aligned(key, dtype),
         value_ptr=aligned(value, dtype),
-        key_mask_ptr=(key_mask != 0).to(torch.uint8).contiguous(),
-        instruction_ptr=instruction,
-        cu_seqlens_ptr=cu_seqlens,
+        key_mask_ptr=mask_bytes(key_mask),
+        **layout.rows(),
+        **layout.instructions(),
         attended_ptr=attended,
         lse_ptr=lse,
         T=key.shape[1],
         I=inner,
         head_dim=head_dim,
         num_heads=num_heads,
-        num_segments=segments,
-        search_steps=segments.bit_length(),
         scale=1 / math.sqrt(head_dim),
     )
-    configuration(output_forward, dtype, MODULATE=modulate).launch(
-        (row_blocks * cdiv(width, block["BLOCK_D"]),),
+    # A program for each block of tokens reads o once; where those are too few for a GPU, more of them.
+    channel_blocks = cdiv(width, block["BLOCK_D"])
+    channels_a_program = cdiv(channel_blocks, min(channel_blocks, cdiv(MANY_PROGRAMS, row_blocks))) * block["BLOCK_D"]
+    one_tile = inner <= block["BLOCK_I"]
+    configuration(output_forward, dtype, MODULATE=modulate, ONE_TILE=one_tile).launch(
+        (row_blocks * cdiv(width, channels_a_program),),
         device,
         x_ptr=x,
         attended_ptr=attended,
@@ -321,6 +349,7 @@ def attend(
         D=width,
         I=inner,
         num_heads=num_heads,
+        channels_a_program=channels_a_program,
     )
 
 

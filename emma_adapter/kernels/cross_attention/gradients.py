@@ -19,6 +19,7 @@ from torch import Tensor
 from ..launch import Configuration, aligned, cdiv
 from . import backward_products as products
 from . import backward_softmax as softmax
+from .layout import Layout, mask_bytes
 from .tiles import BLOCKS, configuration, head_block, variants
 
 
@@ -29,8 +30,8 @@ def cross_attention_backward(
     key: Tensor,
     value: Tensor,
     key_mask: Tensor,
-    instruction: Tensor,
-    cu_seqlens: Tensor,
+    instruction: Tensor | None,
+    cu_seqlens: Tensor | None,
     norm_weight: Tensor,
     norm_bias: Tensor,
     query_weight: Tensor,
@@ -43,6 +44,7 @@ def cross_attention_backward(
     lse: Tensor,
     center: Tensor,
     rstd: Tensor,
+    segments: int,
     num_heads: int,
     modulate: bool,
     need_visual: bool,
@@ -51,8 +53,9 @@ def cross_attention_backward(
 ) -> list[Tensor]:
     """Gradients of x, key, value, norm scale and shift, W_q, b_q, position, W_o, b_o; empty where not needed."""
     dtype, device = x.dtype, x.device
-    (tokens, width), inner, segments = x.shape, query.shape[1], instruction.shape[0]
-    rows, length, _ = key.shape
+    (tokens, width), inner = x.shape, query.shape[1]
+    length = key.shape[1]
+    layout = Layout.of(tokens, segments, cu_seqlens, instruction, unused=rstd)
     empty = _empty_gradients(
         x, key, norm_weight, query_weight, position, output_weight, need_visual, need_instruction, need_weights
     )
@@ -72,12 +75,13 @@ def cross_attention_backward(
     }
     row_blocks, inner_blocks = cdiv(tokens, block["BLOCK_M"]), cdiv(inner, block["BLOCK_I"])
     channel_blocks = cdiv(width, block["BLOCK_D"])
+    tiles_of_update: dict[str, int] = {"MODULATE": modulate, "ONE_TILE": modulate and inner <= block["BLOCK_I"]}
 
     attended_grad = torch.empty_like(attended)
     launch(
         products.output_backward,
         (row_blocks * inner_blocks,),
-        {"MODULATE": modulate},
+        tiles_of_update,
         **visual,
         **epilogue,
         **sizes,
@@ -90,9 +94,9 @@ def cross_attention_backward(
         "query_ptr": query,
         "key_ptr": aligned(key, dtype),
         "value_ptr": aligned(value, dtype),
-        "key_mask_ptr": (key_mask != 0).to(torch.uint8).contiguous(),
-        "instruction_ptr": instruction,
-        "cu_seqlens_ptr": cu_seqlens,
+        "key_mask_ptr": mask_bytes(key_mask),
+        **layout.rows(),
+        **layout.instructions(),
         "attended_grad_ptr": attended_grad,
         "lse_ptr": lse,
         "delta_ptr": torch.empty_like(lse),
@@ -100,16 +104,15 @@ def cross_attention_backward(
         "I": inner,
         "head_dim": head_dim,
         "num_heads": num_heads,
-        "num_segments": segments,
-        "search_steps": segments.bit_length(),
         "scale": 1 / math.sqrt(head_dim),
     }
     x_grad, key_grad, value_grad, *weight_grads = empty
     query_grad = torch.empty_like(query)
     heads = {"BLOCK_H": head_block(head_dim)}
-    launch(softmax.query_backward, (row_blocks + segments, num_heads), heads, **attention, query_grad_ptr=query_grad)
+    slots = layout.slots(block["BLOCK_M"])
+    launch(softmax.query_backward, (slots, num_heads), heads, **attention, query_grad_ptr=query_grad)
     if need_instruction:
-        _key_value_gradients(attention, head_block(head_dim), tokens, rows, key_grad, value_grad)
+        _key_value_gradients(attention, layout, head_block(head_dim), key_grad, value_grad)
     normed = {"center_ptr": center, "query_grad_ptr": query_grad}
     if need_visual:
         launch(
@@ -139,7 +142,7 @@ def cross_attention_backward(
     launch(
         products.output_weight_backward,
         (tiles, splits),
-        {"MODULATE": modulate},
+        tiles_of_update,
         **visual,
         **epilogue,
         **sizes,
@@ -179,13 +182,13 @@ def cross_attention_backward(
 
 
 def _key_value_gradients(
-    attention: dict[str, Any], head: int, tokens: int, rows: int, key_grad: Tensor, value_grad: Tensor
+    attention: dict[str, Any], layout: Layout, head: int, key_grad: Tensor, value_grad: Tensor
 ) -> None:
     """Fill ``key_grad`` and ``value_grad`` ``[R, T, I]``."""
     dtype, device = key_grad.dtype, key_grad.device
-    _, length, inner = key_grad.shape
+    rows, length, inner = key_grad.shape
     block = BLOCKS[dtype]
-    slots = cdiv(tokens, block["CHUNK"]) + attention["num_segments"]
+    slots = layout.slots(block["CHUNK"])
     key_partial = torch.empty(slots, length, inner, dtype=torch.float32, device=device)
     partial = {"key_partial_ptr": key_partial, "value_partial_ptr": torch.empty_like(key_partial)}
     grid: tuple[int, ...] = (slots, attention["num_heads"], cdiv(length, block["BLOCK_T"]))
@@ -194,7 +197,8 @@ def _key_value_gradients(
         (rows, cdiv(length * inner, block["BLOCK_SUM"])),
         device,
         **partial,
-        **{name: attention[name] for name in ("instruction_ptr", "cu_seqlens_ptr", "num_segments")},
+        **layout.instructions(),
+        **{name: value for name, value in layout.rows().items() if name != "search_steps"},
         key_grad_ptr=key_grad,
         value_grad_ptr=value_grad,
         width=length * inner,
@@ -202,7 +206,7 @@ def _key_value_gradients(
 
 
 def _position_gradient(
-    query_grad: Tensor, position: Tensor | None, position_start: Tensor | None, cu_seqlens: Tensor, segments: int
+    query_grad: Tensor, position: Tensor | None, position_start: Tensor | None, cu_seqlens: Tensor | None, segments: int
 ) -> Tensor:
     """float32 ``[P, I]``, or empty if there are no positions."""
     inner = query_grad.shape[1]
@@ -233,8 +237,8 @@ def _(
     key: Tensor,
     value: Tensor,
     key_mask: Tensor,
-    instruction: Tensor,
-    cu_seqlens: Tensor,
+    instruction: Tensor | None,
+    cu_seqlens: Tensor | None,
     norm_weight: Tensor,
     norm_bias: Tensor,
     query_weight: Tensor,
@@ -247,6 +251,7 @@ def _(
     lse: Tensor,
     center: Tensor,
     rstd: Tensor,
+    segments: int,
     num_heads: int,
     modulate: bool,
     need_visual: bool,

@@ -85,8 +85,8 @@ def _cross_attention(
     key: Tensor,
     value: Tensor,
     key_mask: Tensor,
-    instruction: Tensor,
-    cu_seqlens: Tensor,
+    instruction: Tensor | None,
+    cu_seqlens: Tensor | None,
     norm_weight: Tensor,
     norm_bias: Tensor,
     query_weight: Tensor,
@@ -95,6 +95,7 @@ def _cross_attention(
     position_start: Tensor | None,
     output_weight: Tensor,
     output_bias: Tensor,
+    segments: int,
     num_heads: int,
     eps: float,
     modulate: bool,
@@ -105,6 +106,7 @@ def _cross_attention(
         forward.attend(
             *(x, key, value, key_mask, instruction, cu_seqlens, norm_weight, norm_bias, query_weight, query_bias),
             *(position, position_start, output_weight, output_bias),
+            segments=segments,
             num_heads=num_heads,
             eps=eps,
             modulate=modulate,
@@ -134,8 +136,8 @@ def _(
     key: Tensor,
     value: Tensor,
     key_mask: Tensor,
-    instruction: Tensor,
-    cu_seqlens: Tensor,
+    instruction: Tensor | None,
+    cu_seqlens: Tensor | None,
     norm_weight: Tensor,
     norm_bias: Tensor,
     query_weight: Tensor,
@@ -144,6 +146,7 @@ def _(
     position_start: Tensor | None,
     output_weight: Tensor,
     output_bias: Tensor,
+    segments: int,
     num_heads: int,
     eps: float,
     modulate: bool,
@@ -152,10 +155,10 @@ def _(
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, num_heads, _eps, modulate = inputs
+    *tensors, segments, num_heads, _eps, modulate = inputs
     del tensors[9]  # the bias of the query has no part in any gradient
     ctx.save_for_backward(*tensors, *output[1:])
-    ctx.num_heads, ctx.modulate = num_heads, modulate
+    ctx.segments, ctx.num_heads, ctx.modulate = segments, num_heads, modulate
     ctx.set_materialize_grads(False)
 
 
@@ -164,14 +167,15 @@ def _backward(ctx: Any, grad: Tensor | None, *_intermediates: Tensor | None) -> 
     if grad is None:
         return (None,) * len(needed)
     weights = needed[6:14]
+    options = (ctx.segments, ctx.num_heads, ctx.modulate)
     found = cross_attention_backward(
-        grad, *ctx.saved_tensors, ctx.num_heads, ctx.modulate, needed[0], needed[1] or needed[2], any(weights)
+        grad, *ctx.saved_tensors, *options, needed[0], needed[1] or needed[2], any(weights)
     )
     x, key, value, norm_weight, norm_bias, query_weight, query_bias, position, output_weight, output_bias = found
     gradients = (
         *(x, key, value, None, None, None),
         *(norm_weight, norm_bias, query_weight, query_bias, position, None, output_weight, output_bias),
-        *(None, None, None),
+        *(None, None, None, None),
     )
     return tuple(gradient if need else None for gradient, need in zip(gradients, needed, strict=True))
 
@@ -179,7 +183,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_intermediates: Tensor | None) -> 
 _cross_attention.register_autograd(_backward, setup_context=_save_for_backward)
 
 
-def cross_attention(
+def cross_attention(  # noqa: PLR0912 (it is checks)
     visual_tokens: Tensor,
     key: Tensor,
     value: Tensor,
@@ -266,14 +270,16 @@ def cross_attention(
             raise ShapeError(f"{name} must be {list(shape)}; got {list(tensor.shape)}")
 
     x = visual_tokens.reshape(-1, width).contiguous()
-    integers: dict[str, Any] = {"dtype": torch.int32, "device": x.device}
-    if cu_seqlens is None:
-        cu_seqlens = torch.arange(segments + 1, **integers) * tokens
-    elif position is not None and position_start is None:
-        position_start = torch.zeros(segments, **integers)
-    instructions = torch.arange(key.shape[0], **integers)
-    # Indexing complains of rows that don't exist, on a GPU too; a kernel would read what lies there.
-    instruction_rows = instructions if instruction_rows is None else instructions[instruction_rows.to(x.device)]
+    if position_start is not None and cu_seqlens is None:
+        cu_seqlens = torch.arange(segments + 1, device=x.device) * tokens
+    elif position_start is None and cu_seqlens is not None and position is not None:
+        position_start = cu_seqlens.new_zeros(segments)
+    if instruction_rows is not None:
+        # Indexing complains of rows that don't exist, on a GPU too; a kernel would read what lies there.
+        instruction_rows = torch.arange(key.shape[0], device=x.device)[instruction_rows.to(x.device)]
+    instruction_rows, cu_seqlens, position_start = (
+        _integers(tensor, x.device) for tensor in (instruction_rows, cu_seqlens, position_start)
+    )
     if key_mask is None:
         key_mask = torch.ones(key.shape[:2], dtype=torch.bool, device=x.device)
     y, *_ = _cross_attention(
@@ -282,20 +288,25 @@ def cross_attention(
         value.to(x.dtype),
         key_mask,
         instruction_rows,
-        cu_seqlens.to(**integers).contiguous(),
+        cu_seqlens,
         norm_weight,
         norm_bias,
         query_weight,
         query_bias,
         position,
-        None if position_start is None else position_start.to(**integers).contiguous(),
+        position_start,
         output_weight,
         output_bias,
+        segments,
         num_heads,
         eps,
         epilogue == "modulate",
     )
     return y.view(visual_tokens.shape)
+
+
+def _integers(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if tensor is None else tensor.to(device, torch.int32).contiguous()
 
 
 def unsupported_reason(visual_tokens: Tensor, inner_dim: int, num_heads: int) -> str | None:

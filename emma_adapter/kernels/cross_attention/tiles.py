@@ -18,6 +18,8 @@ import triton.language as tl
 from ..launch import Configuration, dot
 
 LOG2_E = tl.constexpr(math.log2(math.e))
+#: Bytes of the keys' mask that are looked at together; most instructions are no longer.
+MASK_BLOCK = tl.constexpr(128)
 
 # --- the sizes of tiles ----------------------------------------------------------------------------------------
 
@@ -30,6 +32,8 @@ BLOCKS: dict[torch.dtype, dict[str, int]] = {
     torch.float16: {"BLOCK_M": 64, "BLOCK_D": 64, "BLOCK_I": 128, "BLOCK_T": 32, **_SHARED},
     torch.float32: {"BLOCK_M": 32, "BLOCK_D": 32, "BLOCK_I": 64, "BLOCK_T": 32, **_SHARED},
 }
+#: Programs that keep a GPU of 132 to 304 multiprocessors busy.
+MANY_PROGRAMS = 264
 #: The width of a head's tile: that of the head, rounded up.
 HEAD_BLOCKS = (32, 64)
 #: num_warps and num_stages, chosen so that no variant spills registers on the targets of the tests.
@@ -46,8 +50,17 @@ SCHEDULES = {
     "position_backward": (4, 2),
     "visual_backward": (8, 1),
 }
-FLOAT32_SCHEDULES = {"attention_forward": (4, 2)}
-MODULATE_SCHEDULES = {"output_backward": (8, 1)}
+#: Variants that need another: by kernel, whether their tiles are those of float32, and what else they are.
+EXCEPTIONS: tuple[tuple[str, bool, dict[str, int], tuple[int, int]], ...] = (
+    ("output_forward", False, {"ONE_TILE": False}, (8, 2)),
+    ("output_backward", False, {"MODULATE": True}, (8, 1)),
+    ("query_backward", False, {"BLOCK_H": 64}, (4, 2)),
+    ("query_backward", True, {"BLOCK_H": 32}, (2, 1)),
+    ("output_weight_backward", False, {"MODULATE": True, "ONE_TILE": True}, (4, 2)),
+    ("output_weight_backward", False, {"MODULATE": True, "ONE_TILE": False}, (8, 1)),
+)
+#: Kernels that ask for ONE_TILE only to compute a gate.
+READ_TILES_IN_GATE = ("output_backward", "output_weight_backward")
 
 _FLOAT32 = {
     *("norm_weight_ptr", "norm_bias_ptr", "bias_ptr", "position_ptr", "center_ptr", "rstd_ptr", "lse_ptr", "delta_ptr"),
@@ -63,15 +76,15 @@ _TYPES = {
 
 @cache
 def configuration(kernel: Any, dtype: torch.dtype, **variant: int) -> Configuration:
-    """The variant of a kernel for visual tokens of a dtype; ``BLOCK_H`` and ``MODULATE`` where it has them."""
+    """The variant of a kernel for visual tokens of a dtype; ``BLOCK_H``, ``MODULATE`` and ``ONE_TILE`` where it has
+    them."""
     names = kernel.arg_names
     constants = {**BLOCKS[dtype], **variant}
     name = kernel.fn.__name__
     num_warps, num_stages = SCHEDULES[name]
-    if dtype == torch.float32:
-        num_warps, num_stages = FLOAT32_SCHEDULES.get(name, (num_warps, num_stages))
-    if variant.get("MODULATE"):
-        num_warps, num_stages = MODULATE_SCHEDULES.get(name, (num_warps, num_stages))
+    for exception, wide, also, schedule in EXCEPTIONS:
+        if (exception, wide) == (name, dtype == torch.float32) and also.items() <= variant.items():
+            num_warps, num_stages = schedule
     return Configuration(
         kernel,
         dtype,
@@ -85,10 +98,13 @@ def configuration(kernel: Any, dtype: torch.dtype, **variant: int) -> Configurat
 def variants(kernel: Any) -> Iterator[Configuration]:
     """Every variant of a kernel that can be dispatched."""
     names = kernel.arg_names
-    choices = {"BLOCK_H": HEAD_BLOCKS, "MODULATE": (False, True)}
+    choices = {"BLOCK_H": HEAD_BLOCKS, "MODULATE": (False, True), "ONE_TILE": (True, False)}
     own = {name: values for name, values in choices.items() if name in names}
     for dtype, values in product(BLOCKS, product(*own.values())):
-        yield configuration(kernel, dtype, **dict(zip(own, values, strict=True)))
+        variant = dict(zip(own, values, strict=True))
+        if kernel.fn.__name__ in READ_TILES_IN_GATE and variant["ONE_TILE"] and not variant["MODULATE"]:
+            continue
+        yield configuration(kernel, dtype, **variant)
 
 
 def head_block(head_dim: int) -> int:
@@ -99,24 +115,73 @@ def head_block(head_dim: int) -> int:
 
 
 @triton.jit
-def segment_slice(slot, cu_seqlens_ptr, num_segments, search_steps, BLOCK: tl.constexpr):
+def segment_slice(slot, cu_seqlens_ptr, N, num_segments, search_steps, BLOCK: tl.constexpr):
     """Which rows ``[start, stop)`` of which segment a program with the number ``slot`` works on.
 
-    Rows are cut at the ends of segments and at multiples of BLOCK. On the way through the pieces either the segment
-    or the block grows by one, so that ``segment + block`` numbers the pieces without gaps that the host would have
-    to know: ``cdiv(M, BLOCK) + S`` programs suffice. Some get no rows.
+    If all segments have N tokens, each is cut at multiples of BLOCK from its own start: ``S cdiv(N, BLOCK)`` programs.
+    If N is 0, rows are cut at the ends of segments and at multiples of BLOCK. On the way through the pieces either the
+    segment or the block grows by one, so that ``segment + block`` numbers the pieces without gaps that the host would
+    have to know: ``cdiv(M, BLOCK) + S`` programs suffice. Some get no rows.
     """
-    low = slot * 0
-    high = low + num_segments
-    for _ in range(search_steps):
-        middle = (low + high) // 2
-        reached = tl.load(cu_seqlens_ptr + middle) // BLOCK + middle <= slot
-        low = tl.where(reached, middle, low)
-        high = tl.where(reached, high, middle)
-    block = slot - low
-    start = tl.maximum(block * BLOCK, tl.load(cu_seqlens_ptr + low))
-    stop = tl.minimum(block * BLOCK + BLOCK, tl.load(cu_seqlens_ptr + low + 1))
-    return low, start, stop
+    if N > 0:
+        blocks = tl.cdiv(N, BLOCK)
+        segment = slot // blocks
+        start = segment * N + slot % blocks * BLOCK
+        stop = tl.minimum(start + BLOCK, segment * N + N)
+    else:
+        segment = slot * 0
+        high = segment + num_segments
+        for _ in range(search_steps):
+            middle = (segment + high) // 2
+            reached = tl.load(cu_seqlens_ptr + middle) // BLOCK + middle <= slot
+            segment = tl.where(reached, middle, segment)
+            high = tl.where(reached, high, middle)
+        block = slot - segment
+        start = tl.maximum(block * BLOCK, tl.load(cu_seqlens_ptr + segment))
+        stop = tl.minimum(block * BLOCK + BLOCK, tl.load(cu_seqlens_ptr + segment + 1))
+    return segment, start, stop
+
+
+@triton.jit
+def instruction_row(segment, instruction_ptr, shared):
+    """The row of the keys that a segment meets: what ``instruction_ptr`` names, or, if not ``shared``, its own."""
+    row = segment
+    if shared != 0:
+        row = tl.load(instruction_ptr + segment)
+    return row
+
+
+@triton.jit
+def number_of_keys(key_mask_ptr, first_key, T):
+    """How many of the keys have to be looked at: those up to the last valid one."""
+    keys = T * 0
+    for first in range(0, T, MASK_BLOCK):
+        t = first + tl.arange(0, MASK_BLOCK)
+        valid = tl.load(key_mask_ptr + first_key + t, mask=t < T, other=0) != 0
+        keys = tl.maximum(keys, tl.max(tl.where(valid, t + 1, 0), 0))
+    return keys
+
+
+@triton.jit
+def attended_tile(attended_ptr, rows, row_inside, first, I, BLOCK_I: tl.constexpr):
+    """o at rows, from the column ``first`` on, ``[rows, BLOCK_I]``."""
+    inner = first + tl.arange(0, BLOCK_I)
+    return tl.load(
+        attended_ptr + rows.to(tl.int64)[:, None] * I + inner[None, :],
+        mask=row_inside[:, None] & (inner < I)[None, :],
+        other=0.0,
+    )
+
+
+@triton.jit
+def weight_tile(weight_ptr, channels, first, D, I, BLOCK_I: tl.constexpr):
+    """W_o at channels, from the column ``first`` on, ``[channels, BLOCK_I]``."""
+    inner = first + tl.arange(0, BLOCK_I)
+    return tl.load(
+        weight_ptr + channels[:, None] * I + inner[None, :],
+        mask=(channels < D)[:, None] & (inner < I)[None, :],
+        other=0.0,
+    )
 
 
 @triton.jit
@@ -136,17 +201,8 @@ def output_tile(
     """The update ``z = o W_o^T + b_o`` at rows and columns, float32 ``[BLOCK_M, BLOCK_D]``."""
     z = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for first in range(0, I, BLOCK_I):
-        inner = first + tl.arange(0, BLOCK_I)
-        attended = tl.load(
-            attended_ptr + rows.to(tl.int64)[:, None] * I + inner[None, :],
-            mask=row_inside[:, None] & (inner < I)[None, :],
-            other=0.0,
-        )
-        weight = tl.load(
-            weight_ptr + columns[:, None] * I + inner[None, :],
-            mask=(columns < D)[:, None] & (inner < I)[None, :],
-            other=0.0,
-        )
+        attended = attended_tile(attended_ptr, rows, row_inside, first, I, BLOCK_I)
+        weight = weight_tile(weight_ptr, columns, first, D, I, BLOCK_I)
         z = dot(attended, tl.trans(weight), z)
     return z + tl.load(bias_ptr + columns, mask=columns < D, other=0.0)[None, :]
 

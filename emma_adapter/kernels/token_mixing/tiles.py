@@ -58,6 +58,8 @@ _MAX_SPLITS = 32
 def product(kernel: Any, dtype: torch.dtype, tile: Tile) -> Configuration:
     """The variant of one of the three products for a dtype and a tile."""
     *blocks, warps, stages = _BLOCKS_FLOAT32 if dtype == torch.float32 else _BLOCKS[tile]
+    if (kernel.fn.__name__, dtype) == ("mix_backward_weights", torch.float32):
+        warps, stages = 8, 2  # Four and three spill on sm_100.
     types = tuple((f"{name}_ptr", torch.float32) for name in ("bias", "partial", "partial_bias"))
     constants = (*zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), blocks, strict=True), ("PADDING", PADDING))
     return Configuration(kernel, dtype, types, constants, warps, stages)
@@ -75,8 +77,9 @@ def tile_for(batch: int, rows: int, width: int) -> Tile:
 
 
 def splits_for(num_chunks: int, weight_blocks: int) -> tuple[int, int]:
-    """Into how many parts a sum over chunks is split, and how many chunks each has. By size alone."""
-    chunks_a_split = cdiv(num_chunks, min(_MAX_SPLITS, cdiv(_MANY_PROGRAMS, weight_blocks)))
+    """Into how many parts a sum over chunks is split, and how many chunks each has: no more than run at once, since a
+    few programs more would take as long as all others again. By size alone."""
+    chunks_a_split = cdiv(num_chunks, min(_MAX_SPLITS, max(1, _MANY_PROGRAMS // weight_blocks)))
     return cdiv(num_chunks, chunks_a_split), chunks_a_split
 
 

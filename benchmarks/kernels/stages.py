@@ -1,0 +1,426 @@
+"""The stages of the GPU quarter hour; ``python -m benchmarks.kernels.stages NAME --output FOLDER`` runs one."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import correctness, patched_model
+from .bare_checkout import ROOT, prepare
+from .comparison import Budget, Effort, compare
+from .gpu_quarter_hour import Log
+from .machine import copy_bandwidth, describe_machine, median_microseconds
+from .operations import OPERATIONS
+from .records import Results
+from .shapes import BATCHES, PHASES, SHAPES, Setting, Shape, applies
+
+#: Operation, shape and batch, in order of importance. ``modulation`` is the default fusion.
+CASES = (
+    ("modulation", "LLaVA-1.5", 64),
+    ("modulation", "Qwen2.5-VL, packed", 1),
+    ("linear", "LLaVA-1.5", 64),
+    ("modulation", "LLaVA-1.5", 1),
+    ("linear", "LLaVA-1.5", 1),
+    ("attention", "LLaVA-1.5", 64),
+)
+_SMALL = Shape("small", 16, 32, instruction_tokens=8, instruction_dim=24)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a stage is given. ``seconds``: after which it is killed. ``dry``: there is no GPU."""
+
+    log: Log
+    seconds: float
+    dry: bool
+    began: float
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu") if self.dry else torch.device("cuda", torch.cuda.current_device())
+
+    def left(self) -> float:
+        return self.seconds - (time.perf_counter() - self.began)
+
+    def setting(self, shape: str, batch: int) -> Setting:
+        if self.dry:
+            return Setting(_SMALL, 1, torch.float32, self.device)
+        return Setting(next(own for own in SHAPES if own.name == shape), batch, torch.bfloat16, self.device)
+
+
+# --- facts -----------------------------------------------------------------------------------------------------
+
+
+def facts(run: Run) -> bool:
+    """Versions, and the two ceilings: copying, and a matrix product in bfloat16."""
+    import transformers
+    import triton  # type: ignore[import-untyped, unused-ignore]
+
+    run.log(python=sys.version.split()[0], torch=torch.__version__, cuda=torch.version.cuda)
+    run.log(triton=triton.__version__, transformers=transformers.__version__, ptxas=_tool_version(_ptxas()))
+    if not run.dry:
+        properties = torch.cuda.get_device_properties(run.device)
+        run.log(card=properties.name, multiprocessors=properties.multi_processor_count, memory=properties.total_memory)
+        query = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.mem,power.limit", "--format=csv,noheader"]
+        if shutil.which(query[0]):
+            run.log(driver_and_clocks=subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip())
+        run.log(copy_terabytes_per_second=copy_bandwidth(run.device) / 1e12)
+    n, dtype = (64, torch.float32) if run.dry else (8192, torch.bfloat16)
+    a, b = (torch.randn(n, n, device=run.device, dtype=dtype) for _ in range(2))
+    microseconds = median_microseconds(lambda: a @ b, run.device, rounds=15)
+    run.log(product_teraflops=2 * n**3 / microseconds / 1e6)
+    return True
+
+
+def _ptxas() -> Path:
+    import triton  # type: ignore[import-untyped, unused-ignore]
+
+    chosen = os.environ.get("TRITON_PTXAS_PATH")
+    return Path(chosen) if chosen else Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+
+
+def _tool_version(tool: Path) -> str:
+    if not tool.exists():
+        return "missing"
+    lines = subprocess.run([tool, "--version"], capture_output=True, text=True, check=False).stdout.splitlines()
+    return next((line.split("release")[-1].strip() for line in lines if "release" in line), "unknown")
+
+
+# --- compile ---------------------------------------------------------------------------------------------------
+
+
+def compile_all(run: Run) -> bool:
+    """Every bfloat16 variant, on all cores: fills Triton's cache, and names what fails or spills."""
+    names = list(range(len(_configurations())))[: 2 if run.dry else None]
+    target = "sm_90" if run.dry else "sm_{}{}".format(*torch.cuda.get_device_capability())
+    failed = 0
+    with ProcessPoolExecutor(max(1, (os.cpu_count() or 2) - 2)) as pool:
+        for future in as_completed(pool.submit(_compile_one, number, target) for number in names):
+            found = future.result()
+            if "error" in found or found["spilled_bytes"]:
+                failed += 1
+                run.log(**found)
+    run.log(compiled=len(names) - failed, target=target)
+    return failed == 0
+
+
+def _configurations() -> list[Any]:
+    from emma_adapter.kernels import cross_attention, token_mixing
+
+    every = (own for module in (cross_attention, token_mixing) for own in module.configurations())
+    return [own for own in every if own.dtype == torch.bfloat16 or own.kernel.__name__ == "add_splits"]
+
+
+def _compile_one(number: int, target: str) -> dict[str, Any]:
+    prepare()
+    from compilation import compiled, local_memory, name_of  # type: ignore[import-not-found, unused-ignore]
+
+    configuration = _configurations()[number]
+    name = name_of(configuration)
+    try:
+        kernel = compiled(configuration, target)
+        with tempfile.TemporaryDirectory() as folder:
+            return {"kernel": name, "spilled_bytes": local_memory(kernel, target, Path(folder))}
+    except Exception as error:  # noqa: BLE001 (whatever a compiler may raise)
+        return {"kernel": name, "error": f"{type(error).__name__}: {error}"[:300]}
+
+
+# --- correct ---------------------------------------------------------------------------------------------------
+
+
+def correct(run: Run, operations: tuple[str, ...], dtypes: tuple[torch.dtype, ...]) -> bool:
+    sizes = correctness.TINY if run.dry else correctness.REAL
+    good = True
+    for operation, dtype in itertools.product(operations, dtypes):
+        for check in correctness.checks(operation, dtype, run.device, sizes):
+            try:
+                entry = check()
+            except Exception as error:  # noqa: BLE001
+                entry = {"case": f"{operation}, {dtype}", "ok": False, "error": _told(error)}
+            run.log(**entry)
+            good &= entry["ok"]
+    return good
+
+
+def correct_half(operation: str, run: Run) -> bool:
+    """In bfloat16, which the interpreter is slow in."""
+    return correct(run, (operation,), (torch.float16 if run.dry else torch.bfloat16,))
+
+
+def correct_rest(run: Run) -> bool:
+    """The other dtypes."""
+    if run.dry:
+        return correct(run, ("linear",), (torch.float32,))
+    return correct(run, tuple(OPERATIONS), (torch.float16, torch.float32))
+
+
+# --- memory ----------------------------------------------------------------------------------------------------
+
+
+def memcheck(run: Run) -> bool:
+    """Only our kernels are watched, and only bfloat16: everything would take minutes. No racecheck: it reports hazards
+    in Triton's reductions that are none (triton-lang/triton#7264)."""
+    workload = [sys.executable, str(ROOT / "tests" / "kernels" / "gpu_workload.py")]
+    sanitizer = shutil.which("compute-sanitizer")
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "WORKLOAD_DTYPES": "bfloat16"}
+    if run.dry or sanitizer is None:
+        run.log(left_out="compute-sanitizer", because="no GPU" if run.dry else "not installed")
+        return run.dry
+    names = sorted({own.kernel.__name__ for own in _configurations()})
+    watched = [part for name in names for part in ("--kernel-name", f"kernel_substring={name}")]
+    command = [sanitizer, "--tool", "memcheck", "--error-exitcode", "9", "--print-limit", "5", *watched, *workload]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
+    run.log(ok=found.returncode == 0, code=found.returncode, tail=found.stdout[-1500:] + found.stderr[-500:])
+    return found.returncode == 0
+
+
+# --- time ------------------------------------------------------------------------------------------------------
+
+
+def bench(run: Run, *, compiled: bool, file: str) -> bool:
+    """The cases beside the authors' formulation, PyTorch and ``varlen``; with ``compiled``, ``torch.compile`` too."""
+    cases = CASES[:1] if run.dry else CASES
+    return _measure(run, [(name, run.setting(shape, batch)) for name, shape, batch in cases], file, compiled=compiled)
+
+
+def table(run: Run) -> bool:
+    """All shapes and batches without ``torch.compile``, the largest first: for what ``kernel="auto"`` goes by."""
+    settings = [
+        (operation, run.setting(shape.name, batch))
+        for batch in sorted(BATCHES, reverse=True)
+        for operation in ("modulation", "linear", "attention")
+        for shape in SHAPES
+        if applies(operation, shape, batch)
+    ]
+    return _measure(run, settings[:1] if run.dry else settings, "table.json", compiled=False)
+
+
+def _measure(run: Run, settings: list[tuple[str, Setting]], file: str, *, compiled: bool) -> bool:
+    command = "python -m benchmarks.kernels.gpu_quarter_hour"
+    results = Results(describe_machine(run.device, date=time.strftime("%Y-%m-%d"), command=command))
+    effort = Effort(0.05 if run.dry else 0.5, 60)
+    good = True
+    for number, (name, setting) in enumerate(settings):
+        if run.left() < 8:
+            run.log(ok=False, left_out=f"{len(settings) - number} of {len(settings)} cases", because="out of time")
+            return False
+        place = {"operation": name, "shape": setting.shape.name, "batch": setting.batch}
+        try:
+            operation = OPERATIONS[name](setting)
+            # FlexAttention takes long to compile, and nobody would use it here.
+            unwanted = [own for own, variant in operation.variants.items() if own == "flex" or variant.compiled]
+            for own in unwanted:
+                if own == "flex" or not compiled:
+                    del operation.variants[own]
+            for phase in PHASES:
+                budget = Budget(run.left(), 1)
+                for record in compare(name, operation, setting, phase, results.machine, budget, effort):
+                    results.records.append(record)
+                    told = {**place, "phase": phase, "variant": record.variant}
+                    if record.median_us is None:
+                        good = False
+                        run.log(**told, error=record.error)
+                    else:
+                        run.log(
+                            **told,
+                            us=record.median_us,
+                            ratio=record.ratio,
+                            percent_of_copy=record.bandwidth_percent,
+                            launches=record.launches,
+                            difference=record.difference,
+                        )
+                results.save(run.log.folder / file)
+        except Exception as error:  # noqa: BLE001
+            good = False
+            run.log(**place, error=_told(error))
+        torch._dynamo.reset()
+    return good
+
+
+def kernels(run: Run) -> bool:
+    """Microseconds of each kernel of forward and backward."""
+    for name, shape, batch in CASES[: 1 if run.dry else None]:
+        operation = OPERATIONS[name](run.setting(shape, batch))
+        variant = operation.variants["eager" if run.dry else "triton"]
+        times = kernel_times(operation.step(variant, "forward+backward"), run.device)
+        run.log(operation=name, shape=shape, batch=batch, kernels_us=times)
+    return True
+
+
+def kernel_times(step: Callable[[], None], device: torch.device, repeats: int = 20) -> dict[str, float]:
+    """Mean microseconds a call, of the kernels that take longest; the L2 cache is emptied before each call. On a CPU,
+    of operators."""
+    gpu = device.type == "cuda"
+    repeats = repeats if gpu else 2
+    for _ in range(3):
+        step()
+    flush = torch.empty((256 << 20) if gpu else 1, dtype=torch.int8, device=device)
+    activity = torch.profiler.ProfilerActivity.CUDA if gpu else torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[activity]) as profile:
+        for _ in range(repeats):
+            flush.zero_()
+            step()
+        if gpu:
+            torch.cuda.synchronize()
+    events = profile.key_averages()
+    times = {
+        event.key[:80]: round((event.self_device_time_total if gpu else event.self_cpu_time_total) / repeats, 1)
+        for event in events
+    }
+    longest = sorted(times.items(), key=lambda entry: -entry[1])
+    return {name: microseconds for name, microseconds in longest if microseconds > 0 and "Memset" not in name}
+
+
+# --- tiles -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Another schedule of one kernel; one that compiles for sm_90 without spills."""
+
+    kernel: str
+    num_warps: int
+    num_stages: int
+
+    def __str__(self) -> str:
+        return f"{self.kernel} w{self.num_warps} s{self.num_stages}"
+
+
+#: Tried in the case of the operation that they belong to.
+CANDIDATES = (
+    ("linear", Candidate("mix_forward", 8, 4)),
+    ("linear", Candidate("mix_backward_weights", 8, 3)),
+    ("linear", Candidate("mix_backward_inputs", 8, 4)),
+    ("modulation", Candidate("query_forward", 4, 3)),
+    ("modulation", Candidate("output_forward", 4, 1)),
+    ("modulation", Candidate("output_backward", 8, 2)),
+    ("modulation", Candidate("output_weight_backward", 4, 2)),
+    ("modulation", Candidate("query_weight_backward", 4, 3)),
+    ("modulation", Candidate("key_value_backward", 4, 2)),
+)
+
+
+def sweep(run: Run) -> bool:
+    """Microseconds of single kernels with other schedules, beside those that are shipped."""
+    if run.dry:
+        prepare()
+        from compilation import compiled as compile_ahead  # type: ignore[import-not-found, unused-ignore]
+
+        _, candidate = CANDIDATES[0]
+        known = next(own for own in _configurations() if own.kernel.__name__ == candidate.kernel)
+        compile_ahead(_changed(known, candidate), "sm_90")
+        run.log(candidate=str(candidate), compiled=True)
+        return True
+    steps = {
+        name: OPERATIONS[name](run.setting("LLaVA-1.5", 64)) for name in dict.fromkeys(name for name, _ in CANDIDATES)
+    }
+    good = True
+    for name, operation in steps.items():
+        step = operation.step(operation.variants["triton"], "forward+backward")
+        run.log(operation=name, shipped=kernel_times(step, run.device, 10))
+        for own, candidate in CANDIDATES:
+            if own != name or run.left() < 5:
+                continue
+            try:
+                with _using(candidate):
+                    times = kernel_times(step, run.device, 10)
+                run.log(operation=name, candidate=str(candidate), us_of_kernel=times.get(candidate.kernel))
+            except Exception as error:  # noqa: BLE001
+                good = False
+                run.log(operation=name, candidate=str(candidate), error=_told(error))
+    return good
+
+
+def _changed(configuration: Any, candidate: Candidate) -> Any:
+    return replace(configuration, num_warps=candidate.num_warps, num_stages=candidate.num_stages)
+
+
+@contextmanager
+def _using(candidate: Candidate) -> Iterator[None]:
+    """Launches of one kernel with another schedule."""
+    from emma_adapter.kernels.launch import Configuration
+
+    launch = Configuration.launch
+
+    def changed(self: Any, grid: Any, device: Any, **arguments: Any) -> None:
+        own = _changed(self, candidate) if self.kernel.__name__ == candidate.kernel else self
+        launch(own, grid, device, **arguments)
+
+    Configuration.launch = changed  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Configuration.launch = launch  # type: ignore[method-assign]
+
+
+# --- all -------------------------------------------------------------------------------------------------------
+
+
+def _interpreter() -> AbstractContextManager[None]:
+    """What Triton's interpreter needs, if it runs the kernels."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return nullcontext()
+    from interpreter import scalars_as_indices  # type: ignore[import-not-found, unused-ignore]
+
+    found: AbstractContextManager[None] = scalars_as_indices()
+    return found
+
+
+def _told(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"[:400]
+
+
+STAGES: dict[str, Callable[[Run], bool]] = {
+    "facts": facts,
+    "compile": compile_all,
+    **{f"correct-{name}": partial(correct_half, name) for name in OPERATIONS},
+    "model": lambda run: patched_model.check(run.log, run.device, dry=run.dry),
+    "memcheck": memcheck,
+    "bench": lambda run: bench(run, compiled=False, file="bench.json"),
+    "kernels": kernels,
+    "bench-compile": lambda run: bench(run, compiled=True, file="bench-compile.json"),
+    "sweep": sweep,
+    "correct-rest": correct_rest,
+    "table": table,
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, required=True)
+    parser.add_argument("--dry-run", action="store_true")
+    given = parser.parse_args()
+    log = Log(given.output, given.stage)
+    try:
+        if not given.dry_run and not torch.cuda.is_available():
+            raise RuntimeError("there is no GPU; --dry-run needs none")
+        prepare()
+        with _interpreter():
+            good = STAGES[given.stage](Run(log, given.seconds, given.dry_run, time.perf_counter()))
+    except Exception as error:  # noqa: BLE001
+        log(ok=False, error=_told(error), where=traceback.format_exc()[-800:])
+        return 1
+    log(ok=good)
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

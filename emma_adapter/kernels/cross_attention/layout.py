@@ -1,0 +1,68 @@
+"""Where the segments of a call lie, as the kernels are told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..launch import cdiv
+
+
+@dataclass(frozen=True)
+class Layout:
+    """S segments in M tokens, and which instruction each meets.
+
+    Args:
+        tokens: M.
+        segments: S.
+        cu_seqlens: int32 ``[S + 1]``; None if all segments are as long.
+        instruction: int32 ``[S]``; None if segment s meets instruction s.
+        unused: a pointer in the place of those that are None, which nobody reads.
+    """
+
+    tokens: int
+    segments: int
+    cu_seqlens: Tensor | None
+    instruction: Tensor | None
+    unused: Tensor
+
+    @classmethod
+    def of(
+        cls, tokens: int, segments: int, cu_seqlens: Tensor | None, instruction: Tensor | None, *, unused: Tensor
+    ) -> Layout:
+        """``unused``: any tensor of four bytes a number on the right device."""
+        return cls(tokens, segments, cu_seqlens, instruction, unused.view(torch.int32))
+
+    @property
+    def tokens_a_segment(self) -> int:
+        """0 if ``cu_seqlens`` says how many."""
+        return self.tokens // self.segments if self.cu_seqlens is None else 0
+
+    def slots(self, block: int) -> int:
+        """Pieces of at most ``block`` tokens of one segment, as ``segment_slice`` numbers them."""
+        if self.cu_seqlens is None:
+            return self.segments * cdiv(self.tokens_a_segment, block)
+        return cdiv(self.tokens, block) + self.segments
+
+    def rows(self) -> dict[str, Any]:
+        return {
+            "cu_seqlens_ptr": self.unused if self.cu_seqlens is None else self.cu_seqlens,
+            "N": self.tokens_a_segment,
+            "num_segments": self.segments,
+            "search_steps": self.segments.bit_length(),
+        }
+
+    def instructions(self) -> dict[str, Any]:
+        return {
+            "instruction_ptr": self.unused if self.instruction is None else self.instruction,
+            "shared": int(self.instruction is not None),
+        }
+
+
+def mask_bytes(key_mask: Tensor) -> Tensor:
+    """uint8, 1 at valid keys; without a copy of one that is boolean already."""
+    mask = key_mask if key_mask.dtype == torch.bool else key_mask != 0
+    return mask.contiguous().view(torch.uint8)
