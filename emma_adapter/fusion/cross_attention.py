@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from itertools import accumulate
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
@@ -209,20 +208,19 @@ class CrossAttentionFusion(Fusion):
         """Where each entry begins, and one table of the query terms of every grid with where each entry's begin."""
         device = self.cross_attention.query.weight.device
         layout: dict[str, Tensor | None] = {
-            "cu_seqlens": _integers([0, *accumulate(packing.lengths)], device),
-            "instruction_rows": packing.rows.to(device),
+            "cu_seqlens": packing.starts(device),
+            "instruction_rows": packing.rows_on(device),
         }
         if self.cross_attention.position is None:
             return layout
-        tables, starts, end = [], {}, 0
+        tables = []
         for grid in dict.fromkeys(packing.grids):
             table = self.cross_attention.positions(grid[0] * grid[1], grid)
             assert table is not None
             order = packing.order(grid, device)
             tables.append(table if order is None else table[order])
-            starts[grid], end = end, end + len(table)
         layout["position"] = torch.cat(tables)
-        layout["position_start"] = _integers([starts[grid] for grid in packing.grids], device)
+        layout["position_start"] = packing.table_starts(device)
         return layout
 
 
@@ -237,9 +235,3 @@ def _untouched(visual_tokens: Tensor, instruction_mask: Tensor | None) -> Tensor
         return untouched | uninstructed
     # None of them broken: somebody has looked, and may look again.
     return uninstructed if bool(uninstructed.any()) else None
-
-
-def _integers(values: list[int], device: torch.device) -> Tensor:
-    # Only pinned memory is copied to a GPU without waiting for it.
-    pinned = device.type == "cuda" and not torch.compiler.is_compiling()
-    return torch.tensor(values, dtype=torch.int32, pin_memory=pinned).to(device, non_blocking=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +27,11 @@ class Packing:
     grids: Sequence[Grid]
     rows: Tensor
     orders: Mapping[Grid, Tensor] | None = None
+    # What was sent to a device, for the next call: a CUDA graph reads it again whenever it runs.
+    _sent: dict[Any, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.grids, self.rows, self.orders)
 
     @property
     def lengths(self) -> list[int]:
@@ -32,7 +39,40 @@ class Packing:
         return [height * width for height, width in self.grids]
 
     def order(self, grid: Grid, device: torch.device) -> Tensor | None:
-        return None if self.orders is None else self.orders[grid].to(device)
+        orders = self.orders
+        return None if orders is None else self._on(device, ("order", grid), lambda: orders[grid])
+
+    def rows_on(self, device: torch.device) -> Tensor:
+        return self._on(device, "rows", lambda: self.rows)
+
+    def starts(self, device: torch.device) -> Tensor:
+        """int32 ``[S + 1]``: entry s is tokens ``starts[s]`` to ``starts[s + 1]``."""
+        return self._on(device, "starts", lambda: _integers([0, *accumulate(self.lengths)]))
+
+    def table_starts(self, device: torch.device) -> Tensor:
+        """int32 ``[S]``: where the grid of each entry begins if every grid has its tokens once, one after another."""
+        grids = list(dict.fromkeys(self.grids))
+        lengths = [height * width for height, width in grids]
+        places = dict(zip(grids, accumulate([0, *lengths]), strict=False))
+        return self._on(device, "table_starts", lambda: _integers([places[grid] for grid in self.grids]))
+
+    def _on(self, device: torch.device, name: Any, make: Callable[[], Tensor]) -> Tensor:
+        """A tensor on a device; without waiting for it, and sent there once."""
+        if torch.compiler.is_compiling():
+            return make().to(device)
+        key = name, device
+        known = self._sent.get(key)
+        if known is None:
+            known = make()
+            if device.type == "cuda" and known.device.type == "cpu":
+                # Only pinned memory is copied to a GPU without waiting for it.
+                known = known.pin_memory().to(device, non_blocking=True)
+            self._sent[key] = known = known.to(device)
+        return known
+
+
+def _integers(values: list[int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
 
 
 def by_grid(

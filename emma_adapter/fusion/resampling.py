@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .packing import Grid
 
-_WEIGHTS: dict[tuple[int, int, bool], Tensor] = {}
+_WEIGHTS: dict[tuple[int, int, bool, torch.device, torch.dtype], Tensor] = {}
 _MAX_WEIGHTS = 512
 
 
@@ -24,8 +24,8 @@ def resample(tokens: Tensor, source: Grid, target: Grid, *, antialias: bool = Fa
     """
     if source == target:
         return tokens
-    rows = _weights(source[0], target[0], antialias).to(tokens.device, tokens.dtype)
-    columns = _weights(source[1], target[1], antialias).to(tokens.device, tokens.dtype)
+    rows = _weights(source[0], target[0], antialias, tokens)
+    columns = _weights(source[1], target[1], antialias, tokens)
     grid = tokens.unflatten(-2, source)
     # The shorter of both results first.
     if target[0] * source[1] <= source[0] * target[1]:
@@ -35,15 +35,17 @@ def resample(tokens: Tensor, source: Grid, target: Grid, *, antialias: bool = Fa
     return torch.einsum("yh,...hxc->...yxc", rows, grid).flatten(-3, -2)
 
 
-def _weights(source: int, target: int, antialias: bool) -> Tensor:
-    """``[target, source]``, kept for the next call."""
-    key = (source, target, antialias)
+def _weights(source: int, target: int, antialias: bool, like: Tensor) -> Tensor:
+    """``[target, source]`` on the device and in the dtype of another tensor. Kept there for the next call, which a copy
+    from the host would make wait."""
     if torch.compiler.is_compiling():
         # A graph that had looked it up would be compiled again whenever there is more to look up.
-        return _triangles(*key)
+        return _triangles(source, target, antialias).to(like.device, like.dtype)
+    key = (source, target, antialias, like.device, like.dtype)
     known = _WEIGHTS.get(key)
     if known is None:
-        known = _triangles(*key)
+        with torch.inference_mode(False):
+            known = _triangles(source, target, antialias).to(like.device, like.dtype)
         # In a tracer's tensors there are no numbers.
         if type(known) is Tensor and len(_WEIGHTS) < _MAX_WEIGHTS:
             _WEIGHTS[key] = known

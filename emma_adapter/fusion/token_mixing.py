@@ -14,16 +14,16 @@ from .layers import add_update
 def mix_tokens(x: Tensor, projected: Tensor, image_weight: Tensor, text_weight: Tensor, bias: Tensor) -> Tensor:
     """``[B, N, D], [B, T, D], [N, N], [N, T], [N] -> [B, N, D]``; bit for bit x while the weights are zero. Values of
     x that aren't finite stay where they are, and count as zero for the others."""
-    # A compiler finds its own way, autocast mixes dtypes, and other devices allocate from a cache.
+    # A compiler finds its own way, and autocast mixes dtypes.
     if (
         type(x) is Tensor
-        and x.device.type == "cpu"
+        and x.device.type in ("cpu", "cuda")
         and x.dtype == projected.dtype
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()  # type: ignore[attr-defined]
-        and not torch.is_autocast_enabled("cpu")
+        and not torch.is_autocast_enabled(x.device.type)
     ):
-        y: Tensor = MixTokensOnCPU.apply(x, projected, image_weight, text_weight, bias)
+        y: Tensor = MixTokens.apply(x, projected, image_weight, text_weight, bias)
         return y
     return _plain(x, projected, image_weight, text_weight, bias)
 
@@ -33,8 +33,8 @@ def _plain(x: Tensor, projected: Tensor, image_weight: Tensor, text_weight: Tens
     return add_update(x, image_weight @ finite_values(x) + text_weight @ projected + bias[:, None])
 
 
-class MixTokensOnCPU(torch.autograd.Function):
-    """``add_update(x, image_weight x + text_weight projected + bias)`` on the CPU, where fresh memory is what costs.
+class MixTokens(torch.autograd.Function):
+    """``add_update(x, image_weight x + text_weight projected + bias)``, in few passes, with little fresh memory.
 
     Forward writes one tensor, in place; matrix products of a batch don't copy x or its transpose, as ``weight @ x``
     does. Backward leaves out the gradient of x if it is not needed, and adds the weight gradients of the images in
@@ -44,11 +44,15 @@ class MixTokensOnCPU(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, projected: Tensor, image_weight: Tensor, text_weight: Tensor, bias: Tensor) -> Tensor:
         image_weight, text_weight, bias = (weight.to(x.dtype) for weight in (image_weight, text_weight, bias))
-        negated = MixTokensOnCPU._negated_update(x, projected, image_weight, text_weight, bias)
+        if not may_look(x):
+            finite = x.nan_to_num(0.0, 0.0, 0.0)
+            negated = MixTokens._negated_update(finite, projected, image_weight, text_weight, bias)
+            return torch.sub(x, negated, out=negated)
+        negated = MixTokens._negated_update(x, projected, image_weight, text_weight, bias)
         # Every token's update is a sum over all tokens of its image, so that one that isn't finite shows in the first.
         if not bool(negated[:, 0].isfinite().all()):
             finite = x.nan_to_num(0.0, 0.0, 0.0)
-            negated = MixTokensOnCPU._negated_update(finite, projected, image_weight, text_weight, bias)
+            negated = MixTokens._negated_update(finite, projected, image_weight, text_weight, bias)
         return torch.sub(x, negated, out=negated)
 
     @staticmethod
@@ -124,7 +128,8 @@ def _sum_of_products(left: Tensor, right: Tensor) -> Tensor:
     """``sum_b left[b] right[b]^T``, added up in float32 at least."""
     if len(left) == 1:
         return left[0] @ right[0].mT
-    if left.dtype in (torch.float32, torch.float64):
+    # On a GPU addbmm is one product after another.
+    if left.device.type == "cpu" and left.dtype in (torch.float32, torch.float64):
         unread = left.new_empty(left.shape[1], right.shape[1])
         return torch.addbmm(unread, left, right.mT, beta=0)
-    return torch.bmm(left, right.mT).sum(0, dtype=torch.float32)
+    return torch.bmm(left, right.mT).sum(0, dtype=torch.promote_types(left.dtype, torch.float32))
