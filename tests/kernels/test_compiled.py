@@ -31,8 +31,9 @@ def test_compiles_without_spills(configuration, target, tmp_path):
     kernel = compiled(configuration, target)
     assert kernel.metadata.shared <= SHARED_MEMORY[target]
     assert local_memory(kernel, target, tmp_path) == 0
-    # Compilers were seen to get that wrong on sm_90 (github.com/fla-org/flash-linear-attention/pull/826).
-    assert not transposed_products(kernel.asm["ttir"])
+    if target != "gfx942":
+        # Triton was seen to get that wrong on sm_90 (github.com/fla-org/flash-linear-attention/pull/826).
+        assert not transposed_products(kernel.asm["ttir"])
     if target != "gfx942" and configuration.kernel.__name__.startswith("mix_"):
         # Activations reach shared memory 16 bytes at a time and asynchronously: the compiler knows they are aligned.
         assert re.search(r"cp\.async\.cg\.shared\.global .*0x10,", kernel.asm["ptx"])

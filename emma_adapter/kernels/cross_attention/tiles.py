@@ -52,6 +52,7 @@ SCHEDULES = {
 }
 #: Variants that need another: by kernel, whether their tiles are those of float32, and what else they are.
 EXCEPTIONS: tuple[tuple[str, bool, dict[str, int], tuple[int, int]], ...] = (
+    ("attention_forward", True, {}, (4, 2)),
     ("output_forward", False, {"ONE_TILE": False}, (8, 2)),
     ("output_backward", False, {"MODULATE": True}, (8, 1)),
     ("query_backward", False, {"BLOCK_H": 64}, (4, 2)),
