@@ -94,6 +94,27 @@ def test_a_frozen_vision_tower_costs_no_gradient():
     assert products == 1
 
 
+def test_without_gradients_nothing_is_prepared_for_them(monkeypatch):
+    tensors = make()
+    expected = MixTokens.apply(*tensors)
+    monkeypatch.setattr(MixTokens, "apply", None)
+    with torch.no_grad():
+        assert torch.equal(mix_tokens(*tensors), expected)
+
+
+@torch.no_grad()
+def test_derivatives_and_batches_where_gradients_are_off():
+    x, *others = (tensor.detach() for tensor in make())
+    tangent = torch.randn_like(x)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, tangent)
+        found = torch.autograd.forward_ad.unpack_dual(mix_tokens(dual, *others)).tangent
+        expected = torch.autograd.forward_ad.unpack_dual(plain(dual, *others)).tangent
+    assert (found - expected).abs().max() <= 1e-12
+    batched = torch.vmap(lambda own: mix_tokens(own, *others))(torch.stack([x, -x]))
+    assert (batched - torch.stack([plain(x, *others), plain(-x, *others)])).abs().max() <= 1e-12
+
+
 @pytest.mark.parametrize("number", range(5))
 def test_forward_mode(number):
     tensors = [tensor.detach() for tensor in make()]

@@ -21,6 +21,9 @@ from .timing import Errors, reporting, time_calls
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
+OUT_OF_TIME = "not compiled: out of time"
+
+
 @dataclass
 class Budget:
     """Time for ``torch.compile``, which takes most of a run: none begins that would leave too little for the rest."""
@@ -66,7 +69,7 @@ def compare(
     reference: Tensor | None = None
     for variant_name, variant in operation.variants.items():
         if variant.compiled and not budget.may_compile():
-            errors[variant_name] = "not compiled: out of time"
+            errors[variant_name] = OUT_OF_TIME
             continue
         first = time.perf_counter()
         with reporting(errors, variant_name):

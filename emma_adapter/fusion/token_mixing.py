@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from .broken import finite_values, may_look
 from .layers import add_update
@@ -23,8 +25,12 @@ def mix_tokens(x: Tensor, projected: Tensor, image_weight: Tensor, text_weight: 
         and not torch.jit.is_tracing()  # type: ignore[attr-defined]
         and not torch.is_autocast_enabled(x.device.type)
     ):
-        y: Tensor = MixTokens.apply(x, projected, image_weight, text_weight, bias)
-        return y
+        tensors = (x, projected, image_weight, text_weight, bias)
+        if torch.is_grad_enabled() or _is_transformed(*tensors):
+            y: Tensor = MixTokens.apply(*tensors)
+            return y
+        # What apply prepares for derivatives takes as long as all operations of a small call.
+        return MixTokens.forward(*tensors)
     return _plain(x, projected, image_weight, text_weight, bias)
 
 
@@ -107,6 +113,17 @@ class MixTokens(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *tensors: Tensor) -> tuple[Tensor, int]:
         return torch.vmap(_plain, in_dims)(*tensors), 0
+
+
+# Every apply asks for it, and finds out anew what isn't kept here.
+MixTokens.forward.__signature__ = inspect.signature(MixTokens.forward)  # type: ignore[attr-defined]
+
+
+def _is_transformed(*tensors: Tensor) -> bool:
+    """Whether derivatives or batches are formed even where no gradients are: by torch.func, or in forward mode."""
+    return torch._C._are_functorch_transforms_active() or any(
+        unpack_dual(tensor).tangent is not None for tensor in tensors
+    )
 
 
 def _repeated(weight: Tensor, batch: Tensor) -> Tensor:
