@@ -306,12 +306,12 @@ class Candidate:
 #: Tried in the case of the operation that they belong to.
 CANDIDATES = (
     ("linear", Candidate("mix_forward", 8, 4)),
-    ("linear", Candidate("mix_backward_weights", 8, 3)),
+    ("linear", Candidate("mix_backward_weights", 4, 3)),
     ("linear", Candidate("mix_backward_inputs", 8, 4)),
     ("modulation", Candidate("query_forward", 4, 3)),
     ("modulation", Candidate("output_forward", 4, 1)),
     ("modulation", Candidate("output_backward", 8, 2)),
-    ("modulation", Candidate("output_weight_backward", 4, 2)),
+    ("modulation", Candidate("output_weight_backward", 8, 2)),
     ("modulation", Candidate("query_weight_backward", 4, 3)),
     ("modulation", Candidate("key_value_backward", 4, 2)),
 )
@@ -325,7 +325,7 @@ def sweep(run: Run) -> bool:
 
         _, candidate = CANDIDATES[0]
         known = next(own for own in _configurations() if own.kernel.__name__ == candidate.kernel)
-        compile_ahead(_changed(known, candidate), "sm_90")
+        compile_ahead(changed(known, candidate), "sm_90")
         run.log(candidate=str(candidate), compiled=True)
         return True
     steps = {
@@ -348,7 +348,7 @@ def sweep(run: Run) -> bool:
     return good
 
 
-def _changed(configuration: Any, candidate: Candidate) -> Any:
+def changed(configuration: Any, candidate: Candidate) -> Any:
     return replace(configuration, num_warps=candidate.num_warps, num_stages=candidate.num_stages)
 
 
@@ -360,7 +360,7 @@ def _using(candidate: Candidate) -> Iterator[None]:
     launch = Configuration.launch
 
     def changed(self: Any, grid: Any, device: Any, **arguments: Any) -> None:
-        own = _changed(self, candidate) if self.kernel.__name__ == candidate.kernel else self
+        own = changed(self, candidate) if self.kernel.__name__ == candidate.kernel else self
         launch(own, grid, device, **arguments)
 
     Configuration.launch = changed  # type: ignore[method-assign]

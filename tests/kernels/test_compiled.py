@@ -9,6 +9,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 
+from benchmarks.kernels.stages import CANDIDATES, changed  # noqa: E402
 from compilation import SHARED_MEMORY, TARGETS, compiled, local_memory, name_of, transposed_products  # noqa: E402
 from emma_adapter import KernelError  # noqa: E402
 from emma_adapter.kernels import cross_attention, token_mixing  # noqa: E402
@@ -37,6 +38,24 @@ def test_compiles_without_spills(configuration, target, tmp_path):
     if target != "gfx942" and configuration.kernel.__name__.startswith("mix_"):
         # Activations reach shared memory 16 bytes at a time and asynchronously: the compiler knows they are aligned.
         assert re.search(r"cp\.async\.cg\.shared\.global .*0x10,", kernel.asm["ptx"])
+
+
+@pytest.mark.parametrize(("operation", "candidate"), CANDIDATES, ids=str)
+def test_the_schedules_that_a_gpu_will_try_compile_for_it(operation, candidate, tmp_path):
+    """Those of the variants that the benchmark's shape takes: bfloat16, heads of 32, all of I in a tile, large."""
+    wanted = {"BLOCK_H": 32, "MODULATE": True, "ONE_TILE": True}
+    found = [
+        own
+        for own in CONFIGURATIONS
+        if own.kernel.__name__ == candidate.kernel
+        and own.dtype == torch.bfloat16
+        and all(dict(own.constants).get(name, value) == value for name, value in wanted.items())
+    ]
+    configuration = max(found, key=lambda own: dict(own.constants).get("BLOCK_M", 0))
+    assert (configuration.num_warps, configuration.num_stages) != (candidate.num_warps, candidate.num_stages)
+    kernel = compiled(changed(configuration, candidate), "sm_90")
+    assert kernel.metadata.shared <= 232_448
+    assert local_memory(kernel, "sm_90", tmp_path) == 0
 
 
 @pytest.mark.parametrize(
