@@ -8,6 +8,7 @@ import os
 import time
 
 import pytest
+import torch
 from click import ClickException
 from click.testing import CliRunner
 from test_kernel_benchmarks import MACHINE, gpu_records
@@ -130,6 +131,28 @@ def test_every_stage_that_the_runner_names_there_is():
     assert {stage.name for stage in STAGES} == set(stages.STAGES)
     with pytest.raises(SystemExit):
         main(["--output", "nowhere", "--only", "unknown"])
+
+
+def test_a_sweep_changes_the_schedule_of_one_kernel(monkeypatch):
+    pytest.importorskip("triton")
+    from emma_adapter.kernels import token_mixing
+    from emma_adapter.kernels.launch import Configuration
+
+    launched = []
+    monkeypatch.setattr(Configuration, "launch", lambda self, grid, device, **arguments: launched.append(self))
+    (_, candidate), configurations = stages.CANDIDATES[0], list(token_mixing.configurations())
+    with stages.using(candidate):
+        for configuration in configurations:
+            configuration.launch((1,), torch.device("cpu"))
+    for before, after in zip(configurations, launched, strict=True):
+        own = before.kernel.__name__ == candidate.kernel
+        assert (after.num_warps, after.num_stages) == (
+            (candidate.num_warps, candidate.num_stages) if own else (before.num_warps, before.num_stages)
+        )
+        assert after.constants == before.constants
+    launched.clear()
+    configurations[0].launch((1,), torch.device("cpu"))
+    assert launched == configurations[:1]
 
 
 def test_without_a_gpu_and_not_dry_it_says_so(tmp_path):

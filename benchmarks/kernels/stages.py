@@ -339,9 +339,10 @@ def sweep(run: Run) -> bool:
             if own != name or run.left() < 5:
                 continue
             try:
-                with _using(candidate):
+                with using(candidate):
                     times = kernel_times(step, run.device, 10)
-                run.log(operation=name, candidate=str(candidate), us_of_kernel=times.get(candidate.kernel))
+                own_times = (time for kernel, time in times.items() if kernel.startswith(candidate.kernel))
+                run.log(operation=name, candidate=str(candidate), us_of_kernel=sum(own_times))
             except Exception as error:  # noqa: BLE001
                 good = False
                 run.log(operation=name, candidate=str(candidate), error=_told(error))
@@ -353,17 +354,17 @@ def changed(configuration: Any, candidate: Candidate) -> Any:
 
 
 @contextmanager
-def _using(candidate: Candidate) -> Iterator[None]:
+def using(candidate: Candidate) -> Iterator[None]:
     """Launches of one kernel with another schedule."""
     from emma_adapter.kernels.launch import Configuration
 
     launch = Configuration.launch
 
-    def changed(self: Any, grid: Any, device: Any, **arguments: Any) -> None:
+    def other(self: Any, grid: Any, device: Any, **arguments: Any) -> None:
         own = changed(self, candidate) if self.kernel.__name__ == candidate.kernel else self
         launch(own, grid, device, **arguments)
 
-    Configuration.launch = changed  # type: ignore[method-assign]
+    Configuration.launch = other  # type: ignore[method-assign]
     try:
         yield
     finally:
