@@ -13,7 +13,7 @@ from click import ClickException
 from click.testing import CliRunner
 from test_kernel_benchmarks import MACHINE, gpu_records
 
-from benchmarks.kernels import gpu_quarter_hour, publish, stages
+from benchmarks.kernels import gpu_quarter_hour, publish, schedules, stages
 from benchmarks.kernels.gpu_quarter_hour import LINES, STAGES, Stage, main, run, summary
 from benchmarks.kernels.records import Results
 
@@ -140,8 +140,8 @@ def test_a_sweep_changes_the_schedule_of_one_kernel(monkeypatch):
 
     launched = []
     monkeypatch.setattr(Configuration, "launch", lambda self, grid, device, **arguments: launched.append(self))
-    (_, candidate), configurations = stages.CANDIDATES[0], list(token_mixing.configurations())
-    with stages.using(candidate):
+    (_, candidate), configurations = schedules.CANDIDATES[0], list(token_mixing.configurations())
+    with schedules.using(candidate):
         for configuration in configurations:
             configuration.launch((1,), torch.device("cpu"))
     for before, after in zip(configurations, launched, strict=True):

@@ -11,10 +11,10 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from .gpu_quarter_hour import Log
 from .machine import copy_bandwidth, describe_machine, median_microseconds
 from .operations import OPERATIONS
 from .records import Results
+from .schedules import CANDIDATES, changed, using
 from .shapes import BATCHES, PHASES, SHAPES, Setting, Shape, applies
 
 #: Operation, shape and batch, in order of importance. ``modulation`` is the default fusion.
@@ -291,32 +292,6 @@ def kernel_times(step: Callable[[], None], device: torch.device, repeats: int = 
 # --- tiles -----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """Another schedule of one kernel; one that compiles for sm_90 without spills."""
-
-    kernel: str
-    num_warps: int
-    num_stages: int
-
-    def __str__(self) -> str:
-        return f"{self.kernel} w{self.num_warps} s{self.num_stages}"
-
-
-#: Tried in the case of the operation that they belong to.
-CANDIDATES = (
-    ("linear", Candidate("mix_forward", 8, 4)),
-    ("linear", Candidate("mix_backward_weights", 4, 3)),
-    ("linear", Candidate("mix_backward_inputs", 8, 4)),
-    ("modulation", Candidate("query_forward", 4, 3)),
-    ("modulation", Candidate("output_forward", 4, 1)),
-    ("modulation", Candidate("output_backward", 8, 2)),
-    ("modulation", Candidate("output_weight_backward", 8, 2)),
-    ("modulation", Candidate("query_weight_backward", 4, 3)),
-    ("modulation", Candidate("key_value_backward", 4, 2)),
-)
-
-
 def sweep(run: Run) -> bool:
     """Microseconds of single kernels with other schedules, beside those that are shipped."""
     if run.dry:
@@ -347,28 +322,6 @@ def sweep(run: Run) -> bool:
                 good = False
                 run.log(operation=name, candidate=str(candidate), error=_told(error))
     return good
-
-
-def changed(configuration: Any, candidate: Candidate) -> Any:
-    return replace(configuration, num_warps=candidate.num_warps, num_stages=candidate.num_stages)
-
-
-@contextmanager
-def using(candidate: Candidate) -> Iterator[None]:
-    """Launches of one kernel with another schedule."""
-    from emma_adapter.kernels.launch import Configuration
-
-    launch = Configuration.launch
-
-    def other(self: Any, grid: Any, device: Any, **arguments: Any) -> None:
-        own = changed(self, candidate) if self.kernel.__name__ == candidate.kernel else self
-        launch(own, grid, device, **arguments)
-
-    Configuration.launch = other  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        Configuration.launch = launch  # type: ignore[method-assign]
 
 
 # --- all -------------------------------------------------------------------------------------------------------

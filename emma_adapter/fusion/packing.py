@@ -63,11 +63,12 @@ class Packing:
         key = name, device
         known = self._sent.get(key)
         if known is None:
-            known = make()
-            if device.type == "cuda" and known.device.type == "cpu":
-                # Only pinned memory is copied to a GPU without waiting for it.
-                known = known.pin_memory().to(device, non_blocking=True)
-            self._sent[key] = known = known.to(device)
+            with torch.inference_mode(False):  # The next call may train.
+                known = make()
+                if device.type == "cuda" and known.device.type == "cpu":
+                    # Only pinned memory is copied to a GPU without waiting for it.
+                    known = known.pin_memory().to(device, non_blocking=True)
+                self._sent[key] = known = known.to(device)
         return known
 
 

@@ -9,7 +9,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from benchmarks.kernels.stages import CANDIDATES, changed  # noqa: E402
+from benchmarks.kernels.schedules import CANDIDATES, changed  # noqa: E402
 from compilation import SHARED_MEMORY, TARGETS, compiled, local_memory, name_of, transposed_products  # noqa: E402
 from emma_adapter import KernelError  # noqa: E402
 from emma_adapter.kernels import cross_attention, token_mixing  # noqa: E402

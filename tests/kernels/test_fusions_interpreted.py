@@ -271,5 +271,8 @@ def test_packed_images_of_known_grids_take_nothing_from_the_host(ordered):
     with Copies() as copies:
         alignment(v, t, MASK, packing=Packing(grids[::-1], torch.tensor([0, 2, 1, 1]), orders))
     assert "_to_copy" not in copies.found
+    with torch.inference_mode():
+        alignment(v, t, MASK, packing=(later := Packing(grids, torch.tensor([0, 2, 1, 1]), orders)))
+    alignment(v, t, MASK, packing=later).sum().backward()
     copied = pickle.loads(pickle.dumps(packing))
     assert torch.equal(alignment(v, t, MASK, packing=copied), first)
