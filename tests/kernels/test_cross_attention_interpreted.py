@@ -485,6 +485,16 @@ def test_the_operators_pass_pytorchs_own_checks(positions):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_the_operators_pass_pytorchs_own_checks_for_images_of_one_size():
+    """Which need neither lengths nor rows."""
+    problem = make((4, 4), packed=True, positions=False, instructions=2, width=16, heads=1)
+    dense = list(operands(problem))
+    packed, dense[4:6] = tuple(dense), (None, None)
+    torch.library.opcheck(_cross_attention, tuple(dense))
+    assert same_bits(_cross_attention(*dense)[0], _cross_attention(*packed)[0])
+
+
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
 def test_compiles_without_graph_breaks(packed):
     problem = make((6, 6), packed=packed, instructions=2, width=16, mask=MASK[:2])
