@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import subprocess
 import time
 
 import pytest
@@ -153,6 +154,22 @@ def test_a_sweep_changes_the_schedule_of_one_kernel(monkeypatch):
     launched.clear()
     configurations[0].launch((1,), torch.device("cpu"))
     assert launched == configurations[:1]
+
+
+@pytest.mark.parametrize(("codes", "good"), [([0], True), ([9], False), ([2, 0], True), ([2, 2], False)])
+def test_memcheck_tries_again_without_an_option_that_is_not_known(codes, good, tmp_path, monkeypatch):
+    commands = []
+
+    def sanitize(command, **options):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, codes[len(commands) - 1], "", "unknown option")
+
+    monkeypatch.setattr(stages.shutil, "which", lambda name: "compute-sanitizer")
+    monkeypatch.setattr(stages.subprocess, "run", sanitize)
+    log = gpu_quarter_hour.Log(tmp_path, "memcheck")
+    assert stages.memcheck(stages.Run(log, 60, dry=False, began=0)) == good
+    assert of(lines(tmp_path), "memcheck", "code") == codes
+    assert ["--kernel-name-exclude" in command for command in commands] == [True, False][: len(codes)]
 
 
 def test_without_a_gpu_and_not_dry_it_says_so(tmp_path):
