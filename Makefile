@@ -19,7 +19,8 @@ test-oldest: $(OLDEST_VENV)/.installed
 		tests/test_qwen_vl.py tests/test_packing.py tests/test_llava.py tests/test_extraction.py \
 		tests/test_encoders.py tests/test_zoo.py tests/test_dispatch.py tests/test_token_mixing.py tests/test_fusion.py \
 		tests/test_peft.py tests/test_named.py tests/test_recomputation.py tests/test_concurrency.py \
-		tests/test_life_cycle.py tests/test_numbers.py \
+		tests/test_life_cycle.py tests/test_numbers.py tests/test_private.py tests/test_peft_methods.py tests/test_references.py \
+		tests/test_wrapped.py tests/test_quantized.py tests/test_output_folders.py tests/test_hub_pushes.py \
 		tests/kernels/test_interpreter.py tests/kernels/test_launches.py tests/kernels/test_compiled.py
 
 # All tests on the newest releases, of these packages the pre-releases too: tells early what others are about to change.
