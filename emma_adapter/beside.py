@@ -8,9 +8,6 @@ read, so that where this library is imported it can warn.
 from __future__ import annotations
 
 import json
-import sys
-import traceback
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -21,11 +18,12 @@ from .atomic import replace_files
 from .checkpoint import CARD_NAME, CONFIG_NAME, FORMAT, SUBFOLDER
 from .model_card import beside_section
 from .state import DEFAULT, state_of
+from .warning import warn_caller
 
 _BEGIN, _END = "<!-- emma_adapter: begin -->", "<!-- emma_adapter: end -->"
 _MAPPING = "auto_mapping"
 #: Whose lines lie between a user's line and ours.
-_OTHERS = ("emma_adapter", "peft", "torch")
+_THROUGH = ("peft", "torch")
 
 
 def tell_in_card(model: nn.Module, directory: Path, location: str = "path/to/this/folder") -> None:
@@ -67,16 +65,9 @@ def tell_in_config(directory: Path) -> None:
 def warn_if_told(configs: Iterable[Any]) -> None:
     """Warn if one of these configs of PEFT, of a model that isn't patched, says that an adapter is missing."""
     if any(FORMAT in (getattr(config, _MAPPING, None) or ()) for config in configs):
-        warnings.warn(
+        warn_caller(
             "PEFT loads a part of what was trained together: an EMMA adapter lies beside it, in "
             f"{SUBFOLDER}/ of the same folder or repository, and the model isn't patched. Load it too: "
             "load_adapter(model, folder, processor=processor), best before PeftModel.from_pretrained",
-            stacklevel=_callers_level(),
+            *_THROUGH,
         )
-
-
-def _callers_level() -> int:
-    """The ``stacklevel``, for the function that asks, of the line that called PEFT, however deep in it we are."""
-    frames = (frame for frame, _ in traceback.walk_stack(sys._getframe(1)))
-    names = (frame.f_globals.get("__name__", "").partition(".")[0] for frame in frames)
-    return next((level for level, name in enumerate(names, 1) if name not in _OTHERS), 2)

@@ -24,6 +24,11 @@ _HAS_PEFT_ADAPTERS = "_hf_peft_config_loaded"
 _TRAINER_MODULES = ("transformers.trainer", "transformers.trainer_utils")
 
 
+#: The submodule in which ``torch.compile``'s wrapper holds its model. Held by ``test_wrapped.py``.
+COMPILED = "_orig_mod"
+#: The same of every wrapper: ``torch.compile``'s; those of DataParallel, DistributedDataParallel, AveragedModel and
+#: DeepSpeed; FullyShardedDataParallel's. Held by ``test_wrapped.py``.
+HELD_AS = (COMPILED, "module", "_fsdp_wrapped_module")
 #: Of PyTorch's ``nn.Module``: what ``nn.DataParallel`` makes replicas by. Without it, replicas would run the methods of
 #: the model they were made of. Held by ``test_private.py::test_replicas_are_made_by_a_method_of_the_module``.
 REPLICATE = "_replicate_for_data_parallel"

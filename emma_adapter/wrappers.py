@@ -6,9 +6,7 @@ from typing import Any
 
 from torch import nn
 
-#: Names of the submodule that a wrapper holds its model in: ``torch.compile``'s; those of DataParallel,
-#: DistributedDataParallel, AveragedModel and DeepSpeed; FullyShardedDataParallel's.
-_HELD_AS = ("_orig_mod", "module", "_fsdp_wrapped_module")
+from . import private
 
 
 def around(model: nn.Module) -> list[nn.Module]:
@@ -34,7 +32,7 @@ def is_peft_model(model: nn.Module) -> bool:
 
 def knows_its_parameters(wrapper: nn.Module) -> bool:
     """Return whether a wrapper has noted the parameters of the model that it was made for, or copied them."""
-    follows = isinstance(wrapper, nn.DataParallel) or "_orig_mod" in wrapper._modules
+    follows = isinstance(wrapper, nn.DataParallel) or private.COMPILED in wrapper._modules
     return not follows and not is_peft_model(wrapper)
 
 
@@ -42,4 +40,4 @@ def _inside(model: Any) -> nn.Module | None:
     if is_peft_model(model):
         base: nn.Module = model.get_base_model()
         return base
-    return next((held for name in _HELD_AS if (held := model._modules.get(name)) is not None), None)
+    return next((held for name in private.HELD_AS if (held := model._modules.get(name)) is not None), None)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
+from ..private import is_transformed
 from .broken import finite_values, may_look
 from .layers import add_update
 
@@ -121,9 +122,7 @@ MixTokens.forward.__signature__ = inspect.signature(MixTokens.forward)  # type: 
 
 def _is_transformed(*tensors: Tensor) -> bool:
     """Whether derivatives or batches are formed even where no gradients are: by torch.func, or in forward mode."""
-    return torch._C._are_functorch_transforms_active() or any(
-        unpack_dual(tensor).tangent is not None for tensor in tensors
-    )
+    return is_transformed() or any(unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
 def _repeated(weight: Tensor, batch: Tensor) -> Tensor:
