@@ -161,21 +161,22 @@ def forget_compiled_code() -> None:
 
 
 def running_trainer() -> Any:
-    """Return the ``transformers.Trainer`` in whose method this thread is, or None.
+    """Return the ``transformers.Trainer`` in whose ``train`` or ``save_model`` this thread is, or None.
 
-    Trainer tells a model neither that training starts nor where checkpoints will go. It is found by its public class,
-    as the first argument of a function that is running; only its public attributes are used. Without it, what is
-    checked at the start is found out when the first checkpoint is written.
+    Trainer tells a model neither that training starts nor where checkpoints will go. It is found as the first argument
+    of these two methods, and only its public attributes are used. Without it, what is checked at the start is found out
+    when the first checkpoint is written.
 
-    Held by tests/test_output_folders.py.
+    Held by ``test_private.py::test_a_running_trainer_is_found`` and ``test_output_folders.py``.
     """
     module: Any = sys.modules.get("transformers.trainer")
     frame = sys._getframe(1) if module is not None else None
     while frame is not None:
-        code = frame.f_code
-        first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
-        if isinstance(first, module.Trainer):
-            return first
+        # Of these frames only: what asks for a frame's variables keeps them alive, until Python 3.13.
+        if frame.f_globals.get("__name__") == module.__name__ and frame.f_code.co_name in ("train", "save_model"):
+            first = frame.f_locals.get(frame.f_code.co_varnames[0])
+            if isinstance(first, module.Trainer):
+                return first
         frame = frame.f_back
     return None
 

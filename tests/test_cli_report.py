@@ -149,7 +149,7 @@ def test_the_processor_of_another_model_is_one_line(tmp_path, workspace):
     shutil.copytree(workspace / MODEL_ID, tmp_path / "model")
     settings = json.loads((tmp_path / "model" / "processor_config.json").read_text())
     (tmp_path / "model" / "processor_config.json").write_text(json.dumps({**settings, "patch_size": 7}))
-    assert "check the arguments, and that the processor is the model's" in refused(model=str(tmp_path / "model"))
+    assert "Let the model's processor make text and images together" in refused(model=str(tmp_path / "model"))
 
 
 @pytest.mark.parametrize("package", ["jinja2", "matplotlib", "sklearn"])

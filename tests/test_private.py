@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import weakref
 
 import pytest
 import torch
@@ -130,3 +131,33 @@ def test_replicas_are_made_by_a_method_of_the_module():
 def test_no_ddp_runs_here():
     assert private.parameters_of_running_ddp() is None
     assert hasattr(torch.nn.parallel.DistributedDataParallel, "_get_active_ddp_module")
+
+
+def test_a_running_trainer_is_found(tmp_path):
+    found = []
+
+    class Asks(torch.nn.Linear):
+        def forward(self, values, labels):
+            found.append(private.running_trainer())
+            return {"loss": super().forward(values).square().mean()}
+
+    rows = [{"values": [1.0, 2.0], "labels": [0.0]}] * 2
+    arguments = transformers.TrainingArguments(
+        str(tmp_path), max_steps=1, report_to=[], use_cpu=True, save_strategy="no"
+    )
+    trainer = transformers.Trainer(Asks(2, 2), arguments, train_dataset=rows)
+    trainer.train()
+    assert found == [trainer] and private.running_trainer() is None
+
+
+def test_who_looks_for_a_trainer_keeps_nothing_alive(tmp_path):
+    transformers.Trainer  # noqa: B018 - imports it
+
+    class Large:
+        pass
+
+    held = Large()
+    gone = weakref.ref(held)
+    assert private.running_trainer() is None
+    del held
+    assert gone() is None
