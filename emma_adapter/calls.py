@@ -127,11 +127,11 @@ class RoutedInstruction:
     """The instruction for every part of one projector input."""
 
     layout: MediaLayout
-    modality: str
     rows: Tensor  # [media], rows of the instruction
     #: Name of the adapter that the instruction is encoded for.
     adapter: str
     instruction: InstructionTokens
+    modality: str = "image"
 
     @property
     def unchecked_tokens(self) -> tuple[str, int] | None:
@@ -208,7 +208,7 @@ def route(
     placeholders = plan.placeholders[running.modality]
     layout = _checked_layout(family, projector_call(plan.inner, running, visual_tokens, placeholders))
     rows = rows_of_media(placeholders, layout.tokens, repeats=plan.repeats, modality=running.modality)
-    return RoutedInstruction(layout, running.modality, rows, plan.adapter, plan.instruction)
+    return RoutedInstruction(layout, rows, plan.adapter, plan.instruction, running.modality)
 
 
 def route_without_prompt(
@@ -225,7 +225,7 @@ def route_without_prompt(
     media = len(layout.tokens)
     rows = torch.arange(media, device=visual_tokens.device)
     return RoutedInstruction(
-        layout, running.modality, rows, adapter, instruction.for_each(media, f"{running.modality}s")
+        layout, rows, adapter, instruction.for_each(media, f"{running.modality}s"), running.modality
     )
 
 

@@ -22,6 +22,8 @@ from .templates import read_markers
 IGNORE_INDEX = -100
 Words = TypeVar("Words", str, list[int])
 _SAYS_NOTHING = -1
+# Rows whose turns are remembered: a call asks more than once, and a conversation goes on.
+_KEPT_PROMPTS = 256
 _PASS_IT = 'pass it: model(**inputs, instruction=["…", …]) or model.generate(**inputs, instruction=["…", …])'
 
 _ALL_SUPERVISED = (
@@ -163,7 +165,7 @@ class InstructionReader:
     def _learn(self) -> _Known:
         of = self._state_of_processor()
         texts = TokenTexts(self.tokenizer, self._special_ids)
-        return _Known(of, texts, read_markers(self.processor, texts, self._system_prompts), LRUCache(1024))
+        return _Known(of, texts, read_markers(self.processor, texts, self._system_prompts), LRUCache(_KEPT_PROMPTS))
 
     def _state_of_processor(self) -> tuple[object, ...]:
         templates = [getattr(source, "chat_template", None) for source in (self.processor, self.tokenizer)]
