@@ -144,7 +144,7 @@ def has_compiled_code() -> bool:
     """Whether ``torch.compile`` has compiled anything in this process.
 
     Reads ``torch._dynamo.convert_frame.output_codes``, PyTorch's list of what it has compiled. True in a release that
-    has none. Held by ``tests/test_wrapped.py::test_what_was_compiled_is_kept_where_nothing_is_patched``.
+    has none. Held by ``test_wrapped.py::test_what_was_compiled_is_kept_where_nothing_is_patched``.
     """
     frames: Any = sys.modules.get("torch._dynamo.convert_frame")
     return frames is not None and bool(getattr(getattr(frames, "output_codes", None), "seen", True))
@@ -187,7 +187,7 @@ class LeftOutOfSaves(Set[str]):
     ``_keys_to_ignore_on_save`` of ``PreTrainedModel``. ``Trainer`` compares it with the keys that it misses in a
     checkpoint, and warns where they differ. Without it, resuming from a checkpoint of the adapter alone would warn.
 
-    Held by tests/test_trainer.py::test_resume_is_exact.
+    Held by ``test_trainer.py::test_resume_is_exact``.
     """
 
     def __init__(self, before: Any, names: Callable[[], set[str] | None]) -> None:
@@ -239,7 +239,7 @@ def has_peft_adapters(model: nn.Module) -> bool:
     """Whether ``model.add_adapter`` has put an adapter of PEFT into a model, of which ``model.save_pretrained`` then
     writes the adapter only. ``_hf_peft_config_loaded`` of ``PreTrainedModel``.
 
-    Held by tests/test_trainer.py::test_lora_by_add_adapter.
+    Held by ``test_trainer.py::test_lora_by_add_adapter``.
     """
     return getattr(model, _HAS_PEFT_ADAPTERS, False) is True
 
@@ -251,7 +251,7 @@ class HasTrainableAdapters:
     on top of the quantized weights? The answer is ``answer()``. All others ask: is there an adapter of PEFT? There is
     none; where there is one, ``add_adapter`` has replaced this by True. Without it, ``Trainer`` refuses the model.
 
-    Held by tests/test_quantized.py::test_trainer_takes_the_adapter_alone.
+    Held by ``test_quantized.py::test_trainer_takes_the_adapter_alone``.
     """
 
     def __init__(self, answer: Callable[[], bool]) -> None:

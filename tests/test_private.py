@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,8 @@ from transformers import DynamicCache, EncoderDecoderCache, LlamaForCausalLM, St
 import tiny
 from emma_adapter import private
 from remote_llava import llava_original
+
+ANSWERS = ("answer_trainer", "stop_answering_trainer", "may_be_trained_through")
 
 
 @pytest.mark.parametrize(
@@ -161,3 +165,15 @@ def test_who_looks_for_a_trainer_keeps_nothing_alive(tmp_path):
     assert private.running_trainer() is None
     del held
     assert gone() is None
+
+
+def test_every_name_of_others_is_held_by_a_test_that_exists():
+    source = Path(private.__file__).read_text()
+    named = re.findall(r"``((?:\w+/)?test_\w+\.py)(?:::(\w+))?``", source)
+    assert len(named) > 10
+    for file, test in named:
+        assert f"def {test}" in (Path(__file__).parent / file).read_text()
+    functions = [value for value in vars(private).values() if getattr(value, "__module__", "") == private.__name__]
+    untold = [function.__name__ for function in functions if "Held by" not in (function.__doc__ or "")]
+    # What undoes, or is a part of, what another one does.
+    assert set(untold) <= {"forget_compiled_code", "leave_out_of_saves", "expect_whole_saves", "whole_saves", *ANSWERS}
