@@ -349,7 +349,9 @@ WORDS = st.one_of(
     st.lists(st.sampled_from(SNIPPETS), min_size=2, max_size=3).map(" ".join),
 ).filter(lambda text: text.strip())
 MARKERS = {text for style in STYLES.values() for text in (*style.special, style.image, *style.markers) if text}
-QUESTIONS = WORDS.filter(lambda text: not any(squeezed(marker) in squeezed(text) for marker in {*MARKERS, "</s>"}))
+# The tokenizers' own, which hypothesis knows too: it tries texts that stand in the source of modules.
+SPECIAL = ("<unk>", "<s>", "</s>", "<pad>")
+QUESTIONS = WORDS.filter(lambda text: not any(squeezed(marker) in squeezed(text) for marker in {*MARKERS, *SPECIAL}))
 
 
 @every_style
