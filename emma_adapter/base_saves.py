@@ -65,7 +65,7 @@ def _save_checkpoint(model: nn.Module, original: Callable[..., Any], directory: 
     trained = _trained(model)
     if not trained - _belonging(model):
         if is_main_process:
-            _save_adapter_only(model, directory, gathered)
+            _save_adapter_only(model, directory, trained, gathered)
         return None
     # Trainer loads what it finds under the names of the running model, and drops what has another name.
     kwargs.setdefault("save_original_format", False)
@@ -79,12 +79,14 @@ def _save_checkpoint(model: nn.Module, original: Callable[..., Any], directory: 
     return result
 
 
-def _save_adapter_only(model: nn.Module, directory: Path, gathered: Mapping[str, Tensor] | None) -> None:
+def _save_adapter_only(
+    model: nn.Module, directory: Path, trained: set[int], gathered: Mapping[str, Tensor] | None
+) -> None:
     if _CHECKPOINT.fullmatch(directory.name):
         _check_holds_no_model(directory)
     further = {}
     if not checkpoint.holds_model(directory):
-        further = {_TRAINER_WEIGHTS: _trained_tensors(model, _trained(model), gathered)}
+        further = {_TRAINER_WEIGHTS: _trained_tensors(model, trained, gathered)}
     saving.save(model, directory, is_main_process=True, gathered=gathered, further=further)
     _log.info("saved the adapter alone to %s, since nothing else is trained", directory)
 

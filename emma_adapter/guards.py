@@ -41,6 +41,13 @@ class MethodGuard:
     def install(cls, model: nn.Module, name: str, guard: Callable[..., Any]) -> None:
         model.__dict__[name] = cls(model, name, guard)
 
+    @classmethod
+    def install_once(cls, model: nn.Module, name: str, guard: Callable[..., Any]) -> None:
+        """Install a guard before a method that the model's class has, unless it is there already."""
+        present = model.__dict__.get(name)
+        if hasattr(type(model), name) and not (isinstance(present, cls) and present.guard is guard):
+            cls.install(model, name, guard)
+
     def remove(self, model: nn.Module) -> None:
         if model.__dict__.get(self.name) is not self:
             return  # another tool wrapped us since; without state, the guard only passes calls on

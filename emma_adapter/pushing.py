@@ -19,9 +19,7 @@ from .guards import MethodGuard, arguments_by_name
 
 def install(model: nn.Module) -> None:
     """Guard the upload of a patched model, or of a ``PeftModel`` around one."""
-    present = model.__dict__.get(private.UPLOAD)
-    if hasattr(type(model), private.UPLOAD) and not isinstance(present, MethodGuard):
-        MethodGuard.install(model, private.UPLOAD, guard_upload)
+    MethodGuard.install_once(model, private.UPLOAD, guard_upload)
 
 
 def guard_upload(model: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -74,27 +74,21 @@ def _is_patched(module: nn.Module | None) -> bool:
 
 def _guard_tuner(tuner: nn.Module) -> None:
     # What replaces modules of the model, or freezes its parameters.
-    _install(tuner, "inject_adapter", _keep_adapters_and_trained_projectors)
+    MethodGuard.install_once(tuner, "inject_adapter", _keep_adapters_and_trained_projectors)
     for name in ("merge_and_unload", "unload", "delete_adapter"):
-        _install(tuner, name, _keep_adapters)
+        MethodGuard.install_once(tuner, name, _keep_adapters)
 
 
 def _guard_peft_model(model: nn.Module, base: Any) -> None:
-    _install(model, "save_pretrained", _save_with_adapters)
-    _install(model, "load_adapter", _load_with_adapter)
-    _install(model, "disable_adapter", _through_reference)
-    _install(model, "set_adapter", _note_reference)
-    _install(model, "create_or_update_model_card", _tell_in_card)
+    MethodGuard.install_once(model, "save_pretrained", _save_with_adapters)
+    MethodGuard.install_once(model, "load_adapter", _load_with_adapter)
+    MethodGuard.install_once(model, "disable_adapter", _through_reference)
+    MethodGuard.install_once(model, "set_adapter", _note_reference)
+    MethodGuard.install_once(model, "create_or_update_model_card", _tell_in_card)
     pushing.install(model)
     if not _is_tuner(base):
-        _install(model, "add_adapter", _keep_adapters)
+        MethodGuard.install_once(model, "add_adapter", _keep_adapters)
         install_prompt_hooks(model)
-
-
-def _install(module: nn.Module, name: str, guard: Callable[..., Any]) -> None:
-    present = module.__dict__.get(name)
-    if hasattr(type(module), name) and not (isinstance(present, MethodGuard) and present.guard is guard):
-        MethodGuard.install(module, name, guard)
 
 
 def _keep_adapters(tuner: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -653,6 +653,15 @@ def with_more(more, processor=PROCESSOR):
     return model
 
 
+def assert_resumes_exactly(resumed, uninterrupted, folder, warnings) -> None:
+    """From the third step of a run in ``folder``."""
+    continued = trainer_for(resumed, folder / "again")
+    continued.train(resume_from_checkpoint=str(checkpoint_folder(folder, 3)))
+    assert losses(continued) == losses(uninterrupted)
+    assert same_values(resumed.state_dict(), uninterrupted.model.state_dict())
+    assert not about_keys(warnings)
+
+
 @pytest.mark.parametrize("more", MORE)
 def test_what_is_trained_beside_the_adapter_is_in_the_checkpoint(more, tmp_path, warnings):
     """Resuming is exact, and the checkpoint is a model that transformers loads."""
@@ -662,12 +671,7 @@ def test_what_is_trained_beside_the_adapter_is_in_the_checkpoint(more, tmp_path,
     uninterrupted.train()
     assert changed(before, whole) > adapter_names(whole)
 
-    resumed = with_more(more)
-    continued = trainer_for(resumed, tmp_path / "again")
-    continued.train(resume_from_checkpoint=str(checkpoint_folder(tmp_path, 3)))
-    assert losses(continued) == losses(uninterrupted)
-    assert same_values(resumed.state_dict(), whole.state_dict())
-    assert not about_keys(warnings)
+    assert_resumes_exactly(with_more(more), uninterrupted, tmp_path, warnings)
 
     folder = checkpoint_folder(tmp_path, 6)
     other, info = LlavaForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
@@ -793,12 +797,7 @@ def test_lora_by_add_adapter(tmp_path, warnings):
     assert {name for name in changed(before, whole) if "lora_" in name}
 
     torch.manual_seed(6)
-    resumed = with_more(lora)
-    continued = trainer_for(resumed, tmp_path / "again")
-    continued.train(resume_from_checkpoint=str(checkpoint_folder(tmp_path, 3)))
-    assert losses(continued) == losses(uninterrupted)
-    assert same_values(resumed.state_dict(), whole.state_dict())
-    assert not about_keys(warnings)
+    assert_resumes_exactly(with_more(lora), uninterrupted, tmp_path, warnings)
 
     folder = checkpoint_folder(tmp_path, 6)
     other = base_model()

@@ -8,6 +8,7 @@ import torch
 
 from . import correctness
 from .gpu_quarter_hour import Log
+from .machine import tower_config
 
 QUESTION = "how many dogs are there?"
 
@@ -27,17 +28,6 @@ def _llava(name: str) -> tuple[Any, Any]:
 
     if name == "tiny":
         return tiny.llava(), tiny.processor()
-    from transformers import CLIPVisionConfig
-
-    vision = CLIPVisionConfig(
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        image_size=336,
-        patch_size=14,
-        projection_dim=768,
-    )
     text = tiny.llava().config.text_config
     text.update(
         {
@@ -52,7 +42,7 @@ def _llava(name: str) -> tuple[Any, Any]:
     processor = tiny.processor()
     for size in ("size", "crop_size"):
         setattr(processor.image_processor, size, {"height": 336, "width": 336})
-    return tiny.llava(vision_config=vision, text_config=text), processor
+    return tiny.llava(vision_config=tower_config(), text_config=text), processor
 
 
 def _patched(log: Log, name: str, device: torch.device, dtype: torch.dtype) -> bool:
