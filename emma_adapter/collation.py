@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .errors import ConfigError, DataError, InstructionError
 from .handle import EmmaAdapter
-from .instructions.extraction import IGNORE_INDEX, choose_turns, pad_right
+from .instructions.extraction import choose_turns, pad_right
+from .instructions.prompt import IGNORE_INDEX
 from .prompts import stop_ids
 from .state import state_of
 from .warning import warn_caller

@@ -12,8 +12,8 @@ from .attachment import check_in_place
 from .calls import CallPlan, FeatureCall, OuterCall, PinnedPrompt
 from .errors import InstructionError, RoutingError
 from .families import ModelFamily
-from .instructions.extraction import Prompt
 from .instructions.packing import Samples, find_samples
+from .instructions.prompt import Prompt
 from .instructions.tokens import InstructionTokens, embedded, embedder
 from .private import is_cache
 from .state import AdapterState

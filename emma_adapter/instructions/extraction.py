@@ -17,19 +17,18 @@ from ..warning import warn_caller
 from .cache import LRUCache
 from .decoding import ANSWERED, DecodedRow, TokenTexts, vocabulary_state
 from .markers import TurnMarkers, answer_headers
+from .prompt import IGNORE_INDEX, PASS_IT, Prompt
 from .templates import read_markers
 
-IGNORE_INDEX = -100
 Words = TypeVar("Words", str, list[int])
 _SAYS_NOTHING = -1
 # Rows whose turns are remembered: a call asks more than once, and a conversation goes on.
 _KEPT_PROMPTS = 256
-_PASS_IT = 'pass it: model(**inputs, instruction=["…", …]) or model.generate(**inputs, instruction=["…", …])'
 
 _ALL_SUPERVISED = (
     "labels supervise every token of the prompt, so that nothing is left that is not an answer. Set labels to "
     f"{IGNORE_INDEX} at the prompt's tokens, give patch_model a processor whose chat template announces users "
-    "(processor=...), wrap the collator in emma_adapter.InstructionCollator, or name the instruction: " + _PASS_IT
+    "(processor=...), wrap the collator in emma_adapter.InstructionCollator, or name the instruction: " + PASS_IT
 )
 
 _TRAINS_PROMPT = (
@@ -41,30 +40,14 @@ _TRAINS_PROMPT = (
 _OTHER_TEMPLATE = (
     "nothing in the prompt looks like what the processor's chat template writes around a user's turn: all of the "
     "prompt's words, role words among them, are taken for the instruction, and instruction_policy has no effect. Make "
-    "prompts with processor.apply_chat_template, give patch_model the processor that makes them, or " + _PASS_IT
+    "prompts with processor.apply_chat_template, give patch_model the processor that makes them, or " + PASS_IT
 )
 
 _UNKNOWN_TOKENS = (
     "the prompt has tokens that the tokenizer which patch_model was given doesn't know; they are left out of the "
     "instruction. A model that was pickled has a copy of the tokenizer: give the one that makes the prompts, "
-    "load_adapter(model, …, processor=processor), or " + _PASS_IT
+    "load_adapter(model, …, processor=processor), or " + PASS_IT
 )
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """The text side of one call. ``labels`` and ``assistant_mask`` are the call's, if it has any."""
-
-    input_ids: Tensor  # [B, L]
-    attention_mask: Tensor | None = None  # [B, L]; ignored if it has another shape
-    labels: Tensor | None = None  # [B, L]; -100 at what is not an answer
-    assistant_mask: Tensor | None = None  # [B, L]; 1 at what the assistant said
-    #: True if the call trains the model: then its ids contain the answer.
-    trains: bool = False
-    #: Bool ``[B]``: rows with images. The others need no instruction, and none is looked for.
-    has_media: Tensor | None = None
-    #: Token ids that stand for images and videos, which not every vocabulary knows.
-    placeholder_ids: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -180,7 +163,7 @@ class InstructionReader:
             InstructionError: if answers can't be told from the prompt.
         """
         ids, mask = prompt.input_ids, prompt.attention_mask
-        answers = _answers(prompt)
+        answers = prompt.answers()
         valid = torch.ones(ids.shape, dtype=torch.bool)
         if mask is not None and mask.shape == ids.shape:
             valid = mask.bool().cpu()
@@ -253,7 +236,7 @@ class InstructionReader:
                     "a training step without labels: the answer can't be told from the instruction, and would leak "
                     "through the image. Pass labels to the model (Trainer takes them away with label smoothing and "
                     "with a custom loss), give patch_model a processor with a chat template, or name the instruction: "
-                    + _PASS_IT
+                    + PASS_IT
                 )
             turns = _prompt_runs(words, answers)
         if all(turn.supervised for turn in turns):
@@ -288,7 +271,7 @@ class InstructionReader:
                 "the prompt shows answers of the assistant, but not what the processor's chat template writes around "
                 "a user's turn, so that the answers would be taken for the instruction: make prompts with "
                 "processor.apply_chat_template, give patch_model the processor that makes them, or name the "
-                "instruction: " + _PASS_IT
+                "instruction: " + PASS_IT
             )
         # Where nothing announces users, a question without an answer looks like any text.
         if known.markers is not None and not known.markers.headless:
@@ -345,26 +328,6 @@ class InstructionReader:
             self.warn_once(_UNKNOWN_TOKENS)
             return False
         return True
-
-
-def _answers(prompt: Prompt) -> Tensor | None:
-    """Bool ``[B, L]`` on the CPU: true where labels or the assistant mask say that an answer is. None without both."""
-    answers = None
-    for name, given, ignored in (
-        ("labels", prompt.labels, IGNORE_INDEX),
-        ("the assistant mask", prompt.assistant_mask, 0),
-    ):
-        if given is None:
-            continue
-        if not isinstance(given, Tensor) or given.shape != prompt.input_ids.shape:
-            found = list(given.shape) if isinstance(given, Tensor) else f"(a {type(given).__name__})"
-            raise InstructionError(
-                f"{name} {found} and input_ids {list(prompt.input_ids.shape)} differ in shape, so that "
-                f"answers can't be told from the instruction; {_PASS_IT}"
-            )
-        marked = (given != ignored).cpu()
-        answers = marked if answers is None else answers | marked
-    return answers
 
 
 def _prompt_runs(where: list[int], answers: list[bool] | None) -> list[_Turn]:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ..errors import InstructionError
 from .encoders import CachedEncoder
-from .extraction import InstructionReader, Prompt
+from .extraction import InstructionReader
+from .prompt import Prompt
 
 LLM = "llm"
 _TEACHES_NOTHING = (

@@ -306,12 +306,12 @@ def a_conversation_by_another_template(bench: Bench) -> None:
     bench.adapter().model(**inputs)
 
 
-@raises(InstructionError, "instructions/extraction.py:_answers", "differ in shape")
+@raises(InstructionError, "instructions/prompt.py:Prompt.answers", "differ in shape")
 def labels_of_another_shape(bench: Bench) -> None:
     bench.adapter().model(**labelled(labels=torch.ones(1, 2, dtype=torch.long)))
 
 
-@raises(InstructionError, "instructions/extraction.py:_answers", "differ in shape")
+@raises(InstructionError, "instructions/prompt.py:Prompt.answers", "differ in shape")
 def labels_in_a_list(bench: Bench) -> None:
     bench.adapter().model(**labelled(labels=[[1, 2]]))
 
