@@ -96,8 +96,8 @@ def probe(
             f"a probe with {folds} folds needs two labels with at least {folds} samples each; got "
             f"{sorted(np.bincount(y).tolist(), reverse=True)[:10]}"
         )
-    splits = [_splits(x[rows], np.unique(y[rows], return_inverse=True)[1], folds, seed) for rows in own]
     told = [np.unique(y[rows], return_inverse=True)[1] for rows in own]
+    splits = [_splits(x[rows], truth, folds, seed) for rows, truth in zip(own, told, strict=True)]
     samples = sum(map(len, own))
     everywhere = np.zeros(len(y), dtype=bool)
     for rows, split, truth in zip(own, splits, told, strict=True):

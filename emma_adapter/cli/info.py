@@ -39,7 +39,7 @@ def _adapter_folder(target: str, subfolder: str | None) -> Path | None:
         if (place / checkpoint.CONFIG_NAME).is_file():
             return place
     # Of a model on the hub only the files of an adapter were asked for.
-    if subfolder is not None or (Path(target).is_dir() and not (folder / "config.json").is_file()):
+    if subfolder is not None or (Path(target).is_dir() and not (folder / checkpoint.MODEL_CONFIG_NAME).is_file()):
         raise CheckpointError(
             f"{folder} holds neither an adapter ({checkpoint.CONFIG_NAME}) nor a model (config.json): give the folder "
             "that save_pretrained wrote"
