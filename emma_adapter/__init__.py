@@ -25,18 +25,18 @@ from .errors import (
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .alignment import EmmaAlignment
-    from .collation import InstructionCollator
-    from .config import EmmaConfig
-    from .families import MediaLayout, ModelFamily, ProjectorCall, register_family, share_evenly
-    from .fusion import Fusion, register_fusion
-    from .fusion.dispatch import KernelUse
-    from .fusion.packing import Packing
-    from .handle import EmmaAdapter, get_adapter
+    from .adapter.handle import EmmaAdapter, get_adapter
+    from .adapter.loading import load_adapter
+    from .adapter.patch import patch_model, unpatch_model
+    from .alignment.config import EmmaConfig
+    from .alignment.fusion import Fusion, register_fusion
+    from .alignment.fusion.dispatch import KernelUse
+    from .alignment.fusion.packed_images import Packing
+    from .alignment.module import EmmaAlignment
+    from .data.collation import InstructionCollator
     from .instructions.cache import CacheInfo
     from .instructions.encoders import InstructionEncoder
-    from .loading import load_adapter
-    from .patching import patch_model, unpatch_model
+    from .models.families import MediaLayout, ModelFamily, ProjectorCall, register_family, share_evenly
 
 __all__ = [
     "AnalysisError",
@@ -76,24 +76,24 @@ __all__ = [
 # Imported when they are first asked for: they need torch, which takes seconds, and ``--help`` doesn't.
 _HOMES = {
     "CacheInfo": "instructions.cache",
-    "EmmaAdapter": "handle",
-    "EmmaAlignment": "alignment",
-    "EmmaConfig": "config",
-    "Fusion": "fusion",
-    "InstructionCollator": "collation",
+    "EmmaAdapter": "adapter.handle",
+    "EmmaAlignment": "alignment.module",
+    "EmmaConfig": "alignment.config",
+    "Fusion": "alignment.fusion",
+    "InstructionCollator": "data.collation",
     "InstructionEncoder": "instructions.encoders",
-    "KernelUse": "fusion.dispatch",
-    "MediaLayout": "families",
-    "ModelFamily": "families",
-    "Packing": "fusion.packing",
-    "ProjectorCall": "families",
-    "get_adapter": "handle",
-    "load_adapter": "loading",
-    "patch_model": "patching",
-    "register_family": "families",
-    "register_fusion": "fusion",
-    "share_evenly": "families",
-    "unpatch_model": "patching",
+    "KernelUse": "alignment.fusion.dispatch",
+    "MediaLayout": "models.families",
+    "ModelFamily": "models.families",
+    "Packing": "alignment.fusion.packed_images",
+    "ProjectorCall": "models.families",
+    "get_adapter": "adapter.handle",
+    "load_adapter": "adapter.loading",
+    "patch_model": "adapter.patch",
+    "register_family": "models.families",
+    "register_fusion": "alignment.fusion",
+    "share_evenly": "models.families",
+    "unpatch_model": "adapter.patch",
 }
 
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from emma_adapter import MediaLayout, ModelFamily, ProjectorCall, RoutingError
-from emma_adapter.families import WHOLE_IMAGE, Box
+from emma_adapter.models.families import WHOLE_IMAGE, Box
 
 _IMAGE_TOKEN_INDEX = -200
 

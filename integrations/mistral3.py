@@ -7,8 +7,7 @@ from typing import Any
 from torch import nn
 
 from emma_adapter import MediaLayout, ProjectorCall
-
-from .llava import LlavaFamily, pixtral_layout
+from emma_adapter.integrations.llava import LlavaFamily, pixtral_layout
 
 
 class Mistral3Family(LlavaFamily):

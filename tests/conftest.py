@@ -14,7 +14,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 import tiny
-from emma_adapter.fusion.registry import _FUSIONS
+from emma_adapter.alignment.fusion.registry import FUSIONS
 
 # Everything here is tiny: more threads only wait for each other.
 torch.set_num_threads(1)
@@ -31,10 +31,10 @@ def _seeded():
 @pytest.fixture
 def registry():
     """The fusions there are, which are left as they were."""
-    before = dict(_FUSIONS)
-    yield _FUSIONS
-    _FUSIONS.clear()
-    _FUSIONS.update(before)
+    before = dict(FUSIONS)
+    yield FUSIONS
+    FUSIONS.clear()
+    FUSIONS.update(before)
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ from emma_adapter import (
     register_fusion,
     unpatch_model,
 )
-from emma_adapter.fusion import registry
+from emma_adapter.alignment.fusion import registry
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 FUSIONS = {
@@ -285,7 +285,7 @@ def test_loading_does_not_change_the_base(intact):
 
 
 def test_a_fusion_of_the_users_own_with_buffers_round_trips(tmp_path, monkeypatch):
-    monkeypatch.setattr(registry, "_FUSIONS", dict(registry._FUSIONS))
+    monkeypatch.setattr(registry, "FUSIONS", dict(registry.FUSIONS))
     register_fusion("test-buffered")(tiny.BufferedFusion)
     model = trained(EmmaConfig(fusion="test-buffered"))
     get_adapter(model).alignment.fusion.scale.uniform_(0.5, 2)

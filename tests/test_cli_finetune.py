@@ -16,7 +16,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import tiny
 from emma_adapter import load_adapter
 from emma_adapter.cli import main
-from emma_adapter.cli.examples import Examples
+from emma_adapter.data.examples import Examples
 from emma_adapter.data.rows import FileRows, open_rows
 from emma_adapter.errors import DataError
 from workspace import MODEL_ID, make_workspace

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emma_adapter import ConfigError, EmmaConfig, EmmaError
-from emma_adapter.config import InstructionPolicy
+from emma_adapter.alignment.config import InstructionPolicy
 
 FIELDS = [f.name for f in dataclasses.fields(EmmaConfig)]
 FUSIONS = ["attention", "linear", "modulation"]

@@ -12,9 +12,9 @@ import torch
 
 import tiny
 from emma_adapter import InstructionCollator, patch_model
-from emma_adapter.cli.examples import Examples
+from emma_adapter.data.examples import Examples
 from emma_adapter.data.rows import open_rows
-from emma_adapter.prompts import Prompts, stop_ids
+from emma_adapter.models.prompts import Prompts, stop_ids
 from workspace import make_workspace
 from zoo import ZOO
 

@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerFast
 import tiny
 from emma_adapter import InstructionError
 from emma_adapter.instructions.decoding import TokenTexts
-from emma_adapter.instructions.extraction import InstructionReader
 from emma_adapter.instructions.prompt import Prompt
+from emma_adapter.instructions.reader import InstructionReader
 from emma_adapter.instructions.templates import read_markers
 from zoo import ZOO
 

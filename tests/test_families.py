@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import tiny
 from emma_adapter import EmmaConfig, InstructionError, RoutingError, load_adapter, patch_model, unpatch_model
-from emma_adapter.families import find_family
+from emma_adapter.models.families import find_family
 from zoo import ZOO, Entry, Row, answered
 
 EFFECT = 5e-4  # what a trained adapter changes at least, far above rounding

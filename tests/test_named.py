@@ -12,15 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlavaForConditionalGeneration
 
 import tiny
-from emma_adapter import (
-    EmmaConfig,
-    InstructionError,
-    PatchError,
-    get_adapter,
-    load_adapter,
-    patch_model,
-    unpatch_model,
-)
+from emma_adapter import EmmaConfig, InstructionError, PatchError, get_adapter, load_adapter, patch_model, unpatch_model
 from zoo import ZOO
 from zoo.rows import Row
 

@@ -10,14 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import tiny
-from emma_adapter import (
-    EmmaConfig,
-    InstructionError,
-    RoutingError,
-    load_adapter,
-    patch_model,
-    unpatch_model,
-)
+from emma_adapter import EmmaConfig, InstructionError, RoutingError, load_adapter, patch_model, unpatch_model
 from remote_internvl import (
     internvl_chat,
     internvl_generate_inputs,

@@ -1,4 +1,4 @@
-"""What is private or unstable in other libraries still is what ``emma_adapter.private`` takes it for."""
+"""What is private or unstable in other libraries still is what ``emma_adapter.modules.private`` takes it for."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from transformers import DynamicCache, EncoderDecoderCache, LlamaForCausalLM, StaticCache
 
 import tiny
-from emma_adapter import private
+from emma_adapter.modules import private
 from remote_llava import llava_original
 
 ANSWERS = ("answer_trainer", "stop_answering_trainer", "may_be_trained_through")

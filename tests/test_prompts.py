@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import tiny
-from emma_adapter.prompts import Prompts
+from emma_adapter.models.prompts import Prompts
 from zoo import ZOO
 
 QUESTIONS = ["What colour is the bird on the tree?", "Is there a cat?"]

@@ -23,9 +23,9 @@ from emma_adapter import (
     patch_model,
     unpatch_model,
 )
-from emma_adapter.calls import RoutedInstruction
-from emma_adapter.instructions.tokens import InstructionTokens
+from emma_adapter.instructions.pipeline import InstructionTokens
 from emma_adapter.integrations.qwen_vl import block_order, window_order
+from emma_adapter.patching.call import RoutedInstruction
 from zoo import ZOO, Row
 
 DEEPSTACK = ("qwen3_vl", "qwen3_vl_moe")

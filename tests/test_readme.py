@@ -13,8 +13,9 @@ import torch
 import emma_adapter
 import tiny
 from aya import TILE_SIZE, TOKENS_PER_TILE, aya_vision
-from emma_adapter import EmmaConfig, families, patch_model
-from emma_adapter.fusion import fusion_names
+from emma_adapter import EmmaConfig, patch_model
+from emma_adapter.alignment.fusion import fusion_names
+from emma_adapter.models import families
 from zoo import ZOO
 
 ROOT = Path(__file__).parents[1]

@@ -32,8 +32,8 @@ from emma_adapter.report import (
     Reading,
     Report,
     figures,
-    findings,
     make_report,
+    page_findings,
     pictures,
     questions,
     render,
@@ -317,7 +317,7 @@ def told(*lost, error=0.05, verdicts=None):
         Asked(f"asked {number}", PROBE, replace(PROBE, accuracy=0.8 - one), one, error, verdict)
         for number, (one, verdict) in enumerate(zip(lost, verdicts, strict=True))
     ]
-    return findings.diagnosis(Diagnosis(tuple(attributes), None), lambda figure, words: words)
+    return page_findings.diagnosis(Diagnosis(tuple(attributes), None), lambda figure, words: words)
 
 
 @pytest.mark.parametrize(
@@ -351,16 +351,16 @@ def test_verdicts_are_counted():
     ],
 )
 def test_rounding_pulls_no_pair_apart(after, words):
-    found = findings.pairs(PairDistances(np.full(3, 0.5), np.array(after)), lambda figure, said: said)
+    found = page_findings.pairs(PairDistances(np.full(3, 0.5), np.array(after)), lambda figure, said: said)
     assert words in found["says"]
 
 
 def test_of_even_attention_no_position_is_the_highest():
     even = AttentionMass(np.full(3, 1 / 3), np.full((2, 3), 1 / 3), np.full(3, 1 / 3), 1.0, 4)
-    read = findings.reading(Reading(attention=even), lambda figure, words: words)["parts"][0]
+    read = page_findings.reading(Reading(attention=even), lambda figure, words: words)["parts"][0]
     assert "attend to all positions of the instruction alike" in read.says and "none, all have 33.3%" in read.caption
     uneven = replace(even, positions=np.array([0.2, 0.5, 0.3]))
-    read = findings.reading(Reading(attention=uneven), lambda figure, words: words)["parts"][0]
+    read = page_findings.reading(Reading(attention=uneven), lambda figure, words: words)["parts"][0]
     assert "the most to position 1" in read.says and "50.0% at 1" in read.caption
 
 
@@ -404,9 +404,9 @@ def test_without_twins_pairs_and_enough_answers(small):
 
 def test_a_fusion_of_somebody_elses(monkeypatch):
     from emma_adapter import register_fusion
-    from emma_adapter.fusion import registry
+    from emma_adapter.alignment.fusion import base
 
-    monkeypatch.setattr(registry, "_FUSIONS", dict(registry._FUSIONS))
+    monkeypatch.setattr(base, "FUSIONS", dict(base.FUSIONS))
     register_fusion("buffered")(tiny.BufferedFusion)
     made = report_of(adapter_of("buffered"), make_questions(2, pairs=0))
     assert "What the fusion “buffered” reads isn't known" in " ".join(check(render(made)).itertext())

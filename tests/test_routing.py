@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from emma_adapter import RoutingError
-from emma_adapter.instructions.routing import rows_of_media
+from emma_adapter.patching.routing import rows_of_media
 
 batches = st.lists(st.lists(st.integers(1, 9), max_size=4), min_size=1, max_size=6)
 

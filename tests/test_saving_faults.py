@@ -36,7 +36,9 @@ from safetensors import safe_open
 from test_checkpoint import CARD, CONFIG, FUSIONS, WEIGHTS, base_model, logits, same_values, trained
 
 import tiny
-from emma_adapter import CheckpointError, atomic, checkpoint, get_adapter, load_adapter, saving
+from emma_adapter import CheckpointError, get_adapter, load_adapter
+from emma_adapter.checkpoints import reading, writing
+from emma_adapter.files import atomic
 
 OLD, NEW = FUSIONS["attention"], FUSIONS["modulation"]
 TRAINER = "model.safetensors"
@@ -65,15 +67,15 @@ def values_of(model, adapter=None):
     """Config and tensors of an adapter, as :func:`found_in` finds them where it was saved whole."""
     adapter = adapter or get_adapter(model).active
     base = get_adapter(model).model
-    own = {name: value.detach() for name, value in saving._own_tensors(base, adapter).items()}
+    own = {name: value.detach() for name, value in writing._own_tensors(base, adapter).items()}
     return base._emma.adapters[adapter].config, own
 
 
 def found_in(folder):
-    read = checkpoint.read(folder)
+    read = reading.read(folder)
     assert read.intact
-    tensors = {checkpoint.ALIGNMENT_PREFIX + name: value for name, value in read.alignment.items()}
-    return read.config, tensors | {checkpoint.PROJECTOR_PREFIX + name: value for name, value in read.projector.items()}
+    tensors = {reading.ALIGNMENT_PREFIX + name: value for name, value in read.alignment.items()}
+    return read.config, tensors | {reading.PROJECTOR_PREFIX + name: value for name, value in read.projector.items()}
 
 
 def which(folder, *candidates):
@@ -95,7 +97,7 @@ def save_id(folder):
 
 def embedded_save_id(folder):
     with safe_open(folder / WEIGHTS, framework="pt") as file:
-        return json.loads(file.metadata()[checkpoint.FORMAT])["save_id"]
+        return json.loads(file.metadata()[reading.FORMAT])["save_id"]
 
 
 def scratch_of(folder):
@@ -170,7 +172,7 @@ class Killer:
 
     def watch(self, task: Callable[[], object]) -> None:
         """Run ``task``, and count whenever it replaces files."""
-        replace_files = saving.replace_files
+        replace_files = writing.replace_files
 
         def watched(*args):
             sys.setprofile(self)
@@ -179,11 +181,11 @@ class Killer:
             finally:
                 sys.setprofile(None)
 
-        saving.replace_files = watched
+        writing.replace_files = watched
         try:
             task()
         finally:
-            saving.replace_files = replace_files
+            writing.replace_files = replace_files
 
 
 def killed_at(number: int, task: Callable[[], object]) -> bool:
@@ -368,7 +370,7 @@ class Saves(RuleBasedStateMachine):
     def is_whole(self):
         if self.there is None:
             with pytest.raises(CheckpointError):
-                checkpoint.read(self.folder)
+                reading.read(self.folder)
         else:
             config, tensors = values_of(self.models[self.there])
             assert which(self.folder, (config.replace(cache_size=self.cache_size), tensors)) == 0
@@ -403,7 +405,7 @@ def test_no_room_for_a_file(way, size, old_and_new, tmp_path):
     way(old, tmp_path)
     if way in (by_model, by_peft):  # what transformers and PEFT write themselves is not the question here
         files = contents(tmp_path / WAYS[way])
-        with_limit(size, lambda: saving.save_all(get_adapter(new).model, tmp_path / WAYS[way]))
+        with_limit(size, lambda: writing.save_all(get_adapter(new).model, tmp_path / WAYS[way]))
         assert contents(tmp_path / WAYS[way]) == files
     else:
         files = contents(tmp_path)
@@ -823,7 +825,7 @@ def test_threads_save_to_one_folder(locks, old_and_new, tmp_path, monkeypatch):
 def test_trained_by_another_thread_meanwhile(old_and_new, tmp_path, monkeypatch):
     """What is saved are values of one moment: it would be refused as damaged otherwise."""
     model = old_and_new[0]
-    digest = saving.digest
+    digest = writing.digest
 
     def trains_meanwhile(tensors):
         found = digest(tensors)
@@ -832,7 +834,7 @@ def test_trained_by_another_thread_meanwhile(old_and_new, tmp_path, monkeypatch)
 
     config, tensors = values_of(model)
     before = {name: value.clone() for name, value in tensors.items()}
-    monkeypatch.setattr(saving, "digest", trains_meanwhile)
+    monkeypatch.setattr(writing, "digest", trains_meanwhile)
     by_adapter(model, tmp_path)
     assert which(tmp_path, (config, before)) == 0
 

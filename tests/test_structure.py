@@ -13,8 +13,9 @@ import torch
 
 import emma_adapter
 import tiny
-from emma_adapter import ModelFamily, UnsupportedModelError, families, patch_model, register_family
+from emma_adapter import ModelFamily, UnsupportedModelError, patch_model, register_family
 from emma_adapter.integrations.llava import LlavaFamily
+from emma_adapter.models import families
 
 ROOT = Path(__file__).parents[1]
 # Lower layers first: a file may import from its own layer or a lower one.
@@ -104,7 +105,7 @@ import emma_adapter
 before = set(dir(emma_adapter))
 assert set(emma_adapter.__all__) <= before and "torch" not in sys.modules
 from emma_adapter import *
-assert patch_model is emma_adapter.patch_model is emma_adapter.patching.patch_model
+assert patch_model is emma_adapter.patch_model is emma_adapter.adapter.patch.patch_model
 assert all(name in globals() for name in emma_adapter.__all__)
 assert not hasattr(emma_adapter, "nonsense")
 """

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from emma_adapter.fusion import token_mixing
-from emma_adapter.fusion.layers import add_update
-from emma_adapter.fusion.token_mixing import MixTokens, mix_tokens
+from emma_adapter.alignment.fusion import linear_eager
+from emma_adapter.alignment.fusion.layers import add_update
+from emma_adapter.alignment.fusion.linear_eager import MixTokens, mix_tokens
 
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float64: torch.int64}
 
@@ -21,7 +21,7 @@ def plain(x: Tensor, projected: Tensor, image_weight: Tensor, text_weight: Tenso
 def looking(request, monkeypatch):
     """On a GPU nobody looks at values."""
     if request.param == "does not look":
-        monkeypatch.setattr(token_mixing, "may_look", lambda tensor: False)
+        monkeypatch.setattr(linear_eager, "may_look", lambda tensor: False)
     return request.param
 
 

@@ -26,7 +26,7 @@ from emma_adapter import (
     register_fusion,
     unpatch_model,
 )
-from emma_adapter.fusion import registry
+from emma_adapter.alignment.fusion import registry
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FUSIONS = {
@@ -919,7 +919,7 @@ def test_only_the_main_process_writes(tmp_path):
 
 def test_buffers_of_a_fusion_of_ones_own(tmp_path, monkeypatch, warnings):
     """They belong to the adapter as its parameters do: not in the base, but in Trainer's checkpoints."""
-    monkeypatch.setattr(registry, "_FUSIONS", dict(registry._FUSIONS))
+    monkeypatch.setattr(registry, "FUSIONS", dict(registry.FUSIONS))
     register_fusion("test-buffered")(tiny.BufferedFusion)
     model, base = patched(EmmaConfig(fusion="test-buffered")), base_model()
     get_adapter(model).alignment.fusion.scale.uniform_(0.5, 2)

@@ -13,8 +13,8 @@ from transformers import AutoProcessor
 import tiny
 from benchmarks.digits_vqa.vlm import BASE_DIR
 from emma_adapter import EmmaConfig, InstructionError, get_adapter, load_adapter, patch_model
-from emma_adapter.instructions.extraction import InstructionReader
 from emma_adapter.instructions.prompt import Prompt
+from emma_adapter.instructions.reader import InstructionReader
 from zoo.text import CHATML, chat_template
 
 TALK = [tiny.user("what is it?"), tiny.assistant("a red bird"), tiny.user("why?", 0)]

@@ -8,8 +8,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from emma_adapter.fusion import AttentionFusion
-from emma_adapter.fusion.cross_attention import CrossAttentionFusion
+from emma_adapter.alignment.fusion import AttentionFusion
+from emma_adapter.alignment.fusion.cross_attention import CrossAttentionFusion
 
 from .shapes import Inputs
 

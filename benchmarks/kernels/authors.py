@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from emma_adapter.fusion import LinearFusion
-from emma_adapter.fusion.layers import CastingLinear
+from emma_adapter.alignment.fusion import LinearFusion
+from emma_adapter.alignment.fusion.layers import CastingLinear
 
 
 class AuthorsAlignment(nn.Module):

@@ -20,7 +20,7 @@ def prepare() -> None:
         if str(folder) not in sys.path:
             sys.path.insert(0, str(folder))
     import emma_adapter
-    from emma_adapter import families
+    from emma_adapter.models import families
 
     name = "emma_adapter.integrations"
     try:

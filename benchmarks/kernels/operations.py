@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from emma_adapter import EmmaAlignment, EmmaConfig
-from emma_adapter.fusion import LinearFusion
-from emma_adapter.fusion.cross_attention import CrossAttentionFusion
+from emma_adapter.alignment.fusion import LinearFusion
+from emma_adapter.alignment.fusion.cross_attention import CrossAttentionFusion
 
 from . import attending
 from .authors import AuthorsAlignment

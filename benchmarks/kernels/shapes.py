@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from emma_adapter.fusion.packing import Packing
+from emma_adapter.alignment.fusion.packed_images import Packing
 
 Phase = Literal["forward", "forward+backward"]
 PHASES: tuple[Phase, ...] = ("forward", "forward+backward")

@@ -20,11 +20,11 @@ from transformers import Trainer, TrainingArguments, set_seed
 from benchmarks.digits_vqa.ablation import variants
 from benchmarks.digits_vqa.ablation.recipes import LINEAR_PARTS
 from emma_adapter import EmmaConfig
-from emma_adapter.cli.examples import Examples
-from emma_adapter.cli.models import load_model, load_processor
 from emma_adapter.cli.options import dtype_option, images_option
+from emma_adapter.data.examples import Examples
 from emma_adapter.data.rows import Rows, open_rows
 from emma_adapter.errors import EmmaError
+from emma_adapter.models.loading import load_model, load_processor
 
 from . import arms
 from .measure import overhead, prompt, questions, right_answers

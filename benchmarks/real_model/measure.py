@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from emma_adapter.data.conversations import Message, count_images, trainable_turns
 from emma_adapter.data.rows import Rows
-from emma_adapter.prompts import Prompts
+from emma_adapter.models.prompts import Prompts
 
 
 def questions(rows: Rows) -> list[tuple[int, int]]:

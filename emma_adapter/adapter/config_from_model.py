@@ -6,14 +6,14 @@ from typing import Any
 
 from torch import nn
 
-from .config import EmmaConfig
-from .errors import ConfigError, UnsupportedModelError
-from .families import ModelFamily
-from .fusion import fusion_class
-from .instructions.encoders import CachedEncoder, build_encoder, check_protocol, encoder_name
-from .instructions.extraction import InstructionReader
-from .instructions.tokens import LLM, InstructionPipeline
-from .warning import warn_caller
+from ..alignment.config import EmmaConfig
+from ..alignment.fusion import fusion_class
+from ..errors import ConfigError, UnsupportedModelError
+from ..instructions.encoders import CachedEncoder, build_encoder, check_protocol, encoder_name
+from ..instructions.pipeline import LLM, InstructionPipeline
+from ..instructions.reader import InstructionReader
+from ..messages import warn_caller
+from ..models.families import ModelFamily
 
 _LLM_MAX_INSTRUCTION_TOKENS = 128
 

@@ -10,24 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import (
-    attachment,
-    hub,
-    named,
-    saving,
-    sharding,
-    starting,
-    training,
-)
-from .alignment import EmmaAlignment
-from .config import EmmaConfig
-from .errors import PatchError
-from .fusion.dispatch import KernelUse
-from .instructions.cache import CacheInfo
-from .instructions.tokens import Instruction, embedder
-from .state import AdapterState, state_of
-from .surroundings import undisturbed
-from .wrappers import base_of
+from ..alignment.config import EmmaConfig
+from ..alignment.fusion.dispatch import KernelUse
+from ..alignment.module import EmmaAlignment
+from ..checkpoints import hub, writing
+from ..errors import PatchError
+from ..instructions.cache import CacheInfo
+from ..instructions.pipeline import Instruction, embedder
+from ..modules import sharding
+from ..modules.torch_modes import undisturbed
+from ..modules.wrappers import base_of
+from ..patching import sites, trainable_parameters
+from ..patching.state import AdapterState, state_of
+from . import named, training_start
 
 
 def get_adapter(model: nn.Module) -> EmmaAdapter:
@@ -109,7 +104,7 @@ class EmmaAdapter:
     @property
     def alignment(self) -> EmmaAlignment:
         """The trainable module at the projector."""
-        return attachment.alignments(self.model)[attachment.MAIN_PLACE]
+        return sites.alignments(self.model)[sites.MAIN_PLACE]
 
     def disabled(self) -> AbstractContextManager[None]:
         """``with adapter.disabled(): …`` is the original model, bit for bit, in this thread or asynchronous task."""
@@ -134,15 +129,15 @@ class EmmaAdapter:
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The adapter's parameters, float32 unless the model was cast after patching."""
-        return iter(attachment.named_parameters(self.model).values())
+        return iter(sites.named_parameters(self.model).values())
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Parameters by their name in the adapter, which doesn't depend on where it sits in the model."""
-        return iter(attachment.named_parameters(self.model).items())
+        return iter(sites.named_parameters(self.model).items())
 
     def num_parameters(self) -> int:
         """How many numbers the adapter has learned or can learn."""
-        return training.count_parameters(self.model)[0]
+        return trainable_parameters.count_parameters(self.model)[0]
 
     @undisturbed()
     def train_only(self, *, projector: bool = False) -> EmmaAdapter:
@@ -154,8 +149,8 @@ class EmmaAdapter:
             PatchError: if the projector can't be trained with the adapter: it is quantized, sharded, or wrapped by
                 PEFT. Nothing is changed then.
         """
-        training.train_only(self.model, projector=projector)
-        starting.expect_trainer(self.model)
+        trainable_parameters.train_only(self.model, projector=projector)
+        training_start.expect_trainer(self.model)
         return self
 
     def unfreeze(self) -> EmmaAdapter:
@@ -163,7 +158,7 @@ class EmmaAdapter:
 
         A projector that was trained with the adapter still belongs to it. Does nothing without ``train_only`` before.
         """
-        training.unfreeze(self.model)
+        trainable_parameters.unfreeze(self.model)
         return self
 
     def regroup(
@@ -188,7 +183,7 @@ class EmmaAdapter:
         Raises:
             ConfigError: if a rate is no number or negative, or the optimizer was used already.
         """
-        training.regroup(self.model, optimizer, lr, projector_lr=projector_lr, weight_decay=weight_decay)
+        trainable_parameters.regroup(self.model, optimizer, lr, projector_lr=projector_lr, weight_decay=weight_decay)
         return self
 
     def parameter_groups(
@@ -196,7 +191,9 @@ class EmmaAdapter:
     ) -> list[dict[str, Any]]:
         """Groups for an optimizer; the projector's own, at ``projector_lr`` (default ``lr``), if it is trained with the
         adapter: after ``train_only(projector=True)``."""
-        return training.parameter_groups(self.model, lr, projector_lr=projector_lr, weight_decay=weight_decay)
+        return trainable_parameters.parameter_groups(
+            self.model, lr, projector_lr=projector_lr, weight_decay=weight_decay
+        )
 
     def save_pretrained(
         self,
@@ -228,7 +225,7 @@ class EmmaAdapter:
             CheckpointError: if weights are NaN or infinite, as after a training that diverged.
             PatchError: if the weights are held by something that only gathers them itself, as DeepSpeed ZeRO-3.
         """
-        saving.save(self.model, directory, is_main_process=is_main_process, gathered=state_dict)
+        writing.save(self.model, directory, is_main_process=is_main_process, gathered=state_dict)
 
     def push_to_hub(
         self,
@@ -270,9 +267,7 @@ class EmmaAdapter:
     def kernel_report(self) -> tuple[KernelUse, ...]:
         """What computed the calls so far, PyTorch's operations or the Triton kernels, and why; one entry for each kind
         of call: ``print(*adapter.kernel_report(), sep="\\n")``."""
-        return tuple(
-            use for alignment in attachment.alignments(self.model).values() for use in alignment.kernel_report()
-        )
+        return tuple(use for alignment in sites.alignments(self.model).values() for use in alignment.kernel_report())
 
     def cache_info(self) -> CacheInfo:
         """Hits, misses and size of the cache of encoded instructions. ``"llm"`` looks embeddings up, uncached."""
@@ -290,7 +285,7 @@ class EmmaAdapter:
         return state_of(self.model)
 
     def __repr__(self) -> str:
-        own, total = training.count_parameters(self.model)
+        own, total = trainable_parameters.count_parameters(self.model)
         config: Any = self.model.config
         info = self.cache_info()
         names = "" if len(self.names) == 1 else f"active={self.active!r} of {list(self.names)}, "

@@ -8,15 +8,17 @@ from typing import Any
 
 from torch import nn
 
-from . import hub, restoring, sharding
-from .errors import PatchError
-from .families import require_model
-from .fusion.dispatch import Kernel
+from ..alignment.fusion.dispatch import Kernel
+from ..checkpoints import hub
+from ..errors import PatchError
+from ..models.families import require_model
+from ..modules import sharding
+from ..modules.torch_modes import undisturbed
+from ..modules.wrappers import base_of
+from ..patching.state import DEFAULT, STATE_ATTRIBUTE
+from . import restoring
 from .handle import EmmaAdapter
-from .patching import patch_model, unpatch_model
-from .state import DEFAULT, STATE_ATTRIBUTE
-from .surroundings import undisturbed
-from .wrappers import base_of
+from .patch import patch_model, unpatch_model
 
 
 @undisturbed()

@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import attachment, training
-from .alignment import EmmaAlignment
-from .config import EmmaConfig
-from .errors import PatchError
-from .families import ModelFamily
-from .fitting import make_pipeline, make_reader, resolve_encoder, resolve_sizes
-from .hooks import has_projector_hooks, install_projector_hooks
-from .sharding import execution_device, is_fully_sharded
-from .state import AdapterState, NamedAdapter, state_of
+from ..alignment.config import EmmaConfig
+from ..alignment.module import EmmaAlignment
+from ..errors import PatchError
+from ..models.families import ModelFamily
+from ..modules.sharding import execution_device, is_fully_sharded
+from ..patching import sites, trainable_parameters
+from ..patching.hooks import has_projector_hooks, install_projector_hooks
+from ..patching.state import AdapterState, NamedAdapter, state_of
+from .config_from_model import make_pipeline, make_reader, resolve_encoder, resolve_sizes
 
 
 def add(
@@ -32,7 +32,7 @@ def add(
     _check_addable(model, name)
     inner = state.family.inner(model)
     config = resolve_sizes(config, state.family, inner)
-    attachment.check_unshared(*attachment.places(state.family, config, inner).values(), state=state)
+    sites.check_unshared(*sites.places(state.family, config, inner).values(), state=state)
     config, encoder = resolve_encoder(config, instruction_encoder, inner)
     if processor is None:
         reader = state.pipeline.reader.with_policy(config.instruction_policy)
@@ -41,7 +41,7 @@ def add(
     alignments = make_alignments(state.family, config, inner)
     state.adapters[name] = NamedAdapter(config, make_pipeline(config, reader, encoder))
     attach(model, name, alignments)
-    for parameter in attachment.named_parameters(model, name).values():
+    for parameter in sites.named_parameters(model, name).values():
         parameter.requires_grad_(False)
 
 
@@ -53,14 +53,14 @@ def add_copy(model: nn.Module, name: str) -> None:
     """
     state = state_of(model)
     _check_addable(model, name)
-    alignments = copy.deepcopy(attachment.alignments(model))
-    trained = {key: value.clone() for key, value in training.trained_projectors(model).items()}
+    alignments = copy.deepcopy(sites.alignments(model))
+    trained = {key: value.clone() for key, value in trainable_parameters.trained_projectors(model).items()}
     state.adapters[name] = NamedAdapter(state.config, state.pipeline)
     attach(model, name, alignments)
-    for parameter in attachment.named_parameters(model, name).values():
+    for parameter in sites.named_parameters(model, name).values():
         parameter.requires_grad_(False)
     if trained:
-        training.keep_original_projectors(model, name)
+        trainable_parameters.keep_original_projectors(model, name)
         state.adapters[name].parked_projectors = trained
 
 
@@ -78,16 +78,16 @@ def make_alignments(family: ModelFamily, config: EmmaConfig, inner: nn.Module) -
     """The modules of a new adapter, by place, each where its projector runs."""
     return {
         place: EmmaAlignment(config).to(_execution_device(projector, inner)).train(inner.training)
-        for place, projector in attachment.places(family, config, inner).items()
+        for place, projector in sites.places(family, config, inner).items()
     }
 
 
 def attach(model: nn.Module, name: str, alignments: Mapping[str, EmmaAlignment]) -> None:
     """Put the modules of an adapter on the projectors."""
     state = state_of(model)
-    for place, projector in attachment.projectors(model, name).items():
-        attachment.mark(projector, place, state)
-        attachment.attach(projector, name, alignments[place])
+    for place, projector in sites.projectors(model, name).items():
+        sites.mark(projector, place, state)
+        sites.attach(projector, name, alignments[place])
         if not has_projector_hooks(projector):
             install_projector_hooks(projector)
 
@@ -102,20 +102,22 @@ def activate(model: nn.Module, name: str) -> None:
     incoming, outgoing = _known(state, name), state.current
     if incoming is outgoing:
         return
-    if training.is_wrapped(model) and (incoming.original_projectors or outgoing.original_projectors):
+    if trainable_parameters.is_wrapped(model) and (incoming.original_projectors or outgoing.original_projectors):
         raise PatchError(
             f"PEFT has wrapped the projector, whose trained values come and go with adapter {name!r}: unload() or "
             "merge_and_unload() the LoRA first"
         )
-    trainable = any(parameter.requires_grad for parameter in attachment.named_parameters(model).values())
-    outgoing.parked_projectors = {key: value.clone() for key, value in training.trained_projectors(model).items()}
-    training.reset_projectors(model)
-    for parameter in attachment.named_parameters(model).values():
+    trainable = any(parameter.requires_grad for parameter in sites.named_parameters(model).values())
+    outgoing.parked_projectors = {
+        key: value.clone() for key, value in trainable_parameters.trained_projectors(model).items()
+    }
+    trainable_parameters.reset_projectors(model)
+    for parameter in sites.named_parameters(model).values():
         parameter.requires_grad_(False)
     state.active = name
-    for parameter in attachment.named_parameters(model).values():
+    for parameter in sites.named_parameters(model).values():
         parameter.requires_grad_(trainable)
-    projector = training.projector_parameters(model)
+    projector = trainable_parameters.projector_parameters(model)
     for place, original in incoming.original_projectors.items():
         # The model's own may be another by now: merged with a LoRA, or loaded from a checkpoint.
         original.assign({key: projector[place + key] for key in original.values()})
@@ -124,7 +126,7 @@ def activate(model: nn.Module, name: str) -> None:
     incoming.parked_projectors = {}
     outgoing.stand_ins, incoming.stand_ins = {}, {}
     if outgoing.original_projectors or incoming.original_projectors:
-        training.remember_trainable(model)
+        trainable_parameters.remember_trainable(model)
         # Trained by nobody's adapter, the projector would be saved with none.
         for parameter in projector.values():
             parameter.requires_grad_(trainable and bool(incoming.original_projectors))
@@ -142,8 +144,8 @@ def remove(model: nn.Module, name: str) -> None:
         raise PatchError(
             f"{name!r} is the active adapter: set_active() another one first, or unpatch_model(model) to have none"
         )
-    for projector in attachment.projectors(model, name).values():
-        attachment.remove(projector, name)
+    for projector in sites.projectors(model, name).values():
+        sites.remove(projector, name)
     del state.adapters[name]
     if name == state.reference:
         state.reference = None

@@ -9,30 +9,21 @@ from typing import Any
 
 from torch import nn
 
-from . import (
-    attachment,
-    base_saves,
-    named,
-    precision,
-    private,
-    pushing,
-    sharding,
-    starting,
-    training,
-    tuners,
-    wrappers,
-)
-from .alignment import EmmaAlignment
-from .config import EmmaConfig
-from .errors import PatchError
-from .families import find_family, require_model
-from .fitting import make_pipeline, make_reader, resolve_encoder, resolve_sizes
-from .guards import MethodGuard, guard_features, guard_generate, guard_replication
+from ..alignment.config import EmmaConfig
+from ..alignment.module import EmmaAlignment
+from ..checkpoints import base_model, pushing
+from ..errors import PatchError
+from ..models.families import find_family, require_model
+from ..modules import private, sharding, wrappers
+from ..modules.torch_modes import undisturbed
+from ..modules.wrappers import base_of
+from ..patching import precision, sites, trainable_parameters
+from ..patching.guards import MethodGuard, guard_features, guard_generate, guard_replication
+from ..patching.hooks import install_call_hooks, remove_hooks
+from ..patching.state import DEFAULT, STATE_ATTRIBUTE, AdapterState, state_of
+from . import named, peft, training_start
+from .config_from_model import make_pipeline, make_reader, resolve_encoder, resolve_sizes
 from .handle import EmmaAdapter
-from .hooks import install_call_hooks, remove_hooks
-from .state import DEFAULT, STATE_ATTRIBUTE, AdapterState, state_of
-from .surroundings import undisturbed
-from .wrappers import base_of
 
 
 @undisturbed()
@@ -78,7 +69,7 @@ def patch_model(
             "this model is already patched; use get_adapter(model) for its adapter, or unpatch_model(model) first"
         )
     inner = family.inner(model)
-    attachment.check_unshared(inner, family.projector(inner), *family.deepstack_projectors(inner))
+    sites.check_unshared(inner, family.projector(inner), *family.deepstack_projectors(inner))
     config = EmmaConfig() if config is None else config
     # The encoder last: it may be large, and what is wrong with the sizes shows without it.
     config = resolve_sizes(config, family, inner)
@@ -102,11 +93,11 @@ def install(
     named.attach(model, DEFAULT, alignments)
     install_call_hooks(model, inner)
     MethodGuard.install(model, "generate", guard_generate)
-    MethodGuard.install(model, "save_pretrained", base_saves.guard_save_pretrained)
+    MethodGuard.install(model, "save_pretrained", base_model.guard_save_pretrained)
     # Of a part, which the model holds: build().train() would be left with nothing but its guard.
-    MethodGuard.install(family.projector(inner) if inner is model else inner, "train", starting.guard_train)
-    base_saves.expect_checkpoints(model)
-    starting.expect_trainer(model)
+    MethodGuard.install(family.projector(inner) if inner is model else inner, "train", training_start.guard_train)
+    base_model.expect_checkpoints(model)
+    training_start.expect_trainer(model)
     precision.remember_weights(model)
     for module in dict.fromkeys((model, inner)):
         MethodGuard.install(module, private.REPLICATE, guard_replication)
@@ -115,7 +106,7 @@ def install(
         if method is not None and hasattr(inner, method):
             MethodGuard.install(inner, method, functools.partial(guard_features, modality))
     pushing.install(model)
-    tuners.guard_wrappers(around)
+    peft.guard_wrappers(around)
     private.forget_compiled_code()
 
 
@@ -133,7 +124,7 @@ def unpatch_model(model: nn.Module) -> None:
             "FSDP has sharded the model with the adapter in it, which can't be taken out any more; "
             "with adapter.disabled(): … is the original model"
         )
-    training.undo_train_only(model)
+    trainable_parameters.undo_train_only(model)
     private.expect_whole_saves(model)
     private.stop_answering_trainer(model)
     # Every module, not just the patched ones: other tools copy projectors, hooks and all.
@@ -145,6 +136,6 @@ def unpatch_model(model: nn.Module) -> None:
         for guard in [value for value in module.__dict__.values() if isinstance(value, MethodGuard)]:
             guard.remove(module)
         remove_hooks(module)
-        attachment.detach(module)
-    tuners.release_wrappers(around)
+        sites.detach(module)
+    peft.release_wrappers(around)
     private.forget_compiled_code()

@@ -19,14 +19,16 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from . import attachment, beside, checkpoint, hub, pushing, restoring, saving, training
-from .alignment import EmmaAlignment
-from .errors import CheckpointError, PatchError
-from .guards import MethodGuard, arguments_by_name
-from .hooks import install_projector_hooks, install_prompt_hooks, remove_hooks
-from .state import STATE_ATTRIBUTE, AdapterState, state_of
-from .trainers import REFERENCE_LORA, check_reference_pass
-from .wrappers import is_peft_model
+from ..alignment.module import EmmaAlignment
+from ..checkpoints import beside_notice, hub, pushing, reading, writing
+from ..errors import CheckpointError, PatchError
+from ..modules.wrappers import is_peft_model
+from ..patching import sites, trainable_parameters
+from ..patching.guards import MethodGuard, arguments_by_name
+from ..patching.hooks import install_projector_hooks, install_prompt_hooks, remove_hooks
+from ..patching.state import STATE_ATTRIBUTE, AdapterState, state_of
+from . import restoring
+from .reference_checks import REFERENCE_LORA, check_reference_pass
 
 
 def guard_wrappers(around: Sequence[nn.Module]) -> None:
@@ -57,7 +59,7 @@ def _on_registration(module: nn.Module, name: str, submodule: nn.Module | None) 
             _guard_peft_model(module, submodule)
         elif not _is_patched(module):
             configs = getattr(submodule if name == "base_model" else module, "peft_config", None)
-            beside.warn_if_told(configs.values() if isinstance(configs, dict) else ())
+            beside_notice.warn_if_told(configs.values() if isinstance(configs, dict) else ())
 
 
 # PyTorch tells of each submodule that any module gets. A tuner gets its model before it changes it.
@@ -94,18 +96,18 @@ def _guard_peft_model(model: nn.Module, base: Any) -> None:
 def _keep_adapters(tuner: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     model: nn.Module = state_of(tuner).model
     state = state_of(model)
-    held = {adapter: attachment.alignments(model, adapter) for adapter in state.adapters}
-    trainable = [(parameter, parameter.requires_grad) for parameter in attachment.all_parameters(model)]
-    with training.as_before_train_only(model):
+    held = {adapter: sites.alignments(model, adapter) for adapter in state.adapters}
+    trainable = [(parameter, parameter.requires_grad) for parameter in sites.all_parameters(model)]
+    with trainable_parameters.as_before_train_only(model):
         result = original(*args, **kwargs)
         for adapter, alignments in held.items():
-            projectors = attachment.projectors(model, adapter)
+            projectors = sites.projectors(model, adapter)
             for place, alignment in alignments.items():
-                if attachment.PLACE_ATTRIBUTE not in projectors[place].__dict__:
+                if sites.PLACE_ATTRIBUTE not in projectors[place].__dict__:
                     _move_here(projectors[place], place, state)
                 _put(projectors[place], adapter, alignment)
             for place, before_training in state.adapters[adapter].original_projectors.items():
-                attachment.attach_original(projectors[place], adapter, before_training)
+                sites.attach_original(projectors[place], adapter, before_training)
     for parameter, before in trainable:
         parameter.requires_grad_(before)
     return result
@@ -117,7 +119,9 @@ def _keep_adapters_and_trained_projectors(tuner: Any, original: Callable[..., An
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     trainable_before = state.trainable_before
     result = _keep_adapters(tuner, original, *args, **kwargs)
-    if training.is_wrapped(model) and any(adapter.original_projectors for adapter in state.adapters.values()):
+    if trainable_parameters.is_wrapped(model) and any(
+        adapter.original_projectors for adapter in state.adapters.values()
+    ):
         if len(tuner.peft_config) == 1:
             tuner.unload()
             state.trainable_before = trainable_before
@@ -133,16 +137,16 @@ def _keep_adapters_and_trained_projectors(tuner: Any, original: Callable[..., An
 def _move_here(projector: nn.Module, place: str, state: AdapterState) -> None:
     """Make ``projector``, a wrapper or what was inside of one, the module that adapters sit at."""
     for module in list(projector.modules()):
-        if attachment.PLACE_ATTRIBUTE in module.__dict__:
+        if sites.PLACE_ATTRIBUTE in module.__dict__:
             remove_hooks(module)
-            attachment.detach(module)
-    attachment.mark(projector, place, state)
+            sites.detach(module)
+    sites.mark(projector, place, state)
     install_projector_hooks(projector)
 
 
 def _put(projector: nn.Module, adapter: str, alignment: EmmaAlignment) -> None:
     if not any(module is alignment for module in projector.modules()):
-        attachment.attach(projector, adapter, alignment)
+        sites.attach(projector, adapter, alignment)
 
 
 def _save_with_adapters(model: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -160,14 +164,14 @@ def _save_with_adapters(model: Any, original: Callable[..., Any], *args: Any, **
     with _adapters_left_out(model):
         result = original(*args, **kwargs)
     if is_main_process or gathered is None:
-        folder = directory / checkpoint.SUBFOLDER
+        folder = directory / reading.SUBFOLDER
         for adapter in state_of(base).adapters:
-            saving.save(base, folder / adapter, adapter, is_main_process=is_main_process, gathered=gathered)
+            writing.save(base, folder / adapter, adapter, is_main_process=is_main_process, gathered=gathered)
         # Left by a save of the base model, it would be found before these.
-        saving.discard(folder)
+        writing.discard(folder)
     if is_main_process:
         for name in arguments.get("selected_adapters") or model.peft_config:
-            beside.tell_in_config(directory if name == "default" else directory / name)
+            beside_notice.tell_in_config(directory if name == "default" else directory / name)
     return result
 
 
@@ -193,7 +197,7 @@ def _leave_out_adapters(model: nn.Module, state_dict: dict[str, Any], prefix: st
 
 def _tell_in_card(model: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     result = original(*args, **kwargs)
-    beside.tell_in_card(model, Path(arguments_by_name(original, args, kwargs)["output_dir"]))
+    beside_notice.tell_in_card(model, Path(arguments_by_name(original, args, kwargs)["output_dir"]))
     return result
 
 
@@ -225,8 +229,8 @@ def _load_with_adapter(model: Any, original: Callable[..., Any], *args: Any, **k
     state = state_of(model)
     if arguments["adapter_name"] in model.active_adapters:
         for given in _folders(arguments):
-            folder = checkpoint.find(given, state.active)
-            if checkpoint.is_adapter(folder):
+            folder = reading.find(given, state.active)
+            if reading.is_adapter(folder):
                 restoring.restore(state.model, restoring.read_for(state.model, folder))
                 break
     return result

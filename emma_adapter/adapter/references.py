@@ -10,14 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import attachment, named, sharding
-from .errors import PatchError
-from .families import find_family
-from .guards import MethodGuard
-from .patching import install
-from .state import AdapterState, state_of
-from .surroundings import undisturbed
-from .wrappers import base_of
+from ..errors import PatchError
+from ..models.families import find_family
+from ..modules import sharding
+from ..modules.torch_modes import undisturbed
+from ..modules.wrappers import base_of
+from ..patching import sites
+from ..patching.guards import MethodGuard
+from ..patching.state import AdapterState, state_of
+from . import named
+from .patch import install
 
 #: The adapter that reference passes go through.
 REFERENCE = "reference"
@@ -65,7 +67,7 @@ def make_alike(reference: nn.Module, model: nn.Module) -> None:
     for one in (reference, model):
         _check_whole(one)
     family = find_family(reference)
-    adapters = {id(parameter) for parameter in attachment.all_parameters(model)}
+    adapters = {id(parameter) for parameter in sites.all_parameters(model)}
     own = {n: p for n, p in model.named_parameters(remove_duplicate=False) if id(p) not in adapters}
     found = dict(reference.named_parameters(remove_duplicate=False))
     if {n: p.shape for n, p in own.items()} != {n: p.shape for n, p in found.items()}:
@@ -73,7 +75,7 @@ def make_alike(reference: nn.Module, model: nn.Module) -> None:
             f"the reference is a {type(reference).__name__} of other parameters than the {type(model).__name__} that "
             "is trained: give the trainer ref_model=reference_model(model)"
         )
-    alignments = copy.deepcopy(attachment.alignments(model))
+    alignments = copy.deepcopy(sites.alignments(model))
     twin = AdapterState(family, state.config, state.pipeline, reference)
     install(reference, twin, alignments)
     shared = {}

@@ -11,28 +11,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import attachment, checkpoint, named, precision, training
-from .config import EmmaConfig
-from .errors import CheckpointError, EncoderError, PatchError
-from .families import find_family
-from .fitting import embedding_dim, make_pipeline, make_reader, resolve_encoder
-from .fusion.dispatch import Kernel
-from .instructions.encoders import names_a_path
-from .instructions.tokens import LLM
-from .state import STATE_ATTRIBUTE, state_of
-from .untrusted import listed, shown
+from ..alignment.config import EmmaConfig
+from ..alignment.fusion.dispatch import Kernel
+from ..checkpoints import reading
+from ..errors import CheckpointError, EncoderError, PatchError
+from ..files.untrusted import listed, shown
+from ..instructions.encoders import names_a_path
+from ..instructions.pipeline import LLM
+from ..models.families import find_family
+from ..patching import precision, sites, trainable_parameters
+from ..patching.state import STATE_ATTRIBUTE, state_of
+from . import named
+from .config_from_model import embedding_dim, make_pipeline, make_reader, resolve_encoder
 
 _REMEDY = "load it into the model it was made for"
 
 
-def read_for(model: nn.Module, directory: Path, name: str | None = None) -> checkpoint.SavedAdapter:
+def read_for(model: nn.Module, directory: Path, name: str | None = None) -> reading.SavedAdapter:
     """A saved adapter that can be loaded into this model, of which nothing is changed yet.
 
     Raises:
         CheckpointError: if the files are damaged, or made for another model. That shows before the values are read.
         PatchError: if parts that would take the values are offloaded.
     """
-    saved = checkpoint.read(directory, check=lambda described: check_fit(model, described))
+    saved = reading.read(directory, check=lambda described: check_fit(model, described))
     check_fit(model, saved)
     if not saved.intact:
         raise CheckpointError(
@@ -45,7 +47,7 @@ def read_for(model: nn.Module, directory: Path, name: str | None = None) -> chec
 
 def restore(
     model: nn.Module,
-    saved: checkpoint.SavedAdapter,
+    saved: reading.SavedAdapter,
     *,
     name: str | None = None,
     processor: Any = None,
@@ -84,9 +86,9 @@ def restore(
         assign(model, name, saved)
 
 
-def assign(model: nn.Module, name: str, saved: checkpoint.SavedAdapter) -> None:
+def assign(model: nn.Module, name: str, saved: reading.SavedAdapter) -> None:
     """Give an adapter, and the projector trained with it, the saved values."""
-    training.assign(model, name, saved.alignment, saved.projector)
+    trainable_parameters.assign(model, name, saved.alignment, saved.projector)
     precision.remember_weights(model)
 
 
@@ -98,17 +100,17 @@ def _undone_on_failure(model: nn.Module, name: str, *, projector: bool) -> Itera
     adapter = state.adapters[name]
     fields = dict(vars(adapter))
     # An adapter's values are replaced, a projector's written over.
-    values = {tensor: tensor.data for tensor in attachment.state_dict(model, name, keep_vars=True).values()}
-    own = training.projector_parameters(model, name).values() if projector else ()
+    values = {tensor: tensor.data for tensor in sites.state_dict(model, name, keep_vars=True).values()}
+    own = trainable_parameters.projector_parameters(model, name).values() if projector else ()
     written_over = {parameter: parameter.detach().clone() for parameter in own}
-    kernels = {alignment: alignment.config.kernel for alignment in attachment.alignments(model, name).values()}
+    kernels = {alignment: alignment.config.kernel for alignment in sites.alignments(model, name).values()}
     try:
         yield
     except BaseException:
         vars(adapter).update(fields)
         if not adapter.original_projectors:
-            for place in attachment.projectors(model, name).values():
-                attachment.remove_original(place, name)
+            for place in sites.projectors(model, name).values():
+                sites.remove_original(place, name)
         for tensor, data in values.items():
             tensor.data = data
         for parameter, value in written_over.items():
@@ -119,7 +121,7 @@ def _undone_on_failure(model: nn.Module, name: str, *, projector: bool) -> Itera
         raise
 
 
-def check_fit(model: nn.Module, saved: checkpoint.SavedAdapter) -> None:
+def check_fit(model: nn.Module, saved: reading.SavedAdapter) -> None:
     """That the saved adapter was made for a model like this one, before anything is changed."""
     family = find_family(model)
     inner = family.inner(model)
@@ -146,7 +148,7 @@ def check_fit(model: nn.Module, saved: checkpoint.SavedAdapter) -> None:
             f"{saved.source} was made for a model that gives each image its own number of visual tokens; this model "
             f"has {number} for every image; {_REMEDY}"
         )
-    places = attachment.places(family, saved.config, inner)
+    places = sites.places(family, saved.config, inner)
     if set(places) != {_place_of(name) for name in saved.alignment}:
         raise CheckpointError(
             f"{saved.source} was made for a model with {len({_place_of(name) for name in saved.alignment}) - 1} "
@@ -162,13 +164,13 @@ def check_fit(model: nn.Module, saved: checkpoint.SavedAdapter) -> None:
         own = {
             place + name: parameter
             for place, projector in places.items()
-            for name, parameter in attachment.projector_parameters(projector).items()
+            for name, parameter in sites.projector_parameters(projector).items()
         }
-        checkpoint.check_tensors(saved.projector, own, saved.source)
+        reading.check_tensors(saved.projector, own, saved.source)
     _check_range(saved, next(iter(inner.parameters())).dtype)
 
 
-def _check_range(saved: checkpoint.SavedAdapter, dtype: torch.dtype) -> None:
+def _check_range(saved: reading.SavedAdapter, dtype: torch.dtype) -> None:
     """That no value becomes infinite in the dtype that the model runs in, and with it every visual token."""
     largest = torch.finfo(dtype).max if dtype.is_floating_point else math.inf
     read = {name: value for name, value in saved.alignment.items() if not value.is_meta and value.is_floating_point()}
@@ -180,7 +182,7 @@ def _check_range(saved: checkpoint.SavedAdapter, dtype: torch.dtype) -> None:
         )
 
 
-def check_not_offloaded(model: nn.Module, saved: checkpoint.SavedAdapter, name: str | None) -> None:
+def check_not_offloaded(model: nn.Module, saved: reading.SavedAdapter, name: str | None) -> None:
     """That everything which will be given new values is there to take them.
 
     Raises:
@@ -190,10 +192,10 @@ def check_not_offloaded(model: nn.Module, saved: checkpoint.SavedAdapter, name: 
     taking: list[Tensor] = []
     state = getattr(model, STATE_ATTRIBUTE, None)
     if state is not None and (name or state.active) in state.adapters:
-        taking += attachment.state_dict(model, name, keep_vars=True).values()
+        taking += sites.state_dict(model, name, keep_vars=True).values()
     if saved.projector:
-        places = attachment.places(family, saved.config, family.inner(model)).values()
-        taking += [value for projector in places for value in attachment.projector_parameters(projector).values()]
+        places = sites.places(family, saved.config, family.inner(model)).values()
+        taking += [value for projector in places for value in sites.projector_parameters(projector).values()]
     if any(value.is_meta for value in taking):
         raise PatchError(
             f"{saved.source} holds weights of parts that are offloaded: load_adapter first, then dispatch the model"
@@ -201,12 +203,12 @@ def check_not_offloaded(model: nn.Module, saved: checkpoint.SavedAdapter, name: 
 
 
 def _place_of(name: str) -> str:
-    match = attachment.DEEPSTACK_PLACE.match(name)
-    return match[0] if match else attachment.MAIN_PLACE
+    match = sites.DEEPSTACK_PLACE.match(name)
+    return match[0] if match else sites.MAIN_PLACE
 
 
 def check_encoder(
-    model: nn.Module, saved: checkpoint.SavedAdapter, instruction_encoder: str | nn.Module | None, *, downloaded: bool
+    model: nn.Module, saved: reading.SavedAdapter, instruction_encoder: str | nn.Module | None, *, downloaded: bool
 ) -> None:
     """That the encoder which a new adapter is going to have fits, and isn't a path that a stranger has named.
 
@@ -256,6 +258,6 @@ def _refit(
         config, encoder = resolve_encoder(config, instruction_encoder, state.family.inner(model))
     if kernel is not None:
         config = config.replace(kernel=kernel)
-        for alignment in attachment.alignments(model, name).values():
+        for alignment in sites.alignments(model, name).values():
             alignment.use_kernel(kernel)
     adapter.config, adapter.pipeline = config, make_pipeline(config, reader, encoder)

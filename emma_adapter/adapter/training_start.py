@@ -11,10 +11,13 @@ from typing import Any
 
 from torch import nn
 
-from . import attachment, base_saves, precision, private, trainers
-from .errors import PatchError
-from .guards import arguments_by_name
-from .state import AdapterState, state_of
+from ..checkpoints import base_model
+from ..errors import PatchError
+from ..modules import private
+from ..patching import precision, sites
+from ..patching.guards import arguments_by_name
+from ..patching.state import AdapterState, state_of
+from . import reference_checks
 
 #: The Trainers that have begun.
 _started: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -35,13 +38,13 @@ def _begin(model: nn.Module) -> None:
     trainer = private.running_trainer()
     # One that is only being made doesn't know its arguments yet.
     if trainer is not None and trainer.is_in_train and trainer not in _started:
-        base_saves.check_output_folder(model, trainer)
+        base_model.check_output_folder(model, trainer)
         if trainer.args.push_to_hub:
             # It imports transformers.
-            from .push_callback import AdapterPushCallback
+            from ..checkpoints.push_callback import AdapterPushCallback
 
             trainer.add_callback(AdapterPushCallback)
-        trainers.warn_of_bare_reference(model, trainer)
+        reference_checks.warn_of_bare_reference(model, trainer)
         _warn_of_mixed_rates(model, trainer)
         _started.add(trainer)
 
@@ -58,13 +61,13 @@ def _meet_trainer(state: AdapterState) -> bool:
     """
     model = state.model
     precision.restore_weights(model)
-    trainable = any(parameter.requires_grad for parameter in attachment.named_parameters(model).values())
+    trainable = any(parameter.requires_grad for parameter in sites.named_parameters(model).values())
     return trainable and private.may_be_trained_through(model)
 
 
 def _warn_of_mixed_rates(model: nn.Module, trainer: Any) -> None:
     """Warn where a tool's own rule has given parts of the adapter different rates, among parameters of others."""
-    adapter = {id(parameter) for parameter in attachment.named_parameters(model).values()}
+    adapter = {id(parameter) for parameter in sites.named_parameters(model).values()}
     rates = set()
     for group in getattr(trainer.optimizer, "param_groups", ()):
         inside = [id(parameter) in adapter for parameter in group["params"]]

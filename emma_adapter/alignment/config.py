@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from .errors import ConfigError
+from ..errors import ConfigError
+from ..files.untrusted import listed, parse_json, shown
 from .fusion.dispatch import Kernel
 from .fusion.registry import fusion_names
-from .untrusted import listed, parse_json, shown
 
 #: Of any size: products of two still fit into 64 bits.
 _MAX_SIZE = 2**31 - 1

@@ -7,11 +7,11 @@ from os import PathLike
 import torch
 from torch import Tensor, nn
 
+from ..errors import ConfigError, ShapeError
 from .config import EmmaConfig
-from .errors import ConfigError, ShapeError
 from .fusion import fusion_class
 from .fusion.dispatch import Kernel, KernelUse
-from .fusion.packing import Grid, Packing
+from .fusion.packed_images import Grid, Packing
 from .official import read_official
 
 

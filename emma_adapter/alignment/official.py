@@ -14,9 +14,9 @@ from typing import IO, BinaryIO
 import torch
 from torch import Tensor, nn
 
+from ..errors import CheckpointError
+from ..files.untrusted import open_regular, plain, shown
 from .config import EmmaConfig
-from .errors import CheckpointError
-from .untrusted import open_regular, plain, shown
 
 _TENSORS = (
     "text_projection.weight",  # [D, Dt]

@@ -12,10 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..alignment.fusion import ModulationFusion
+from ..alignment.fusion.cross_attention import CrossAttention, CrossAttentionFusion
 from ..errors import AnalysisError
-from ..fusion import ModulationFusion
-from ..fusion.cross_attention import CrossAttention, CrossAttentionFusion
-from ..instructions.tokens import Instruction
+from ..instructions.pipeline import Instruction
 from .observing import Model, VisualEntry, alignment_of, observe, observed_batches
 
 #: Below and above which a factor of the mask counts as suppressing or amplifying.

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import AnalysisError
-from ..families import WHOLE_IMAGE, Box
-from ..instructions.tokens import Instruction
+from ..instructions.pipeline import Instruction
+from ..models.families import WHOLE_IMAGE, Box
 from .observing import Model, VisualEntry, observe
 
 Array = NDArray[np.float32]

@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..alignment import EmmaAlignment
-from ..attachment import MAIN_PLACE, alignments
-from ..calls import ObservedAlignment
+from ..adapter.handle import EmmaAdapter
+from ..alignment.fusion.packed_images import Grid
+from ..alignment.module import EmmaAlignment
 from ..errors import AnalysisError
-from ..families import Box, MediaLayout
-from ..fusion.packing import Grid
-from ..handle import EmmaAdapter
-from ..instructions.tokens import Instruction
-from ..state import state_of
-from ..wrappers import base_of
+from ..instructions.pipeline import Instruction
+from ..models.families import Box, MediaLayout
+from ..modules.wrappers import base_of
+from ..patching.call import ObservedAlignment
+from ..patching.sites import MAIN_PLACE, alignments
+from ..patching.state import state_of
 
 Model = nn.Module | EmmaAdapter
 

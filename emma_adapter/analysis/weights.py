@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..alignment import EmmaAlignment
+from ..alignment.fusion import LinearFusion
+from ..alignment.module import EmmaAlignment
 from ..errors import AnalysisError
-from ..fusion import LinearFusion
 from .observing import Model, alignment_of
 
 

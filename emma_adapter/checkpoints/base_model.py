@@ -26,10 +26,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import attachment, checkpoint, hub, private, saving, sharding
-from .guards import arguments_by_name
-from .state import AdapterState, state_of
-from .training import adapter_parameters, original_projectors, projector_parameters
+from ..modules import private, sharding
+from ..patching import sites
+from ..patching.guards import arguments_by_name
+from ..patching.state import AdapterState, state_of
+from ..patching.trainable_parameters import adapter_parameters, original_projectors, projector_parameters
+from . import hub, reading, writing
 
 _TRAINER_WEIGHTS = "model.safetensors"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -73,7 +75,7 @@ def _save_checkpoint(model: nn.Module, original: Callable[..., Any], directory: 
         result = original(**kwargs)
     if is_main_process:
         if private.has_peft_adapters(model):
-            saving.save_tensors(directory, _TRAINER_WEIGHTS, _trained_tensors(model, trained, gathered))
+            writing.save_tensors(directory, _TRAINER_WEIGHTS, _trained_tensors(model, trained, gathered))
         _save_adapters_beside(model, directory, is_main_process=True, gathered=gathered)
         _log.info("saved the whole model to %s, since more of it is trained than the adapter", directory)
     return result
@@ -85,18 +87,18 @@ def _save_adapter_only(
     if _CHECKPOINT.fullmatch(directory.name):
         _check_holds_no_model(directory)
     further = {}
-    if not checkpoint.holds_model(directory):
+    if not reading.holds_model(directory):
         further = {_TRAINER_WEIGHTS: _trained_tensors(model, trained, gathered)}
-    saving.save(model, directory, is_main_process=True, gathered=gathered, further=further)
+    writing.save(model, directory, is_main_process=True, gathered=gathered, further=further)
     _log.info("saved the adapter alone to %s, since nothing else is trained", directory)
 
 
 def _save_adapters_beside(model: nn.Module, directory: Path, *, is_main_process: bool, **more: Any) -> None:
-    saving.save_all(model, directory / checkpoint.SUBFOLDER, is_main_process=is_main_process, **more)
+    writing.save_all(model, directory / reading.SUBFOLDER, is_main_process=is_main_process, **more)
     if is_main_process:
         # Of an earlier save of the adapter alone: transformers would take it for one of PEFT, and load_adapter for
         # the newer one.
-        saving.discard(directory)
+        writing.discard(directory)
 
 
 def expect_checkpoints(model: nn.Module) -> None:
@@ -116,7 +118,7 @@ def check_output_folder(model: nn.Module, trainer: Any) -> None:
         return
     folder = Path(trainer.args.output_dir)
     # Where trainer.save_model() goes.
-    saving.check_not_foreign(folder)
+    writing.check_not_foreign(folder)
     # Trainer knows it in the process that pushes.
     if trainer.args.push_to_hub and trainer.hub_model_id is not None:
         _check_repository(trainer)
@@ -125,7 +127,7 @@ def check_output_folder(model: nn.Module, trainer: Any) -> None:
     for earlier in folder.glob("checkpoint-*"):
         number = _CHECKPOINT.fullmatch(earlier.name)
         if number and trainer.state.global_step < int(number[1]) <= trainer.state.max_steps:
-            saving.check_not_foreign(earlier)
+            writing.check_not_foreign(earlier)
             _check_holds_no_model(earlier)
 
 
@@ -138,7 +140,7 @@ def _check_repository(trainer: Any) -> None:
 
 
 def _check_holds_no_model(checkpoint_folder: Path) -> None:
-    if checkpoint.holds_model(checkpoint_folder):
+    if reading.holds_model(checkpoint_folder):
         raise _would_replace_a_model(str(checkpoint_folder), "output_dir")
 
 
@@ -152,7 +154,7 @@ def _base_state_dict(model: nn.Module) -> dict[str, Tensor]:
     adapters = {
         key
         for adapter in state_of(model).adapters
-        for key in _identities(attachment.state_dict(model, adapter, keep_vars=True))
+        for key in _identities(sites.state_dict(model, adapter, keep_vars=True))
     }
     trained = projector_parameters(model)
     originals = {id(trained[name]): value for name, value in original_projectors(model).items()}
@@ -205,7 +207,7 @@ def _trained_tensors(
 
 def _trained_names(model: nn.Module, trained: set[int]) -> dict[str, Tensor]:
     """By their names in the model: what is trained, and what else belongs to the active adapter."""
-    own = _identities(attachment.state_dict(model, keep_vars=True)) | trained
+    own = _identities(sites.state_dict(model, keep_vars=True)) | trained
     if state_of(model).current.original_projectors:
         own |= _identities(projector_parameters(model))
     return {name: value for name, value in model.state_dict(keep_vars=True).items() if id(value) in own}

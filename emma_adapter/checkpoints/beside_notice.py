@@ -14,11 +14,11 @@ from typing import Any
 
 from torch import nn
 
-from .atomic import replace_files
-from .checkpoint import CARD_NAME, CONFIG_NAME, FORMAT, SUBFOLDER
+from ..files.atomic import replace_files
+from ..messages import warn_caller
+from ..patching.state import DEFAULT, state_of
 from .model_card import beside_section
-from .state import DEFAULT, state_of
-from .warning import warn_caller
+from .reading import CARD_NAME, CONFIG_NAME, FORMAT, SUBFOLDER
 
 _BEGIN, _END = "<!-- emma_adapter: begin -->", "<!-- emma_adapter: end -->"
 _MAPPING = "auto_mapping"

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from .checkpoint import CARD_NAME, CONFIG_NAME, MODEL_CONFIG_NAME, SUBFOLDER, WEIGHTS_NAME, holds_model
-from .errors import CheckpointError
-from .saving import check_not_foreign, save
+from ..errors import CheckpointError
+from .reading import CARD_NAME, CONFIG_NAME, MODEL_CONFIG_NAME, SUBFOLDER, WEIGHTS_NAME, holds_model
+from .writing import check_not_foreign, save
 
 _NAMES = (CONFIG_NAME, WEIGHTS_NAME, CARD_NAME)
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from ..patching.state import STATE_ATTRIBUTE
 from . import pushing
-from .state import STATE_ATTRIBUTE
 
 
 class AdapterPushCallback(TrainerCallback):

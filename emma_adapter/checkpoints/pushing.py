@@ -10,11 +10,12 @@ from typing import Any
 
 from torch import nn
 
-from . import private, saving
-from .atomic import replace_files
-from .beside import tell_in_card
-from .checkpoint import CARD_NAME, CONFIG_NAME, SUBFOLDER, WEIGHTS_NAME, is_adapter
-from .guards import MethodGuard, arguments_by_name
+from ..files.atomic import replace_files
+from ..modules import private
+from ..patching.guards import MethodGuard, arguments_by_name
+from . import writing
+from .beside_notice import tell_in_card
+from .reading import CARD_NAME, CONFIG_NAME, SUBFOLDER, WEIGHTS_NAME, is_adapter
 
 
 def install(model: nn.Module) -> None:
@@ -79,7 +80,7 @@ def complete(model: nn.Module, output: Path, step: int) -> None:
         source, target = checkpoint / SUBFOLDER, output / SUBFOLDER
         for old in (target, *target.glob("*/")):
             if not is_adapter(source / old.relative_to(target)):
-                saving.discard(old)
+                writing.discard(old)
         for folder in (source, *source.glob("*/")):
             if is_adapter(folder):
                 _copy(folder, target / folder.relative_to(source))

@@ -21,13 +21,13 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from . import attachment
-from .alignment import EmmaAlignment
-from .config import EmmaConfig
-from .errors import CheckpointError, ConfigError
-from .state import DEFAULT
-from .untrusted import listed, open_regular, parse_json, plain, shown
-from .version import __version__
+from ..alignment.config import EmmaConfig
+from ..alignment.module import EmmaAlignment
+from ..errors import CheckpointError, ConfigError
+from ..files.untrusted import listed, open_regular, parse_json, plain, shown
+from ..patching import sites
+from ..patching.state import DEFAULT
+from ..version import __version__
 
 FORMAT_VERSION = 1
 CONFIG_NAME = "adapter_config.json"
@@ -369,7 +369,7 @@ def _expected_alignment(config: EmmaConfig, found: Iterable[str], directory: Pat
         raise CheckpointError(
             f"{directory / CONFIG_NAME} describes no adapter that can be built: {plain(str(error))}; take another copy"
         ) from error
-    places = [attachment.MAIN_PLACE]
+    places = [sites.MAIN_PLACE]
     if config.align_deepstack:
-        places += sorted({match[0] for name in found if (match := attachment.DEEPSTACK_PLACE.match(name))})
+        places += sorted({match[0] for name in found if (match := sites.DEEPSTACK_PLACE.match(name))})
     return {place + name: tensor for place in places for name, tensor in expected.items()}

@@ -16,9 +16,15 @@ import torch
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
-from . import attachment, sharding
-from .atomic import replace_files
-from .checkpoint import (
+from ..errors import CheckpointError
+from ..files.atomic import replace_files
+from ..modules import sharding
+from ..patching import sites
+from ..patching.state import state_of
+from ..patching.trainable_parameters import count_parameters, trained_projector_parameters
+from ..version import __version__
+from .model_card import GENERATED_MARKER, model_card
+from .reading import (
     ALIGNMENT_PREFIX,
     CARD_NAME,
     CONFIG_NAME,
@@ -31,11 +37,6 @@ from .checkpoint import (
     holds_model,
     is_adapter,
 )
-from .errors import CheckpointError
-from .model_card import GENERATED_MARKER, model_card
-from .state import state_of
-from .training import count_parameters, trained_projector_parameters
-from .version import __version__
 
 
 def save(
@@ -151,7 +152,7 @@ def _describe(model: nn.Module, adapter: str, tensors: Mapping[str, Tensor]) -> 
 
 def _own_tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
     """An adapter's tensors by their names in the file, and the projectors' if they are trained with it."""
-    own = attachment.state_dict(model, adapter, keep_vars=True)
+    own = sites.state_dict(model, adapter, keep_vars=True)
     tensors = {ALIGNMENT_PREFIX + name: value for name, value in own.items()}
     projector = trained_projector_parameters(model, adapter)
     return tensors | {PROJECTOR_PREFIX + name: value for name, value in projector.items()}

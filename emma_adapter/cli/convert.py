@@ -18,11 +18,11 @@ _TEXT_TOWER = "openai/clip-vit-large-patch14-336"
 @click.option("--text-tower", default=_TEXT_TOWER, show_default=True, help="The CLIP that reads instructions.")
 def convert(source: Path, output: Path, model: str, text_tower: str) -> None:
     """Make an adapter folder of the authors' vision_tower.bin."""
-    from ..alignment import EmmaAlignment
+    from ..adapter.patch import patch_model
+    from ..alignment.module import EmmaAlignment
+    from ..checkpoints.model_card import load_call
     from ..errors import CheckpointError, ConfigError, UnsupportedModelError
-    from ..model_card import load_call
-    from ..patching import patch_model
-    from .models import load_processor, model_without_weights
+    from ..models.loading import load_processor, model_without_weights
 
     official = EmmaAlignment.from_official(source)
     base = model_without_weights(model)

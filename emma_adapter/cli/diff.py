@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..untrusted import plain
+from ..files.untrusted import plain
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..checkpoint import SavedAdapter
+    from ..checkpoints.reading import SavedAdapter
 
 _DIFFERENT = 1
 
@@ -24,9 +24,9 @@ _DIFFERENT = 1
 @click.pass_context
 def diff(context: click.Context, one: Path, other: Path) -> None:
     """How two adapter folders differ; the exit code is 0 if they don't, and 1 if they do."""
-    from .. import checkpoint
+    from ..checkpoints import reading
 
-    adapters = [checkpoint.read(folder) for folder in (one, other)]
+    adapters = [reading.read(folder) for folder in (one, other)]
     lines = [*_config_lines(*adapters), *_tensor_lines(*adapters)]
     for line in lines:
         click.echo(plain(line))

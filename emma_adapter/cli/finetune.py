@@ -89,15 +89,15 @@ def finetune(
     resumed_from = _resumed_from(settings)
     from transformers import set_seed
 
-    from ..config import EmmaConfig
+    from ..adapter.loading import load_adapter
+    from ..adapter.patch import patch_model
+    from ..alignment.config import EmmaConfig
+    from ..checkpoints.model_card import load_call
+    from ..checkpoints.writing import check_not_foreign
+    from ..data.examples import Examples
     from ..data.rows import open_rows
-    from ..loading import load_adapter
-    from ..model_card import load_call
-    from ..patching import patch_model
-    from ..prompts import stop_ids
-    from ..saving import check_not_foreign
-    from .examples import Examples
-    from .models import load_model, load_processor
+    from ..models.loading import load_model, load_processor
+    from ..models.prompts import stop_ids
 
     # Not after the training.
     check_not_foreign(output)

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ..untrusted import plain
+from ..files.untrusted import plain
 from .options import subfolder_option, trust_option
 
 
@@ -29,28 +29,28 @@ def info(target: str, subfolder: str | None, as_json: bool, trust_remote_code: b
 
 def _adapter_folder(target: str, subfolder: str | None) -> Path | None:
     """The folder that holds the adapter; None if it is a model."""
-    from .. import checkpoint, hub
+    from ..checkpoints import hub, reading
     from ..errors import CheckpointError
 
     if Path(target).is_file():
         raise CheckpointError(f"{target} is a file: give the folder that it is in")
     folder = hub.local_folder(target, subfolder=subfolder)
-    for place in (folder, folder / checkpoint.SUBFOLDER):
-        if (place / checkpoint.CONFIG_NAME).is_file():
+    for place in (folder, folder / reading.SUBFOLDER):
+        if (place / reading.CONFIG_NAME).is_file():
             return place
     # Of a model on the hub only the files of an adapter were asked for.
-    if subfolder is not None or (Path(target).is_dir() and not (folder / checkpoint.MODEL_CONFIG_NAME).is_file()):
+    if subfolder is not None or (Path(target).is_dir() and not (folder / reading.MODEL_CONFIG_NAME).is_file()):
         raise CheckpointError(
-            f"{folder} holds neither an adapter ({checkpoint.CONFIG_NAME}) nor a model (config.json): give the folder "
+            f"{folder} holds neither an adapter ({reading.CONFIG_NAME}) nor a model (config.json): give the folder "
             "that save_pretrained wrote"
         )
     return None
 
 
 def _adapter_facts(folder: Path) -> dict[str, Any]:
-    from .. import checkpoint
+    from ..checkpoints import reading
 
-    saved = checkpoint.read(folder)
+    saved = reading.read(folder)
     config = saved.config
     return {
         "kind": "adapter",
@@ -68,19 +68,19 @@ def _adapter_facts(folder: Path) -> dict[str, Any]:
         "max_instruction_tokens": config.max_instruction_tokens,
         "parameters": sum(tensor.numel() for tensor in saved.alignment.values()),
         "projector_trained": bool(saved.projector),
-        "file_size": (saved.source / checkpoint.WEIGHTS_NAME).stat().st_size,
+        "file_size": (saved.source / reading.WEIGHTS_NAME).stat().st_size,
         "checksum": "right" if saved.intact else "wrong: the file is damaged, take another copy",
         "written_by": f"emma_adapter {saved.library_version or ''}".strip(),
     }
 
 
 def _model_facts(source: str, trust_remote_code: bool) -> dict[str, Any]:
-    from ..config import EmmaConfig
+    from ..adapter.patch import patch_model, unpatch_model
+    from ..alignment.config import EmmaConfig
+    from ..alignment.fusion import fusion_names
     from ..errors import UnsupportedModelError
-    from ..families import find_family
-    from ..fusion import fusion_names
-    from ..patching import patch_model, unpatch_model
-    from .models import model_without_weights
+    from ..models.families import find_family
+    from ..models.loading import model_without_weights
 
     model = model_without_weights(source, trust_remote_code=trust_remote_code)
     # Before the fusions, each of which may be unsupported on its own.

@@ -70,10 +70,10 @@ def report(
         )
     import torch
 
+    from ..adapter.loading import load_adapter
     from ..data.rows import open_rows
-    from ..loading import load_adapter
+    from ..models.loading import load_model, load_processor
     from ..report import make_report, render
-    from .models import load_model, load_processor
 
     try:
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import ConfigError, DataError, InstructionError
-from .handle import EmmaAdapter
-from .instructions.extraction import choose_turns, pad_right
-from .instructions.prompt import IGNORE_INDEX
-from .prompts import stop_ids
-from .state import state_of
-from .warning import warn_caller
+from ..adapter.handle import EmmaAdapter
+from ..errors import ConfigError, DataError, InstructionError
+from ..instructions.prompt import IGNORE_INDEX
+from ..instructions.reader import choose_turns, pad_right
+from ..messages import warn_caller
+from ..models.prompts import stop_ids
+from ..patching.state import state_of
 
 Row = Mapping[str, Any]
 

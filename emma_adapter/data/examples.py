@@ -7,10 +7,10 @@ from typing import Any
 
 import click
 
-from ..data.conversations import Message, count_images, trainable_turns
-from ..data.rows import Rows
 from ..errors import DataError
-from ..prompts import Prompts, shared_length
+from ..models.prompts import Prompts, shared_length
+from .conversations import Message, count_images, trainable_turns
+from .rows import Rows
 
 _IGNORE_INDEX = -100
 

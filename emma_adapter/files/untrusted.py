@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .errors import CheckpointError
+from ..errors import CheckpointError
 
 #: Levels of lists and objects within each other; more are refused, so that no walk over what was read ends in a
 #: RecursionError, whatever the depth of the stack it starts at.

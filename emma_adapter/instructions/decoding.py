@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
-from .words import Tokenization
+from .tokenization import Tokenization
 
 #: As a token id: an answer that is known from labels. Every other negative id says nothing.
 ANSWERED = -(2**63)

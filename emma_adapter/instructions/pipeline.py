@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ..errors import InstructionError
 from .encoders import CachedEncoder
-from .extraction import InstructionReader
 from .prompt import Prompt
+from .reader import InstructionReader
 
 LLM = "llm"
 _TEACHES_NOTHING = (

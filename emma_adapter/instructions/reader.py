@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..config import InstructionPolicy
+from ..alignment.config import InstructionPolicy
 from ..errors import InstructionError
-from ..warning import warn_caller
+from ..messages import warn_caller
 from .cache import LRUCache
 from .decoding import ANSWERED, DecodedRow, TokenTexts, vocabulary_state
 from .markers import TurnMarkers, answer_headers

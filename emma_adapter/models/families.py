@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from .errors import RoutingError, UnsupportedModelError
+from ..errors import RoutingError, UnsupportedModelError
 
 ENTRY_POINT_GROUP = "emma_adapter.integrations"
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import takewhile
 from typing import Any
 
-from .errors import DataError
+from ..errors import DataError
 
 
 class Prompts:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from .errors import InstructionError
+from ..errors import InstructionError
 from .private import is_backward_running, storage_address
 
 Value = TypeVar("Value")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import PatchError
+from ..errors import PatchError
 from .private import accelerate_hooks
 
 

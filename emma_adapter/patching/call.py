@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .alignment import EmmaAlignment
-from .errors import RoutingError
-from .families import MediaLayout, ModelFamily, ProjectorCall, mismatch
-from .fusion.packing import Packing
-from .instructions.routing import rows_of_media
-from .instructions.tokens import Instruction, InstructionTokens
+from ..alignment.fusion.packed_images import Packing
+from ..alignment.module import EmmaAlignment
+from ..errors import RoutingError
+from ..instructions.pipeline import Instruction, InstructionTokens
+from ..models.families import MediaLayout, ModelFamily, ProjectorCall, mismatch
+from .routing import rows_of_media
 
 
 @dataclass(frozen=True)

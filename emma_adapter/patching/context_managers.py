@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
-from .instructions.tokens import InstructionTokens
+from ..instructions.pipeline import InstructionTokens
 
 
 class BlockOwner:

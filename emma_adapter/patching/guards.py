@@ -13,12 +13,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .calls import CallPlan, FeatureCall
+from ..modules.recomputation import is_recomputing, may_be_recomputed
+from .call import CallPlan, FeatureCall
 from .hooks import pop_outer_call
-from .parallel import look_up
 from .planning import cached_length, has_pixels, plan_call
-from .recomputation import is_recomputing, may_be_recomputed
 from .state import STATE_ATTRIBUTE, AdapterState, state_of
+from .without_images import look_up
 
 
 class MethodGuard:

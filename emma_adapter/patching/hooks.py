@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import private
-from .attachment import PLACE_ATTRIBUTE, alignment_at, is_aligned, projector_parameters
-from .calls import (
+from ..errors import InstructionError
+from ..modules import private
+from ..modules.recomputation import is_recomputing, may_be_recomputed, with_own_memory
+from ..modules.sharding import execution_device
+from .call import (
     Bypass,
     CallPlan,
     FeatureCall,
@@ -30,14 +32,12 @@ from .calls import (
     route,
     route_without_prompt,
 )
-from .errors import InstructionError
-from .idle import warn_if_left_out
 from .original_projector import OriginalProjector
-from .parallel import after_embedding, before_call_without_images, check_wrapped_once_patched
 from .planning import has_pixels, pinned_plan, plan_call
-from .recomputation import is_recomputing, may_be_recomputed, with_own_memory
-from .sharding import execution_device
+from .setup_checks import warn_if_left_out
+from .sites import PLACE_ATTRIBUTE, alignment_at, is_aligned, projector_parameters
 from .state import STATE_ATTRIBUTE, AdapterState, CallContext, state_of
+from .without_images import after_embedding, before_call_without_images, check_wrapped_once_patched
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 

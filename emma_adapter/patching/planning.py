@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attachment import check_in_place
-from .calls import CallPlan, FeatureCall, OuterCall, PinnedPrompt
-from .errors import InstructionError, RoutingError
-from .families import ModelFamily
-from .instructions.packing import Samples, find_samples
-from .instructions.prompt import Prompt
-from .instructions.tokens import InstructionTokens, embedded, embedder
-from .private import is_cache
+from ..errors import InstructionError, RoutingError
+from ..instructions.packed_samples import Samples, find_samples
+from ..instructions.pipeline import InstructionTokens, embedded, embedder
+from ..instructions.prompt import Prompt
+from ..models.families import ModelFamily
+from ..modules.private import is_cache
+from .call import CallPlan, FeatureCall, OuterCall, PinnedPrompt
+from .sites import check_in_place
 from .state import AdapterState
 
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from . import attachment
-from .sharding import is_elsewhere, is_sharded
+from ..modules.sharding import is_elsewhere, is_sharded
+from . import sites
 from .state import state_of
 
 
@@ -16,9 +16,9 @@ def quantized_tensors(model: nn.Module, projector: nn.Module) -> list[str]:
     """The names of a projector's weights that are packed or quantized: integers, floats of 8 bits, and in a quantized
     model also a subclass of tensors that stands for such (torchao, quanto), or buffers in a weight's place (GPTQ, AWQ).
     """
-    found = [name for name, parameter in attachment.projector_parameters(projector).items() if _is_packed(parameter)]
+    found = [name for name, parameter in sites.projector_parameters(projector).items() if _is_packed(parameter)]
     if getattr(model, "is_quantized", False):
-        for name, tensor in attachment.projector_tensors(projector).items():
+        for name, tensor in sites.projector_tensors(projector).items():
             if isinstance(tensor, nn.Parameter):
                 is_packed = type(tensor) is not nn.Parameter and not is_sharded(tensor)
             else:
@@ -51,7 +51,7 @@ def remember_weights(model: nn.Module) -> None:
     held is the memory that the parameters use, so that it costs nothing and follows every optimizer step.
     """
     if getattr(model, "is_quantized", False):
-        parameters = {id(p): p for p in attachment.all_parameters(model) if p.dtype == torch.float32}
+        parameters = {id(p): p for p in sites.all_parameters(model) if p.dtype == torch.float32}
         state_of(model).float32_weights = {key: p.detach() for key, p in parameters.items() if not is_elsewhere(p)}
 
 
@@ -60,7 +60,7 @@ def restore_weights(model: nn.Module) -> None:
     if not getattr(model, "is_quantized", False):
         return
     held = state_of(model).float32_weights
-    for parameter in attachment.all_parameters(model):
+    for parameter in sites.all_parameters(model):
         half = parameter.dtype in (torch.bfloat16, torch.float16)
         if not half or not parameter.requires_grad or is_elsewhere(parameter):
             continue

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import RoutingError
-from ..families import mismatch
+from ..models.families import mismatch
 
 
 def rows_of_media(

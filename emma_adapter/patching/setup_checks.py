@@ -8,8 +8,8 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from .alignment import EmmaAlignment
-from .sharding import is_elsewhere
+from ..alignment.module import EmmaAlignment
+from ..modules.sharding import is_elsewhere
 from .state import state_of
 
 

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .alignment import EmmaAlignment
-from .config import EmmaConfig
-from .errors import PatchError
-from .families import ModelFamily
+from ..alignment.config import EmmaConfig
+from ..alignment.module import EmmaAlignment
+from ..errors import PatchError
+from ..models.families import ModelFamily
 from .original_projector import OriginalProjector
 from .state import DEFAULT, STATE_ATTRIBUTE, AdapterState, state_of
 

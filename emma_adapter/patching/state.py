@@ -12,8 +12,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .blocks import Block, BlockOwner, Scope, current_scope, entered
-from .calls import (
+from ..alignment.config import EmmaConfig
+from ..errors import InstructionError, PatchError
+from ..instructions.pipeline import InstructionPipeline, InstructionTokens
+from ..models.families import ModelFamily
+from ..modules.private import cache_names_to_bridge
+from ..modules.recomputation import RecomputationMemory, is_recomputing
+from .call import (
     Bypass,
     CallPlan,
     FeatureCall,
@@ -25,13 +30,8 @@ from .calls import (
     same_plan,
     same_route,
 )
-from .config import EmmaConfig
-from .errors import InstructionError, PatchError
-from .families import ModelFamily
-from .instructions.tokens import InstructionPipeline, InstructionTokens
+from .context_managers import Block, BlockOwner, Scope, current_scope, entered
 from .original_projector import OriginalProjector
-from .private import cache_names_to_bridge
-from .recomputation import RecomputationMemory, is_recomputing
 
 #: Attribute of the outer model, the inner model and the projectors of a patched model.
 STATE_ATTRIBUTE = "_emma"

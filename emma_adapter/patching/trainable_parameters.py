@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import attachment
-from .errors import ConfigError, PatchError
+from ..errors import ConfigError, PatchError
+from ..files.untrusted import listed
+from ..modules.sharding import is_fully_sharded
+from . import sites
 from .hooks import remove_hooks
 from .original_projector import OriginalProjector
 from .precision import quantized_tensors, with_the_projector_as_it_is
-from .sharding import is_fully_sharded
 from .state import state_of
-from .untrusted import listed
 
 #: In the name of a parameter that PEFT has wrapped.
 _WRAPPERS = re.compile(r"(?<![^.])(base_layer|original_module|modules_to_save\.[^.]+)\.")
@@ -27,8 +27,8 @@ _WRAPPERS = re.compile(r"(?<![^.])(base_layer|original_module|modules_to_save\.[
 
 def count_parameters(model: nn.Module, adapter: str | None = None) -> tuple[int, int]:
     """The numbers in an adapter (default: the active one), and in the model with it and without its other adapters."""
-    own = sum(parameter.numel() for parameter in attachment.named_parameters(model, adapter).values())
-    adapters = sum(parameter.numel() for parameter in attachment.all_parameters(model))
+    own = sum(parameter.numel() for parameter in sites.named_parameters(model, adapter).values())
+    adapters = sum(parameter.numel() for parameter in sites.all_parameters(model))
     return own, sum(parameter.numel() for parameter in model.parameters()) - adapters + own
 
 
@@ -37,15 +37,15 @@ def projector_parameters(model: nn.Module, adapter: str | None = None) -> dict[s
     adapter."""
     return {
         place + name: parameter
-        for place, projector in attachment.projectors(model, adapter).items()
-        for name, parameter in attachment.projector_parameters(projector).items()
+        for place, projector in sites.projectors(model, adapter).items()
+        for name, parameter in sites.projector_parameters(projector).items()
     }
 
 
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The parameters that adapter folders hold: the adapters', and the projector's if it belongs to the active one."""
     projector = projector_parameters(model).values() if state_of(model).current.original_projectors else ()
-    return [*attachment.all_parameters(model), *projector]
+    return [*sites.all_parameters(model), *projector]
 
 
 def is_wrapped(model: nn.Module) -> bool:
@@ -65,7 +65,7 @@ def train_only(model: nn.Module, *, projector: bool) -> None:
         keep_original_projectors(model)
     remember_trainable(model)
     model.requires_grad_(False)
-    for parameter in attachment.named_parameters(model).values():
+    for parameter in sites.named_parameters(model).values():
         parameter.requires_grad_(True)
     if projector:
         for parameter in projector_parameters(model).values():
@@ -83,7 +83,7 @@ def _check_projector_trainable(model: nn.Module) -> None:
     """Raises:
     PatchError: if the projector has quantized weights, which no optimizer can change.
     """
-    projectors = attachment.projectors(model)
+    projectors = sites.projectors(model)
     quantized = [place + name for place in projectors for name in quantized_tensors(model, projectors[place])]
     if quantized:
         raise PatchError(
@@ -125,7 +125,7 @@ def as_before_train_only(model: nn.Module) -> Iterator[None]:
 
 def _trainable(model: nn.Module) -> dict[str, bool]:
     """Whether the model's own parameters are trainable."""
-    adapters = {id(parameter) for parameter in attachment.all_parameters(model)}
+    adapters = {id(parameter) for parameter in sites.all_parameters(model)}
     return {n: p.requires_grad for n, p in model.named_parameters() if id(p) not in adapters}
 
 
@@ -147,7 +147,7 @@ def parameter_groups(
     """
     for name, rate in (("lr", lr), ("projector_lr", projector_lr), ("weight_decay", weight_decay)):
         _check_rate(name, rate)
-    adapter = [parameter for parameter in attachment.named_parameters(model).values() if parameter.requires_grad]
+    adapter = [parameter for parameter in sites.named_parameters(model).values() if parameter.requires_grad]
     projector = []
     if state_of(model).current.original_projectors:
         projector = [parameter for parameter in projector_parameters(model).values() if parameter.requires_grad]
@@ -214,14 +214,14 @@ def keep_original_projectors(model: nn.Module, adapter: str | None = None) -> No
             "FSDP has sharded the projector, of which the original is to be kept: train_only(projector=True) first, "
             "then shard"
         )
-    projectors = attachment.projectors(model, adapter)
+    projectors = sites.projectors(model, adapter)
     kept = {
         place: _original(projector, state.current.original_projectors.get(place))
         for place, projector in projectors.items()
     }
     named.original_projectors = kept
     for place, projector in projectors.items():
-        attachment.attach_original(projector, adapter or state.active, kept[place])
+        sites.attach_original(projector, adapter or state.active, kept[place])
 
 
 def _original(projector: nn.Module, kept: OriginalProjector | None) -> OriginalProjector:
@@ -230,7 +230,7 @@ def _original(projector: nn.Module, kept: OriginalProjector | None) -> OriginalP
         return copy.deepcopy(kept)
     original = copy.deepcopy(projector)
     remove_hooks(original)
-    attachment.detach(original)
+    sites.detach(original)
     return OriginalProjector(original)
 
 
@@ -264,7 +264,7 @@ def assign(model: nn.Module, adapter: str, alignment: Mapping[str, Tensor], proj
     The adapter takes their dtype too: it is saved as it was used. Projectors of an adapter that isn't active are put
     by until it is.
     """
-    own = attachment.state_dict(model, adapter, keep_vars=True)
+    own = sites.state_dict(model, adapter, keep_vars=True)
     parameters = projector_parameters(model, adapter)
     # All that needs memory comes before the first change.
     alignment = {name: value.to(own[name].device) for name, value in alignment.items()}

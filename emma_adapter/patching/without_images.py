@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import attachment, private
-from .errors import PatchError
-from .instructions.tokens import embedded, embedder
-from .sharding import is_partitioned, is_sharded
+from ..errors import PatchError
+from ..instructions.pipeline import embedded, embedder
+from ..modules import private
+from ..modules.sharding import is_partitioned, is_sharded
+from . import sites
 from .state import STATE_ATTRIBUTE, AdapterState, state_of
 
 
@@ -44,7 +45,7 @@ def tie(state: AdapterState, values: Tensor) -> Tensor:
     """``values``, with the trainable parameters of the projectors in their graph."""
     parameters = [
         parameter
-        for projector in attachment.projectors(state.model).values()
+        for projector in sites.projectors(state.model).values()
         for parameter in projector.parameters()
         if parameter.requires_grad and not is_partitioned(parameter)
     ]

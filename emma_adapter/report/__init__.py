@@ -4,10 +4,10 @@
 ``pip install "emma_adapter[report]"``. ``emma-adapter report`` is both in one command.
 """
 
+from .compute import make_report
 from .contents import Absent, Answers, Example, Information, Reading, Report, Twins, View
-from .making import make_report
+from .html import render
 from .questions import Question
-from .rendering import render
 
 __all__ = [
     "Absent",

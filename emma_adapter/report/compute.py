@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
+from ..adapter.handle import EmmaAdapter
 from ..errors import AnalysisError
-from ..handle import EmmaAdapter
-from ..prompts import Prompts
-from . import sections
+from ..models.prompts import Prompts
+from . import compute_sections
+from .adapter_facts import facts_of
 from .contents import Absent, Report
 from .examples import explain, explain_twins
-from .facts import facts_of
 from .questions import Entry, Question, choose, entry_of, find_twins
 
 T = TypeVar("T")
@@ -95,10 +95,10 @@ def make_report(
         field="gain" if adapter.config.fusion == "modulation" else "relative",
         examples=tuple(examples),
         twins=tuple(twins) or Absent("No two of these questions with different words are about the same image."),
-        reading=sections.reading(adapter, entries, batches),
-        information=sections.information(adapter, entries, batches, prompts),
-        pairs=sections.pairs(adapter, entries, batches),
-        diagnosis=sections.diagnosis(adapter, entries, batches),
+        reading=compute_sections.reading(adapter, entries, batches),
+        information=compute_sections.information(adapter, entries, batches, prompts),
+        pairs=compute_sections.pairs(adapter, entries, batches),
+        diagnosis=compute_sections.diagnosis(adapter, entries, batches),
     )
 
 

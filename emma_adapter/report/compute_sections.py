@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..adapter.handle import EmmaAdapter
+from ..alignment.fusion import LinearFusion, ModulationFusion
+from ..alignment.fusion.cross_attention import CrossAttentionFusion
 from ..analysis import (
     Diagnosis,
     PairDistances,
@@ -20,10 +23,7 @@ from ..analysis import (
     weight_shares,
 )
 from ..errors import AnalysisError
-from ..fusion import LinearFusion, ModulationFusion
-from ..fusion.cross_attention import CrossAttentionFusion
-from ..handle import EmmaAdapter
-from ..prompts import Prompts
+from ..models.prompts import Prompts
 from .contents import Absent, Information, Reading
 from .questions import Entry, find_pairs, normalised
 

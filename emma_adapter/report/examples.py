@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
+from ..adapter.handle import EmmaAdapter
 from ..analysis import TokenMap, compare, token_movement
 from ..analysis.observing import in_eval_mode
-from ..handle import EmmaAdapter
-from ..prompts import Prompts
+from ..models.prompts import Prompts
 from .contents import Answers, Example, Twins, View
 from .pictures import encoded_pictures
 from .questions import Question

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from . import wording
+from . import page_text
 from .contents import Report
 from .figures import Figures
 
@@ -34,7 +34,7 @@ def render(report: Report) -> str:
     )
     environment.filters["short"] = _shortened
     figures = Figures()
-    page = wording.page(report, lambda draw, description: Markup(figures.inline(draw, _clean(description))))
+    page = page_text.page(report, lambda draw, description: Markup(figures.inline(draw, _clean(description))))
     style = Markup((_HERE / "style.css").read_text(encoding="utf-8"))
     return environment.get_template("template.html").render(page=page, style=style)
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from . import findings
+from . import page_findings
 from .contents import Absent, Answers, Example, Report, Twins, View
 from .figures import common_limits, place_of
-from .findings import Draw, Part, Table
+from .page_findings import Draw, Part, Table
 from .pictures import data_uri, is_tiny
 from .questions import normalised
 
@@ -47,10 +47,10 @@ def page(report: Report, draw: Draw) -> dict[str, Any]:
             "questions are examples, and no accuracy.",
         },
         "twins": _twins(report, draw),
-        "reading": findings.reading(report.reading, draw),
-        "information": findings.information(report.information, draw),
-        "pairs": findings.pairs(report.pairs, draw),
-        "diagnosis": findings.diagnosis(report.diagnosis, draw),
+        "reading": page_findings.reading(report.reading, draw),
+        "information": page_findings.information(report.information, draw),
+        "pairs": page_findings.pairs(report.pairs, draw),
+        "diagnosis": page_findings.diagnosis(report.diagnosis, draw),
         "facts": Table("The adapter, and what this page was made of", (), _facts(report)),
     }
 
@@ -73,7 +73,7 @@ def _summary(report: Report) -> list[str]:
         mean = float(np.nanmean(np.concatenate([values.ravel() for values in moved])))
         share = f"{mean:.0%}" if mean >= 0.005 else "less than 1%"
         lines.append(f"It moves a visual token by {share} of its length on average.")
-    lines += findings.in_short(report)
+    lines += page_findings.in_short(report)
     return lines
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["emma_adapter"]):
-    from emma_adapter import CheckpointError, ConfigError, EmmaConfig, checkpoint
+    from emma_adapter import CheckpointError, ConfigError, EmmaConfig
+    from emma_adapter.checkpoints import reading
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -40,7 +41,7 @@ class Header:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.path = folder / checkpoint.WEIGHTS_NAME
+        self.path = folder / reading.WEIGHTS_NAME
         content = self.path.read_bytes()
         length = int.from_bytes(content[:8], "little")
         self.header, self.values = content[8 : 8 + length], content[8 + length :]
@@ -52,7 +53,7 @@ class Header:
             content = len(content).to_bytes(8, "little") + content + self.values
         self.path.write_bytes(content)
         try:
-            saved = checkpoint.read(self.folder)
+            saved = reading.read(self.folder)
         except CheckpointError:
             return
         assert all(not tensor.is_meta for tensor in saved.alignment.values())

@@ -13,18 +13,15 @@ from emma_adapter import (
     EmmaConfig,
     EncoderError,
     PatchError,
-    attachment,
     get_adapter,
     load_adapter,
-    named,
     patch_model,
-    patching,
     register_fusion,
-    restoring,
-    training,
     unpatch_model,
 )
-from emma_adapter.fusion import registry
+from emma_adapter.adapter import named, patch, restoring
+from emma_adapter.alignment.fusion import registry
+from emma_adapter.patching import sites, trainable_parameters
 from victims import FUSIONS, fingerprint, logits, patched
 
 ATTENTION = FUSIONS["attention"]
@@ -42,7 +39,7 @@ class Letters(nn.Module):
 
 @pytest.fixture
 def _own_fusion(monkeypatch):
-    monkeypatch.setattr(registry, "_FUSIONS", dict(registry._FUSIONS))
+    monkeypatch.setattr(registry, "FUSIONS", dict(registry.FUSIONS))
     register_fusion("test-buffered")(tiny.BufferedFusion)
 
 
@@ -80,14 +77,14 @@ class Stopped(BaseException):
 
 STEPS = [
     (restoring, "assign"),
-    (training, "assign"),
-    (training, "keep_original_projectors"),
+    (trainable_parameters, "assign"),
+    (trainable_parameters, "keep_original_projectors"),
     (restoring, "make_pipeline"),
     (named, "make_pipeline"),
     (named, "attach"),
     (named, "make_alignments"),
-    (attachment, "attach"),
-    (patching, "install_call_hooks"),
+    (sites, "attach"),
+    (patch, "install_call_hooks"),
     (torch.Tensor, "copy_"),
 ]
 #: Model, and name of the adapter that is loaded into.
@@ -214,14 +211,14 @@ def test_loading_into_another_adapter_never_makes_it_the_active_one(folder, monk
     adapter, said = get_adapter(model), logits(model)
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     values = {name: value.clone() for name, value in model.state_dict().items()}
-    assign, seen = training.assign, []
+    assign, seen = trainable_parameters.assign, []
 
     def watched(*args):
         seen.append((adapter.active, torch.equal(logits(model), said)))
         assign(*args)
         seen.append((adapter.active, torch.equal(logits(model), said)))
 
-    monkeypatch.setattr(training, "assign", watched)
+    monkeypatch.setattr(trainable_parameters, "assign", watched)
     monkeypatch.setattr(named, "activate", None)
     for name in ("new", "third", "new"):
         load_adapter(model, folder, name=name)

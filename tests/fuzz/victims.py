@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 import tiny
-from emma_adapter import EmmaConfig, attachment, get_adapter, patch_model
+from emma_adapter import EmmaConfig, get_adapter, patch_model
+from emma_adapter.patching import sites
 
 FUSIONS = {
     "attention": EmmaConfig(fusion="attention", inner_dim=8, num_heads=2),
@@ -109,7 +110,7 @@ class Patched:
         for name, value in adapter.alignment.state_dict(keep_vars=True).items():
             value.data = self.values[name].clone()
         vars(adapter._state.current).update(self.fields)
-        attachment.remove_original(self.model.model.multi_modal_projector, adapter.active)
+        sites.remove_original(self.model.model.multi_modal_projector, adapter.active)
         for name, value in self.model.model.multi_modal_projector.state_dict().items():
             if "emma" not in name:
                 value.copy_(self.projector[name])

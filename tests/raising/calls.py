@@ -14,11 +14,11 @@ from emma_adapter import (
     InstructionError,
     MediaLayout,
     RoutingError,
-    families,
     patch_model,
     register_family,
 )
 from emma_adapter.integrations.llava import LlavaFamily
+from emma_adapter.models import families
 from zoo import ZOO, Row
 
 from .triggers import Bench, question, raises

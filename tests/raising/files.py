@@ -13,15 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import tiny
-from emma_adapter import (
-    CheckpointError,
-    EmmaAlignment,
-    EmmaConfig,
-    EncoderError,
-    PatchError,
-    load_adapter,
-    patch_model,
-)
+from emma_adapter import CheckpointError, EmmaAlignment, EmmaConfig, EncoderError, PatchError, load_adapter, patch_model
 from zoo import ZOO
 
 from .triggers import Bench, raises

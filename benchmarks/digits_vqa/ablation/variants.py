@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from emma_adapter import EmmaConfig, Fusion, register_fusion
-from emma_adapter.fusion import AttentionFusion, LinearFusion
-from emma_adapter.fusion.layers import CastingLinear, add_update
+from emma_adapter.alignment.fusion import AttentionFusion, LinearFusion
+from emma_adapter.alignment.fusion.layers import CastingLinear, add_update
 
 #: What transformers initialises weights with (``initializer_range``), in BERT, CLIP and Llama alike.
 USUAL_STD = 0.02

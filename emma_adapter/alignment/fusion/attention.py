@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from .base import register_fusion
 from .cross_attention import CrossAttentionFusion
 from .layers import add_update
-from .registry import register_fusion
 
 
 @register_fusion("attention")

@@ -1,4 +1,4 @@
-"""The fusions there are, by name."""
+"""What a fusion is, and how one gets a name."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError
+from ...errors import ConfigError
+from . import registry
 from .dispatch import Dispatch
-from .packing import Packing, by_grid
+from .packed_images import Packing, by_grid
 
 if TYPE_CHECKING:
     from ..config import EmmaConfig
@@ -71,7 +72,6 @@ class Fusion(nn.Module, ABC):
         return by_grid(self, visual_tokens, instruction_tokens, instruction_mask, packing)
 
 
-_FUSIONS: dict[str, type[Fusion]] = {}
 FusionClass = TypeVar("FusionClass", bound=type[Fusion])
 
 
@@ -87,16 +87,12 @@ def register_fusion(name: str) -> Callable[[FusionClass], FusionClass]:
     def register(cls: FusionClass) -> FusionClass:
         if not (isinstance(cls, type) and issubclass(cls, Fusion)):
             raise ConfigError(f"a fusion must be a subclass of emma_adapter.Fusion; got a {type(cls).__name__}")
-        if _FUSIONS.setdefault(name, cls) is not cls:
-            raise ConfigError(f"a fusion named {name!r} is registered already: {_FUSIONS[name]!r}; choose another name")
+        if registry.FUSIONS.setdefault(name, cls) is not cls:
+            raise ConfigError(f"a fusion named {name!r} is registered already: {registry.FUSIONS[name]!r}; choose another name")
         return cls
 
     return register
 
 
-def fusion_names() -> tuple[str, ...]:
-    return tuple(sorted(_FUSIONS))
-
-
 def fusion_class(name: str) -> type[Fusion]:
-    return _FUSIONS[name]
+    return registry.FUSIONS[name]

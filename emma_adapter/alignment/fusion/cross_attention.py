@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..errors import ShapeError
-from .broken import broken_tokens
+from ...errors import ShapeError
+from .base import Fusion
 from .dispatch import weights_elsewhere
 from .layers import CastingLayerNorm, CastingLinear
-from .packing import Grid, Packing
-from .registry import Fusion
+from .nonfinite import broken_tokens
+from .packed_images import Grid, Packing
 from .resampling import resample
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class CrossAttention(nn.Module):
     ) -> Tensor:
         """Update and residual together, by the Triton kernels; ``layout`` as
         :func:`~emma_adapter.kernels.cross_attention.cross_attention` takes it."""
-        from ..kernels.cross_attention import cross_attention
+        from ...kernels.cross_attention import cross_attention
 
         keys, values = self._keys_and_values(instruction_tokens, instruction_mask)
         assert self.query.bias is not None and self.output.bias is not None
@@ -116,7 +116,7 @@ class CrossAttention(nn.Module):
 
     def kernel_problem(self, visual_tokens: Tensor) -> str | None:
         """Why the Triton kernels can't compute :meth:`fused`, or None."""
-        from ..kernels.cross_attention import unsupported_reason
+        from ...kernels.cross_attention import unsupported_reason
 
         weight = self.query.weight
         return weights_elsewhere(visual_tokens, weight) or unsupported_reason(

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..errors import KernelError
+from ...errors import KernelError
 
 Implementation = Literal["eager", "triton"]
 #: What ``EmmaConfig.kernel`` may be.
@@ -98,7 +98,7 @@ class Dispatch:
         device, dtype = visual_tokens.device, visual_tokens.dtype
         if dtype == torch.float32 and (torch.is_autocast_enabled(device.type) or torch.backends.cuda.matmul.allow_tf32):
             return "float32 products may be rounded here, by autocast or tf32, and the kernels' are not"
-        from ..kernels.measured import least_tokens, measured_case
+        from ...kernels.measured import least_tokens, measured_case
 
         case = measured_case(self.fusion, dtype, backward=trains)
         least = least_tokens(device, case)
@@ -134,7 +134,7 @@ def weights_elsewhere(visual_tokens: Tensor, weight: Tensor) -> str | None:
 def _no_triton(device: torch.device) -> str | None:
     """Why there is no Triton for a device, or None. It is imported only where it may run."""
     try:
-        from ..kernels.launch import device_problem
+        from ...kernels.launch import device_problem
     except ImportError as error:
         return f"Triton can't be imported ({error})"
     return device_problem(device)

@@ -8,14 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import ConfigError, ShapeError
-from .broken import finite_values
+from ...errors import ConfigError, ShapeError
+from .base import Fusion, register_fusion
 from .dispatch import weights_elsewhere
 from .layers import CastingLinear, add_update
-from .packing import Grid
-from .registry import Fusion, register_fusion
+from .linear_eager import mix_tokens
+from .nonfinite import finite_values
+from .packed_images import Grid
 from .resampling import resample
-from .token_mixing import mix_tokens
 
 if TYPE_CHECKING:
     from ..config import EmmaConfig
@@ -82,7 +82,7 @@ class LinearFusion(Fusion):
         if self.dispatch.takes_triton(
             visual_tokens, lambda: self._kernel_problem(visual_tokens, num_instruction, own_grid), trains=self.trains
         ):
-            from ..kernels.token_mixing import token_mixing
+            from ...kernels.token_mixing import token_mixing
 
             projected = projected.to(visual_tokens.dtype)
             return token_mixing(visual_tokens, projected, self.image_weight, text_weight, self.bias)
@@ -99,7 +99,7 @@ class LinearFusion(Fusion):
 
     def _kernel_problem(self, visual_tokens: Tensor, num_instruction: int, own_grid: Grid | None) -> str | None:
         """Why the Triton kernels can't compute a call, or None."""
-        from ..kernels.token_mixing import unsupported_reason
+        from ...kernels.token_mixing import unsupported_reason
 
         if not hasattr(self, "image_weight"):
             return "the kernels are for a full image weight, and EmmaConfig.rank is given"

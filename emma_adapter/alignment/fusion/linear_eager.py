@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
-from ..private import is_transformed
-from .broken import finite_values, may_look
+from ...modules.private import is_transformed
 from .layers import add_update
+from .nonfinite import finite_values, may_look
 
 
 def mix_tokens(x: Tensor, projected: Tensor, image_weight: Tensor, text_weight: Tensor, bias: Tensor) -> Tensor:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .base import register_fusion
 from .cross_attention import CrossAttentionFusion
-from .registry import register_fusion
 
 
 @register_fusion("modulation")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..private import is_transformed
+from ...modules.private import is_transformed
 
 
 def broken_tokens(visual_tokens: Tensor) -> Tensor | None:

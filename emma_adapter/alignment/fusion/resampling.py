@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .packing import Grid
+from .packed_images import Grid
 
 _WEIGHTS: dict[tuple[int, int, bool, torch.device, torch.dtype], Tensor] = {}
 _MAX_WEIGHTS = 512

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from ..handle import EmmaAdapter
-from ..state import state_of
-from ..training import count_parameters
+from ..adapter.handle import EmmaAdapter
+from ..modules.wrappers import base_of
+from ..patching.state import state_of
+from ..patching.trainable_parameters import count_parameters
 from ..version import __version__
-from ..wrappers import base_of
 
 
 def facts_of(adapter: EmmaAdapter) -> dict[str, str]:

@@ -1,0 +1,1 @@
+"""The adapter's trainable module, and how an instruction enters visual tokens. Knows no transformers."""
