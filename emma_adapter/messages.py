@@ -1,10 +1,13 @@
-"""Warnings that name the user's line."""
+"""What is said to people: values as messages quote them, and warnings that name the user's line."""
 
 from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Iterable
 
+_MAX_SHOWN = 200
+_MAX_NAMED = 5
 _PACKAGE = __name__.partition(".")[0]
 
 
@@ -16,3 +19,28 @@ def warn_caller(message: str, *through: str) -> None:
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in passed:
         level, frame = level + 1, frame.f_back
     warnings.warn(message, stacklevel=level)
+
+
+def shown(value: object) -> str:
+    """``repr(value)`` for a message, cut if it is long."""
+    try:
+        return _cut(repr(value), _MAX_SHOWN)
+    except (ValueError, RecursionError):  # an integer of thousands of digits; a value that holds itself
+        return f"a {type(value).__name__} that is too large to show"
+
+
+def listed(names: Iterable[object]) -> str:
+    """The first of some names for a message, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
+    return f"[{', '.join(map(shown, names[:_MAX_NAMED]))}]{more}"
+
+
+def plain(text: str, longest: int = 600) -> str:
+    """A text for a message or a terminal: on one line, control characters escaped, and cut if it is long."""
+    text = _cut(" ".join(text.split()), longest)
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+
+
+def _cut(text: str, longest: int) -> str:
+    return text if len(text) <= longest else f"{text[:longest]}… ({len(text):,} characters)"

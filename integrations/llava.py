@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from emma_adapter import MediaLayout, ModelFamily, ProjectorCall
-from emma_adapter.integrations.llava_original import LlavaOriginalFamily
+
+from .llava_original import LlavaOriginalFamily
 
 # Tokens before the patches in the output of vision towers seen in LLaVAs. Of another tower the number of visual tokens
 # isn't known beforehand, and the adapter learns no positions.

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from emma_adapter import MediaLayout, ProjectorCall, RoutingError
-from emma_adapter.integrations.llava import LlavaFamily
 from emma_adapter.models.families import WHOLE_IMAGE, Box
+
+from .llava import LlavaFamily
 
 
 class LlavaNextFamily(LlavaFamily):

@@ -7,9 +7,10 @@ from math import isqrt
 from typing import Any
 
 from emma_adapter import MediaLayout, ProjectorCall
-from emma_adapter.integrations.llava import LlavaFamily
-from emma_adapter.integrations.llava_next import frames_of, packed_lengths, tile_boxes, tiles_of
 from emma_adapter.models.families import Box
+
+from .llava import LlavaFamily
+from .llava_next import frames_of, packed_lengths, tile_boxes, tiles_of
 
 
 class LlavaOnevisionFamily(LlavaFamily):

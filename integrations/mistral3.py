@@ -7,7 +7,8 @@ from typing import Any
 from torch import nn
 
 from emma_adapter import MediaLayout, ProjectorCall
-from emma_adapter.integrations.llava import LlavaFamily, pixtral_layout
+
+from .llava import LlavaFamily, pixtral_layout
 
 
 class Mistral3Family(LlavaFamily):

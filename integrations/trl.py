@@ -12,8 +12,9 @@ from torch import nn
 
 from emma_adapter import PatchError
 from emma_adapter.adapter import references
+from emma_adapter.modules.method_guard import STATE_ATTRIBUTE
 from emma_adapter.modules.wrappers import around, base_of, is_peft_model
-from emma_adapter.patching.state import STATE_ATTRIBUTE, state_of
+from emma_adapter.patching.state import state_of
 
 __all__ = ["keep_reference", "reference_model"]
 

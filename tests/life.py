@@ -32,7 +32,7 @@ from emma_adapter import (
     patch_model,
     unpatch_model,
 )
-from emma_adapter.patching.guards import MethodGuard
+from emma_adapter.modules.method_guard import MethodGuard
 from zoo import ZOO, Row
 
 WIDTH = 12

@@ -24,7 +24,7 @@ from emma_adapter import (
     patch_model,
     register_fusion,
 )
-from emma_adapter.alignment.fusion import base, dispatch
+from emma_adapter.alignment.fusion import dispatch, registry
 from emma_adapter.kernels import measured
 
 FUSIONS = ["attention", "linear", "modulation"]
@@ -94,7 +94,7 @@ def test_load_adapter_refuses_an_unknown_kernel_and_leaves_the_model_alone(tmp_p
 
 
 def test_a_fusion_without_a_kernel(monkeypatch):
-    monkeypatch.setattr(base, "FUSIONS", dict(base.FUSIONS))
+    monkeypatch.setattr(registry, "FUSIONS", dict(registry.FUSIONS))
 
     @register_fusion("plain")
     class Plain(Fusion):

@@ -25,7 +25,7 @@ from emma_adapter import (
 )
 from emma_adapter.instructions.pipeline import InstructionTokens
 from emma_adapter.integrations.qwen_vl import block_order, window_order
-from emma_adapter.patching.call import RoutedInstruction
+from emma_adapter.patching.routing import RoutedInstruction
 from zoo import ZOO, Row
 
 DEEPSTACK = ("qwen3_vl", "qwen3_vl_moe")

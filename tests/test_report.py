@@ -404,9 +404,9 @@ def test_without_twins_pairs_and_enough_answers(small):
 
 def test_a_fusion_of_somebody_elses(monkeypatch):
     from emma_adapter import register_fusion
-    from emma_adapter.alignment.fusion import base
+    from emma_adapter.alignment.fusion import registry
 
-    monkeypatch.setattr(base, "FUSIONS", dict(base.FUSIONS))
+    monkeypatch.setattr(registry, "FUSIONS", dict(registry.FUSIONS))
     register_fusion("buffered")(tiny.BufferedFusion)
     made = report_of(adapter_of("buffered"), make_questions(2, pairs=0))
     assert "What the fusion “buffered” reads isn't known" in " ".join(check(render(made)).itertext())

@@ -38,6 +38,7 @@ from test_checkpoint import CARD, CONFIG, FUSIONS, WEIGHTS, base_model, logits, 
 import tiny
 from emma_adapter import CheckpointError, get_adapter, load_adapter
 from emma_adapter.checkpoints import reading, writing
+from emma_adapter.checkpoints.format import ALIGNMENT_PREFIX, FORMAT, PROJECTOR_PREFIX
 from emma_adapter.files import atomic
 
 OLD, NEW = FUSIONS["attention"], FUSIONS["modulation"]
@@ -74,8 +75,8 @@ def values_of(model, adapter=None):
 def found_in(folder):
     read = reading.read(folder)
     assert read.intact
-    tensors = {reading.ALIGNMENT_PREFIX + name: value for name, value in read.alignment.items()}
-    return read.config, tensors | {reading.PROJECTOR_PREFIX + name: value for name, value in read.projector.items()}
+    tensors = {ALIGNMENT_PREFIX + name: value for name, value in read.alignment.items()}
+    return read.config, tensors | {PROJECTOR_PREFIX + name: value for name, value in read.projector.items()}
 
 
 def which(folder, *candidates):
@@ -97,7 +98,7 @@ def save_id(folder):
 
 def embedded_save_id(folder):
     with safe_open(folder / WEIGHTS, framework="pt") as file:
-        return json.loads(file.metadata()[reading.FORMAT])["save_id"]
+        return json.loads(file.metadata()[FORMAT])["save_id"]
 
 
 def scratch_of(folder):

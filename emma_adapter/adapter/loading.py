@@ -13,10 +13,11 @@ from ..checkpoints import hub
 from ..errors import PatchError
 from ..models.families import require_model
 from ..modules import sharding
+from ..modules.method_guard import STATE_ATTRIBUTE
 from ..modules.torch_modes import undisturbed
 from ..modules.wrappers import base_of
-from ..patching.state import DEFAULT, STATE_ATTRIBUTE
-from . import restoring
+from ..patching.state import DEFAULT
+from . import compatibility, restoring
 from .handle import EmmaAdapter
 from .patch import patch_model, unpatch_model
 
@@ -78,7 +79,7 @@ def load_adapter(
     downloaded = not hub.is_local(source)
     saved = restoring.read_for(model, folder, name)
     if not patched:
-        restoring.check_encoder(model, saved, instruction_encoder, downloaded=downloaded)
+        compatibility.check_encoder(model, saved, instruction_encoder, downloaded=downloaded)
         if saved.reads_turns and processor is None:
             warnings.warn(
                 f"{saved.source} was used with a processor, which tells the user's turns from the rest of the prompt; "

@@ -14,7 +14,7 @@ from ..alignment.module import EmmaAlignment
 from ..errors import PatchError
 from ..models.families import ModelFamily
 from ..modules.sharding import execution_device, is_fully_sharded
-from ..patching import sites, trainable_parameters
+from ..patching import projectors, sites, trainable_parameters
 from ..patching.hooks import has_projector_hooks, install_projector_hooks
 from ..patching.state import AdapterState, NamedAdapter, state_of
 from .config_from_model import make_pipeline, make_reader, resolve_encoder, resolve_sizes
@@ -54,13 +54,13 @@ def add_copy(model: nn.Module, name: str) -> None:
     state = state_of(model)
     _check_addable(model, name)
     alignments = copy.deepcopy(sites.alignments(model))
-    trained = {key: value.clone() for key, value in trainable_parameters.trained_projectors(model).items()}
+    trained = {key: value.clone() for key, value in projectors.trained_projectors(model).items()}
     state.adapters[name] = NamedAdapter(state.config, state.pipeline)
     attach(model, name, alignments)
     for parameter in sites.named_parameters(model, name).values():
         parameter.requires_grad_(False)
     if trained:
-        trainable_parameters.keep_original_projectors(model, name)
+        projectors.keep_original_projectors(model, name)
         state.adapters[name].parked_projectors = trained
 
 
@@ -102,22 +102,20 @@ def activate(model: nn.Module, name: str) -> None:
     incoming, outgoing = _known(state, name), state.current
     if incoming is outgoing:
         return
-    if trainable_parameters.is_wrapped(model) and (incoming.original_projectors or outgoing.original_projectors):
+    if projectors.is_wrapped(model) and (incoming.original_projectors or outgoing.original_projectors):
         raise PatchError(
             f"PEFT has wrapped the projector, whose trained values come and go with adapter {name!r}: unload() or "
             "merge_and_unload() the LoRA first"
         )
     trainable = any(parameter.requires_grad for parameter in sites.named_parameters(model).values())
-    outgoing.parked_projectors = {
-        key: value.clone() for key, value in trainable_parameters.trained_projectors(model).items()
-    }
-    trainable_parameters.reset_projectors(model)
+    outgoing.parked_projectors = {key: value.clone() for key, value in projectors.trained_projectors(model).items()}
+    projectors.reset_projectors(model)
     for parameter in sites.named_parameters(model).values():
         parameter.requires_grad_(False)
     state.active = name
     for parameter in sites.named_parameters(model).values():
         parameter.requires_grad_(trainable)
-    projector = trainable_parameters.projector_parameters(model)
+    projector = projectors.projector_parameters(model)
     for place, original in incoming.original_projectors.items():
         # The model's own may be another by now: merged with a LoRA, or loaded from a checkpoint.
         original.assign({key: projector[place + key] for key in original.values()})

@@ -15,12 +15,13 @@ from ..checkpoints import base_model, pushing
 from ..errors import PatchError
 from ..models.families import find_family, require_model
 from ..modules import private, sharding, wrappers
+from ..modules.method_guard import STATE_ATTRIBUTE, MethodGuard
 from ..modules.torch_modes import undisturbed
 from ..modules.wrappers import base_of
 from ..patching import precision, sites, trainable_parameters
-from ..patching.guards import MethodGuard, guard_features, guard_generate, guard_replication
+from ..patching.guards import guard_features, guard_generate, guard_replication
 from ..patching.hooks import install_call_hooks, remove_hooks
-from ..patching.state import DEFAULT, STATE_ATTRIBUTE, AdapterState, state_of
+from ..patching.state import DEFAULT, AdapterState, state_of
 from . import named, peft, training_start
 from .config_from_model import make_pipeline, make_reader, resolve_encoder, resolve_sizes
 from .handle import EmmaAdapter

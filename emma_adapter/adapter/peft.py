@@ -21,12 +21,13 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from ..alignment.module import EmmaAlignment
 from ..checkpoints import beside_notice, hub, pushing, reading, writing
+from ..checkpoints.format import SUBFOLDER
 from ..errors import CheckpointError, PatchError
+from ..modules.method_guard import STATE_ATTRIBUTE, MethodGuard, arguments_by_name
 from ..modules.wrappers import is_peft_model
-from ..patching import sites, trainable_parameters
-from ..patching.guards import MethodGuard, arguments_by_name
+from ..patching import projectors, sites, trainable_parameters
 from ..patching.hooks import install_projector_hooks, install_prompt_hooks, remove_hooks
-from ..patching.state import STATE_ATTRIBUTE, AdapterState, state_of
+from ..patching.state import AdapterState, state_of
 from . import restoring
 from .reference_checks import REFERENCE_LORA, check_reference_pass
 
@@ -119,9 +120,7 @@ def _keep_adapters_and_trained_projectors(tuner: Any, original: Callable[..., An
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     trainable_before = state.trainable_before
     result = _keep_adapters(tuner, original, *args, **kwargs)
-    if trainable_parameters.is_wrapped(model) and any(
-        adapter.original_projectors for adapter in state.adapters.values()
-    ):
+    if projectors.is_wrapped(model) and any(adapter.original_projectors for adapter in state.adapters.values()):
         if len(tuner.peft_config) == 1:
             tuner.unload()
             state.trainable_before = trainable_before
@@ -164,7 +163,7 @@ def _save_with_adapters(model: Any, original: Callable[..., Any], *args: Any, **
     with _adapters_left_out(model):
         result = original(*args, **kwargs)
     if is_main_process or gathered is None:
-        folder = directory / reading.SUBFOLDER
+        folder = directory / SUBFOLDER
         for adapter in state_of(base).adapters:
             writing.save(base, folder / adapter, adapter, is_main_process=is_main_process, gathered=gathered)
         # Left by a save of the base model, it would be found before these.

@@ -10,11 +10,12 @@ from torch import nn
 
 from ..errors import PatchError
 from ..modules import private
+from ..modules.method_guard import STATE_ATTRIBUTE
 from ..modules.sharding import is_elsewhere
 from ..modules.wrappers import base_of
 from ..patching import sites
 from ..patching.setup_checks import is_identity
-from ..patching.state import STATE_ATTRIBUTE, state_of
+from ..patching.state import state_of
 
 #: TRL's name for its frozen copy of a LoRA that was trained before.
 REFERENCE_LORA = "ref"

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from ..errors import PatchError
 from ..models.families import find_family
 from ..modules import sharding
+from ..modules.method_guard import MethodGuard
 from ..modules.torch_modes import undisturbed
 from ..modules.wrappers import base_of
 from ..patching import sites
-from ..patching.guards import MethodGuard
 from ..patching.state import AdapterState, state_of
 from . import named
 from .patch import install

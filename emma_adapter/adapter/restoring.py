@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..alignment.config import EmmaConfig
 from ..alignment.fusion.dispatch import Kernel
 from ..checkpoints import reading
-from ..errors import CheckpointError, EncoderError, PatchError
-from ..files.untrusted import listed, shown
-from ..instructions.encoders import names_a_path
-from ..instructions.pipeline import LLM
-from ..models.families import find_family
-from ..patching import precision, sites, trainable_parameters
-from ..patching.state import STATE_ATTRIBUTE, state_of
+from ..checkpoints.format import WEIGHTS_NAME, SavedAdapter
+from ..errors import CheckpointError, PatchError
+from ..messages import listed
+from ..patching import precision, projectors, sites
+from ..patching.state import state_of
 from . import named
-from .config_from_model import embedding_dim, make_pipeline, make_reader, resolve_encoder
+from .compatibility import check_encoder, check_fit, check_not_offloaded
+from .config_from_model import make_pipeline, make_reader, resolve_encoder
 
-_REMEDY = "load it into the model it was made for"
 
-
-def read_for(model: nn.Module, directory: Path, name: str | None = None) -> reading.SavedAdapter:
+def read_for(model: nn.Module, directory: Path, name: str | None = None) -> SavedAdapter:
     """A saved adapter that can be loaded into this model, of which nothing is changed yet.
 
     Raises:
@@ -38,7 +33,7 @@ def read_for(model: nn.Module, directory: Path, name: str | None = None) -> read
     check_fit(model, saved)
     if not saved.intact:
         raise CheckpointError(
-            f"{saved.source / checkpoint.WEIGHTS_NAME} is damaged: its tensors don't match the checksum they were "
+            f"{saved.source / WEIGHTS_NAME} is damaged: its tensors don't match the checksum they were "
             "saved with; take another copy"
         )
     check_not_offloaded(model, saved, name)
@@ -47,7 +42,7 @@ def read_for(model: nn.Module, directory: Path, name: str | None = None) -> read
 
 def restore(
     model: nn.Module,
-    saved: reading.SavedAdapter,
+    saved: SavedAdapter,
     *,
     name: str | None = None,
     processor: Any = None,
@@ -86,9 +81,9 @@ def restore(
         assign(model, name, saved)
 
 
-def assign(model: nn.Module, name: str, saved: reading.SavedAdapter) -> None:
+def assign(model: nn.Module, name: str, saved: SavedAdapter) -> None:
     """Give an adapter, and the projector trained with it, the saved values."""
-    trainable_parameters.assign(model, name, saved.alignment, saved.projector)
+    projectors.assign(model, name, saved.alignment, saved.projector)
     precision.remember_weights(model)
 
 
@@ -101,7 +96,7 @@ def _undone_on_failure(model: nn.Module, name: str, *, projector: bool) -> Itera
     fields = dict(vars(adapter))
     # An adapter's values are replaced, a projector's written over.
     values = {tensor: tensor.data for tensor in sites.state_dict(model, name, keep_vars=True).values()}
-    own = trainable_parameters.projector_parameters(model, name).values() if projector else ()
+    own = projectors.projector_parameters(model, name).values() if projector else ()
     written_over = {parameter: parameter.detach().clone() for parameter in own}
     kernels = {alignment: alignment.config.kernel for alignment in sites.alignments(model, name).values()}
     try:
@@ -119,117 +114,6 @@ def _undone_on_failure(model: nn.Module, name: str, *, projector: bool) -> Itera
             if alignment.config.kernel != kernel:
                 alignment.use_kernel(kernel)
         raise
-
-
-def check_fit(model: nn.Module, saved: reading.SavedAdapter) -> None:
-    """That the saved adapter was made for a model like this one, before anything is changed."""
-    family = find_family(model)
-    inner = family.inner(model)
-    config: Any = model.config
-    if saved.model_type != config.model_type:
-        raise CheckpointError(
-            f"{saved.source} was made for model_type {shown(saved.model_type)}; this model is {config.model_type!r}: "
-            f"{_REMEDY}"
-        )
-    if saved.config.visual_dim != family.visual_dim(inner):
-        raise CheckpointError(
-            f"{saved.source} was made for visual tokens of {saved.config.visual_dim} channels; this model's have "
-            f"{family.visual_dim(inner)}: it was trained on another vision tower; {_REMEDY}"
-        )
-    number, _ = family.visual_size(inner)
-    if family.has_fixed_size(inner) and saved.config.num_visual_tokens not in (None, number):
-        raise CheckpointError(
-            f"{saved.source} was made for {saved.config.num_visual_tokens} visual tokens an image; "
-            f"this model has {number}; {_REMEDY}"
-        )
-    if saved.config.num_visual_tokens is None and number is not None:
-        # patch_model would give it learned positions, which the file has no values for.
-        raise CheckpointError(
-            f"{saved.source} was made for a model that gives each image its own number of visual tokens; this model "
-            f"has {number} for every image; {_REMEDY}"
-        )
-    places = sites.places(family, saved.config, inner)
-    if set(places) != {_place_of(name) for name in saved.alignment}:
-        raise CheckpointError(
-            f"{saved.source} was made for a model with {len({_place_of(name) for name in saved.alignment}) - 1} "
-            f"deepstack projectors; this model has {len(places) - 1}; {_REMEDY}"
-        )
-    if saved.projector:
-        quantized = [place + name for place in places for name in precision.quantized_tensors(model, places[place])]
-        if quantized:
-            raise CheckpointError(
-                f"{saved.source} holds a projector that was trained with the adapter, and {listed(sorted(quantized))} "
-                f"of this model are quantized: {precision.with_the_projector_as_it_is(model, places.values())}"
-            )
-        own = {
-            place + name: parameter
-            for place, projector in places.items()
-            for name, parameter in sites.projector_parameters(projector).items()
-        }
-        reading.check_tensors(saved.projector, own, saved.source)
-    _check_range(saved, next(iter(inner.parameters())).dtype)
-
-
-def _check_range(saved: reading.SavedAdapter, dtype: torch.dtype) -> None:
-    """That no value becomes infinite in the dtype that the model runs in, and with it every visual token."""
-    largest = torch.finfo(dtype).max if dtype.is_floating_point else math.inf
-    read = {name: value for name, value in saved.alignment.items() if not value.is_meta and value.is_floating_point()}
-    beyond = [name for name, value in read.items() if bool((value.double().abs() > largest).any())]
-    if beyond:
-        raise CheckpointError(
-            f"{saved.source}: {listed(beyond)} hold values beyond the range of {dtype}, in which this model is: load "
-            "the model in bfloat16 or float32"
-        )
-
-
-def check_not_offloaded(model: nn.Module, saved: reading.SavedAdapter, name: str | None) -> None:
-    """That everything which will be given new values is there to take them.
-
-    Raises:
-        PatchError: if it isn't.
-    """
-    family = find_family(model)
-    taking: list[Tensor] = []
-    state = getattr(model, STATE_ATTRIBUTE, None)
-    if state is not None and (name or state.active) in state.adapters:
-        taking += sites.state_dict(model, name, keep_vars=True).values()
-    if saved.projector:
-        places = sites.places(family, saved.config, family.inner(model)).values()
-        taking += [value for projector in places for value in sites.projector_parameters(projector).values()]
-    if any(value.is_meta for value in taking):
-        raise PatchError(
-            f"{saved.source} holds weights of parts that are offloaded: load_adapter first, then dispatch the model"
-        )
-
-
-def _place_of(name: str) -> str:
-    match = sites.DEEPSTACK_PLACE.match(name)
-    return match[0] if match else sites.MAIN_PLACE
-
-
-def check_encoder(
-    model: nn.Module, saved: reading.SavedAdapter, instruction_encoder: str | nn.Module | None, *, downloaded: bool
-) -> None:
-    """That the encoder which a new adapter is going to have fits, and isn't a path that a stranger has named.
-
-    Raises:
-        CheckpointError: if the language model's embeddings are of another width.
-        EncoderError: if an adapter from the hub names a path of this machine, and the caller doesn't.
-    """
-    spec = saved.config.instruction_encoder
-    if spec == LLM:
-        width = embedding_dim(find_family(model).inner(model))
-        if saved.config.instruction_dim != width:
-            raise CheckpointError(
-                f"{saved.source} was made for a language model with embeddings of {saved.config.instruction_dim} "
-                f"channels; this model's have {width}; {_REMEDY}"
-            )
-    elif downloaded and instruction_encoder is None and names_a_path(spec):
-        raise EncoderError(
-            f"{saved.source} comes from the hub, and names the path {shown(spec)} as its instruction encoder. Only an "
-            "adapter that lies on this machine may lead to a path on it: say where the text tower is, "
-            "load_adapter(model, …, instruction_encoder=…)"
-        )
 
 
 def _same_build(one: EmmaConfig, other: EmmaConfig, *, ignore_encoder: bool) -> bool:

@@ -14,8 +14,8 @@ from torch import nn
 from ..checkpoints import base_model
 from ..errors import PatchError
 from ..modules import private
+from ..modules.method_guard import arguments_by_name
 from ..patching import precision, sites
-from ..patching.guards import arguments_by_name
 from ..patching.state import AdapterState, state_of
 from . import reference_checks
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from ..errors import ConfigError
-from ..files.untrusted import listed, parse_json, shown
+from ..files.untrusted import parse_json
+from ..messages import listed, shown
 from .fusion.dispatch import Kernel
 from .fusion.registry import fusion_names
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from ..files.untrusted import open_regular, plain, shown
+from ..files.untrusted import open_regular
+from ..messages import plain, shown
 from .config import EmmaConfig
 
 _TENSORS = (

@@ -19,7 +19,7 @@ from ..errors import AnalysisError
 from ..instructions.pipeline import Instruction
 from ..models.families import Box, MediaLayout
 from ..modules.wrappers import base_of
-from ..patching.call import ObservedAlignment
+from ..patching.routing import ObservedAlignment
 from ..patching.sites import MAIN_PLACE, alignments
 from ..patching.state import state_of
 

@@ -27,11 +27,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..modules import private, sharding
+from ..modules.method_guard import arguments_by_name
 from ..patching import sites
-from ..patching.guards import arguments_by_name
+from ..patching.projectors import original_projectors, projector_parameters
 from ..patching.state import AdapterState, state_of
-from ..patching.trainable_parameters import adapter_parameters, original_projectors, projector_parameters
+from ..patching.trainable_parameters import adapter_parameters
 from . import hub, reading, writing
+from .format import SUBFOLDER
 
 _TRAINER_WEIGHTS = "model.safetensors"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -94,7 +96,7 @@ def _save_adapter_only(
 
 
 def _save_adapters_beside(model: nn.Module, directory: Path, *, is_main_process: bool, **more: Any) -> None:
-    writing.save_all(model, directory / reading.SUBFOLDER, is_main_process=is_main_process, **more)
+    writing.save_all(model, directory / SUBFOLDER, is_main_process=is_main_process, **more)
     if is_main_process:
         # Of an earlier save of the adapter alone: transformers would take it for one of PEFT, and load_adapter for
         # the newer one.

@@ -17,8 +17,8 @@ from torch import nn
 from ..files.atomic import replace_files
 from ..messages import warn_caller
 from ..patching.state import DEFAULT, state_of
+from .format import CARD_NAME, CONFIG_NAME, FORMAT, SUBFOLDER
 from .model_card import beside_section
-from .reading import CARD_NAME, CONFIG_NAME, FORMAT, SUBFOLDER
 
 _BEGIN, _END = "<!-- emma_adapter: begin -->", "<!-- emma_adapter: end -->"
 _MAPPING = "auto_mapping"

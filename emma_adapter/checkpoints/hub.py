@@ -11,7 +11,8 @@ from typing import Any
 from torch import nn
 
 from ..errors import CheckpointError
-from .reading import CARD_NAME, CONFIG_NAME, MODEL_CONFIG_NAME, SUBFOLDER, WEIGHTS_NAME, holds_model
+from .format import CARD_NAME, CONFIG_NAME, MODEL_CONFIG_NAME, SUBFOLDER, WEIGHTS_NAME
+from .reading import holds_model
 from .writing import check_not_foreign, save
 
 _NAMES = (CONFIG_NAME, WEIGHTS_NAME, CARD_NAME)

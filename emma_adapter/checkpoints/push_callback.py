@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from ..patching.state import STATE_ATTRIBUTE
+from ..modules.method_guard import STATE_ATTRIBUTE
 from . import pushing
 
 

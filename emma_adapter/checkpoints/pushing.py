@@ -12,10 +12,11 @@ from torch import nn
 
 from ..files.atomic import replace_files
 from ..modules import private
-from ..patching.guards import MethodGuard, arguments_by_name
+from ..modules.method_guard import MethodGuard, arguments_by_name
 from . import writing
 from .beside_notice import tell_in_card
-from .reading import CARD_NAME, CONFIG_NAME, SUBFOLDER, WEIGHTS_NAME, is_adapter
+from .format import CARD_NAME, CONFIG_NAME, SUBFOLDER, WEIGHTS_NAME
+from .reading import is_adapter
 
 
 def install(model: nn.Module) -> None:

@@ -8,78 +8,39 @@ save was interrupted after that moment, and the metadata is right.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-import math
-import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from ..alignment.config import EmmaConfig
 from ..alignment.module import EmmaAlignment
 from ..errors import CheckpointError, ConfigError
-from ..files.untrusted import listed, open_regular, parse_json, plain, shown
+from ..files.tensor_file import digest, read_header, read_tensors
+from ..files.untrusted import open_regular, parse_json
+from ..messages import listed, plain, shown
 from ..patching import sites
 from ..patching.state import DEFAULT
 from ..version import __version__
+from .format import (
+    ALIGNMENT_PREFIX,
+    CONFIG_NAME,
+    FORMAT,
+    FORMAT_VERSION,
+    MODEL_CONFIG_NAME,
+    PROJECTOR_PREFIX,
+    SUBFOLDER,
+    WEIGHTS_NAME,
+    SavedAdapter,
+)
 
-FORMAT_VERSION = 1
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
-CARD_NAME = "README.md"
-#: What transformers calls a model's config.
-MODEL_CONFIG_NAME = "config.json"
-#: Where ``model.save_pretrained`` puts adapters, beside the base model or the LoRA.
-SUBFOLDER = "emma_adapter"
-
-#: What the config file, and the metadata of the tensor file, call the format and the config's key.
-FORMAT = "emma_adapter"
-ALIGNMENT_PREFIX = "alignment."
-PROJECTOR_PREFIX = "projector."
 #: Config fields that may be edited in a saved folder: they don't change what the weights compute.
 _EDITABLE = frozenset({"cache_size", "instruction_encoder", "instruction_policy", "kernel"})
 #: In bytes. Configs have a few hundred and headers a few thousand, or as many more as there are ``fusion_options``.
-_MAX_CONFIG, _MAX_HEADER = 2**20, 2**22
-#: By safetensors' names: what weights may be saved in, and the buffers of a user's own fusion.
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-
-
-@dataclass(frozen=True)
-class SavedAdapter:
-    """A checked adapter folder. ``projector`` is empty unless the projector was trained with the adapter."""
-
-    source: Path
-    config: EmmaConfig
-    model_type: str
-    alignment: dict[str, Tensor]
-    projector: dict[str, Tensor]
-    #: True if the instruction was found by a processor's chat template.
-    reads_turns: bool
-    #: False if the tensors aren't those that were saved; None before they are read.
-    intact: bool | None
-    #: Hub id or folder of the model it was trained on, if that was known.
-    base_model: str | None
-    #: Of the library that wrote it, if it says so.
-    library_version: str | None
+_MAX_CONFIG = 2**20
 
 
 def find(directory: Path, name: str = DEFAULT) -> Path:
@@ -137,7 +98,7 @@ def read(given: Path, check: Callable[[SavedAdapter], None] | None = None) -> Sa
     _check_version(written, directory)
     # Opened once: what is checked is what is loaded, and it stays so if the file is written to later.
     with _open_weights(weights_path, given) as file:
-        tensors, metadata = _read_header(file, weights_path)
+        tensors, metadata = read_header(file, weights_path)
         if not isinstance(metadata.get(FORMAT), str):
             raise CheckpointError(
                 f"{weights_path} was not written by emma_adapter: its metadata lacks {FORMAT!r}; give "
@@ -173,21 +134,11 @@ def read(given: Path, check: Callable[[SavedAdapter], None] | None = None) -> Sa
         check_tensors(alignment, expected, weights_path)
         if check is not None:
             check(described)
-        tensors = _read_tensors(file, weights_path)
+        tensors = read_tensors(file, weights_path)
     alignment, projector = _split(tensors, written, directory)
     check_tensors(alignment, expected, weights_path)
     intact = digest(tensors) == embedded.get("sha256")
     return dataclasses.replace(described, alignment=alignment, projector=projector, intact=intact)
-
-
-def digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes: safetensors itself doesn't notice changed values."""
-    found = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        found.update(f"{name} {tensor.dtype} {list(tensor.shape)};".encode())
-        found.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
 
 
 def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path) -> None:
@@ -289,56 +240,6 @@ def _open_weights(path: Path, given: Path) -> BinaryIO:
         raise CheckpointError(
             f"there is no {path.name} in {path.parent}: the adapter's weights are missing; copy the whole folder"
         ) from error
-
-
-def _read_header(file: BinaryIO, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a safetensors file, on the meta device, and its metadata.
-
-    Raises:
-        CheckpointError: if the file doesn't have the size that its header tells, or holds tensors of a dtype that no
-            adapter has. What else may be wrong with it, safetensors finds.
-    """
-    try:
-        size = os.fstat(file.fileno()).st_size
-        length = int.from_bytes(file.read(8), "little")
-        if length > min(_MAX_HEADER, size - 8):
-            raise ValueError(f"its header would have {length:,} of {size:,} bytes")
-        header = parse_json(file.read(length).decode("utf-8"))
-        metadata = header.pop("__metadata__", {})
-        tensors, end = {}, 0
-        for name, entry in header.items():
-            if entry["dtype"] not in _DTYPES:
-                raise ValueError(f"{plain(name)} is {shown(entry['dtype'])}, which no tensor of an adapter is")
-            dtype, shape = _DTYPES[entry["dtype"]], entry["shape"]
-            start, stop = entry["data_offsets"]
-            if not all(type(number) is int and 0 <= number < 2**63 for number in (*shape, start, stop)):
-                raise ValueError(f"the shape or place of {plain(name)} is made of other than numbers")
-            if stop - start != math.prod(shape) * dtype.itemsize:
-                raise ValueError(f"{plain(name)} has {stop - start:,} bytes, which don't fit its shape {shown(shape)}")
-            tensors[name] = torch.empty(shape, dtype=dtype, device="meta")
-            end = max(end, stop)
-        if 8 + length + end != size:
-            raise ValueError(f"it has {size:,} bytes instead of {8 + length + end:,}")
-        if not isinstance(metadata, dict):
-            raise ValueError("its metadata is no object")
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
-        raise _invalid(path, error) from error
-    return tensors, metadata
-
-
-def _read_tensors(file: BinaryIO, path: Path) -> dict[str, Tensor]:
-    try:
-        file.seek(0)
-        read = safetensors.torch.load(file.read())
-        # In memory of PyTorch's own, as tensors usually are.
-        return {name: read.pop(name).clone() for name in list(read)}
-    except Exception as error:
-        raise _invalid(path, error) from error
-
-
-def _invalid(path: Path, error: Exception) -> CheckpointError:
-    reason = plain(str(error)) or type(error).__name__
-    return CheckpointError(f"{path} is not a valid safetensors file: {reason}; take another copy")
 
 
 def _split(

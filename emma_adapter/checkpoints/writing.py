@@ -18,13 +18,14 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..files.atomic import replace_files
+from ..files.tensor_file import digest
 from ..modules import sharding
 from ..patching import sites
+from ..patching.projectors import trained_projector_parameters
 from ..patching.state import state_of
-from ..patching.trainable_parameters import count_parameters, trained_projector_parameters
+from ..patching.trainable_parameters import count_parameters
 from ..version import __version__
-from .model_card import GENERATED_MARKER, model_card
-from .reading import (
+from .format import (
     ALIGNMENT_PREFIX,
     CARD_NAME,
     CONFIG_NAME,
@@ -33,10 +34,9 @@ from .reading import (
     PROJECTOR_PREFIX,
     SUBFOLDER,
     WEIGHTS_NAME,
-    digest,
-    holds_model,
-    is_adapter,
 )
+from .model_card import GENERATED_MARKER, model_card
+from .reading import holds_model, is_adapter
 
 
 def save(

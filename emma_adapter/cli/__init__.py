@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from ..errors import EmmaError
-from ..files.untrusted import plain
+from ..messages import plain
 from ..version import __version__
 from .convert import convert
 from .diff import diff

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..files.untrusted import plain
+from ..messages import plain
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..checkpoints.reading import SavedAdapter
+    from ..checkpoints.format import SavedAdapter
 
 _DIFFERENT = 1
 

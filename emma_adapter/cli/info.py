@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ..files.untrusted import plain
+from ..messages import plain
 from .options import subfolder_option, trust_option
 
 
@@ -29,19 +29,20 @@ def info(target: str, subfolder: str | None, as_json: bool, trust_remote_code: b
 
 def _adapter_folder(target: str, subfolder: str | None) -> Path | None:
     """The folder that holds the adapter; None if it is a model."""
-    from ..checkpoints import hub, reading
+    from ..checkpoints import hub
+    from ..checkpoints.format import CONFIG_NAME, MODEL_CONFIG_NAME, SUBFOLDER
     from ..errors import CheckpointError
 
     if Path(target).is_file():
         raise CheckpointError(f"{target} is a file: give the folder that it is in")
     folder = hub.local_folder(target, subfolder=subfolder)
-    for place in (folder, folder / reading.SUBFOLDER):
-        if (place / reading.CONFIG_NAME).is_file():
+    for place in (folder, folder / SUBFOLDER):
+        if (place / CONFIG_NAME).is_file():
             return place
     # Of a model on the hub only the files of an adapter were asked for.
-    if subfolder is not None or (Path(target).is_dir() and not (folder / reading.MODEL_CONFIG_NAME).is_file()):
+    if subfolder is not None or (Path(target).is_dir() and not (folder / MODEL_CONFIG_NAME).is_file()):
         raise CheckpointError(
-            f"{folder} holds neither an adapter ({reading.CONFIG_NAME}) nor a model (config.json): give the folder "
+            f"{folder} holds neither an adapter ({CONFIG_NAME}) nor a model (config.json): give the folder "
             "that save_pretrained wrote"
         )
     return None
@@ -49,6 +50,7 @@ def _adapter_folder(target: str, subfolder: str | None) -> Path | None:
 
 def _adapter_facts(folder: Path) -> dict[str, Any]:
     from ..checkpoints import reading
+    from ..checkpoints.format import WEIGHTS_NAME
 
     saved = reading.read(folder)
     config = saved.config
@@ -68,7 +70,7 @@ def _adapter_facts(folder: Path) -> dict[str, Any]:
         "max_instruction_tokens": config.max_instruction_tokens,
         "parameters": sum(tensor.numel() for tensor in saved.alignment.values()),
         "projector_trained": bool(saved.projector),
-        "file_size": (saved.source / reading.WEIGHTS_NAME).stat().st_size,
+        "file_size": (saved.source / WEIGHTS_NAME).stat().st_size,
         "checksum": "right" if saved.intact else "wrong: the file is damaged, take another copy",
         "written_by": f"emma_adapter {saved.library_version or ''}".strip(),
     }

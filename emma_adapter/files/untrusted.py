@@ -1,4 +1,4 @@
-"""Files that somebody else made: which are opened, how much of them is read, and how they are quoted in messages."""
+"""Files that somebody else made: which are opened, and how deeply what is read may be nested."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..errors import CheckpointError
+from ..messages import plain
 
 #: Levels of lists and objects within each other; more are refused, so that no walk over what was read ends in a
 #: RecursionError, whatever the depth of the stack it starts at.
 MAX_NESTING = 80
-_MAX_SHOWN = 200
-_MAX_NAMED = 5
 
 
 def open_regular(path: Path, folder: Path | None = None) -> BinaryIO:
@@ -100,28 +99,3 @@ def _children(value: object) -> Iterable[object]:
     if isinstance(value, dict):
         return value.values()
     return value if isinstance(value, (list, tuple)) else ()
-
-
-def shown(value: object) -> str:
-    """``repr(value)`` for a message, cut if it is long."""
-    try:
-        return _cut(repr(value), _MAX_SHOWN)
-    except (ValueError, RecursionError):  # an integer of thousands of digits; a value that holds itself
-        return f"a {type(value).__name__} that is too large to show"
-
-
-def listed(names: Iterable[object]) -> str:
-    """The first of some names for a message, and how many more there are."""
-    names = list(names)
-    more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
-    return f"[{', '.join(map(shown, names[:_MAX_NAMED]))}]{more}"
-
-
-def plain(text: str, longest: int = 600) -> str:
-    """A text for a message or a terminal: on one line, control characters escaped, and cut if it is long."""
-    text = _cut(" ".join(text.split()), longest)
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
-
-
-def _cut(text: str, longest: int) -> str:
-    return text if len(text) <= longest else f"{text[:longest]}… ({len(text):,} characters)"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import EncoderError
-from ..files.untrusted import plain, shown
+from ..messages import plain, shown
 
 #: ``model_type`` of a checkpoint, with both towers or the text tower alone, to the class of its text tower.
 _TEXT_MODELS = {

@@ -2,118 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import functools
 import inspect
-import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
 
+from ..modules.method_guard import STATE_ATTRIBUTE, MethodGuard, arguments_by_name
 from ..modules.recomputation import is_recomputing, may_be_recomputed
 from .call import CallPlan, FeatureCall
 from .hooks import pop_outer_call
 from .planning import cached_length, has_pixels, plan_call
-from .state import STATE_ATTRIBUTE, AdapterState, state_of
+from .state import AdapterState, state_of
 from .without_images import look_up
-
-
-class MethodGuard:
-    """Stands before a method of one model, as an attribute of that instance.
-
-    ``guard(model, original, *args, **kwargs)`` is called instead; ``original`` is the method as it was, bound.
-    The model is held weakly, so that deleting it frees its memory at once, and a copy or pickle of the model carries a
-    guard of its own. Like a bound method, a guard that is held itself still works without the model: it is looked up on
-    one that is deleted before the call, as in ``PeftModel.from_pretrained(model, path).merge_and_unload()``.
-    """
-
-    def __init__(self, model: nn.Module, name: str, guard: Callable[..., Any]) -> None:
-        self.name = name
-        self.guard = guard
-        #: What another tool had put on the instance under this name before.
-        self.previous = model.__dict__.get(name)
-        self._bind(model)
-
-    @classmethod
-    def install(cls, model: nn.Module, name: str, guard: Callable[..., Any]) -> None:
-        model.__dict__[name] = cls(model, name, guard)
-
-    @classmethod
-    def install_once(cls, model: nn.Module, name: str, guard: Callable[..., Any]) -> None:
-        """Install a guard before a method that the model's class has, unless it is there already."""
-        present = model.__dict__.get(name)
-        if hasattr(type(model), name) and not (isinstance(present, cls) and present.guard is guard):
-            cls.install(model, name, guard)
-
-    def remove(self, model: nn.Module) -> None:
-        if model.__dict__.get(self.name) is not self:
-            return  # another tool wrapped us since; without state, the guard only passes calls on
-        if self.previous is None:
-            del model.__dict__[self.name]
-        else:
-            model.__dict__[self.name] = self.previous
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        model = self._model_or_twin()
-        original = self.previous or functools.partial(getattr(type(model), self.name), model)
-        if not hasattr(model, STATE_ATTRIBUTE):
-            return original(*args, **kwargs)
-        return self.guard(model, original, *args, **kwargs)
-
-    @property
-    def __wrapped__(self) -> Any:
-        return self.previous or getattr(type(self._model_or_twin()), self.name)
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        signature = inspect.signature(self.__wrapped__)
-        return signature if self.previous else signature.replace(parameters=list(signature.parameters.values())[1:])
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> MethodGuard:
-        twin = object.__new__(type(self))
-        twin.name, twin.guard, twin.previous = self.name, self.guard, copy.deepcopy(self.previous, memo)
-        # nn.Module registers its copy before it copies its attributes.
-        model = self._model_or_twin()
-        twin._bind(memo.get(id(model), model))
-        return twin
-
-    def bound_to(self, model: nn.Module) -> MethodGuard:
-        """This guard for a shallow copy of its model."""
-        twin = object.__new__(type(self))
-        twin.name, twin.guard, twin.previous = self.name, self.guard, self.previous
-        twin._bind(model)
-        return twin
-
-    def _bind(self, model: nn.Module) -> None:
-        # As Python ends, names of this module may be gone before the model is.
-        guard, kind = weakref.ref(self), type(self)
-
-        def outlive(_: object) -> None:
-            # The model is about to be freed, and its attributes with it, unless somebody holds this guard.
-            if (own := guard()) is not None:
-                own._attributes = {n: v for n, v in own._attributes.items() if not isinstance(v, kind)}
-
-        self._type = type(model)
-        self._attributes: dict[str, Any] = model.__dict__
-        self._model = weakref.ref(model, outlive)
-
-    def _model_or_twin(self) -> nn.Module:
-        """The model, or one with its attributes if it was deleted while this guard was held."""
-        model = self._model()
-        if model is None:
-            model = object.__new__(self._type)
-            model.__dict__.update(self._attributes)
-        return model
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"name": self.name, "guard": self.guard, "previous": self.previous, "model": self._model_or_twin()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.name, self.guard, self.previous = state["name"], state["guard"], state["previous"]
-        self._bind(state["model"])
 
 
 def guard_generate(model: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -181,8 +84,3 @@ def guard_replication(module: nn.Module, original: Callable[[], nn.Module]) -> n
             replica.__dict__[name] = value.bound_to(replica)
     setattr(replica, STATE_ATTRIBUTE, state_of(module).for_replica())
     return replica
-
-
-def arguments_by_name(method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call of a bound method, those given by position too."""
-    return {**dict(zip(inspect.signature(method).parameters, args, strict=False)), **kwargs}

@@ -17,27 +17,18 @@ from torch import Tensor, nn
 
 from ..errors import InstructionError
 from ..modules import private
+from ..modules.method_guard import STATE_ATTRIBUTE
 from ..modules.recomputation import is_recomputing, may_be_recomputed, with_own_memory
 from ..modules.sharding import execution_device
-from .call import (
-    Bypass,
-    CallPlan,
-    FeatureCall,
-    GivenPrompt,
-    ObservedAlignment,
-    OuterCall,
-    RoutedInstruction,
-    check_tokens,
-    projector_call,
-    route,
-    route_without_prompt,
-)
+from .call import Bypass, CallPlan, FeatureCall, GivenPrompt, OuterCall
+from .call_context import CallContext
 from .original_projector import OriginalProjector
 from .planning import has_pixels, pinned_plan, plan_call
-from .setup_checks import warn_if_left_out
+from .routing import ObservedAlignment, RoutedInstruction, check_tokens, projector_call, route, route_without_prompt
+from .setup_checks import check_wrapped_once_patched, warn_if_left_out
 from .sites import PLACE_ATTRIBUTE, alignment_at, is_aligned, projector_parameters
-from .state import STATE_ATTRIBUTE, AdapterState, CallContext, state_of
-from .without_images import after_embedding, before_call_without_images, check_wrapped_once_patched
+from .state import AdapterState, state_of
+from .without_images import after_embedding, before_call_without_images
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 

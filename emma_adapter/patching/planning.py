@@ -15,7 +15,7 @@ from ..instructions.prompt import Prompt
 from ..models.families import ModelFamily
 from ..modules.private import is_cache
 from .call import CallPlan, FeatureCall, OuterCall, PinnedPrompt
-from .sites import check_in_place
+from .setup_checks import check_in_place
 from .state import AdapterState
 
 

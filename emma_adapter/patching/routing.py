@@ -1,14 +1,19 @@
-"""Which row of the batch an image belongs to."""
+"""Which instruction each visual token of a call meets, and which row of the batch an image belongs to."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..alignment.fusion.packed_images import Packing
+from ..alignment.module import EmmaAlignment
 from ..errors import RoutingError
-from ..models.families import mismatch
+from ..instructions.pipeline import InstructionTokens
+from ..models.families import MediaLayout, ModelFamily, ProjectorCall, mismatch
+from .call import Bypass, CallPlan, FeatureCall
 
 
 def rows_of_media(
@@ -51,3 +56,149 @@ def rows_of_media(
                 "of the rows, and let the model's processor make text and images together"
             )
     return rows
+
+
+@dataclass(frozen=True)
+class RoutedInstruction:
+    """The instruction for every part of one projector input."""
+
+    layout: MediaLayout
+    rows: Tensor  # [media], rows of the instruction
+    #: Name of the adapter that the instruction is encoded for.
+    adapter: str
+    instruction: InstructionTokens
+    modality: str = "image"
+
+    @property
+    def unchecked_tokens(self) -> tuple[str, int] | None:
+        """Modality and placeholders that only the projector's output can be checked against; None where its input
+        told how many tokens its media take."""
+        return (self.modality, sum(self.layout.tokens)) if self.layout.tokens_from_prompt else None
+
+    def align(self, alignment: EmmaAlignment, visual_tokens: Tensor) -> Tensor:
+        layout = self.layout
+        per_medium = torch.as_tensor(layout.entries, device=self.rows.device)
+        rows = self.rows.repeat_interleave(per_medium, output_size=sum(layout.entries))
+        if layout.grids is None:
+            own = self.instruction.of_rows(rows)
+            return _laid_out_like(visual_tokens, alignment(visual_tokens, own.tokens, own.mask))
+        flat = visual_tokens.reshape(-1, visual_tokens.shape[-1])
+        packing = Packing(layout.grids, rows, layout.orders)
+        aligned = alignment(flat, self.instruction.tokens, self.instruction.mask, packing=packing)
+        return _laid_out_like(visual_tokens, aligned.view_as(visual_tokens))
+
+
+@dataclass(frozen=True, eq=False)
+class ObservedAlignment:
+    """What an adapter did to the input of one projector, told to whoever observes the call."""
+
+    #: Which of the model's projectors it is; see ``attachment``.
+    place: str
+    route: RoutedInstruction
+    call: ProjectorCall
+    visual_tokens: Tensor
+    aligned: Tensor
+
+
+def same_route(one: RoutedInstruction | Bypass, other: RoutedInstruction | Bypass) -> bool:
+    """Whether both lead the same visual tokens to the same instructions."""
+    if isinstance(one, Bypass) or isinstance(other, Bypass):
+        return one == other
+    return (
+        one.adapter == other.adapter and torch.equal(one.rows, other.rows) and one.instruction.equals(other.instruction)
+    )
+
+
+def _laid_out_like(visual_tokens: Tensor, aligned: Tensor) -> Tensor:
+    """The projector rounds otherwise for another memory layout, and an untrained adapter must not change a bit. LLaVA's
+    visual tokens, for one, are a part of a larger tensor, which begins with the class token."""
+    if aligned.stride() == visual_tokens.stride():
+        return aligned
+    return torch.empty_strided(
+        visual_tokens.shape, visual_tokens.stride(), dtype=aligned.dtype, device=aligned.device
+    ).copy_(aligned)
+
+
+def route(
+    family: ModelFamily, plan: CallPlan, feature_call: FeatureCall | None, visual_tokens: Tensor
+) -> RoutedInstruction:
+    """Which instruction each part of a projector input meets.
+
+    Raises:
+        RoutingError: if images, visual tokens and placeholders don't match.
+    """
+    assert plan.inner is not None
+    running = plan.feature_call if feature_call is None else feature_call
+    placeholders = plan.placeholders[running.modality]
+    layout = _checked_layout(family, projector_call(plan.inner, running, visual_tokens, placeholders))
+    rows = rows_of_media(placeholders, layout.tokens, repeats=plan.repeats, modality=running.modality)
+    return RoutedInstruction(layout, rows, plan.adapter, plan.instruction, running.modality)
+
+
+def route_without_prompt(
+    family: ModelFamily,
+    inner: nn.Module,
+    adapter: str,
+    instruction: InstructionTokens,
+    feature_call: FeatureCall | None,
+    visual_tokens: Tensor,
+) -> RoutedInstruction:
+    """One instruction for all images, or one for each, outside of any call."""
+    running = feature_call or FeatureCall.of(family, family.modalities[0], None, {})
+    layout = _checked_layout(family, projector_call(inner, running, visual_tokens, None))
+    media = len(layout.tokens)
+    rows = torch.arange(media, device=visual_tokens.device)
+    return RoutedInstruction(
+        layout, rows, adapter, instruction.for_each(media, f"{running.modality}s"), running.modality
+    )
+
+
+def projector_call(
+    inner: nn.Module, running: FeatureCall, visual_tokens: Tensor, placeholders: Tensor | None
+) -> ProjectorCall:
+    return ProjectorCall(
+        inner=inner,
+        modality=running.modality,
+        visual_tokens=visual_tokens,
+        sizes=running.sizes,
+        pixel_shape=running.pixel_shape,
+        placeholders=placeholders,
+    )
+
+
+def check_tokens(modality: str, placeholders: int, projected: Tensor) -> None:
+    """Check that a projector put out one token for each placeholder.
+
+    Args:
+        modality: of what it projected.
+        placeholders: of the prompts.
+        projected: output of the projector, ``[..., D]``.
+
+    Raises:
+        RoutingError: if it didn't: the prompt holds placeholders of images that are not of this call, and its own may
+            have met the instruction of another row.
+    """
+    found = projected.shape[:-1].numel()
+    if found != placeholders:
+        raise RoutingError(
+            f"{mismatch(modality, placeholders, found)}. Let the model's processor make text and images together, "
+            "and let nothing cut them off (max_length, truncation). If a cache holds earlier turns of the prompt, pass "
+            "it to generate as an argument of its own"
+        )
+
+
+def _checked_layout(family: ModelFamily, call: ProjectorCall) -> MediaLayout:
+    layout = family.layout(call)
+    shape = call.visual_tokens.shape
+    grids = layout.grids
+    announced, found = sum(layout.entries), shape[0]
+    if layout.packed:
+        if grids is None or len(grids) != announced:
+            raise RoutingError(f"the layout of {type(family).__name__} is packed and must name the grid of each entry")
+        announced, found = sum(height * width for height, width in grids), shape[:-1].numel()
+    if announced != found:
+        raise RoutingError(
+            f"the call announces {announced} {'visual tokens' if layout.packed else 'images, tiles or frames'}, but "
+            f"the projector got {found}: pass on everything that the model's processor returns"
+        )
+    return layout

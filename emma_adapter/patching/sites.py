@@ -11,8 +11,9 @@ from ..alignment.config import EmmaConfig
 from ..alignment.module import EmmaAlignment
 from ..errors import PatchError
 from ..models.families import ModelFamily
+from ..modules.method_guard import STATE_ATTRIBUTE
 from .original_projector import OriginalProjector
-from .state import DEFAULT, STATE_ATTRIBUTE, AdapterState, state_of
+from .state import DEFAULT, AdapterState, state_of
 
 #: Attribute of a projector: which of the model's projectors it is.
 PLACE_ATTRIBUTE = "_emma_place"
@@ -137,26 +138,6 @@ def places(family: ModelFamily, config: EmmaConfig, inner: nn.Module) -> dict[st
         further = family.deepstack_projectors(inner)
         found |= {f"deepstack.{number}.": projector for number, projector in enumerate(further)}
     return found
-
-
-def check_in_place(state: AdapterState, inner: nn.Module) -> None:
-    """That the projectors which the model will call are those that were patched.
-
-    Raises:
-        PatchError: if another tool has replaced a projector, or wrapped it so that its own weights would read visual
-            tokens that are not aligned, as PEFT's LoRA on a projector that is a single layer.
-    """
-    for projector in places(state.family, state.config, inner).values():
-        if not any(PLACE_ATTRIBUTE in module.__dict__ for module in projector.modules()):
-            raise PatchError(
-                f"the model's projector, a {type(projector).__name__}, is another one than was patched, and the "
-                "adapter is gone with it: change the model first, then patch it and load_adapter"
-            )
-        if hasattr(getattr(projector, "base_layer", None), PLACE_ATTRIBUTE):
-            raise PatchError(
-                f"the projector was wrapped in a {type(projector).__name__} after patch_model, whose own weights would "
-                "read visual tokens without the instruction; wrap first, then patch_model"
-            )
 
 
 def alignments(model: nn.Module, adapter: str | None = None) -> dict[str, EmmaAlignment]:

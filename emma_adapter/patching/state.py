@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -16,25 +15,15 @@ from ..alignment.config import EmmaConfig
 from ..errors import InstructionError, PatchError
 from ..instructions.pipeline import InstructionPipeline, InstructionTokens
 from ..models.families import ModelFamily
+from ..modules.method_guard import STATE_ATTRIBUTE
 from ..modules.private import cache_names_to_bridge
-from ..modules.recomputation import RecomputationMemory, is_recomputing
-from .call import (
-    Bypass,
-    CallPlan,
-    FeatureCall,
-    GivenPrompt,
-    ObservedAlignment,
-    OuterCall,
-    PinnedPrompt,
-    RoutedInstruction,
-    same_plan,
-    same_route,
-)
+from ..modules.recomputation import is_recomputing
+from .call import Bypass, CallPlan, FeatureCall, PinnedPrompt
+from .call_context import CallContext, Memories
 from .context_managers import Block, BlockOwner, Scope, current_scope, entered
 from .original_projector import OriginalProjector
+from .routing import ObservedAlignment
 
-#: Attribute of the outer model, the inner model and the projectors of a patched model.
-STATE_ATTRIBUTE = "_emma"
 #: Name of the adapter that ``patch_model`` makes.
 DEFAULT = "default"
 _OUTSIDE = Scope()
@@ -52,53 +41,6 @@ class NamedAdapter:
     parked_projectors: dict[str, Tensor] = field(default_factory=dict)
     #: Projectors of these values, for calls that go through this adapter nevertheless; made when first used.
     stand_ins: dict[str, OriginalProjector] = field(default_factory=dict)
-
-
-class CallContext(threading.local):
-    """Fields of the call that the current thread is in."""
-
-    def __init__(self) -> None:
-        self.outer: OuterCall | None = None
-        #: What a wrapper was given that puts virtual tokens before the prompt, until the model's call takes it.
-        self.given: GivenPrompt | None = None
-        self.plan: CallPlan | Bypass | None = None
-        self.feature_call: FeatureCall | None = None
-        #: The prompt of a running ``generate`` and its instruction.
-        self.pinned: PinnedPrompt | None = None
-        #: Whether a backward may follow the running call.
-        self.may_be_recomputed = False
-        #: Of a call that is computed again for backward: the module it began with, and the scope it was made in.
-        self.recomputed: tuple[nn.Module, Scope] | None = None
-        #: What computes in the place of a running projector, whose weights are those of another adapter.
-        self.stand_in: OriginalProjector | None = None
-        #: Modality and number of the placeholders that the output of a running projector is to be checked against.
-        self.unchecked_tokens: tuple[str, int] | None = None
-        #: True until a call without images has its adapter parameters in its graph; see ``parallel``.
-        self.ties_embeddings = False
-        #: True while a ``generate`` without images runs.
-        self.generates_without_images = False
-        #: Told what the adapter does to each projector input, while somebody analyses the call.
-        self.observer: Callable[[ObservedAlignment], None] | None = None
-
-
-class Memories:
-    """For recomputation, by the tensor that a part of the model was given."""
-
-    def __init__(self) -> None:
-        #: By token ids: the scope of a call.
-        self.scopes: RecomputationMemory[Scope] = RecomputationMemory(Scope.means)
-        #: By the token ids that the inner model was given: the plan of the call.
-        self.plans: RecomputationMemory[CallPlan | Bypass] = RecomputationMemory(same_plan)
-        #: By pixels: the plan of the call, or outside of one the scope.
-        self.features: RecomputationMemory[CallPlan | Bypass | Scope] = RecomputationMemory(_same_features)
-        #: By visual tokens.
-        self.routes: RecomputationMemory[RoutedInstruction | Bypass] = RecomputationMemory(same_route)
-
-
-def _same_features(one: CallPlan | Bypass | Scope, other: CallPlan | Bypass | Scope) -> bool:
-    if isinstance(one, Scope) or isinstance(other, Scope):
-        return isinstance(one, Scope) and isinstance(other, Scope) and one.means(other)
-    return same_plan(one, other)
 
 
 class AdapterState:

@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import PatchError
 from ..instructions.pipeline import embedded, embedder
 from ..modules import private
+from ..modules.method_guard import STATE_ATTRIBUTE
 from ..modules.sharding import is_partitioned, is_sharded
 from . import sites
-from .state import STATE_ATTRIBUTE, AdapterState, state_of
+from .state import AdapterState, state_of
 
 
 class _ZeroGradient(torch.autograd.Function):
@@ -97,27 +97,3 @@ def after_embedding(embed: nn.Module, args: Any, output: Tensor) -> Tensor | Non
         return None
     context.ties_embeddings = False
     return tie(state, output)
-
-
-def check_wrapped_once_patched(alignment: nn.Module) -> None:
-    """That DistributedDataParallel and FSDP, if they run, know the adapter's parameters.
-
-    Raises:
-        PatchError: if the model was wrapped before it was patched, or the adapter sharded apart from it.
-    """
-    parameters = list(alignment.parameters())
-    if any(is_sharded(parameter) for parameter in parameters):
-        raise PatchError(
-            "the adapter was sharded on its own (fully_shard(adapter.alignment), or an auto-wrap policy by size): a "
-            "process without images would leave the others waiting for its part. Shard the model around it: the "
-            "adapter is small, and belongs in the group of its projector or of the whole model"
-        )
-    known = private.parameters_of_running_ddp() if torch.is_grad_enabled() else None
-    if known is None:
-        return
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
-    if any(id(parameter) not in known for parameter in trained):
-        raise PatchError(
-            "the model was patched after it was wrapped in DistributedDataParallel, which would leave each process "
-            "with an adapter of its own: patch_model or load_adapter first, then wrap"
-        )

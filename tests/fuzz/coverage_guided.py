@@ -17,6 +17,7 @@ import atheris
 with atheris.instrument_imports(include=["emma_adapter"]):
     from emma_adapter import CheckpointError, ConfigError, EmmaConfig
     from emma_adapter.checkpoints import reading
+    from emma_adapter.checkpoints.format import WEIGHTS_NAME
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -41,7 +42,7 @@ class Header:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.path = folder / reading.WEIGHTS_NAME
+        self.path = folder / WEIGHTS_NAME
         content = self.path.read_bytes()
         length = int.from_bytes(content[:8], "little")
         self.header, self.values = content[8 : 8 + length], content[8 + length :]

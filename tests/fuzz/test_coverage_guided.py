@@ -32,9 +32,7 @@ def test_no_run_ends_in_anything_but_a_typed_error(target, runs, tmp_path):
 def test_a_target_that_raises_is_noticed(tmp_path, monkeypatch):
     """With configs that are never the same."""
     broken = tmp_path / "sitecustomize.py"
-    broken.write_text(
-        "from emma_adapter import EmmaConfig\nEmmaConfig.__eq__ = lambda self, other: False\n"
-    )
+    broken.write_text("from emma_adapter import EmmaConfig\nEmmaConfig.__eq__ = lambda self, other: False\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     done = fuzz(tmp_path, "config", "-runs=2000")
     assert done.returncode != 0

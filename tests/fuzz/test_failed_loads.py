@@ -21,7 +21,7 @@ from emma_adapter import (
 )
 from emma_adapter.adapter import named, patch, restoring
 from emma_adapter.alignment.fusion import registry
-from emma_adapter.patching import sites, trainable_parameters
+from emma_adapter.patching import projectors, sites
 from victims import FUSIONS, fingerprint, logits, patched
 
 ATTENTION = FUSIONS["attention"]
@@ -77,8 +77,8 @@ class Stopped(BaseException):
 
 STEPS = [
     (restoring, "assign"),
-    (trainable_parameters, "assign"),
-    (trainable_parameters, "keep_original_projectors"),
+    (projectors, "assign"),
+    (projectors, "keep_original_projectors"),
     (restoring, "make_pipeline"),
     (named, "make_pipeline"),
     (named, "attach"),
@@ -211,14 +211,14 @@ def test_loading_into_another_adapter_never_makes_it_the_active_one(folder, monk
     adapter, said = get_adapter(model), logits(model)
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     values = {name: value.clone() for name, value in model.state_dict().items()}
-    assign, seen = trainable_parameters.assign, []
+    assign, seen = projectors.assign, []
 
     def watched(*args):
         seen.append((adapter.active, torch.equal(logits(model), said)))
         assign(*args)
         seen.append((adapter.active, torch.equal(logits(model), said)))
 
-    monkeypatch.setattr(trainable_parameters, "assign", watched)
+    monkeypatch.setattr(projectors, "assign", watched)
     monkeypatch.setattr(named, "activate", None)
     for name in ("new", "third", "new"):
         load_adapter(model, folder, name=name)

@@ -130,14 +130,14 @@ def a_folder_without_weights(bench: Bench) -> None:
     load(folder)
 
 
-@raises(CheckpointError, "checkpoint.py:_read_header", "{path} {error}")
+@raises(CheckpointError, "checkpoint.py:read_header", "{path} {error}")
 def weights_that_are_cut_off(bench: Bench) -> None:
     path = bench.saved() / WEIGHTS
     path.write_bytes(path.read_bytes()[:-100])
     load(path.parent)
 
 
-@raises(CheckpointError, "checkpoint.py:_read_tensors", "{path} {error}")
+@raises(CheckpointError, "checkpoint.py:read_tensors", "{path} {error}")
 def weights_that_lie_over_each_other(bench: Bench) -> None:
     path = bench.saved() / WEIGHTS
     content = path.read_bytes()

@@ -28,7 +28,7 @@ from emma_adapter import (
     register_fusion,
     unpatch_model,
 )
-from emma_adapter.alignment.fusion import base
+from emma_adapter.alignment.fusion import registry
 from emma_adapter.integrations.llava import LlavaFamily
 from emma_adapter.models import families
 from zoo import ZOO
@@ -115,7 +115,7 @@ def a_fixed_size_for_a_model_without_one(bench: Bench) -> None:
     class Fixed(tiny.BufferedFusion):
         fixed_num_visual_tokens = True
 
-    bench.monkeypatch.setattr(base, "FUSIONS", {})
+    bench.monkeypatch.setattr(registry, "FUSIONS", {})
     register_fusion("fixed")(Fixed)
     patch_model(ZOO["qwen2_vl"].model(), EmmaConfig(fusion="fixed"))
 

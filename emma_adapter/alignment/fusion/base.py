@@ -88,7 +88,9 @@ def register_fusion(name: str) -> Callable[[FusionClass], FusionClass]:
         if not (isinstance(cls, type) and issubclass(cls, Fusion)):
             raise ConfigError(f"a fusion must be a subclass of emma_adapter.Fusion; got a {type(cls).__name__}")
         if registry.FUSIONS.setdefault(name, cls) is not cls:
-            raise ConfigError(f"a fusion named {name!r} is registered already: {registry.FUSIONS[name]!r}; choose another name")
+            raise ConfigError(
+                f"a fusion named {name!r} is registered already: {registry.FUSIONS[name]!r}; choose another name"
+            )
         return cls
 
     return register
