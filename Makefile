@@ -15,16 +15,16 @@ test: $(VENV)/.installed
 
 # What a patched model promises, on the oldest transformers, torch and Triton that are supported.
 test-oldest: $(OLDEST_VENV)/.installed
-	$(OLDEST_VENV)/bin/python -m pytest -n auto tests/test_families.py tests/test_original_classes.py \
-		tests/test_qwen_vl.py tests/test_packing.py tests/test_llava.py tests/test_extraction.py \
-		tests/test_encoders.py tests/test_zoo.py tests/test_dispatch.py tests/test_token_mixing.py tests/test_fusion.py \
-		tests/test_peft.py tests/test_named.py tests/test_recomputation.py tests/test_concurrency.py \
-		tests/test_life_cycle.py tests/test_numbers.py tests/test_private.py tests/test_peft_methods.py tests/test_references.py \
-		tests/test_wrapped.py tests/test_quantized.py tests/test_output_folders.py tests/test_hub_pushes.py \
+	$(OLDEST_VENV)/bin/python -m pytest -n auto tests/patching/test_families.py tests/patching/test_original_classes.py \
+		tests/patching/test_qwen_vl.py tests/patching/test_packing.py tests/patching/test_llava.py tests/instructions/test_reader.py \
+		tests/instructions/test_encoders.py tests/models/test_zoo.py tests/alignment/test_dispatch.py tests/alignment/test_linear_eager.py tests/alignment/test_fusion.py \
+		tests/adapter/test_peft.py tests/adapter/test_named.py tests/modules/test_recomputation.py tests/patching/test_concurrency.py \
+		tests/patching/test_life_cycle.py tests/alignment/test_numbers.py tests/modules/test_private.py tests/adapter/test_peft_methods.py tests/adapter/test_references.py \
+		tests/patching/test_wrapped.py tests/patching/test_quantized.py tests/checkpoints/test_output_folders.py tests/checkpoints/test_hub_pushes.py \
 		tests/kernels/test_interpreter.py tests/kernels/test_launches.py tests/kernels/test_compiled.py
 
 # All tests on the newest releases, of these packages the pre-releases too: tells early what others are about to change.
-# tests/test_private.py fails first where it is something that emma_adapter/private.py relies on. Installed anew each time.
+# tests/modules/test_private.py fails first where it is something that emma_adapter/modules/private.py relies on. Installed anew each time.
 PRERELEASES = torch,torchvision,triton,transformers,tokenizers,safetensors,huggingface-hub,peft,accelerate,trl,datasets,einops
 test-newest:
 	test -d $(NEWEST_VENV) || $(PYTHON) -m venv $(NEWEST_VENV)

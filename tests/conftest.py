@@ -1,20 +1,17 @@
 from __future__ import annotations
 
 import os
-import sys
-from pathlib import Path
 
 # Nothing in the tests may look for a model on the hub, or be slowed down by looking.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-import tiny
 from emma_adapter.alignment.fusion.registry import FUSIONS
+from tests.support import tiny
 
 # Everything here is tiny: more threads only wait for each other.
 torch.set_num_threads(1)

@@ -8,21 +8,25 @@ import pytest
 
 import emma_adapter
 from emma_adapter import EmmaError, errors
-from raising import ROOT, TRIGGERS, Bench, Trigger, all_sites
+from tests.support.raising import ROOT, TRIGGERS, Bench, Trigger, all_sites
 
 SITES = [site for site in all_sites() if site.is_ours]
 CLASSES = [value for value in vars(errors).values() if isinstance(value, type)]
 #: What is no error of this library by design: others catch it, or print it.
 FOREIGN = {
     "emma_adapter/__init__.py": {"AttributeError"},  # as any module's
-    "emma_adapter/atomic.py": {"NotADirectoryError", "IsADirectoryError", "OSError"},  # as any error of a folder is
-    "emma_adapter/base_saves.py": {"_would_replace_a_model"},  # a FileExistsError: as any error of a folder is
-    "emma_adapter/checkpoint.py": {"ValueError"},  # caught there: what is wrong with a header
+    "emma_adapter/files/atomic.py": {
+        "NotADirectoryError",
+        "IsADirectoryError",
+        "OSError",
+    },  # as any error of a folder is
+    "emma_adapter/checkpoints/base_model.py": {"_would_replace_a_model"},  # a FileExistsError: likewise
+    "emma_adapter/files/tensor_file.py": {"ValueError"},  # caught there: what is wrong with a header
     "emma_adapter/cli/finetune.py": {"click.UsageError"},  # printed with the command's usage
     "emma_adapter/cli/report.py": {"click.UsageError"},  # likewise
-    "emma_adapter/official.py": {"_ForeignPickleError"},  # caught there: what is wrong with a pickle
-    "emma_adapter/saving.py": {"FileExistsError"},  # as any error of a folder is
-    "emma_adapter/untrusted.py": {"ValueError"},  # of a JSON text, as json's own
+    "emma_adapter/alignment/official.py": {"_ForeignPickleError"},  # caught there: what is wrong with a pickle
+    "emma_adapter/checkpoints/writing.py": {"FileExistsError"},  # likewise
+    "emma_adapter/files/untrusted.py": {"ValueError"},  # of a JSON text, as json's own
     "integrations/lmms_eval.py": {"NotImplementedError"},  # how lmms-eval asks what a model can't do
 }
 
@@ -35,7 +39,7 @@ def bench(tmp_path, monkeypatch):
 @pytest.mark.parametrize("site", SITES, ids=lambda site: f"{site.path}:{site.function}")
 def test_every_error_has_a_trigger(site):
     """An error that nobody can cause is dead code, and one that nobody has seen may say anything."""
-    assert [trigger for trigger in TRIGGERS if trigger.means(site)], "give it one in tests/raising"
+    assert [trigger for trigger in TRIGGERS if trigger.means(site)], "give it one in tests/support/raising"
 
 
 @pytest.mark.filterwarnings("ignore")

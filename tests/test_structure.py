@@ -13,10 +13,10 @@ import pytest
 import torch
 
 import emma_adapter
-import tiny
 from emma_adapter import ModelFamily, UnsupportedModelError, patch_model, register_family
 from emma_adapter.integrations.llava import LlavaFamily
 from emma_adapter.models import families
+from tests.support import tiny
 
 ROOT = Path(__file__).parents[1]
 # Lower layers first: a file may import from its own folder or from a lower layer; folders of one line are strangers.

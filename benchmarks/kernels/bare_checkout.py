@@ -16,9 +16,8 @@ def prepare() -> None:
     What an installation does: ``integrations/`` becomes ``emma_adapter.integrations``, and each family is known by its
     model type, which ``pyproject.toml`` names.
     """
-    for folder in (ROOT, ROOT / "tests", ROOT / "tests" / "kernels"):
-        if str(folder) not in sys.path:
-            sys.path.insert(0, str(folder))
+    if str(ROOT) not in sys.path:
+        sys.path.insert(0, str(ROOT))
     import emma_adapter
     from emma_adapter.models import families
 

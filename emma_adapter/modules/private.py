@@ -17,27 +17,27 @@ from torch import Tensor, nn
 #: What transformers has called the cache argument: ``past_key_values`` before 5.24, and until 5.40 as an alias.
 _CACHE_NAMES = ("cache", "past_key_values")
 #: Of transformers' ``PushToHubMixin``, PEFT's models too: what uploads the folder that was saved. It uploads the files
-#: of a folder and of its folders, and fails at folders in those. Held by ``test_hub_pushes.py``.
+#: of a folder and of its folders, and fails at folders in those. Held by ``checkpoints/test_hub_pushes.py``.
 UPLOAD = "_upload_modified_files"
 _IGNORED_ON_SAVE = "_keys_to_ignore_on_save"
 _HAS_PEFT_ADAPTERS = "_hf_peft_config_loaded"
 _TRAINER_MODULES = ("transformers.trainer", "transformers.trainer_utils")
 
 
-#: The submodule in which ``torch.compile``'s wrapper holds its model. Held by ``test_wrapped.py``.
+#: The submodule in which ``torch.compile``'s wrapper holds its model. Held by ``patching/test_wrapped.py``.
 COMPILED = "_orig_mod"
 #: The same of every wrapper: ``torch.compile``'s; those of DataParallel, DistributedDataParallel, AveragedModel and
-#: DeepSpeed; FullyShardedDataParallel's. Held by ``test_wrapped.py``.
+#: DeepSpeed; FullyShardedDataParallel's. Held by ``patching/test_wrapped.py``.
 HELD_AS = (COMPILED, "module", "_fsdp_wrapped_module")
 #: Of PyTorch's ``nn.Module``: what ``nn.DataParallel`` makes replicas by. Without it, replicas would run the methods of
-#: the model they were made of. Held by ``test_private.py::test_replicas_are_made_by_a_method_of_the_module``.
+#: the model they were made of. Held by ``modules/test_private.py::test_replicas_are_made_by_a_method_of_the_module``.
 REPLICATE = "_replicate_for_data_parallel"
 
 
 def is_backward_running() -> bool:
     """Return whether this thread runs a backward: ``torch._C._current_graph_task_id``, as torch.utils.checkpoint asks.
 
-    Held by ``test_private.py::test_a_backward_is_noticed``.
+    Held by ``modules/test_private.py::test_a_backward_is_noticed``.
     """
     return torch._C._current_graph_task_id() != -1
 
@@ -45,7 +45,7 @@ def is_backward_running() -> bool:
 def is_transformed() -> bool:
     """Return whether ``vmap`` or another transform of functorch runs: ``torch._C._are_functorch_transforms_active``.
 
-    Held by ``test_private.py::test_a_transform_is_noticed``.
+    Held by ``modules/test_private.py::test_a_transform_is_noticed``.
     """
     return bool(torch._C._are_functorch_transforms_active())
 
@@ -53,7 +53,7 @@ def is_transformed() -> bool:
 def storage_address(tensor: Tensor) -> int:
     """Return what names a tensor's memory while that exists: ``UntypedStorage._cdata``, as torch.multiprocessing does.
 
-    Held by ``test_private.py::test_memory_has_an_address``.
+    Held by ``modules/test_private.py::test_memory_has_an_address``.
     """
     return int(tensor.untyped_storage()._cdata)
 
@@ -61,7 +61,7 @@ def storage_address(tensor: Tensor) -> int:
 def pre_hooks(module: nn.Module) -> list[Any]:
     """Return the forward pre-hooks of a module: ``_forward_pre_hooks``, since handles are lost when it is copied.
 
-    Held by ``test_private.py::test_hooks_are_found_and_removed``.
+    Held by ``modules/test_private.py::test_hooks_are_found_and_removed``.
     """
     return list(module._forward_pre_hooks.values())
 
@@ -69,7 +69,7 @@ def pre_hooks(module: nn.Module) -> list[Any]:
 def is_last_hook(module: nn.Module, hook: Callable[..., Any]) -> bool:
     """Return whether ``hook`` is the forward hook of a module that runs after all others: ``_forward_hooks``.
 
-    Held by ``test_private.py::test_hooks_are_found_and_removed``.
+    Held by ``modules/test_private.py::test_hooks_are_found_and_removed``.
     """
     hooks = module._forward_hooks
     return bool(hooks) and next(reversed(hooks.values())) is hook
@@ -79,7 +79,7 @@ def remove_hooks(module: nn.Module, functions: Collection[Callable[..., Any]]) -
     """Remove these functions from the forward hooks and pre-hooks of a module, also of a copy of the module that they
     were registered on, to which no handle belongs.
 
-    Held by ``test_private.py::test_hooks_are_found_and_removed``.
+    Held by ``modules/test_private.py::test_hooks_are_found_and_removed``.
     """
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
         for key in [key for key, hook in hooks.items() if any(hook is function for function in functions)]:
@@ -109,7 +109,7 @@ def parameters_of_running_ddp() -> set[int] | None:
 def accelerate_hooks(module: nn.Module) -> list[Any]:
     """Return the hooks by which accelerate moves a module or its inputs: its attribute ``_hf_hook``.
 
-    Held by ``test_private.py::test_accelerates_hooks_are_found``.
+    Held by ``modules/test_private.py::test_accelerates_hooks_are_found``.
     """
     hook = getattr(module, "_hf_hook", None)
     return list(getattr(hook, "hooks", [] if hook is None else [hook]))
@@ -118,7 +118,7 @@ def accelerate_hooks(module: nn.Module) -> list[Any]:
 def is_cache(value: Any) -> bool:
     """Return whether an argument of a call is a cache of transformers, whatever it is called.
 
-    Held by ``test_private.py::test_a_cache_is_found_by_what_it_is``.
+    Held by ``modules/test_private.py::test_a_cache_is_found_by_what_it_is``.
     """
     # Not isinstance: transformers isn't imported, and wrappers of caches have the method too.
     return callable(getattr(value, "get_seq_length", None)) and not isinstance(value, (type, nn.Module))
@@ -131,7 +131,7 @@ def cache_names_to_bridge(kind: type[nn.Module]) -> dict[str, str]:
     transformers 5.24 passes ``cache``, which classes written for older releases, as LLaVA's own, don't know; what they
     call their base class with, it understands.
 
-    Held by ``test_private.py::test_generate_passes_a_cache_by_a_name_that_is_known``.
+    Held by ``modules/test_private.py::test_generate_passes_a_cache_by_a_name_that_is_known``.
     """
     parameters = inspect.signature(kind.forward).parameters
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
@@ -144,7 +144,7 @@ def has_compiled_code() -> bool:
     """Whether ``torch.compile`` has compiled anything in this process.
 
     Reads ``torch._dynamo.convert_frame.output_codes``, PyTorch's list of what it has compiled. True in a release that
-    has none. Held by ``test_wrapped.py::test_what_was_compiled_is_kept_where_nothing_is_patched``.
+    has none. Held by ``patching/test_wrapped.py::test_what_was_compiled_is_kept_where_nothing_is_patched``.
     """
     frames: Any = sys.modules.get("torch._dynamo.convert_frame")
     return frames is not None and bool(getattr(getattr(frames, "output_codes", None), "seen", True))
@@ -167,7 +167,7 @@ def running_trainer() -> Any:
     of these two methods, and only its public attributes are used. Without it, what is checked at the start is found out
     when the first checkpoint is written.
 
-    Held by ``test_private.py::test_a_running_trainer_is_found`` and ``test_output_folders.py``.
+    Held by ``modules/test_private.py::test_a_running_trainer_is_found`` and ``checkpoints/test_output_folders.py``.
     """
     module: Any = sys.modules.get("transformers.trainer")
     frame = sys._getframe(1) if module is not None else None
@@ -187,7 +187,7 @@ class LeftOutOfSaves(Set[str]):
     ``_keys_to_ignore_on_save`` of ``PreTrainedModel``. ``Trainer`` compares it with the keys that it misses in a
     checkpoint, and warns where they differ. Without it, resuming from a checkpoint of the adapter alone would warn.
 
-    Held by ``test_trainer.py::test_resume_is_exact``.
+    Held by ``adapter/test_trainer.py::test_resume_is_exact``.
     """
 
     def __init__(self, before: Any, names: Callable[[], set[str] | None]) -> None:
@@ -239,7 +239,7 @@ def has_peft_adapters(model: nn.Module) -> bool:
     """Whether ``model.add_adapter`` has put an adapter of PEFT into a model, of which ``model.save_pretrained`` then
     writes the adapter only. ``_hf_peft_config_loaded`` of ``PreTrainedModel``.
 
-    Held by ``test_trainer.py::test_lora_by_add_adapter``.
+    Held by ``adapter/test_trainer.py::test_lora_by_add_adapter``.
     """
     return getattr(model, _HAS_PEFT_ADAPTERS, False) is True
 
@@ -251,7 +251,7 @@ class HasTrainableAdapters:
     on top of the quantized weights? The answer is ``answer()``. All others ask: is there an adapter of PEFT? There is
     none; where there is one, ``add_adapter`` has replaced this by True. Without it, ``Trainer`` refuses the model.
 
-    Held by ``test_quantized.py::test_trainer_takes_the_adapter_alone``.
+    Held by ``patching/test_quantized.py::test_trainer_takes_the_adapter_alone``.
     """
 
     def __init__(self, answer: Callable[[], bool]) -> None:

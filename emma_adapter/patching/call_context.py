@@ -33,7 +33,7 @@ class CallContext(threading.local):
         self.stand_in: OriginalProjector | None = None
         #: Modality and number of the placeholders that the output of a running projector is to be checked against.
         self.unchecked_tokens: tuple[str, int] | None = None
-        #: True until a call without images has its adapter parameters in its graph; see ``parallel``.
+        #: True until a call without images has its adapter parameters in its graph; see ``without_images``.
         self.ties_embeddings = False
         #: True while a ``generate`` without images runs.
         self.generates_without_images = False

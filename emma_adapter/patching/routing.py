@@ -92,7 +92,7 @@ class RoutedInstruction:
 class ObservedAlignment:
     """What an adapter did to the input of one projector, told to whoever observes the call."""
 
-    #: Which of the model's projectors it is; see ``attachment``.
+    #: Which of the model's projectors it is; see ``sites``.
     place: str
     route: RoutedInstruction
     call: ProjectorCall

@@ -11,10 +11,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import LlavaForConditionalGeneration
 
-import tiny
 from emma_adapter import EmmaConfig, InstructionError, PatchError, get_adapter, load_adapter, patch_model, unpatch_model
-from zoo import ZOO
-from zoo.rows import Row
+from tests.support import tiny
+from tests.support.zoo import ZOO
+from tests.support.zoo.rows import Row
 
 ATTENTION, MODULATION = EmmaConfig(fusion="attention"), EmmaConfig(fusion="modulation", instruction_policy="all_turns")
 INPUTS = tiny.token_inputs([1, 2, 0])

@@ -8,9 +8,9 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
-from test_trainer import QUESTIONS, patched, trainer_for
 
 from emma_adapter import ConfigError, get_adapter
+from tests.adapter.test_trainer import QUESTIONS, patched, trainer_for
 
 # The last layer of the vision tower isn't read, and LoRA-FA wants every gradient.
 LORA = LoraConfig(r=2, target_modules=r".*language_model.*q_proj")

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration, Trainer, TrainingArguments
 
-import tiny
 from emma_adapter import CheckpointError, EmmaConfig, PatchError, get_adapter, load_adapter, patch_model, unpatch_model
+from tests.support import tiny
 
 INPUTS = tiny.chat_inputs([[tiny.user("is there a cat?")], [tiny.user("what colour is the bird?", images=2)]])
 TARGETS = {

@@ -13,11 +13,11 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from safetensors.torch import load_file
-from test_peft import trainer, training_inputs
 
-import tiny
 from emma_adapter import get_adapter, load_adapter, patch_model, unpatch_model
-from zoo import ZOO, Row, answered
+from tests.adapter.test_peft import trainer, training_inputs
+from tests.support import tiny
+from tests.support.zoo import ZOO, Row, answered
 
 VIRTUAL = {
     "prompt tuning": (peft.PromptTuningConfig, {}),

@@ -10,9 +10,9 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-import tiny
 from emma_adapter import EmmaConfig, PatchError, patch_model
 from emma_adapter.integrations.trl import keep_reference, reference_model
+from tests.support import tiny
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")

@@ -16,7 +16,6 @@ from transformers import LlavaForConditionalGeneration, Trainer, TrainingArgumen
 from transformers.integrations.peft import MIN_PEFT_VERSION
 from transformers.utils import check_peft_version
 
-import tiny
 from emma_adapter import (
     EmmaConfig,
     InstructionError,
@@ -27,6 +26,7 @@ from emma_adapter import (
     unpatch_model,
 )
 from emma_adapter.alignment.fusion import registry
+from tests.support import tiny
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FUSIONS = {

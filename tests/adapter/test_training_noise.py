@@ -8,8 +8,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-import tiny
 from emma_adapter import patch_model
+from tests.support import tiny
 
 
 def losses(folder, model, **options) -> list[float]:

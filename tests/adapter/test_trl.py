@@ -9,9 +9,9 @@ import safetensors.torch
 import torch
 from peft import LoraConfig
 
-import tiny
 from emma_adapter import EmmaConfig, InstructionCollator, InstructionError, load_adapter, patch_model, unpatch_model
-from zoo import ZOO
+from tests.support import tiny
+from tests.support.zoo import ZOO
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")

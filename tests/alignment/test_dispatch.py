@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import tiny
 from emma_adapter import (
     ConfigError,
     EmmaAlignment,
@@ -26,6 +25,7 @@ from emma_adapter import (
 )
 from emma_adapter.alignment.fusion import dispatch, registry
 from emma_adapter.kernels import measured
+from tests.support import tiny
 
 FUSIONS = ["attention", "linear", "modulation"]
 SIZES = {"visual_dim": 16, "instruction_dim": 6, "visual_grid": (2, 3), "max_instruction_tokens": 4}

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call
 
-import tiny
 from emma_adapter import ConfigError, EmmaAlignment, EmmaConfig, Fusion, Packing, ShapeError, register_fusion
 from emma_adapter.alignment.fusion import fusion_class, fusion_names, resampling
 from emma_adapter.alignment.fusion.resampling import resample
+from tests.support import tiny
 
 B, GRID, D, T, DT = 3, (2, 3), 8, 5, 6
 N = GRID[0] * GRID[1]

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import tiny
 from emma_adapter import EmmaAlignment, EmmaConfig, Packing, patch_model
-from formulas import assert_correct, expected, formula, results, same, same_bits, weighting
-from kernels.precision import DTYPES, TOLERANCES
-from zoo import ZOO, Row
+from tests.kernels.precision import DTYPES, TOLERANCES
+from tests.support import tiny
+from tests.support.formulas import assert_correct, expected, formula, results, same, same_bits, weighting
+from tests.support.zoo import ZOO, Row
 
 GRID, D, T, DT = (2, 3), 16, 5, 12
 N = GRID[0] * GRID[1]

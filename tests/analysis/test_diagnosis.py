@@ -11,10 +11,10 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import cross_val_score
 from torch import nn
 
-import tiny
 from emma_adapter import AnalysisError, EmmaConfig, patch_model
 from emma_adapter.analysis import diagnose, probe
-from zoo import ZOO, Row
+from tests.support import tiny
+from tests.support.zoo import ZOO, Row
 
 
 def blobs(n: int, d: int, distance: float, seed: int = 0, classes: int = 3):

@@ -10,12 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.feature_selection import mutual_info_classif, mutual_info_regression
-from test_analysis_movement import trained
 
 from emma_adapter.analysis import information_gain, mutual_information, pair_distances
 from emma_adapter.analysis.calibration import calibrate_classes, calibrate_gaussians
 from emma_adapter.analysis.estimators import ksg, ross
-from zoo import ZOO, Row
+from tests.analysis.test_movement import trained
+from tests.support.zoo import ZOO, Row
 
 
 def gaussians(n: int, d: int, nats: float, seed: int, *, concentrated: bool = False) -> tuple[np.ndarray, np.ndarray]:

@@ -14,15 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from PIL import Image
-from test_llava import snapshot
 from torch import nn
 
-import tiny
 from emma_adapter import AnalysisError, EmmaConfig, PatchError, patch_model
 from emma_adapter.analysis import TokenMap, compare, on_image, stitch, token_movement
 from emma_adapter.analysis.observing import VisualEntry, observe
-from tiny import PATCH
-from zoo import ZOO, Row
+from tests.patching.test_llava import snapshot
+from tests.support import tiny
+from tests.support.tiny import PATCH
+from tests.support.zoo import ZOO, Row
 
 entries = pytest.mark.parametrize("entry", ZOO.values(), ids=ZOO)
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from test_analysis_movement import trained
 from torch import nn
 
-import tiny
 from emma_adapter import AnalysisError, EmmaAlignment, EmmaConfig, patch_model
 from emma_adapter.analysis import attention_maps, attention_mass, mask_statistics, token_movement, weight_shares
-from formulas import normed, resized
-from zoo import ZOO, Row
+from tests.analysis.test_movement import trained
+from tests.support import tiny
+from tests.support.formulas import normed, resized
+from tests.support.zoo import ZOO, Row
 
 ROWS = [
     Row(("how many dogs are there?",), images=((112, 56),), seed=1),

@@ -12,11 +12,11 @@ import pytest
 import torch
 from click import ClickException
 from click.testing import CliRunner
-from test_kernel_benchmarks import MACHINE, gpu_records
 
 from benchmarks.kernels import gpu_quarter_hour, publish, schedules, stages
 from benchmarks.kernels.gpu_quarter_hour import LINES, STAGES, Stage, main, run, summary
 from benchmarks.kernels.records import Results
+from tests.benchmarks.test_kernel_benchmarks import MACHINE, gpu_records
 
 #: A stage that does as it is called.
 FAKE = """

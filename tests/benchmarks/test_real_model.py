@@ -15,7 +15,7 @@ from benchmarks.real_model.measure import overhead, right_answers
 from emma_adapter import get_adapter
 from emma_adapter.data.rows import open_rows
 from emma_adapter.models.loading import load_processor
-from workspace import MODEL_ID, make_workspace
+from tests.support.workspace import MODEL_ID, make_workspace
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import nn
 
-import tiny
 from emma_adapter import (
     CheckpointError,
     EmmaConfig,
@@ -34,6 +33,7 @@ from emma_adapter import (
     unpatch_model,
 )
 from emma_adapter.alignment.fusion import registry
+from tests.support import ROOT, tiny
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 FUSIONS = {
@@ -220,12 +220,10 @@ for name in names:
 torch.save(answers, out)
 """
     out = tmp_path / "logits.pt"
-    here = str(Path(__file__).parent)
-    paths = os.pathsep.join([here, str(Path(here).parent)])
     subprocess.run(
         [sys.executable, "-c", script, str(tmp_path), str(out), *expected],
         check=True,
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )
     assert same_values(torch.load(out), expected)
 

@@ -5,19 +5,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
 
-import fake_hub
-import tiny
 from emma_adapter import CheckpointError, load_adapter, patch_model
+from tests.support import ROOT, fake_hub, tiny
 
 _COMMON = """
 import sys
 import torch
-import tiny
+from tests.support import tiny
 from emma_adapter import CheckpointError, EmmaConfig, get_adapter, load_adapter, patch_model
 
 def logits(model):
@@ -46,7 +44,7 @@ def run(tmp_path):
             "HF_HUB_DISABLE_XET": "1",
             "NO_PROXY": "127.0.0.1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
-            "PYTHONPATH": str(Path(__file__).parent),
+            "PYTHONPATH": str(ROOT),
         }
         for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
             environment.pop(name, None)

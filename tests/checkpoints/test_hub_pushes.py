@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 
-from test_hub import run  # noqa: F401 - a fixture
+from tests.checkpoints.test_hub import run  # noqa: F401 - a fixture
 
 _COMMON = """
 import sys, tempfile

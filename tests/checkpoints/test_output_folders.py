@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from test_hub import run  # noqa: F401 - a fixture
-from test_trainer import PROCESSOR, base_model, copied, logits, patched, same_values, trainer_for
 from transformers import AutoModelForImageTextToText
 
-import tiny
 from emma_adapter import get_adapter, load_adapter
+from tests.adapter.test_trainer import PROCESSOR, base_model, copied, logits, patched, same_values, trainer_for
+from tests.checkpoints.test_hub import run  # noqa: F401 - a fixture
+from tests.support import tiny
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 

@@ -33,13 +33,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from safetensors import safe_open
-from test_checkpoint import CARD, CONFIG, FUSIONS, WEIGHTS, base_model, logits, same_values, trained
 
-import tiny
 from emma_adapter import CheckpointError, get_adapter, load_adapter
 from emma_adapter.checkpoints import reading, writing
 from emma_adapter.checkpoints.format import ALIGNMENT_PREFIX, FORMAT, PROJECTOR_PREFIX
 from emma_adapter.files import atomic
+from tests.checkpoints.test_checkpoint import CARD, CONFIG, FUSIONS, WEIGHTS, base_model, logits, same_values, trained
+from tests.support import tiny
 
 OLD, NEW = FUSIONS["attention"], FUSIONS["modulation"]
 TRAINER = "model.safetensors"

@@ -10,14 +10,14 @@ import sys
 import pytest
 import torch
 from click.testing import CliRunner
-from test_official import paper, stored, write
 from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPTextModel
 
-import tiny
 from emma_adapter import EmmaAlignment, EmmaConfig, load_adapter, patch_model
 from emma_adapter.cli import info as info_command
 from emma_adapter.cli import main
-from workspace import MODEL_ID, make_workspace
+from tests.alignment.test_official import paper, stored, write
+from tests.support import tiny
+from tests.support.workspace import MODEL_ID, make_workspace
 
 #: The sizes of the tiny LLaVA and of the CLIP in ``clip_folder``.
 SIZES = {"n": tiny.TOKENS_PER_IMAGE, "t": 16, "d": tiny.WIDTH, "dt": 24}

@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-import tiny
 from emma_adapter import load_adapter
 from emma_adapter.cli import main
 from emma_adapter.data.examples import Examples
 from emma_adapter.data.rows import FileRows, open_rows
 from emma_adapter.errors import DataError
-from workspace import MODEL_ID, make_workspace
+from tests.support import tiny
+from tests.support.workspace import MODEL_ID, make_workspace
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 FAST = ["--use_cpu", "true", "--per_device_train_batch_size", "4", "--save_strategy", "no"]

@@ -9,13 +9,12 @@ import shutil
 import pytest
 from click.testing import CliRunner
 
-import browser
-import tiny
 from emma_adapter import patch_model
 from emma_adapter.cli import main
 from emma_adapter.data.rows import FileRows, open_rows
 from emma_adapter.errors import DataError
-from workspace import MODEL_ID, make_workspace
+from tests.support import browser, tiny
+from tests.support.workspace import MODEL_ID, make_workspace
 
 #: CSS pixels.
 PHONE, DESK = (360, 800), (1280, 900)

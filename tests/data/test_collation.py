@@ -11,9 +11,9 @@ from accelerate.utils.operations import concatenate, slice_tensors
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
-import tiny
 from emma_adapter import DataError, EmmaConfig, InstructionCollator, InstructionError, patch_model
-from zoo import ZOO
+from tests.support import tiny
+from tests.support.zoo import ZOO
 
 PROCESSOR = tiny.processor()
 TALKS = [

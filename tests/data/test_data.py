@@ -12,7 +12,6 @@ import pytest
 from PIL import Image, ImageOps
 from transformers.image_utils import load_image
 
-import tiny
 from emma_adapter.data import images as images_module
 from emma_adapter.data.conversations import read_conversation, trainable_turns
 from emma_adapter.data.images import check_image, open_image, to_rgb
@@ -20,6 +19,7 @@ from emma_adapter.data.rows import open_rows
 from emma_adapter.errors import DataError
 from emma_adapter.report import Question
 from emma_adapter.report.questions import entry_of
+from tests.support import tiny
 
 PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8))
 

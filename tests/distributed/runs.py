@@ -9,13 +9,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 from torch import Tensor, nn
 
-import tiny
 from emma_adapter import EmmaAdapter, EmmaConfig, patch_model
+from tests.support import tiny
 
 PROCESSES = 2
 PROCESSOR = tiny.processor()

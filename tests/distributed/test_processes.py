@@ -14,7 +14,16 @@ import torch
 from safetensors.torch import load_file
 
 from emma_adapter import load_adapter
-from runs import PROCESSES, PROCESSOR, STEPS, base_model, global_batch, patched, train, train_with_trainer
+from tests.distributed.runs import (
+    PROCESSES,
+    PROCESSOR,
+    STEPS,
+    base_model,
+    global_batch,
+    patched,
+    train,
+    train_with_trainer,
+)
 
 HERE = Path(__file__).parent
 WEIGHTS = "adapter_model.safetensors"

@@ -15,9 +15,9 @@ import pytest
 
 from emma_adapter.alignment.fusion import registry
 from emma_adapter.models import families
-from workspace import llava_package, make_workspace
+from tests.support.workspace import llava_package, make_workspace
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 #: Generated from docstrings.
 WITHOUT_EXAMPLES = {"api.md"}

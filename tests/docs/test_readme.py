@@ -11,14 +11,14 @@ import pytest
 import torch
 
 import emma_adapter
-import tiny
-from aya import TILE_SIZE, TOKENS_PER_TILE, aya_vision
 from emma_adapter import EmmaConfig, patch_model
 from emma_adapter.alignment.fusion import fusion_names
 from emma_adapter.models import families
-from zoo import ZOO
+from tests.support import tiny
+from tests.support.aya import TILE_SIZE, TOKENS_PER_TILE, aya_vision
+from tests.support.zoo import ZOO
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 # Classes that are not part of transformers, and the tests that hold them to the contract.
 ORIGINAL_CLASSES = {"internvl_chat", "llava_llama", "llava_mistral", "llava_qwen"}
@@ -97,7 +97,7 @@ def snippet_after(comment: str) -> str:
 @pytest.mark.parametrize("fusion", ["modulation", "linear"])
 def test_the_snippet_that_adds_a_family(fusion, monkeypatch):
     monkeypatch.setattr(families, "_FAMILIES", {})
-    snippet = snippet_after("<!-- tests/test_readme.py runs this -->")
+    snippet = snippet_after("<!-- tests/docs/test_readme.py runs this -->")
     assert len([line for line in snippet.splitlines() if line.strip()]) <= 12
     model = aya_vision()
     with pytest.raises(emma_adapter.UnsupportedModelError, match="aya_vision"):

@@ -18,7 +18,7 @@ import emma_adapter.analysis
 import emma_adapter.report
 from emma_adapter.models.families import family_names
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 NAMES = ["emma_adapter", "analysis", "report"]
 CONFIG = yaml.safe_load((ROOT / "mkdocs.yml").read_text())

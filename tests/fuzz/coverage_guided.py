@@ -19,7 +19,7 @@ with atheris.instrument_imports(include=["emma_adapter"]):
     from emma_adapter.checkpoints import reading
     from emma_adapter.checkpoints.format import WEIGHTS_NAME
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 SEED_CONFIGS = (
     EmmaConfig(),
@@ -67,8 +67,8 @@ def main() -> None:
         corpus.mkdir()
         read, seeds = read_config, [config.to_json().encode() for config in SEED_CONFIGS]
         if target == "header":
-            import tiny
             from emma_adapter import patch_model
+            from tests.support import tiny
 
             folder = Path(name) / "adapter"
             patch_model(tiny.llava(), EmmaConfig(inner_dim=4, num_heads=1)).save_pretrained(folder)

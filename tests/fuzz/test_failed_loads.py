@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-import tiny
 from emma_adapter import (
     CheckpointError,
     ConfigError,
@@ -22,7 +21,8 @@ from emma_adapter import (
 from emma_adapter.adapter import named, patch, restoring
 from emma_adapter.alignment.fusion import registry
 from emma_adapter.patching import projectors, sites
-from victims import FUSIONS, fingerprint, logits, patched
+from tests.fuzz.victims import FUSIONS, fingerprint, logits, patched
+from tests.support import tiny
 
 ATTENTION = FUSIONS["attention"]
 

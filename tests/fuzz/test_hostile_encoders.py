@@ -11,17 +11,17 @@ import open_clip
 import pytest
 import torch
 import transformers
-from test_encoders import open_clip_folder, siglip_tokenizer
-from test_hostile_checkpoints import PAYLOADS
 from transformers import CLIPTextModel
 
-import tiny
 from emma_adapter import EmmaConfig, EncoderError, get_adapter, load_adapter, patch_model
 from emma_adapter.instructions import encoders, text_towers
 from emma_adapter.instructions.encoders import names_a_path
 from emma_adapter.instructions.text_towers import OpenClipTextTower, TransformersTextTower
-from mutations import Folder
-from victims import FUSIONS, fingerprint, logits, patched
+from tests.fuzz.mutations import Folder
+from tests.fuzz.test_hostile_checkpoints import PAYLOADS
+from tests.fuzz.victims import FUSIONS, fingerprint, logits, patched
+from tests.instructions.test_encoders import open_clip_folder, siglip_tokenizer
+from tests.support import tiny
 
 PATHS = [
     "/",

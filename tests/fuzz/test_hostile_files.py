@@ -17,11 +17,11 @@ from click.testing import CliRunner
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 
-import tiny
 from emma_adapter import CheckpointError, get_adapter, load_adapter, patch_model
 from emma_adapter.cli import main
-from mutations import CONFIG, WEIGHTS, Folder
-from victims import FUSIONS, Patched, fingerprint, logits, patched
+from tests.fuzz.mutations import CONFIG, WEIGHTS, Folder
+from tests.fuzz.victims import FUSIONS, Patched, fingerprint, logits, patched
+from tests.support import ROOT, tiny
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,8 @@ def in_limits(script, folders, **options):
     begin = """
 import resource, sys
 from pathlib import Path
-import tiny, torch
+import torch
+from tests.support import tiny
 from emma_adapter import load_adapter, unpatch_model
 intact, *folders = map(Path, sys.argv[1:])
 model = tiny.llava()
@@ -144,7 +145,7 @@ resource.setrlimit(resource.RLIMIT_CPU, (120, 120))
         text=True,
         check=False,
         timeout=500,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         **options,
     )
     assert done.returncode == 0, done.stderr

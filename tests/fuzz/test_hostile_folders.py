@@ -13,11 +13,11 @@ import pytest
 import torch
 from safetensors import safe_open
 
-import mutations
-import tiny
 from emma_adapter import EmmaError, get_adapter, load_adapter, unpatch_model
-from mutations import CONFIG, WEIGHTS
-from victims import FUSIONS, Patched, fingerprint, logits, patched, same_values
+from tests.fuzz import mutations
+from tests.fuzz.mutations import CONFIG, WEIGHTS
+from tests.fuzz.victims import FUSIONS, Patched, fingerprint, logits, patched, same_values
+from tests.support import tiny
 
 CHUNKS, FOLDERS_IN_ONE = 24, 430  # 10,320
 LOOKED_AT_EVERY = 5

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-import tiny
 from emma_adapter import EmmaConfig, get_adapter, patch_model
 from emma_adapter.patching import sites
+from tests.support import tiny
 
 FUSIONS = {
     "attention": EmmaConfig(fusion="attention", inner_dim=8, num_heads=2),

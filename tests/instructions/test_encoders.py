@@ -30,10 +30,10 @@ from transformers import (
     SiglipTokenizer,
 )
 
-import tiny
 from emma_adapter import EmmaConfig, EncoderError, InstructionEncoder, load_adapter, patch_model
 from emma_adapter.instructions.encoders import CachedEncoder
 from emma_adapter.instructions.text_towers import OpenClipTextTower, TransformersTextTower
+from tests.support import tiny
 
 TEXTS = ["is there a cat?", "how many dogs are there, and what colour is the left one?", ""]
 LONG = " ".join(TEXTS * 9)

@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
-import tiny
 from emma_adapter import InstructionCollator, patch_model
 from emma_adapter.data.examples import Examples
 from emma_adapter.data.rows import open_rows
 from emma_adapter.models.prompts import Prompts, stop_ids
-from workspace import make_workspace
-from zoo import ZOO
+from tests.support import tiny
+from tests.support.workspace import make_workspace
+from tests.support.zoo import ZOO
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 TEMPLATED = [entry for entry in ZOO.values() if entry.processor().chat_template is not None]
 entries = pytest.mark.parametrize("entry", TEMPLATED, ids=lambda entry: entry.name)
 

@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-import tiny
 from emma_adapter import InstructionError
 from emma_adapter.instructions.decoding import TokenTexts
 from emma_adapter.instructions.prompt import Prompt
 from emma_adapter.instructions.reader import InstructionReader
 from emma_adapter.instructions.templates import read_markers
-from zoo import ZOO
+from tests.support import tiny
+from tests.support.zoo import ZOO
 
 # --- Chat templates in the formats of well-known models -----------------------------------------------------------
 

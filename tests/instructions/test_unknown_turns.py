@@ -10,12 +10,12 @@ import torch
 from tokenizers import AddedToken
 from transformers import AutoProcessor
 
-import tiny
 from benchmarks.digits_vqa.vlm import BASE_DIR
 from emma_adapter import EmmaConfig, InstructionError, get_adapter, load_adapter, patch_model
 from emma_adapter.instructions.prompt import Prompt
 from emma_adapter.instructions.reader import InstructionReader
-from zoo.text import CHATML, chat_template
+from tests.support import tiny
+from tests.support.zoo.text import CHATML, chat_template
 
 TALK = [tiny.user("what is it?"), tiny.assistant("a red bird"), tiny.user("why?", 0)]
 OTHERS = {

@@ -20,7 +20,6 @@ from lmms_eval.api.instance import Instance
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-import tiny
 from emma_adapter import (
     ConfigError,
     EmmaConfig,
@@ -31,7 +30,8 @@ from emma_adapter import (
     patch_model,
 )
 from emma_adapter.integrations.lmms_eval import Emma
-from zoo import ZOO
+from tests.support import tiny
+from tests.support.zoo import ZOO
 
 CONFIG = EmmaConfig(fusion="modulation", inner_dim=8, num_heads=2)
 TOKENS = 8
@@ -437,7 +437,7 @@ def test_what_a_model_cannot_take_is_named(saved):
 
 
 def test_every_task_of_the_benchmarks_page_exists():
-    page = (Path(__file__).parents[1] / "benchmarks" / "README.md").read_text().split("## The paper's tables")[1]
+    page = (Path(__file__).parents[2] / "benchmarks" / "README.md").read_text().split("## The paper's tables")[1]
     named = set(re.findall(r"^\| [^|]+ \| `(\w+)` \|", page, re.MULTILINE))
     for tasks in re.findall(r"^(?:TASKS=|run )([a-z][\w,]+)", page, re.MULTILINE):
         named |= set(tasks.split(","))

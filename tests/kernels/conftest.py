@@ -7,15 +7,12 @@
 from __future__ import annotations
 
 import os
-import sys
 from contextlib import nullcontext
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-from interpreter import scalars_as_indices
+from tests.kernels.interpreter import scalars_as_indices
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 collect_ignore_glob = ["test_*_interpreted.py"]

@@ -10,10 +10,10 @@ import torch
 triton = pytest.importorskip("triton")
 
 from benchmarks.kernels.schedules import CANDIDATES, changed  # noqa: E402
-from compilation import SHARED_MEMORY, TARGETS, compiled, local_memory, name_of, transposed_products  # noqa: E402
 from emma_adapter import KernelError  # noqa: E402
 from emma_adapter.kernels import cross_attention, token_mixing  # noqa: E402
 from emma_adapter.kernels.launch import TRITON_VERSION  # noqa: E402
+from tests.kernels.compilation import SHARED_MEMORY, TARGETS, compiled, local_memory, name_of, transposed_products  # noqa: E402
 
 #: Of the oldest Triton, what it was measured with; for sm_100 its compiler crashes, and `device_problem` says so.
 SUPPORTED = TARGETS if TRITON_VERSION >= (3, 8) else {"sm_90": TARGETS["sm_90"]}

@@ -21,7 +21,7 @@ from emma_adapter.kernels.cross_attention import (
 )
 from emma_adapter.kernels.cross_attention.gradients import cross_attention_backward
 from emma_adapter.kernels.cross_attention.op import _cross_attention
-from precision import BITS, DTYPES, TOLERANCES
+from tests.kernels.precision import BITS, DTYPES, TOLERANCES
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

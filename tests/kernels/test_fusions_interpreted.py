@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import tiny
 from emma_adapter import EmmaAlignment, EmmaConfig, KernelError, Packing, patch_model
 from emma_adapter.kernels.cross_attention import forward
-from memory_watch import watching
+from tests.kernels.memory_watch import watching
+from tests.support import tiny
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

@@ -19,7 +19,7 @@ from emma_adapter.kernels import launch as launching  # noqa: E402
 from emma_adapter.kernels.launch import Configuration  # noqa: E402
 from emma_adapter.kernels.token_mixing import tiles  # noqa: E402
 from emma_adapter.kernels.token_mixing.tiles import splits_for  # noqa: E402
-from precision import DTYPES  # noqa: E402
+from tests.kernels.precision import DTYPES  # noqa: E402
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-import tiny
 from emma_adapter import EmmaAlignment, EmmaConfig, Packing
-from formulas import assert_correct, expected, formula, results, same, same_bits, weighting
-from precision import DTYPES, TOLERANCES
+from tests.kernels.precision import DTYPES, TOLERANCES
+from tests.support import tiny
+from tests.support.formulas import assert_correct, expected, formula, results, same, same_bits, weighting
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from emma_adapter import EmmaAlignment, EmmaConfig, Packing
-from precision import BITS, DTYPES, TOLERANCES
+from tests.kernels.precision import BITS, DTYPES, TOLERANCES
 
 pytestmark = [
     pytest.mark.gpu,

@@ -19,7 +19,7 @@ from emma_adapter.kernels.token_mixing import (
     unsupported_reason,
 )
 from emma_adapter.kernels.token_mixing.op import _token_mixing, _token_mixing_backward
-from precision import BITS, DTYPES, TOLERANCES
+from tests.kernels.precision import BITS, DTYPES, TOLERANCES
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

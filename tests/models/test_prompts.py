@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-import tiny
 from emma_adapter.models.prompts import Prompts
-from zoo import ZOO
+from tests.support import tiny
+from tests.support.zoo import ZOO
 
 QUESTIONS = ["What colour is the bird on the tree?", "Is there a cat?"]
 

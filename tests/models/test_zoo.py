@@ -9,7 +9,7 @@ from functools import cache
 import pytest
 import torch
 
-from zoo import ZOO, Entry, Row, answered
+from tests.support.zoo import ZOO, Entry, Row, answered
 
 TOLERANCE = 2e-5
 ROWS = [

@@ -14,9 +14,9 @@ import transformers
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from transformers import DynamicCache, EncoderDecoderCache, LlamaForCausalLM, StaticCache
 
-import tiny
 from emma_adapter.modules import private
-from remote_llava import llava_original
+from tests.support import tiny
+from tests.support.remote_llava import llava_original
 
 ANSWERS = ("answer_trainer", "stop_answering_trainer", "may_be_trained_through")
 
@@ -172,7 +172,7 @@ def test_every_name_of_others_is_held_by_a_test_that_exists():
     named = re.findall(r"``((?:\w+/)?test_\w+\.py)(?:::(\w+))?``", source)
     assert len(named) > 10
     for file, test in named:
-        assert f"def {test}" in (Path(__file__).parent / file).read_text()
+        assert f"def {test}" in (Path(__file__).parents[1] / file).read_text()
     functions = [value for value in vars(private).values() if getattr(value, "__module__", "") == private.__name__]
     untold = [function.__name__ for function in functions if "Held by" not in (function.__doc__ or "")]
     # What undoes, or is a part of, what another one does.

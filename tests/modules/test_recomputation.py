@@ -14,8 +14,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Checkpoi
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
-import tiny
 from emma_adapter import EmmaConfig, InstructionError, get_adapter, patch_model
+from tests.support import tiny
 
 MODES = pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
 INSTRUCTIONS = torch.tensor([[31, 41, 5], [32, 42, 6], [33, 43, 7]])

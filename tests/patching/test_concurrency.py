@@ -17,8 +17,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import tiny
 from emma_adapter import EmmaConfig, InstructionError, get_adapter, patch_model
+from tests.support import tiny
 
 THREADS = 16
 CALLS_OF_A_THREAD = 64  # 1,024 together

@@ -8,9 +8,9 @@ from accelerate import cpu_offload, disk_offload, dispatch_model
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_submodules
 from transformers import LlavaForConditionalGeneration
 
-import tiny
 from emma_adapter import EmmaConfig, PatchError, get_adapter, load_adapter, patch_model, unpatch_model
-from zoo import ZOO, Row
+from tests.support import tiny
+from tests.support.zoo import ZOO, Row
 
 CPU = torch.device("cpu")
 CONFIG = EmmaConfig(fusion="attention", inner_dim=8, num_heads=2)

@@ -14,13 +14,13 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from packaging.version import Version
-from test_llava import WordHashEncoder, snapshot
 from torch import Tensor, nn
 
-import tiny
 from emma_adapter import EmmaConfig, InstructionError, RoutingError, load_adapter, patch_model, unpatch_model
 from emma_adapter.models.families import find_family
-from zoo import ZOO, Entry, Row, answered
+from tests.patching.test_llava import WordHashEncoder, snapshot
+from tests.support import tiny
+from tests.support.zoo import ZOO, Entry, Row, answered
 
 EFFECT = 5e-4  # what a trained adapter changes at least, far above rounding
 SAME = 3e-5

@@ -21,9 +21,9 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-import tiny
 from emma_adapter import EmmaConfig, PatchError, get_adapter, load_adapter, patch_model, unpatch_model
-from life import COPIES, DTYPES, KINDS, TARGETS, Kind, Life, leftovers
+from tests.support import tiny
+from tests.support.life import COPIES, DTYPES, KINDS, TARGETS, Kind, Life, leftovers
 
 NAMES = ("default", "other", "third")
 BUDGET = settings(stateful_step_count=16, max_examples=25, deadline=None, derandomize=True)

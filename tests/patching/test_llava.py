@@ -28,7 +28,6 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-import tiny
 from emma_adapter import (
     ConfigError,
     EmmaConfig,
@@ -40,6 +39,7 @@ from emma_adapter import (
     patch_model,
     unpatch_model,
 )
+from tests.support import tiny
 
 FUSIONS = ("attention", "linear", "modulation")
 ENCODERS = ("llm", "clip", "custom")

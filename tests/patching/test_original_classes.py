@@ -9,16 +9,16 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-import tiny
 from emma_adapter import EmmaConfig, InstructionError, RoutingError, load_adapter, patch_model, unpatch_model
-from remote_internvl import (
+from tests.support import tiny
+from tests.support.remote_internvl import (
     internvl_chat,
     internvl_generate_inputs,
     internvl_inputs,
     internvl_row,
     internvl_tokenizer,
 )
-from remote_llava import llava_generate_inputs, llava_inputs, llava_original, llava_row
+from tests.support.remote_llava import llava_generate_inputs, llava_inputs, llava_original, llava_row
 
 EFFECT, SAME = 5e-3, 1e-4
 FUSIONS = ("attention", "linear", "modulation")

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import tiny
 from emma_adapter import EmmaConfig, InstructionError, patch_model
 from emma_adapter.instructions.packed_samples import find_samples
+from tests.support import tiny
 
 IMAGE = [4] * tiny.TOKENS_PER_IMAGE
 SAMPLES = [[1, 10, *IMAGE, 20, 2], [1, 11, *IMAGE, *IMAGE, 21, 22, 2], [1, 12, 23, 2], [1, 13, *IMAGE, 24, 25, 26, 2]]

@@ -9,12 +9,21 @@ import pytest
 import safetensors.torch
 import torch
 from peft import LoraConfig, get_peft_model
-from test_trainer import PROCESSOR, QUESTIONS, VOCABULARY, checkpoint_folder, copied, losses, same_values, trainer_for
 from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration
 from transformers.trainer_utils import validate_quantization_for_training
 
-import tiny
 from emma_adapter import CheckpointError, PatchError, get_adapter, load_adapter, patch_model, unpatch_model
+from tests.adapter.test_trainer import (
+    PROCESSOR,
+    QUESTIONS,
+    VOCABULARY,
+    checkpoint_folder,
+    copied,
+    losses,
+    same_values,
+    trainer_for,
+)
+from tests.support import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
 
-import tiny
 from emma_adapter import (
     CheckpointError,
     ConfigError,
@@ -26,7 +25,8 @@ from emma_adapter import (
 from emma_adapter.instructions.pipeline import InstructionTokens
 from emma_adapter.integrations.qwen_vl import block_order, window_order
 from emma_adapter.patching.routing import RoutedInstruction
-from zoo import ZOO, Row
+from tests.support import tiny
+from tests.support.zoo import ZOO, Row
 
 DEEPSTACK = ("qwen3_vl", "qwen3_vl_moe")
 ROWS = (Row(("is there a cat?",), images=((56, 56), (28, 84)), seed=1), Row(("how many?",), videos=(3,), seed=2))

@@ -10,8 +10,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-import remote_internvl as internvl
-import remote_llava as llava
+from tests.support import remote_internvl as internvl
+from tests.support import remote_llava as llava
 
 TILES = [[2, 1], [], [1]]
 IMAGES = [2, 0, 1]
@@ -21,7 +21,7 @@ CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 # 5.24 passes every model its cache as ``cache``, which LLaVA's forward doesn't take unless the model is patched.
 generates_by_itself = pytest.mark.skipif(
     "cache" in inspect.signature(transformers.LlamaForCausalLM.forward).parameters,
-    reason="LLaVA's own classes can't generate with this transformers: test_original_classes.py has them patched",
+    reason="LLaVA's own classes can't generate with this transformers; patched they do: test_original_classes.py",
 )
 
 

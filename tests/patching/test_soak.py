@@ -24,7 +24,7 @@ from benchmarks.soak.run import Soak
 from emma_adapter.instructions import cache, encoders
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow

@@ -15,12 +15,12 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-import tiny
 from emma_adapter import EmmaConfig, PatchError, get_adapter, load_adapter, patch_model, unpatch_model
 from emma_adapter.integrations.qwen_vl import block_order, window_order
-from life import leftovers
-from zoo import ZOO
-from zoo.rows import Row
+from tests.support import tiny
+from tests.support.life import leftovers
+from tests.support.zoo import ZOO
+from tests.support.zoo.rows import Row
 
 INPUTS = tiny.chat_inputs([[tiny.user("how many dogs?")], [tiny.user("is there a cat?")]])
 
@@ -192,8 +192,8 @@ def test_compiling_a_qwen_warns_of_nothing_of_ours():
 def test_python_ends_quietly_after_a_patched_model_was_compiled():
     """What was compiled holds the model until the names of this library's modules are gone."""
     code = (
-        "import sys; sys.path.insert(0, 'tests')\n"
-        "import tiny, torch, emma_adapter\n"
+        "import torch, emma_adapter\n"
+        "from tests.support import tiny\n"
         "model = tiny.llava()\n"
         "emma_adapter.patch_model(model, processor=tiny.processor())\n"
         "with torch.no_grad():\n"

@@ -14,7 +14,6 @@ import pytest
 import torch
 from PIL import Image
 
-import tiny
 from emma_adapter import EmmaConfig, patch_model
 from emma_adapter.analysis import (
     Asked,
@@ -39,7 +38,8 @@ from emma_adapter.report import (
     render,
 )
 from emma_adapter.report.questions import choose, entry_of, find_pairs, find_twins, normalised
-from zoo import ZOO
+from tests.support import tiny
+from tests.support.zoo import ZOO
 
 ASKED = {"colour": ("what colour is the bird?", ("red", "green")), "count": ("how many dogs?", ("one", "two"))}
 HOSTILE = [

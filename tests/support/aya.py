@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 import transformers as hf
 
-from tiny import PATCH
-from zoo.settings import square, text_settings, vision_settings
-from zoo.text import CHATML, chat_template, tokenizer
+from tests.support.tiny import PATCH
+from tests.support.zoo.settings import square, text_settings, vision_settings
+from tests.support.zoo.text import CHATML, chat_template, tokenizer
 
 TILE_SIZE = 4 * PATCH
 TOKENS_PER_TILE = 4

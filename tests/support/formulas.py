@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from emma_adapter import EmmaAlignment, EmmaConfig
-from kernels.precision import BITS, TOLERANCES
+from tests.kernels.precision import BITS, TOLERANCES
 
 
 def same_bits(left: Tensor, right: Tensor) -> bool:

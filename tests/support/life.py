@@ -33,7 +33,7 @@ from emma_adapter import (
     unpatch_model,
 )
 from emma_adapter.modules.method_guard import MethodGuard
-from zoo import ZOO, Row
+from tests.support.zoo import ZOO, Row
 
 WIDTH = 12
 LORA = "default"

@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 
-import tiny
+from tests.support import tiny
 
 WIDTH = 32
 PATCH = 8

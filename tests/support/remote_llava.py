@@ -29,7 +29,7 @@ from transformers import (
     Qwen2Model,
 )
 
-import tiny
+from tests.support import tiny
 
 IGNORE_INDEX = -100
 IMAGE_TOKEN_INDEX = -200

@@ -13,15 +13,12 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoModel, CLIPImageProcessor
 
-import aya
-import remote_internvl
-import remote_llava
-import tiny
-from zoo import ZOO
+from tests.support import aya, remote_internvl, remote_llava, tiny
+from tests.support.zoo import ZOO
 
 MODEL_ID = "llava-hf/llava-1.5-7b-hf"
 CLIP_ID = "openai/clip-vit-large-patch14-336"
-#: Of models of ``tests/zoo/``, under the names of checkpoints that people use.
+#: Of models of ``tests/support/zoo/``, under the names of checkpoints that people use.
 ZOO_IDS = {
     "llava-hf/vip-llava-7b-hf": "vipllava",
     "mistral-community/pixtral-12b": "llava_pixtral",

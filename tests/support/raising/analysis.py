@@ -7,7 +7,6 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-import tiny
 from emma_adapter import AnalysisError, EmmaConfig, MediaLayout
 from emma_adapter.analysis import (
     TokenMap,
@@ -24,6 +23,7 @@ from emma_adapter.analysis import (
     weight_shares,
 )
 from emma_adapter.analysis.observing import _split_output
+from tests.support import tiny
 
 from .triggers import Bench, question, raises
 

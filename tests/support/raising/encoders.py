@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-import tiny
 from emma_adapter import EmmaConfig, EncoderError, load_adapter, patch_model
+from tests.support import tiny
 
 from .triggers import Bench, question, raises
 

@@ -14,7 +14,6 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from transformers import LlamaForCausalLM
 
-import tiny
 from emma_adapter import (
     ConfigError,
     EmmaConfig,
@@ -31,7 +30,8 @@ from emma_adapter import (
 from emma_adapter.alignment.fusion import registry
 from emma_adapter.integrations.llava import LlavaFamily
 from emma_adapter.models import families
-from zoo import ZOO
+from tests.support import tiny
+from tests.support.zoo import ZOO
 
 from .triggers import Bench, question, raises
 
@@ -66,32 +66,32 @@ def data_parallel(model: nn.Module):
 # ------------------------------------------------------------------------------------------- patching
 
 
-@raises(UnsupportedModelError, "families.py:require_model", "a model is needed")
+@raises(UnsupportedModelError, "models/families.py:require_model", "a model is needed")
 def patching_the_name_of_a_model(bench: Bench) -> None:
     patch_model("llava-hf/llava-1.5-7b-hf")
 
 
-@raises(UnsupportedModelError, "families.py:require_model", "a model is needed")
+@raises(UnsupportedModelError, "models/families.py:require_model", "a model is needed")
 def loading_into_a_handle(bench: Bench) -> None:
     load_adapter(bench.adapter(), bench.folder)
 
 
-@raises(UnsupportedModelError, "families.py:find_family", "has no config.model_type")
+@raises(UnsupportedModelError, "models/families.py:find_family", "has no config.model_type")
 def patching_a_layer(bench: Bench) -> None:
     patch_model(nn.Linear(2, 2))
 
 
-@raises(UnsupportedModelError, "families.py:find_family", "is not supported")
+@raises(UnsupportedModelError, "models/families.py:find_family", "is not supported")
 def patching_a_language_model(bench: Bench) -> None:
     patch_model(LlamaForCausalLM(tiny.llama_config(50)))
 
 
-@raises(UnsupportedModelError, "families.py:ModelFamily.inner", "no inner model")
+@raises(UnsupportedModelError, "models/families.py:ModelFamily.inner", "no inner model")
 def patching_the_inner_model(bench: Bench) -> None:
     patch_model(tiny.llava().model)
 
 
-@raises(UnsupportedModelError, "families.py:_load", "can't be loaded")
+@raises(UnsupportedModelError, "models/families.py:_load", "can't be loaded")
 def patching_a_model_whose_integration_is_broken(bench: Bench) -> None:
     class Broken:
         name, value, dist = "broken", "nowhere:Family", None
@@ -105,12 +105,12 @@ def patching_a_model_whose_integration_is_broken(bench: Bench) -> None:
     patch_model(model)
 
 
-@raises(UnsupportedModelError, "families.py:register_family", "takes an instance")
+@raises(UnsupportedModelError, "models/families.py:register_family", "takes an instance")
 def registering_the_class_of_a_family(bench: Bench) -> None:
     register_family(LlavaFamily)
 
 
-@raises(UnsupportedModelError, "fitting.py:resolve_sizes", "fixed number of visual tokens")
+@raises(UnsupportedModelError, "adapter/config_from_model.py:resolve_sizes", "fixed number of visual tokens")
 def a_fixed_size_for_a_model_without_one(bench: Bench) -> None:
     class Fixed(tiny.BufferedFusion):
         fixed_num_visual_tokens = True
@@ -120,82 +120,82 @@ def a_fixed_size_for_a_model_without_one(bench: Bench) -> None:
     patch_model(ZOO["qwen2_vl"].model(), EmmaConfig(fusion="fixed"))
 
 
-@raises(ConfigError, "fitting.py:resolve_sizes", "config must be an EmmaConfig")
+@raises(ConfigError, "adapter/config_from_model.py:resolve_sizes", "config must be an EmmaConfig")
 def a_dict_for_the_config(bench: Bench) -> None:
     patch_model(tiny.llava(), {"fusion": "linear"})
 
 
-@raises(ConfigError, "fitting.py:resolve_sizes", "config must be an EmmaConfig")
+@raises(ConfigError, "adapter/config_from_model.py:resolve_sizes", "config must be an EmmaConfig")
 def the_processor_in_the_place_of_the_config(bench: Bench) -> None:
     patch_model(tiny.llava(), tiny.processor())
 
 
-@raises(ConfigError, "fitting.py:resolve_sizes", "align_deepstack is True")
+@raises(ConfigError, "adapter/config_from_model.py:resolve_sizes", "align_deepstack is True")
 def deepstack_where_there_is_none(bench: Bench) -> None:
     patch_model(tiny.llava(), EmmaConfig(align_deepstack=True))
 
 
-@raises(ConfigError, "fitting.py:resolve_sizes", "its own number")
+@raises(ConfigError, "adapter/config_from_model.py:resolve_sizes", "its own number")
 def a_number_of_visual_tokens_where_each_image_has_its_own(bench: Bench) -> None:
     patch_model(ZOO["qwen2_vl"].model(), EmmaConfig(num_visual_tokens=16))
 
 
-@raises(ConfigError, "fitting.py:_require_agreement", "leave it None")
+@raises(ConfigError, "adapter/config_from_model.py:_require_agreement", "leave it None")
 def another_width_than_the_vision_tower_has(bench: Bench) -> None:
     patch_model(tiny.llava(), EmmaConfig(visual_dim=7))
 
 
-@raises(ConfigError, "fitting.py:_with_encoder_sizes", "reads at most")
+@raises(ConfigError, "adapter/config_from_model.py:_with_encoder_sizes", "reads at most")
 def more_instruction_tokens_than_the_encoder_reads(bench: Bench) -> None:
     clip = tiny.clip_text_folder(bench.folder)
     patch_model(tiny.llava(), EmmaConfig(max_instruction_tokens=99), instruction_encoder=str(clip))
 
 
-@raises(ConfigError, "fitting.py:make_reader", "must be the model's processor")
+@raises(ConfigError, "adapter/config_from_model.py:make_reader", "must be the model's processor")
 def the_name_of_a_processor(bench: Bench) -> None:
     patch_model(tiny.llava(), processor="llava-hf/llava-1.5-7b-hf")
 
 
-@raises(ConfigError, "fitting.py:make_reader", "must be the model's processor")
+@raises(ConfigError, "adapter/config_from_model.py:make_reader", "must be the model's processor")
 def an_image_processor(bench: Bench) -> None:
     patch_model(tiny.llava(), processor=tiny.processor().image_processor)
 
 
-@raises(PatchError, "patching.py:patch_model", "already patched")
+@raises(PatchError, "adapter/patch.py:patch_model", "already patched")
 def patching_twice(bench: Bench) -> None:
     patch_model(bench.adapter().model)
 
 
-@raises(PatchError, "patching.py:patch_model", "DistributedDataParallel")
+@raises(PatchError, "adapter/patch.py:patch_model", "DistributedDataParallel")
 def patching_a_wrapped_model(bench: Bench) -> None:
     with data_parallel(tiny.llava()) as model:
         patch_model(model)
 
 
-@raises(PatchError, "patching.py:patch_model", "AveragedModel")
+@raises(PatchError, "adapter/patch.py:patch_model", "AveragedModel")
 def patching_an_average(bench: Bench) -> None:
     patch_model(AveragedModel(tiny.llava()))
 
 
-@raises(PatchError, "attachment.py:check_unshared", "with another model that is patched")
+@raises(PatchError, "patching/sites.py:check_unshared", "with another model that is patched")
 def patching_a_model_that_shares_its_projector(bench: Bench) -> None:
     adapter, other = bench.adapter(), tiny.llava()
     other.model.multi_modal_projector = adapter.model.model.multi_modal_projector
     patch_model(other)
 
 
-@raises(PatchError, "patching.py:unpatch_model", "can't be taken out")
+@raises(PatchError, "adapter/patch.py:unpatch_model", "can't be taken out")
 def unpatching_a_sharded_model(bench: Bench) -> None:
     with sharded(bench.adapter().model) as model:
         unpatch_model(model)
 
 
-@raises(PatchError, "state.py:state_of", "is not patched")
+@raises(PatchError, "patching/state.py:state_of", "is not patched")
 def the_adapter_of_an_unpatched_model(bench: Bench) -> None:
     get_adapter(tiny.llava())
 
 
-@raises(PatchError, "state.py:AdapterState.model", "only a part of it was kept")
+@raises(PatchError, "patching/state.py:AdapterState.model", "only a part of it was kept")
 def a_part_of_a_deleted_model(bench: Bench) -> None:
     model = bench.adapter().model
     inner = model.model
@@ -207,44 +207,44 @@ def a_part_of_a_deleted_model(bench: Bench) -> None:
 # ------------------------------------------------------------------------------------- several adapters
 
 
-@raises(PatchError, "named.py:_check_addable", "already")
+@raises(PatchError, "adapter/named.py:_check_addable", "already")
 def adding_a_name_that_is_taken(bench: Bench) -> None:
     bench.adapter().add("default")
 
 
-@raises(PatchError, "named.py:_check_addable", "letters, digits and underscores")
+@raises(PatchError, "adapter/named.py:_check_addable", "letters, digits and underscores")
 def adding_a_name_that_can_be_none(bench: Bench) -> None:
     bench.adapter().add("the-other")
 
 
-@raises(PatchError, "named.py:_check_addable", "letters, digits and underscores")
+@raises(PatchError, "adapter/named.py:_check_addable", "letters, digits and underscores")
 def adding_a_list_of_names(bench: Bench) -> None:
     bench.adapter().add(["other"])
 
 
-@raises(PatchError, "named.py:_check_addable", "sharded by FSDP")
+@raises(PatchError, "adapter/named.py:_check_addable", "sharded by FSDP")
 def adding_to_a_sharded_model(bench: Bench) -> None:
     adapter = bench.adapter()
     with sharded(adapter.model):
         adapter.add("other")
 
 
-@raises(PatchError, "named.py:_known", "has no adapter")
+@raises(PatchError, "adapter/named.py:_known", "has no adapter")
 def activating_an_adapter_that_is_not_there(bench: Bench) -> None:
     bench.adapter().set_active(3)
 
 
-@raises(PatchError, "named.py:_known", "has no adapter")
+@raises(PatchError, "adapter/named.py:_known", "has no adapter")
 def removing_an_adapter_that_is_not_there(bench: Bench) -> None:
     bench.adapter().remove(["other"])
 
 
-@raises(PatchError, "named.py:remove", "is the active adapter")
+@raises(PatchError, "adapter/named.py:remove", "is the active adapter")
 def removing_the_active_adapter(bench: Bench) -> None:
     bench.adapter().remove("default")
 
 
-@raises(InstructionError, "state.py:AdapterState.named_instruction", "call set_active() before")
+@raises(InstructionError, "patching/state.py:AdapterState.named_instruction", "call set_active() before")
 def another_adapter_within_an_instruction(bench: Bench) -> None:
     adapter = bench.adapter().add("other")
     with adapter.instruction("is there a cat?"):
@@ -254,27 +254,27 @@ def another_adapter_within_an_instruction(bench: Bench) -> None:
 # ---------------------------------------------------------------------------------------------- training
 
 
-@raises(ConfigError, "training.py:_check_rate", "must be a number")
+@raises(ConfigError, "patching/trainable_parameters.py:_check_rate", "must be a number")
 def a_text_for_the_learning_rate(bench: Bench) -> None:
     bench.adapter().parameter_groups(lr="1e-3")
 
 
-@raises(ConfigError, "training.py:_check_rate", "must be a number")
+@raises(ConfigError, "patching/trainable_parameters.py:_check_rate", "must be a number")
 def a_learning_rate_below_zero(bench: Bench) -> None:
     bench.adapter().parameter_groups(1e-3, projector_lr=-1e-5)
 
 
-@raises(PatchError, "training.py:train_only", "wrapped by PEFT")
+@raises(PatchError, "patching/trainable_parameters.py:train_only", "wrapped by PEFT")
 def training_a_projector_that_peft_trains(bench: Bench) -> None:
     patch_model(get_peft_model(tiny.llava(), ON_THE_PROJECTOR)).train_only(projector=True)
 
 
-@raises(PatchError, "tuners.py:_keep_adapters_and_trained_projectors", "PEFT would wrap the projector")
+@raises(PatchError, "adapter/peft.py:_keep_adapters_and_trained_projectors", "PEFT would wrap the projector")
 def a_lora_on_a_trained_projector(bench: Bench) -> None:
     get_peft_model(bench.adapter().train_only(projector=True).model, ON_THE_PROJECTOR)
 
 
-@raises(PatchError, "named.py:activate", "PEFT has wrapped the projector")
+@raises(PatchError, "adapter/named.py:activate", "PEFT has wrapped the projector")
 def another_adapter_after_a_second_lora_came_too_late(bench: Bench) -> None:
     adapter = bench.adapter().train_only(projector=True).add("other")
     wrapped = get_peft_model(adapter.model, LoraConfig(r=2, target_modules=["q_proj"]))
@@ -283,7 +283,7 @@ def another_adapter_after_a_second_lora_came_too_late(bench: Bench) -> None:
     adapter.set_active("other")
 
 
-@raises(PatchError, "training.py:_check_projector_trainable", "are quantized")
+@raises(PatchError, "patching/trainable_parameters.py:_check_projector_trainable", "are quantized")
 def training_a_projector_of_integers(bench: Bench) -> None:
     adapter = bench.adapter()
     linear = adapter.model.model.multi_modal_projector.linear_1
@@ -291,7 +291,7 @@ def training_a_projector_of_integers(bench: Bench) -> None:
     adapter.train_only(projector=True)
 
 
-@raises(ConfigError, "training.py:regroup", "has made no step")
+@raises(ConfigError, "patching/trainable_parameters.py:regroup", "has made no step")
 def regrouping_an_optimizer_that_a_scheduler_knows(bench: Bench) -> None:
     adapter = bench.adapter()
     optimizer = torch.optim.AdamW(adapter.parameters())
@@ -299,14 +299,14 @@ def regrouping_an_optimizer_that_a_scheduler_knows(bench: Bench) -> None:
     adapter.regroup(optimizer, 1e-3)
 
 
-@raises(PatchError, "training.py:keep_original_projectors", "FSDP has sharded the projector")
+@raises(PatchError, "patching/projectors.py:keep_original_projectors", "FSDP has sharded the projector")
 def training_a_sharded_projector(bench: Bench) -> None:
     adapter = bench.adapter()
     with sharded(adapter.model):
         adapter.train_only(projector=True)
 
 
-@raises(PatchError, "training.py:_check_not_offloaded", "is offloaded")
+@raises(PatchError, "patching/projectors.py:_check_not_offloaded", "is offloaded")
 def unpatching_an_offloaded_projector(bench: Bench) -> None:
     model = bench.adapter().train_only(projector=True).model
     cpu_offload(model, execution_device=torch.device("cpu"))
@@ -316,14 +316,14 @@ def unpatching_an_offloaded_projector(bench: Bench) -> None:
 # ------------------------------------------------------------------------------------------ other tools
 
 
-@raises(PatchError, "attachment.py:check_in_place", "is another one than was patched")
+@raises(PatchError, "patching/setup_checks.py:check_in_place", "is another one than was patched")
 def a_projector_that_was_replaced(bench: Bench) -> None:
     model = bench.adapter().model
     model.model.multi_modal_projector = tiny.llava().model.multi_modal_projector
     model(**question())
 
 
-@raises(PatchError, "attachment.py:check_in_place", "was wrapped in a")
+@raises(PatchError, "patching/setup_checks.py:check_in_place", "was wrapped in a")
 def a_projector_in_a_wrapper_of_ones_own(bench: Bench) -> None:
     class Wrapper(nn.Module):
         def __init__(self, base_layer: nn.Module) -> None:
@@ -335,9 +335,9 @@ def a_projector_in_a_wrapper_of_ones_own(bench: Bench) -> None:
     model(**question())
 
 
-@raises(PatchError, "attachment.py:alignment_at", "was replaced after patch_model")
+@raises(PatchError, "patching/sites.py:alignment_at", "was replaced after patch_model")
 def a_layer_that_held_the_adapter(bench: Bench) -> None:
-    from remote_llava import llava_original
+    from tests.support.remote_llava import llava_original
 
     adapter = patch_model(llava_original())
     projector = adapter.model.get_model().mm_projector
@@ -345,14 +345,16 @@ def a_layer_that_held_the_adapter(bench: Bench) -> None:
     list(adapter.parameters())
 
 
-@raises(PatchError, "parallel.py:check_wrapped_once_patched", "sharded on its own")
+@raises(PatchError, "patching/setup_checks.py:check_wrapped_once_patched", "sharded on its own")
 def an_adapter_that_was_sharded_alone(bench: Bench) -> None:
     adapter = bench.adapter()
     with sharded(adapter.model, adapter.alignment):
         adapter.model(**question())
 
 
-@raises(PatchError, "parallel.py:check_wrapped_once_patched", "after it was wrapped in DistributedDataParallel")
+@raises(
+    PatchError, "patching/setup_checks.py:check_wrapped_once_patched", "after it was wrapped in DistributedDataParallel"
+)
 def a_model_that_was_wrapped_before_it_was_patched(bench: Bench) -> None:
     model = tiny.llava()
     with data_parallel(model) as wrapped:
@@ -360,21 +362,21 @@ def a_model_that_was_wrapped_before_it_was_patched(bench: Bench) -> None:
         wrapped(**question(), instruction=torch.tensor([[5, 6]]))
 
 
-@raises(PatchError, "handle.py:EmmaAdapter.instruction", "embeddings are sharded")
+@raises(PatchError, "adapter/handle.py:EmmaAdapter.instruction", "embeddings are sharded")
 def a_named_instruction_for_a_sharded_model(bench: Bench) -> None:
     adapter = bench.adapter()
     with sharded(adapter.model), adapter.instruction("is there a cat?"):
         pass
 
 
-@raises(PatchError, "loading.py:load_adapter", "sharded by FSDP")
+@raises(PatchError, "adapter/loading.py:load_adapter", "sharded by FSDP")
 def loading_into_a_sharded_model(bench: Bench) -> None:
     folder = bench.saved()
     with sharded(tiny.llava()) as model:
         load_adapter(model, folder)
 
 
-@raises(PatchError, "sharding.py:gather", "are not in this process")
+@raises(PatchError, "modules/sharding.py:gather", "are not in this process")
 def saving_weights_that_are_elsewhere(bench: Bench) -> None:
     adapter = bench.adapter()
     adapter.alignment.to("meta")

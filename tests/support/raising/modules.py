@@ -33,104 +33,104 @@ def alignment(**changes) -> EmmaAlignment:
 # ----------------------------------------------------------------------------------------------- configs
 
 
-@raises(ConfigError, "config.py:EmmaConfig.__post_init__", "a multiple of num_heads")
+@raises(ConfigError, "alignment/config.py:EmmaConfig.__post_init__", "a multiple of num_heads")
 def an_inner_width_that_heads_can_not_share(bench: Bench) -> None:
     EmmaConfig(inner_dim=10, num_heads=4)
 
 
-@raises(ConfigError, "config.py:EmmaConfig.__post_init__", "at most num_visual_tokens")
+@raises(ConfigError, "alignment/config.py:EmmaConfig.__post_init__", "at most num_visual_tokens")
 def a_rank_above_the_number_of_visual_tokens(bench: Bench) -> None:
     EmmaConfig(fusion="linear", rank=9, num_visual_tokens=4)
 
 
-@raises(ConfigError, "config.py:EmmaConfig.__post_init__", "True or False")
+@raises(ConfigError, "alignment/config.py:EmmaConfig.__post_init__", "True or False")
 def a_text_for_a_switch(bench: Bench) -> None:
     EmmaConfig(align_deepstack="yes")
 
 
-@raises(ConfigError, "config.py:EmmaConfig.__post_init__", "a non-empty string")
+@raises(ConfigError, "alignment/config.py:EmmaConfig.__post_init__", "a non-empty string")
 def an_encoder_without_a_name(bench: Bench) -> None:
     EmmaConfig(instruction_encoder="")
 
 
-@raises(ConfigError, "config.py:EmmaConfig.from_dict", "must be a JSON object")
+@raises(ConfigError, "alignment/config.py:EmmaConfig.from_dict", "must be a JSON object")
 def a_config_from_a_list(bench: Bench) -> None:
     EmmaConfig.from_dict(["linear"])
 
 
-@raises(ConfigError, "config.py:EmmaConfig.from_dict", "unknown config field")
+@raises(ConfigError, "alignment/config.py:EmmaConfig.from_dict", "unknown config field")
 def a_config_field_that_does_not_exist(bench: Bench) -> None:
     EmmaConfig.from_dict({"fuzion": "linear"})
 
 
-@raises(ConfigError, "config.py:EmmaConfig.from_json", "must be JSON")
+@raises(ConfigError, "alignment/config.py:EmmaConfig.from_json", "must be JSON")
 def a_config_that_is_cut_off(bench: Bench) -> None:
     EmmaConfig.from_json('{"fusion": ')
 
 
-@raises(ConfigError, "config.py:EmmaConfig._require_int", "an integer >=")
+@raises(ConfigError, "alignment/config.py:EmmaConfig._require_int", "an integer >=")
 def a_fraction_for_a_size(bench: Bench) -> None:
     EmmaConfig(visual_dim=1.5)
 
 
-@raises(ConfigError, "config.py:EmmaConfig._require_text", "one of")
+@raises(ConfigError, "alignment/config.py:EmmaConfig._require_text", "one of")
 def a_fusion_that_does_not_exist(bench: Bench) -> None:
     EmmaConfig(fusion="addition")
 
 
-@raises(ConfigError, "config.py:EmmaConfig._require_text", "one of")
+@raises(ConfigError, "alignment/config.py:EmmaConfig._require_text", "one of")
 def a_kernel_that_does_not_exist(bench: Bench) -> None:
     load_adapter(bench.adapter().model, bench.saved(), kernel="fast")
 
 
-@raises(ConfigError, "config.py:EmmaConfig._check_grid", "two integers")
+@raises(ConfigError, "alignment/config.py:EmmaConfig._check_grid", "two integers")
 def a_grid_of_three_sides(bench: Bench) -> None:
     EmmaConfig(visual_grid=(2, 2, 2))
 
 
-@raises(ConfigError, "config.py:EmmaConfig._check_grid", "num_visual_tokens")
+@raises(ConfigError, "alignment/config.py:EmmaConfig._check_grid", "num_visual_tokens")
 def a_grid_of_another_number_of_tokens(bench: Bench) -> None:
     EmmaConfig(visual_grid=(2, 2), num_visual_tokens=5)
 
 
-@raises(ConfigError, "config.py:EmmaConfig._check_fusion_options", "a mapping")
+@raises(ConfigError, "alignment/config.py:EmmaConfig._check_fusion_options", "a mapping")
 def a_list_of_fusion_options(bench: Bench) -> None:
     EmmaConfig(fusion_options=["scale"])
 
 
-@raises(ConfigError, "config.py:EmmaConfig._json_value", "levels deep")
+@raises(ConfigError, "alignment/config.py:EmmaConfig._json_value", "levels deep")
 def fusion_options_without_an_end(bench: Bench) -> None:
     nested: dict = {}
     nested["again"] = nested
     EmmaConfig(fusion_options=nested)
 
 
-@raises(ConfigError, "config.py:EmmaConfig._require_int", "an integer <=")
+@raises(ConfigError, "alignment/config.py:EmmaConfig._require_int", "an integer <=")
 def a_size_beyond_all_memory(bench: Bench) -> None:
     EmmaConfig(visual_dim=2**40)
 
 
-@raises(ConfigError, "config.py:EmmaConfig.__post_init__", "characters")
+@raises(ConfigError, "alignment/config.py:EmmaConfig.__post_init__", "characters")
 def a_book_for_an_encoder(bench: Bench) -> None:
     EmmaConfig(instruction_encoder="a" * 5000)
 
 
-@raises(ConfigError, "config.py:EmmaConfig._check_fusion_options", "4300 digits")
+@raises(ConfigError, "alignment/config.py:EmmaConfig._check_fusion_options", "4300 digits")
 def a_fusion_option_of_many_digits(bench: Bench) -> None:
     EmmaConfig(fusion_options={"scale": 10**5000})
 
 
-@raises(ConfigError, "config.py:EmmaConfig._check_fusion_options", "characters in the config file")
+@raises(ConfigError, "alignment/config.py:EmmaConfig._check_fusion_options", "characters in the config file")
 def fusion_options_that_fill_the_file(bench: Bench) -> None:
     EmmaConfig(fusion_options={"text": "a" * 2**20})
 
 
-@raises(ConfigError, "config.py:EmmaConfig._json_value", "infinities")
+@raises(ConfigError, "alignment/config.py:EmmaConfig._json_value", "infinities")
 def an_infinite_fusion_option(bench: Bench) -> None:
     EmmaConfig(fusion_options={"scale": float("inf")})
 
 
-@raises(ConfigError, "config.py:EmmaConfig._json_value", "made of JSON values$")
+@raises(ConfigError, "alignment/config.py:EmmaConfig._json_value", "made of JSON values$")
 def a_fusion_option_that_json_does_not_know(bench: Bench) -> None:
     EmmaConfig(fusion_options={"scale": {1, 2}})
 
@@ -138,72 +138,72 @@ def a_fusion_option_that_json_does_not_know(bench: Bench) -> None:
 # --------------------------------------------------------------------------------------------- alignment
 
 
-@raises(ConfigError, "alignment.py:EmmaAlignment.__init__", "is built from an EmmaConfig")
+@raises(ConfigError, "alignment/module.py:EmmaAlignment.__init__", "is built from an EmmaConfig")
 def an_alignment_from_a_dict(bench: Bench) -> None:
     EmmaAlignment(SIZES)
 
 
-@raises(ConfigError, "alignment.py:EmmaAlignment.__init__", "must be given")
+@raises(ConfigError, "alignment/module.py:EmmaAlignment.__init__", "must be given")
 def an_alignment_without_sizes(bench: Bench) -> None:
     EmmaAlignment(EmmaConfig())
 
 
-@raises(ShapeError, "alignment.py:EmmaAlignment.forward", "should be the (height, width)")
+@raises(ShapeError, "alignment/module.py:EmmaAlignment.forward", "should be the (height, width)")
 def a_grid_of_another_image(bench: Bench) -> None:
     alignment()(VISUAL, INSTRUCTION, grid=(2, 3))
 
 
-@raises(ShapeError, "alignment.py:EmmaAlignment.forward", "should be the (height, width)")
+@raises(ShapeError, "alignment/module.py:EmmaAlignment.forward", "should be the (height, width)")
 def a_number_for_a_grid(bench: Bench) -> None:
     alignment()(VISUAL, INSTRUCTION, grid=4)
 
 
-@raises(ShapeError, "alignment.py:EmmaAlignment._check", "must be a tensor")
+@raises(ShapeError, "alignment/module.py:EmmaAlignment._check", "must be a tensor")
 def visual_tokens_in_a_list(bench: Bench) -> None:
     alignment()(VISUAL.tolist(), INSTRUCTION)
 
 
-@raises(ShapeError, "alignment.py:EmmaAlignment._check", "visual_tokens must be {shape}")
+@raises(ShapeError, "alignment/module.py:EmmaAlignment._check", "visual_tokens must be {shape}")
 def visual_tokens_of_another_width(bench: Bench) -> None:
     alignment()(torch.ones(2, 4, 9), INSTRUCTION)
 
 
-@raises(ShapeError, "alignment.py:EmmaAlignment._check", "must be floating-point")
+@raises(ShapeError, "alignment/module.py:EmmaAlignment._check", "must be floating-point")
 def visual_tokens_that_are_integers(bench: Bench) -> None:
     alignment()(VISUAL.long(), INSTRUCTION)
 
 
-@raises(ShapeError, "alignment.py:EmmaAlignment._check", "instruction_tokens must be")
+@raises(ShapeError, "alignment/module.py:EmmaAlignment._check", "instruction_tokens must be")
 def instruction_tokens_of_another_width(bench: Bench) -> None:
     alignment()(VISUAL, torch.ones(2, 3, 7))
 
 
-@raises(ShapeError, "alignment.py:EmmaAlignment._check", "the same batch size")
+@raises(ShapeError, "alignment/module.py:EmmaAlignment._check", "the same batch size")
 def two_images_for_three_instructions(bench: Bench) -> None:
     alignment()(VISUAL, torch.ones(3, 3, 6))
 
 
-@raises(ShapeError, "alignment.py:EmmaAlignment._check", "instruction_mask must be")
+@raises(ShapeError, "alignment/module.py:EmmaAlignment._check", "instruction_mask must be")
 def a_mask_of_another_length(bench: Bench) -> None:
     alignment()(VISUAL, INSTRUCTION, torch.ones(2, 4))
 
 
-@raises(ShapeError, "alignment.py:_check_packing", "must be an emma_adapter.Packing")
+@raises(ShapeError, "alignment/module.py:_check_packing", "must be an emma_adapter.Packing")
 def a_number_for_a_packing(bench: Bench) -> None:
     alignment()(VISUAL[0], INSTRUCTION, packing=4)
 
 
-@raises(ShapeError, "alignment.py:_check_packing", "announces")
+@raises(ShapeError, "alignment/module.py:_check_packing", "announces")
 def a_packing_of_more_tokens(bench: Bench) -> None:
     alignment()(VISUAL[0], INSTRUCTION, packing=Packing([(2, 3)], torch.tensor([0])))
 
 
-@raises(ShapeError, "alignment.py:_check_packing", "must name the instruction of")
+@raises(ShapeError, "alignment/module.py:_check_packing", "must name the instruction of")
 def a_packing_of_one_image_with_two_rows(bench: Bench) -> None:
     alignment()(VISUAL[0], INSTRUCTION, packing=Packing([(2, 2)], torch.tensor([0, 1])))
 
 
-@raises(ShapeError, "alignment.py:_check_packing", "must name instructions from 0")
+@raises(ShapeError, "alignment/module.py:_check_packing", "must name instructions from 0")
 def a_packing_with_a_row_that_does_not_exist(bench: Bench) -> None:
     alignment()(VISUAL[0], INSTRUCTION, packing=Packing([(2, 2)], torch.tensor([2])))
 
@@ -211,56 +211,56 @@ def a_packing_with_a_row_that_does_not_exist(bench: Bench) -> None:
 # ----------------------------------------------------------------------------------------------- fusions
 
 
-@raises(ConfigError, "fusion/registry.py:register_fusion", "the name of a fusion")
+@raises(ConfigError, "alignment/fusion/base.py:register_fusion", "the name of a fusion")
 def a_fusion_registered_without_a_name(bench: Bench) -> None:
     register_fusion(Fusion)
 
 
-@raises(ConfigError, "fusion/registry.py:register_fusion.register", "a subclass of emma_adapter.Fusion")
+@raises(ConfigError, "alignment/fusion/base.py:register_fusion.register", "a subclass of emma_adapter.Fusion")
 def a_fusion_that_is_a_function(bench: Bench) -> None:
     register_fusion("mine")(lambda config: None)
 
 
-@raises(ConfigError, "fusion/registry.py:register_fusion.register", "registered already")
+@raises(ConfigError, "alignment/fusion/base.py:register_fusion.register", "registered already")
 def a_fusion_whose_name_is_taken(bench: Bench) -> None:
     @register_fusion("linear")
     class Mine(Fusion):
         pass
 
 
-@raises(ConfigError, "fusion/registry.py:Fusion.use_kernel", "has no Triton kernel")
+@raises(ConfigError, "alignment/fusion/base.py:Fusion.use_kernel", "has no Triton kernel")
 def a_kernel_for_a_fusion_without_one(bench: Bench) -> None:
-    from tiny import BufferedFusion
+    from tests.support.tiny import BufferedFusion
 
     BufferedFusion(EmmaConfig(**SIZES)).use_kernel(EmmaConfig(**SIZES, kernel="triton"))
 
 
-@raises(ConfigError, "fusion/linear.py:LinearFusion.__init__", "its weights have that size")
+@raises(ConfigError, "alignment/fusion/linear.py:LinearFusion.__init__", "its weights have that size")
 def a_linear_fusion_without_a_number_of_visual_tokens(bench: Bench) -> None:
     alignment(fusion="linear")
 
 
-@raises(ShapeError, "fusion/linear.py:LinearFusion.forward", "reads at most")
+@raises(ShapeError, "alignment/fusion/linear.py:LinearFusion.forward", "reads at most")
 def more_instruction_tokens_than_a_linear_fusion_has_columns(bench: Bench) -> None:
     alignment(fusion="linear", **FIXED)(VISUAL, torch.ones(2, 6, 6))
 
 
-@raises(ShapeError, "fusion/linear.py:LinearFusion._own_grid", "without EmmaConfig.visual_grid")
+@raises(ShapeError, "alignment/fusion/linear.py:LinearFusion._own_grid", "without EmmaConfig.visual_grid")
 def another_grid_for_a_linear_fusion_that_knows_none(bench: Bench) -> None:
     alignment(fusion="linear", **FIXED)(torch.ones(2, 6, 8), INSTRUCTION, grid=(2, 3))
 
 
-@raises(ShapeError, "fusion/linear.py:LinearFusion._own_grid", "was made for")
+@raises(ShapeError, "alignment/fusion/linear.py:LinearFusion._own_grid", "was made for")
 def more_visual_tokens_than_a_linear_fusion_was_made_for(bench: Bench) -> None:
     alignment(fusion="linear", **FIXED)(torch.ones(2, 6, 8), INSTRUCTION)
 
 
-@raises(ShapeError, "fusion/cross_attention.py:CrossAttention.positions", "learned positions")
+@raises(ShapeError, "alignment/fusion/cross_attention.py:CrossAttention.positions", "learned positions")
 def more_visual_tokens_than_positions(bench: Bench) -> None:
     alignment(**FIXED)(torch.ones(2, 6, 8), INSTRUCTION)
 
 
-@raises(ShapeError, "fusion/cross_attention.py:CrossAttention.positions", "without EmmaConfig.visual_grid")
+@raises(ShapeError, "alignment/fusion/cross_attention.py:CrossAttention.positions", "without EmmaConfig.visual_grid")
 def another_grid_for_positions_without_one(bench: Bench) -> None:
     alignment(**FIXED)(torch.ones(2, 6, 8), INSTRUCTION, grid=(2, 3))
 
@@ -268,7 +268,7 @@ def another_grid_for_positions_without_one(bench: Bench) -> None:
 # ----------------------------------------------------------------------------------------------- kernels
 
 
-@raises(KernelError, "fusion/dispatch.py:Dispatch.takes_triton", "can't run fusion=")
+@raises(KernelError, "alignment/fusion/dispatch.py:Dispatch.takes_triton", "can't run fusion=")
 def triton_on_the_cpu(bench: Bench) -> None:
     bench.adapter(EmmaConfig(kernel="triton")).model(**question())
 

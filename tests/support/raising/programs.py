@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-import tiny
 from emma_adapter import AnalysisError, CheckpointError, ConfigError, DataError, UnsupportedModelError
 from emma_adapter.cli import main
 from emma_adapter.data.rows import open_rows
 from emma_adapter.report import Question, make_report
-from workspace import MODEL_ID, make_workspace
-from zoo import ZOO
+from tests.support import tiny
+from tests.support.workspace import MODEL_ID, make_workspace
+from tests.support.zoo import ZOO
 
 from .files import OFFICIAL
 from .triggers import Bench, raises
@@ -43,7 +43,7 @@ def info_about_an_empty_folder(bench: Bench) -> None:
     command("info", bench.folder)
 
 
-@raises(UnsupportedModelError, "cli/models.py:_check_class", "which transformers doesn't have")
+@raises(UnsupportedModelError, "models/loading.py:_check_class", "which transformers doesn't have")
 def info_about_a_model_of_a_class_of_its_own(bench: Bench) -> None:
     config = tiny.llava().config
     config.architectures = ["ForeignLlava"]
@@ -51,7 +51,7 @@ def info_about_a_model_of_a_class_of_its_own(bench: Bench) -> None:
     command("info", bench.folder)
 
 
-@raises(UnsupportedModelError, "cli/models.py:load_processor", "has no processor for images and text")
+@raises(UnsupportedModelError, "models/loading.py:load_processor", "has no processor for images and text")
 def a_model_without_a_processor(bench: Bench) -> None:
     """For which transformers gives its tokenizer."""
     from transformers import AutoProcessor
@@ -60,7 +60,7 @@ def a_model_without_a_processor(bench: Bench) -> None:
     finetune(bench, talk(USER, ANSWER))
 
 
-@raises(UnsupportedModelError, "cli/models.py:_explained", "can't be loaded as a vision-language model")
+@raises(UnsupportedModelError, "models/loading.py:_explained", "can't be loaded as a vision-language model")
 def info_about_a_language_model(bench: Bench) -> None:
     tiny.llava().config.text_config.save_pretrained(bench.folder)
     command("info", bench.folder)
@@ -313,12 +313,12 @@ def an_attribute_that_is_a_list(bench: Bench) -> None:
     report(bench, {"image": IMAGE, "question": "is there a cat?", "attribute": ["a", "b"]})
 
 
-@raises(AnalysisError, "report/making.py:make_report", "shows an image")
+@raises(AnalysisError, "report/compute.py:make_report", "shows an image")
 def a_report_on_questions_without_images(bench: Bench) -> None:
     report(bench, {"question": "is there a cat?"})
 
 
-@raises(AnalysisError, "report/making.py:make_report", "has no chat template")
+@raises(AnalysisError, "report/compute.py:make_report", "has no chat template")
 def a_report_without_a_chat_template(bench: Bench) -> None:
     processor = tiny.processor()
     processor.chat_template = None
@@ -331,12 +331,12 @@ def picky_processor() -> Any:
     return processor
 
 
-@raises(DataError, "prompts.py:Prompts._templated", "refuses a conversation")
+@raises(DataError, "models/prompts.py:Prompts._templated", "refuses a conversation")
 def a_question_that_the_template_refuses(bench: Bench) -> None:
     make_report(bench.adapter(), picky_processor(), [Question.about(tiny.picture(0), "is there a cat?")])
 
 
-@raises(DataError, "cli/examples.py:Examples._check_template", "{where}: {error}")
+@raises(DataError, "data/examples.py:Examples._check_template", "{where}: {error}")
 def a_row_that_the_template_refuses(bench: Bench) -> None:
     from transformers import AutoProcessor
 
@@ -350,12 +350,12 @@ def a_dataset_without_the_package(bench: Bench) -> None:
     open_rows("somewhere", "train", None)
 
 
-@raises(DataError, "cli/examples.py:Examples.add", "nothing to learn from")
+@raises(DataError, "data/examples.py:Examples.add", "nothing to learn from")
 def conversations_without_images(bench: Bench) -> None:
     finetune(bench, talk(USER, ANSWER, images=[]))
 
 
-@raises(DataError, "cli/examples.py:Examples.__call__", "doesn't end a conversation with its answer")
+@raises(DataError, "data/examples.py:Examples.__call__", "doesn't end a conversation with its answer")
 def a_processor_that_writes_something_after_the_answer(bench: Bench) -> None:
     from transformers import LlavaProcessor
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from emma_adapter import errors
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 FAMILY = {name for name, value in vars(errors).items() if isinstance(value, type)}
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-import tiny
 from emma_adapter import EmmaAdapter, EmmaConfig, EmmaError, patch_model
+from tests.support import tiny
 
 from .sites import Site
 
@@ -52,7 +52,7 @@ TRIGGERS: list[Trigger] = []
 
 
 def raises(error: type[EmmaError], where: str, says: str) -> Callable[[Callable[[Bench], Any]], Callable[[Bench], Any]]:
-    """Register a trigger of the error that ``where``, as ``"named.py:add"``, raises with these words."""
+    """Register a trigger of the error that ``where``, as ``"adapter/named.py:add"``, raises with these words."""
     path, function = where.split(":")
     path = path if path.startswith("integrations/") else f"emma_adapter/{path}"
 

@@ -9,8 +9,8 @@ import torch
 import transformers as hf
 from transformers import PreTrainedModel, ProcessorMixin
 
-import tiny
-from tiny import IMAGE_SIZE, PATCH, WIDTH
+from tests.support import tiny
+from tests.support.tiny import IMAGE_SIZE, PATCH, WIDTH
 
 from .entry import Entry, encode_nested_chat
 from .rows import Row

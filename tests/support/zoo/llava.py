@@ -7,8 +7,8 @@ from typing import Any
 import transformers as hf
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-import tiny
-from tiny import IMAGE_SIZE, PATCH, WIDTH
+from tests.support import tiny
+from tests.support.tiny import IMAGE_SIZE, PATCH, WIDTH
 
 from .entry import Entry, encode_nested_chat
 from .settings import square, text_settings, vision_settings

@@ -7,7 +7,7 @@ from typing import Any
 import transformers as hf
 from transformers import PreTrainedModel, ProcessorMixin
 
-from tiny import PATCH, WIDTH
+from tests.support.tiny import PATCH, WIDTH
 
 from .entry import Entry
 from .settings import INITIALIZER_RANGE, text_settings

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from tiny import PATCH, WIDTH
+from tests.support.tiny import PATCH, WIDTH
 
 # Another picture then changes the logits by about 0.5; with the usual 0.02, at this width, by about 0.03.
 INITIALIZER_RANGE = 0.1

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerFast
 
-import tiny
+from tests.support import tiny
 
 CHATML = {
     "user": "<|im_start|>user\n{}<|im_end|>\n",

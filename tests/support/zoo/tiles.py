@@ -5,7 +5,7 @@ from __future__ import annotations
 import transformers as hf
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from tiny import PATCH
+from tests.support.tiny import PATCH
 
 from .entry import Entry, encode_nested_chat
 from .settings import square, text_settings, vision_settings
