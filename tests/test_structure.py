@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -83,6 +84,25 @@ def test_no_file_imports_itself_by_way_of_others():
         for path, module in modules.items()
     }
     TopologicalSorter(graph).prepare()
+
+
+def test_the_documentation_draws_the_same_layers():
+    page = (ROOT / "docs" / "architecture.md").read_text().split("<!-- layers")[1].split("```")[1]
+    drawn = [line.split()[0] for line in page.splitlines()[1:]]
+    assert sorted(drawn) == sorted(set(LAYER_OF) - {"__init__", "version"})
+    assert [LAYER_OF[name] for name in drawn] == sorted((LAYER_OF[name] for name in drawn), reverse=True)
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/architecture.md"])
+def test_every_file_that_the_pages_name_is_there(page):
+    text = (ROOT / page).read_text()
+    named = re.findall(r"(?<![\w*])\w[\w./]*\.py\b|\w[\w/]*/(?=`)", text)
+    folders = ("emma_adapter", "integrations", "tests", "benchmarks", "docs", ".ci")
+    there = [
+        f"/{path.relative_to(ROOT)}" for folder in folders for path in [ROOT / folder, *(ROOT / folder).rglob("*")]
+    ]
+    missing = {name for name in named if not any(path.endswith(f"/{name.rstrip('/')}") for path in there)}
+    assert len(named) > 10 and not missing
 
 
 def test_importing_the_package_imports_no_heavy_third_party():

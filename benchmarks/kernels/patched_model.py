@@ -24,7 +24,7 @@ def check(log: Log, device: torch.device, *, dry: bool) -> bool:
 def _llava(name: str) -> tuple[Any, Any]:
     """The model with random weights and its processor: tiny, or with the vision tower of LLaVA-1.5 (576 tokens of width
     1024) and two layers of a language model 4096 wide."""
-    import tiny  # type: ignore[import-not-found, unused-ignore]
+    from tests.support import tiny
 
     if name == "tiny":
         return tiny.llava(), tiny.processor()

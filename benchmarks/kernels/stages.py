@@ -130,7 +130,7 @@ def _configurations() -> list[Any]:
 
 def _compile_one(number: int, target: str) -> dict[str, Any]:
     prepare()
-    from tests.kernels.compilation import compiled, local_memory, name_of  # type: ignore[import-not-found, unused-ignore]
+    from tests.kernels.compilation import compiled, local_memory, name_of
 
     configuration = _configurations()[number]
     name = name_of(configuration)
@@ -299,7 +299,7 @@ def sweep(run: Run) -> bool:
     """Microseconds of single kernels with other schedules, beside those that are shipped."""
     if run.dry:
         prepare()
-        from tests.kernels.compilation import compiled as compile_ahead  # type: ignore[import-not-found, unused-ignore]
+        from tests.kernels.compilation import compiled as compile_ahead
 
         _, candidate = CANDIDATES[0]
         known = next(own for own in _configurations() if own.kernel.__name__ == candidate.kernel)
@@ -334,7 +334,7 @@ def _interpreter() -> AbstractContextManager[None]:
     """What Triton's interpreter needs, if it runs the kernels."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         return nullcontext()
-    from tests.kernels.interpreter import scalars_as_indices  # type: ignore[import-not-found, unused-ignore]
+    from tests.kernels.interpreter import scalars_as_indices
 
     found: AbstractContextManager[None] = scalars_as_indices()
     return found
