@@ -18,8 +18,8 @@ test-oldest: $(OLDEST_VENV)/.installed
 	$(OLDEST_VENV)/bin/python -m pytest -n auto tests/patching/test_families.py tests/patching/test_original_classes.py \
 		tests/patching/test_qwen_vl.py tests/patching/test_packing.py tests/patching/test_llava.py tests/instructions/test_reader.py \
 		tests/instructions/test_encoders.py tests/models/test_zoo.py tests/alignment/test_dispatch.py tests/alignment/test_linear_eager.py tests/alignment/test_fusion.py \
-		tests/adapter/test_peft.py tests/adapter/test_named.py tests/modules/test_recomputation.py tests/patching/test_concurrency.py \
-		tests/patching/test_life_cycle.py tests/alignment/test_numbers.py tests/modules/test_private.py tests/adapter/test_peft_methods.py tests/adapter/test_references.py \
+		tests/adapter/test_peft.py tests/adapter/test_named_adapters.py tests/modules/test_gradient_checkpointing.py tests/patching/test_concurrency.py \
+		tests/patching/test_life_cycle.py tests/alignment/test_numbers.py tests/modules/test_private.py tests/adapter/test_peft_methods.py tests/adapter/test_reference_model.py \
 		tests/patching/test_wrapped.py tests/patching/test_quantized.py tests/checkpoints/test_output_folders.py tests/checkpoints/test_hub_pushes.py \
 		tests/kernels/test_interpreter.py tests/kernels/test_launches.py tests/kernels/test_compiled.py
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from emma_adapter import PatchError
-from emma_adapter.adapter import references
+from emma_adapter.adapter.reference_model import frozen_copy, keep, make_alike
 from emma_adapter.modules.method_guard import STATE_ATTRIBUTE
 from emma_adapter.modules.wrappers import around, base_of, is_peft_model
 from emma_adapter.patching.state import state_of
@@ -30,7 +30,7 @@ def reference_model(model: nn.Module) -> nn.Module:
     Raises:
         PatchError: if the model is not patched, or sharded.
     """
-    return references.frozen_copy(model)
+    return frozen_copy(model)
 
 
 def keep_reference(trainer: Any) -> None:
@@ -56,6 +56,6 @@ def keep_reference(trainer: Any) -> None:
     reference = getattr(trainer, "teacher_model" if self_distills else "ref_model", None)
     if reference is not None and base_of(reference) is not model:
         if not hasattr(base_of(reference), STATE_ATTRIBUTE):
-            references.make_alike(base_of(reference), model)
+            make_alike(base_of(reference), model)
     elif any(map(is_peft_model, around(trainer.model))):
-        references.keep(model)
+        keep(model)

@@ -22,7 +22,7 @@ from ..modules.torch_modes import undisturbed
 from ..modules.wrappers import base_of
 from ..patching import sites, trainable_parameters
 from ..patching.state import AdapterState, state_of
-from . import named, training_start
+from . import named_adapters, training_start
 
 
 def get_adapter(model: nn.Module) -> EmmaAdapter:
@@ -72,7 +72,7 @@ class EmmaAdapter:
         Raises:
             PatchError: if the name is taken or can't be one.
         """
-        named.add(self.model, name, EmmaConfig() if config is None else config, processor, instruction_encoder)
+        named_adapters.add(self.model, name, EmmaConfig() if config is None else config, processor, instruction_encoder)
         return self
 
     @undisturbed()
@@ -84,7 +84,7 @@ class EmmaAdapter:
         Raises:
             PatchError: if there is no adapter of that name.
         """
-        named.activate(self.model, name)
+        named_adapters.activate(self.model, name)
         return self
 
     def remove(self, name: str) -> EmmaAdapter:
@@ -93,7 +93,7 @@ class EmmaAdapter:
         Raises:
             PatchError: if it is, or if there is none of that name.
         """
-        named.remove(self.model, name)
+        named_adapters.remove(self.model, name)
         return self
 
     @property

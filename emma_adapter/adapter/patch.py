@@ -22,7 +22,7 @@ from ..patching import precision, sites, trainable_parameters
 from ..patching.guards import guard_features, guard_generate, guard_replication
 from ..patching.hooks import install_call_hooks, remove_hooks
 from ..patching.state import DEFAULT, AdapterState, state_of
-from . import named, peft, training_start
+from . import named_adapters, peft, training_start
 from .config_from_model import make_pipeline, make_reader, resolve_encoder, resolve_sizes
 from .handle import EmmaAdapter
 
@@ -77,7 +77,7 @@ def patch_model(
     config, encoder = resolve_encoder(config, instruction_encoder, inner)
     pipeline = make_pipeline(config, make_reader(model, config, processor), encoder)
     state = AdapterState(family, config, pipeline, model)
-    alignments = named.make_alignments(family, config, inner)
+    alignments = named_adapters.make_alignments(family, config, inner)
 
     install(model, state, alignments, around)
     return EmmaAdapter(model)
@@ -91,7 +91,7 @@ def install(
     inner = family.inner(model)
     for module in (model, inner):
         setattr(module, STATE_ATTRIBUTE, state)
-    named.attach(model, DEFAULT, alignments)
+    named_adapters.attach(model, DEFAULT, alignments)
     install_call_hooks(model, inner)
     MethodGuard.install(model, "generate", guard_generate)
     MethodGuard.install(model, "save_pretrained", base_model.guard_save_pretrained)

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from ..alignment.module import EmmaAlignment
-from ..checkpoints import beside_notice, hub, pushing, reading, writing
+from ..checkpoints import beside_lora, hub, pushing, reading, writing
 from ..checkpoints.format import SUBFOLDER
 from ..errors import CheckpointError, PatchError
 from ..modules.method_guard import STATE_ATTRIBUTE, MethodGuard, arguments_by_name
@@ -29,7 +29,7 @@ from ..patching import projectors, sites, trainable_parameters
 from ..patching.hooks import install_projector_hooks, install_prompt_hooks, remove_hooks
 from ..patching.state import AdapterState, state_of
 from . import restoring
-from .reference_checks import REFERENCE_LORA, check_reference_pass
+from .reference_model_checks import REFERENCE_LORA, check_reference_pass
 
 
 def guard_wrappers(around: Sequence[nn.Module]) -> None:
@@ -60,7 +60,7 @@ def _on_registration(module: nn.Module, name: str, submodule: nn.Module | None) 
             _guard_peft_model(module, submodule)
         elif not _is_patched(module):
             configs = getattr(submodule if name == "base_model" else module, "peft_config", None)
-            beside_notice.warn_if_told(configs.values() if isinstance(configs, dict) else ())
+            beside_lora.warn_if_told(configs.values() if isinstance(configs, dict) else ())
 
 
 # PyTorch tells of each submodule that any module gets. A tuner gets its model before it changes it.
@@ -170,7 +170,7 @@ def _save_with_adapters(model: Any, original: Callable[..., Any], *args: Any, **
         writing.discard(folder)
     if is_main_process:
         for name in arguments.get("selected_adapters") or model.peft_config:
-            beside_notice.tell_in_config(directory if name == "default" else directory / name)
+            beside_lora.tell_in_config(directory if name == "default" else directory / name)
     return result
 
 
@@ -196,7 +196,7 @@ def _leave_out_adapters(model: nn.Module, state_dict: dict[str, Any], prefix: st
 
 def _tell_in_card(model: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     result = original(*args, **kwargs)
-    beside_notice.tell_in_card(model, Path(arguments_by_name(original, args, kwargs)["output_dir"]))
+    beside_lora.tell_in_card(model, Path(arguments_by_name(original, args, kwargs)["output_dir"]))
     return result
 
 

@@ -17,7 +17,7 @@ from ..errors import CheckpointError, PatchError
 from ..messages import listed
 from ..patching import precision, projectors, sites
 from ..patching.state import state_of
-from . import named
+from . import named_adapters
 from .compatibility import check_encoder, check_fit, check_not_offloaded
 from .config_from_model import make_pipeline, make_reader, resolve_encoder
 
@@ -62,11 +62,11 @@ def restore(
         config = saved.config if kernel is None else saved.config.replace(kernel=kernel)
         check_encoder(model, saved, instruction_encoder, downloaded=downloaded)
         try:
-            named.add(model, name, config, processor, instruction_encoder)
+            named_adapters.add(model, name, config, processor, instruction_encoder)
             assign(model, name, saved)
         except BaseException:
             if name in state.adapters:
-                named.remove(model, name)
+                named_adapters.remove(model, name)
             raise
         return
     here = state.adapters[name].config

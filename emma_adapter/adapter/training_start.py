@@ -17,7 +17,7 @@ from ..modules import private
 from ..modules.method_guard import arguments_by_name
 from ..patching import precision, sites
 from ..patching.state import AdapterState, state_of
-from . import reference_checks
+from . import reference_model_checks
 
 #: The Trainers that have begun.
 _started: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -44,7 +44,7 @@ def _begin(model: nn.Module) -> None:
             from ..checkpoints.push_callback import AdapterPushCallback
 
             trainer.add_callback(AdapterPushCallback)
-        reference_checks.warn_of_bare_reference(model, trainer)
+        reference_model_checks.warn_of_bare_reference(model, trainer)
         _warn_of_mixed_rates(model, trainer)
         _started.add(trainer)
 

@@ -12,7 +12,7 @@ from .config import EmmaConfig
 from .fusion import fusion_class
 from .fusion.dispatch import Kernel, KernelUse
 from .fusion.packed_images import Grid, Packing
-from .official import read_official
+from .official_weights import read_official
 
 
 class EmmaAlignment(nn.Module):

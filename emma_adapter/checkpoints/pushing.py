@@ -14,7 +14,7 @@ from ..files.atomic import replace_files
 from ..modules import private
 from ..modules.method_guard import MethodGuard, arguments_by_name
 from . import writing
-from .beside_notice import tell_in_card
+from .beside_lora import tell_in_card
 from .format import CARD_NAME, CONFIG_NAME, SUBFOLDER, WEIGHTS_NAME
 from .reading import is_adapter
 

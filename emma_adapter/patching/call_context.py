@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 from torch import nn
 
-from ..modules.recomputation import RecomputationMemory
-from .call import Bypass, CallPlan, FeatureCall, GivenPrompt, OuterCall, PinnedPrompt, same_plan
+from ..modules.gradient_checkpointing import RecomputationMemory
+from .call_plan import Bypass, CallPlan, FeatureCall, GivenPrompt, OuterCall, PinnedPrompt, same_plan
 from .context_managers import Scope
 from .original_projector import OriginalProjector
 from .routing import ObservedAlignment, RoutedInstruction, same_route

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..modules.gradient_checkpointing import is_recomputing, may_be_recomputed
 from ..modules.method_guard import STATE_ATTRIBUTE, MethodGuard, arguments_by_name
-from ..modules.recomputation import is_recomputing, may_be_recomputed
-from .call import CallPlan, FeatureCall
+from .call_plan import CallPlan, FeatureCall
 from .hooks import pop_outer_call
 from .planning import cached_length, has_pixels, plan_call
 from .state import AdapterState, state_of

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from ..errors import InstructionError
 from ..modules import private
+from ..modules.gradient_checkpointing import is_recomputing, may_be_recomputed, with_own_memory
 from ..modules.method_guard import STATE_ATTRIBUTE
-from ..modules.recomputation import is_recomputing, may_be_recomputed, with_own_memory
 from ..modules.sharding import execution_device
-from .call import Bypass, CallPlan, FeatureCall, GivenPrompt, OuterCall
 from .call_context import CallContext
+from .call_plan import Bypass, CallPlan, FeatureCall, GivenPrompt, OuterCall
 from .original_projector import OriginalProjector
 from .planning import has_pixels, pinned_plan, plan_call
 from .routing import ObservedAlignment, RoutedInstruction, check_tokens, projector_call, route, route_without_prompt

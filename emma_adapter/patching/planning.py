@@ -14,7 +14,7 @@ from ..instructions.pipeline import InstructionTokens, embedded, embedder
 from ..instructions.prompt import Prompt
 from ..models.families import ModelFamily
 from ..modules.private import is_cache
-from .call import CallPlan, FeatureCall, OuterCall, PinnedPrompt
+from .call_plan import CallPlan, FeatureCall, OuterCall, PinnedPrompt
 from .setup_checks import check_in_place
 from .state import AdapterState
 

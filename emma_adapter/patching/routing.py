@@ -13,7 +13,7 @@ from ..alignment.module import EmmaAlignment
 from ..errors import RoutingError
 from ..instructions.pipeline import InstructionTokens
 from ..models.families import MediaLayout, ModelFamily, ProjectorCall, mismatch
-from .call import Bypass, CallPlan, FeatureCall
+from .call_plan import Bypass, CallPlan, FeatureCall
 
 
 def rows_of_media(

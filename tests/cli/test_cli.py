@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPTextMod
 from emma_adapter import EmmaAlignment, EmmaConfig, load_adapter, patch_model
 from emma_adapter.cli import info as info_command
 from emma_adapter.cli import main
-from tests.alignment.test_official import paper, stored, write
+from tests.alignment.test_official_weights import paper, stored, write
 from tests.support import tiny
 from tests.support.workspace import MODEL_ID, make_workspace
 

@@ -18,7 +18,7 @@ from emma_adapter import (
     register_fusion,
     unpatch_model,
 )
-from emma_adapter.adapter import named, patch, restoring
+from emma_adapter.adapter import named_adapters, patch, restoring
 from emma_adapter.alignment.fusion import registry
 from emma_adapter.patching import projectors, sites
 from tests.fuzz.victims import FUSIONS, fingerprint, logits, patched
@@ -80,9 +80,9 @@ STEPS = [
     (projectors, "assign"),
     (projectors, "keep_original_projectors"),
     (restoring, "make_pipeline"),
-    (named, "make_pipeline"),
-    (named, "attach"),
-    (named, "make_alignments"),
+    (named_adapters, "make_pipeline"),
+    (named_adapters, "attach"),
+    (named_adapters, "make_alignments"),
     (sites, "attach"),
     (patch, "install_call_hooks"),
     (torch.Tensor, "copy_"),
@@ -219,7 +219,7 @@ def test_loading_into_another_adapter_never_makes_it_the_active_one(folder, monk
         seen.append((adapter.active, torch.equal(logits(model), said)))
 
     monkeypatch.setattr(projectors, "assign", watched)
-    monkeypatch.setattr(named, "activate", None)
+    monkeypatch.setattr(named_adapters, "activate", None)
     for name in ("new", "third", "new"):
         load_adapter(model, folder, name=name)
     monkeypatch.undo()

@@ -22,7 +22,7 @@ from click.testing import CliRunner
 
 from emma_adapter import CheckpointError, EmmaAlignment
 from emma_adapter.cli import main
-from tests.alignment.test_official import SMALL, stored, write
+from tests.alignment.test_official_weights import SMALL, stored, write
 
 NAMES = ["text_projection.weight", "text_projection.bias", "image_text_infusion.weight", "image_text_infusion.bias"]
 both_containers = pytest.mark.parametrize("as_zip", [True, False], ids=["zip", "legacy"])

@@ -200,7 +200,7 @@ def features_that_were_checkpointed_before_patching(bench: Bench) -> None:
     model(**question()).logits.sum().backward()
 
 
-@raises(InstructionError, "modules/recomputation.py:RecomputationMemory.recall", "{_AMBIGUOUS}")
+@raises(InstructionError, "modules/gradient_checkpointing.py:RecomputationMemory.recall", "{_AMBIGUOUS}")
 def whole_calls_that_cannot_be_told_apart(bench: Bench) -> None:
     adapter = bench.adapter()
     inputs = question()

@@ -343,32 +343,32 @@ def official(bench: Bench, content: Any = None, **changes: Any) -> None:
     EmmaAlignment.from_official(path)
 
 
-@raises(CheckpointError, "alignment/official.py:read_official", "learnable tokens")
+@raises(CheckpointError, "alignment/official_weights.py:read_official", "learnable tokens")
 def a_later_variant(bench: Bench) -> None:
     official(bench, learnable_tokens=torch.ones(2))
 
 
-@raises(CheckpointError, "alignment/official.py:read_official", "none empty")
+@raises(CheckpointError, "alignment/official_weights.py:read_official", "none empty")
 def matrices_that_do_not_fit(bench: Bench) -> None:
     official(bench, image_text_infusion__weight=torch.ones(4, 4))
 
 
-@raises(CheckpointError, "alignment/official.py:read_official", "should be [{size}]")
+@raises(CheckpointError, "alignment/official_weights.py:read_official", "should be [{size}]")
 def a_bias_that_does_not_fit(bench: Bench) -> None:
     official(bench, text_projection__bias=torch.ones(9))
 
 
-@raises(CheckpointError, "alignment/official.py:_load", "there is no file")
+@raises(CheckpointError, "alignment/official_weights.py:_load", "there is no file")
 def an_official_file_that_does_not_exist(bench: Bench) -> None:
     EmmaAlignment.from_official(bench.folder / "vision_tower.bin")
 
 
-@raises(CheckpointError, "alignment/official.py:_load", "never unpickled")
+@raises(CheckpointError, "alignment/official_weights.py:_load", "never unpickled")
 def a_file_that_holds_objects(bench: Bench) -> None:
     official(bench, content={"model": EmmaConfig()})
 
 
-@raises(CheckpointError, "alignment/official.py:_load", "can't be read as a PyTorch checkpoint")
+@raises(CheckpointError, "alignment/official_weights.py:_load", "can't be read as a PyTorch checkpoint")
 def an_official_file_that_is_cut_off(bench: Bench) -> None:
     path = bench.folder / "vision_tower.bin"
     torch.save(OFFICIAL, path)
@@ -376,26 +376,26 @@ def an_official_file_that_is_cut_off(bench: Bench) -> None:
     EmmaAlignment.from_official(path)
 
 
-@raises(CheckpointError, "alignment/official.py:_load", "instead of a state dict")
+@raises(CheckpointError, "alignment/official_weights.py:_load", "instead of a state dict")
 def a_file_with_one_tensor(bench: Bench) -> None:
     official(bench, content=torch.ones(2))
 
 
-@raises(CheckpointError, "alignment/official.py:_one_of", "floating-point weights")
+@raises(CheckpointError, "alignment/official_weights.py:_one_of", "floating-point weights")
 def an_official_file_of_integers(bench: Bench) -> None:
     official(bench, text_projection__bias=torch.ones(8, dtype=torch.long))
 
 
-@raises(CheckpointError, "alignment/official.py:read_official", "; take another copy")
+@raises(CheckpointError, "alignment/official_weights.py:read_official", "; take another copy")
 def an_official_file_that_diverged(bench: Bench) -> None:
     official(bench, text_projection__bias=torch.full((8,), float("nan")))
 
 
-@raises(CheckpointError, "alignment/official.py:_one_of", "more than is in the file")
+@raises(CheckpointError, "alignment/official_weights.py:_one_of", "more than is in the file")
 def an_official_file_that_would_be_huge(bench: Bench) -> None:
     official(bench, image_text_infusion__bias=torch.ones(1).expand(10**9))
 
 
-@raises(CheckpointError, "alignment/official.py:_one_of", "not an EMMA checkpoint")
+@raises(CheckpointError, "alignment/official_weights.py:_one_of", "not an EMMA checkpoint")
 def a_checkpoint_of_something_else(bench: Bench) -> None:
     official(bench, content={"weight": torch.ones(2)})

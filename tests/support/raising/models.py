@@ -207,39 +207,39 @@ def a_part_of_a_deleted_model(bench: Bench) -> None:
 # ------------------------------------------------------------------------------------- several adapters
 
 
-@raises(PatchError, "adapter/named.py:_check_addable", "already")
+@raises(PatchError, "adapter/named_adapters.py:_check_addable", "already")
 def adding_a_name_that_is_taken(bench: Bench) -> None:
     bench.adapter().add("default")
 
 
-@raises(PatchError, "adapter/named.py:_check_addable", "letters, digits and underscores")
+@raises(PatchError, "adapter/named_adapters.py:_check_addable", "letters, digits and underscores")
 def adding_a_name_that_can_be_none(bench: Bench) -> None:
     bench.adapter().add("the-other")
 
 
-@raises(PatchError, "adapter/named.py:_check_addable", "letters, digits and underscores")
+@raises(PatchError, "adapter/named_adapters.py:_check_addable", "letters, digits and underscores")
 def adding_a_list_of_names(bench: Bench) -> None:
     bench.adapter().add(["other"])
 
 
-@raises(PatchError, "adapter/named.py:_check_addable", "sharded by FSDP")
+@raises(PatchError, "adapter/named_adapters.py:_check_addable", "sharded by FSDP")
 def adding_to_a_sharded_model(bench: Bench) -> None:
     adapter = bench.adapter()
     with sharded(adapter.model):
         adapter.add("other")
 
 
-@raises(PatchError, "adapter/named.py:_known", "has no adapter")
+@raises(PatchError, "adapter/named_adapters.py:_known", "has no adapter")
 def activating_an_adapter_that_is_not_there(bench: Bench) -> None:
     bench.adapter().set_active(3)
 
 
-@raises(PatchError, "adapter/named.py:_known", "has no adapter")
+@raises(PatchError, "adapter/named_adapters.py:_known", "has no adapter")
 def removing_an_adapter_that_is_not_there(bench: Bench) -> None:
     bench.adapter().remove(["other"])
 
 
-@raises(PatchError, "adapter/named.py:remove", "is the active adapter")
+@raises(PatchError, "adapter/named_adapters.py:remove", "is the active adapter")
 def removing_the_active_adapter(bench: Bench) -> None:
     bench.adapter().remove("default")
 
@@ -274,7 +274,7 @@ def a_lora_on_a_trained_projector(bench: Bench) -> None:
     get_peft_model(bench.adapter().train_only(projector=True).model, ON_THE_PROJECTOR)
 
 
-@raises(PatchError, "adapter/named.py:activate", "PEFT has wrapped the projector")
+@raises(PatchError, "adapter/named_adapters.py:activate", "PEFT has wrapped the projector")
 def another_adapter_after_a_second_lora_came_too_late(bench: Bench) -> None:
     adapter = bench.adapter().train_only(projector=True).add("other")
     wrapped = get_peft_model(adapter.model, LoraConfig(r=2, target_modules=["q_proj"]))

@@ -26,7 +26,7 @@ class Preferring(Trainer):
             return model(**question()).logits.mean()
 
 
-@raises(PatchError, "adapter/reference_checks.py:check_reference_pass", "would change with it")
+@raises(PatchError, "adapter/reference_model_checks.py:check_reference_pass", "would change with it")
 def comparing_with_an_adapter_that_is_trained(bench: Bench) -> None:
     model = get_peft_model(bench.adapter().model, LoraConfig(r=2, target_modules=["q_proj"]))
     Preferring(bench, model).train()
@@ -39,18 +39,18 @@ def keeping_a_reference_too_late(bench: Bench) -> None:
     keep_reference(trainer)
 
 
-@raises(PatchError, "adapter/references.py:make_alike", "of other parameters")
+@raises(PatchError, "adapter/reference_model.py:make_alike", "of other parameters")
 def a_reference_of_another_size(bench: Bench) -> None:
     keep_reference(Preferring(bench, bench.adapter().model, tiny.llava(vocab_size=400)))
 
 
-@raises(PatchError, "adapter/references.py:_check_whole", "can't be copied")
+@raises(PatchError, "adapter/reference_model.py:_check_whole", "can't be copied")
 def a_reference_of_a_sharded_model(bench: Bench) -> None:
     with sharded(bench.adapter().model) as model:
         reference_model(model)
 
 
-@raises(PatchError, "adapter/references.py:_check_frozen", "is trained by now")
+@raises(PatchError, "adapter/reference_model.py:_check_frozen", "is trained by now")
 def training_what_a_reference_shares(bench: Bench) -> None:
     model = bench.adapter().train_only().model
     reference = reference_model(model)

@@ -52,7 +52,7 @@ TRIGGERS: list[Trigger] = []
 
 
 def raises(error: type[EmmaError], where: str, says: str) -> Callable[[Callable[[Bench], Any]], Callable[[Bench], Any]]:
-    """Register a trigger of the error that ``where``, as ``"adapter/named.py:add"``, raises with these words."""
+    """Register a trigger of the error that ``where``, as ``"adapter/patch.py:install"``, raises with these words."""
     path, function = where.split(":")
     path = path if path.startswith("integrations/") else f"emma_adapter/{path}"
 

@@ -18,7 +18,7 @@ from ..modules.torch_modes import undisturbed
 from ..modules.wrappers import base_of
 from ..patching import sites
 from ..patching.state import AdapterState, state_of
-from . import named
+from . import named_adapters
 from .patch import install
 
 #: The adapter that reference passes go through.
@@ -31,8 +31,8 @@ def keep(model: nn.Module) -> None:
     that was kept before."""
     state = state_of(model)
     if state.reference is not None:
-        named.remove(model, state.reference)
-    named.add_copy(model, REFERENCE)
+        named_adapters.remove(model, state.reference)
+    named_adapters.add_copy(model, REFERENCE)
     state.reference = REFERENCE
 
 
