@@ -11,13 +11,31 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from emma_adapter.alignment.fusion.registry import FUSIONS
-from tests.support import tiny
+from tests.support import budget, tiny
 
 # Everything here is tiny: more threads only wait for each other.
 torch.set_num_threads(1)
 
-settings.register_profile("default", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
-settings.load_profile("default")
+_HYPOTHESIS = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("everyday", **_HYPOTHESIS, derandomize=True)
+settings.register_profile("full", **_HYPOTHESIS, derandomize=False, print_blob=True)
+settings.load_profile("full" if budget.FULL else "everyday")
+
+
+def pytest_report_header():
+    if budget.FULL:
+        return f"everything, with random draws from {budget.SEED}: make test-all SEED={budget.SEED} draws the same"
+    return "the everyday tier; make test-all runs everything"
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items):
+    """Leave out what is for the night, and begin with what takes longest, so that no worker ends with it alone."""
+    if not budget.FULL:
+        left_out = [item for item in items if item.get_closest_marker("nightly")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(autouse=True)

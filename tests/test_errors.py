@@ -36,10 +36,10 @@ def bench(tmp_path, monkeypatch):
     return Bench(tmp_path, monkeypatch)
 
 
-@pytest.mark.parametrize("site", SITES, ids=lambda site: f"{site.path}:{site.function}")
-def test_every_error_has_a_trigger(site):
+def test_every_error_has_a_trigger():
     """An error that nobody can cause is dead code, and one that nobody has seen may say anything."""
-    assert [trigger for trigger in TRIGGERS if trigger.means(site)], "give it one in tests/support/raising"
+    without = [site for site in SITES if not any(trigger.means(site) for trigger in TRIGGERS)]
+    assert without == [], "give each one in tests/support/raising"
 
 
 @pytest.mark.filterwarnings("ignore")

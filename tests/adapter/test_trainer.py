@@ -560,6 +560,7 @@ def test_a_model_in_bfloat16(when, bf16, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.nightly
 def test_trainer_with_torch_compile(tmp_path):
     """Each batch meets its own instructions, and the losses are those of the uncompiled run."""
     histories = []

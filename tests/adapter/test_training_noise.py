@@ -132,6 +132,7 @@ def test_hooks_that_bring_weights_still_run():
         assert torch.equal(seen[-1][0], kept[[20, 30]])
 
 
+@pytest.mark.nightly
 def test_compiled_training_has_no_noise_either():
     model, adapter = prepared("noise")
     seen = instructions(adapter)

@@ -15,6 +15,7 @@ from emma_adapter import ConfigError, EmmaAlignment, EmmaConfig, Fusion, Packing
 from emma_adapter.alignment.fusion import fusion_class, fusion_names, resampling
 from emma_adapter.alignment.fusion.resampling import resample
 from tests.support import tiny
+from tests.support.budget import budget
 
 B, GRID, D, T, DT = 3, (2, 3), 8, 5, 6
 N = GRID[0] * GRID[1]
@@ -132,7 +133,7 @@ def problems(draw):
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
-@settings(max_examples=40)
+@settings(max_examples=budget(15, 40))
 @given(problem=problems())
 def test_identity_until_trained(dtype, autocast, problem):
     alignment, v, t, mask = problem
@@ -292,7 +293,7 @@ def test_formula_on_another_grid(variant, grid):
     assert (out.double() - naive(alignment, v, t, ragged_mask(), grid)).abs().max() <= 1e-5
 
 
-@settings(max_examples=40)
+@settings(max_examples=budget(15, 40))
 @given(st.tuples(*[st.integers(1, 9)] * 4), st.booleans())
 def test_resampling_is_pytorchs(sides, antialias):
     source, target = sides[:2], sides[2:]
@@ -696,7 +697,7 @@ def test_a_constant_table_is_constant_on_any_grid(variant, grid):
 
 
 @pytest.mark.parametrize("variant", BLIND)
-@settings(max_examples=20)
+@settings(max_examples=budget(8, 20))
 @given(visual=st.integers(1, 40), seed=st.integers(0, 9))
 def test_without_positions_any_number_and_order_of_tokens_works(variant, visual, seed):
     alignment = make(variant, trained=True, dtype=torch.float64)
@@ -829,7 +830,7 @@ def test_fusions_need_a_name(name):
 
 
 @pytest.mark.parametrize("fusion", ["attention", "linear", "modulation"])
-@settings(max_examples=15)
+@settings(max_examples=budget(6, 15))
 @given(data=st.data())
 def test_packed_images_are_aligned_as_if_each_were_alone(fusion, data):
     """Of any grids, in raster order or another, with instructions shared, unused or empty."""

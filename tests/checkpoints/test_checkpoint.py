@@ -34,6 +34,7 @@ from emma_adapter import (
 )
 from emma_adapter.alignment.fusion import registry
 from tests.support import ROOT, tiny
+from tests.support.budget import budget
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 FUSIONS = {
@@ -594,7 +595,7 @@ def test_tensor_file_with_something_behind(folder, victims):
     victims.refuse(folder, match=WEIGHTS)
 
 
-@settings(max_examples=200)
+@settings(max_examples=budget(50, 200))
 @given(data=st.data())
 def test_flipped_header_byte(data, intact, tmp_path_factory, pair, reference):
     """Refused, or what loads is an adapter of the saved kind. Values can't be told wrong without a checksum."""
@@ -689,7 +690,7 @@ OUTER_FIELDS = ["format", "format_version", "model_type", "projector_trained", "
 INNER_FIELDS = sorted(EmmaConfig().to_dict())
 
 
-@settings(max_examples=200)
+@settings(max_examples=budget(50, 200))
 @given(field=st.sampled_from(OUTER_FIELDS + INNER_FIELDS), value=JSON_VALUES)
 def test_any_value_in_any_config_field(field, value, intact, tmp_path_factory, pair, reference):
     """Refused, or an adapter that works: no other exception, and nothing half done."""
@@ -772,7 +773,7 @@ def test_config_and_tensors_of_different_kinds(folder, tmp_path, victims):
     victims.refuse(folder, match=r"changed since the adapter was saved, in .*'fusion'")
 
 
-@settings(max_examples=25)
+@settings(max_examples=budget(10, 25))
 @given(data=st.data())
 def test_a_flipped_bit_in_the_weights_is_noticed(data):
     with tempfile.TemporaryDirectory() as name:

@@ -19,6 +19,7 @@ from emma_adapter.data.examples import Examples
 from emma_adapter.data.rows import FileRows, open_rows
 from emma_adapter.errors import DataError
 from tests.support import tiny
+from tests.support.budget import budget
 from tests.support.workspace import MODEL_ID, make_workspace
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -106,6 +107,7 @@ def test_checkpoints_are_resumed_and_an_adapter_starts(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_accelerate_launches_it(tmp_path):
     command = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "-m", "emma_adapter.cli"]
     command += ["finetune", "--model", MODEL_ID, "--data", "train.jsonl", "--output", str(tmp_path), "--max_steps", "1"]
@@ -244,7 +246,7 @@ json_values = st.recursive(
 )
 
 
-@settings(max_examples=200)
+@settings(max_examples=budget(50, 200))
 @given(data=st.data())
 def test_mangled_rows_raise_nothing_else(tmp_path_factory, data):
     """One value of a good row, at any depth, replaced by anything or taken away."""

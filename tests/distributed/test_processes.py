@@ -24,6 +24,7 @@ from tests.distributed.runs import (
     train,
     train_with_trainer,
 )
+from tests.support.budget import budget
 
 HERE = Path(__file__).parent
 WEIGHTS = "adapter_model.safetensors"
@@ -86,6 +87,7 @@ def assert_saved_as(reference: Path, saved: Path) -> None:
     torch.testing.assert_close(loaded, {name: expected[name] for name in loaded}, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_wrappers_of_pytorch(references):
     launch(*TORCHRUN, str(HERE / "wrapped.py"), str(references))
     for name in told(references)["saved"]:
@@ -94,7 +96,8 @@ def test_wrappers_of_pytorch(references):
     assert_saved_as(references / "projector-True", references / "other")
 
 
-@pytest.mark.parametrize("engine", CONFIGS)
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", budget([SHARDED], list(CONFIGS)))
 def test_accelerate(engine, references, tmp_path):
     (tmp_path / "projector-True.pt").symlink_to(references / "projector-True.pt")
     (tmp_path / "config.yaml").write_text(CONFIGS[engine])
@@ -105,7 +108,8 @@ def test_accelerate(engine, references, tmp_path):
     assert_saved_as(references / "projector-True", tmp_path / "by state dict")
 
 
-@pytest.mark.parametrize("engine", CONFIGS)
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", budget(["DistributedDataParallel"], list(CONFIGS)))
 def test_trainer(engine, tmp_path):
     options = {"fsdp": "full_shard", "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": [LAYERS]}}
     launch(*TORCHRUN, str(HERE / "trainer.py"), str(tmp_path), json.dumps(options if engine == SHARDED else {}))

@@ -92,12 +92,14 @@ def site(tmp_path_factory):
     return folder / "site"
 
 
+@pytest.mark.nightly
 def test_the_site_is_built_without_a_warning(site):
     assert {page.relative_to(DOCS).with_suffix(".html") for page in DOCS.rglob("*.md")} <= {
         page.relative_to(site) for page in site.rglob("*.html")
     }
 
 
+@pytest.mark.nightly
 def test_pages_load_nothing_from_elsewhere(site):
     for page in site.rglob("*.html"):
         text = page.read_text()
@@ -106,6 +108,7 @@ def test_pages_load_nothing_from_elsewhere(site):
         assert loaded == [], page
 
 
+@pytest.mark.nightly
 def test_the_reference_is_readable(site):
     text = (site / "api.html").read_text()
     for name in set(emma_adapter.__all__) - {"__version__"}:

@@ -1,5 +1,7 @@
-"""More than ten thousand adapter folders that are damaged or made up. Each is refused with an error of this library, or
-loaded as it is; the model is otherwise left alone."""
+"""Adapter folders that are damaged or made up, in the full tier more than ten thousand.
+
+Each is refused with an error of this library, or loaded as it is; the model is otherwise left alone.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,9 @@ from tests.fuzz import mutations
 from tests.fuzz.mutations import CONFIG, WEIGHTS
 from tests.fuzz.victims import FUSIONS, Patched, fingerprint, logits, patched, same_values
 from tests.support import tiny
+from tests.support.budget import SEED, budget
 
-CHUNKS, FOLDERS_IN_ONE = 24, 430  # 10,320
+CHUNKS, FOLDERS_IN_ONE = budget((4, 250), (24, 430))  # 1,000, and 10,320
 LOOKED_AT_EVERY = 5
 #: Of a load. Generous: a machine may be slow, but nothing here is waited for.
 _SECONDS = 60
@@ -114,7 +117,7 @@ def test_mutated_folders(chunk, originals, tmp_path):
     load(plain, tmp_path)  # imports what it needs
     memory, loaded = peak_memory(), 0
     for number in range(FOLDERS_IN_ONE):
-        kind, files = mutations.mutated(originals[number % len(originals)], f"{chunk} {number}")
+        kind, files = mutations.mutated(originals[number % len(originals)], f"{SEED} {chunk} {number}")
         for name, content in files.items():
             (tmp_path / name).write_bytes(content)
         for model in (plain, trained.model):
@@ -128,7 +131,7 @@ def test_mutated_folders(chunk, originals, tmp_path):
                     trained.put_back()
         # A change stays until it is looked for.
         if number % LOOKED_AT_EVERY == LOOKED_AT_EVERY - 1:
-            where = f"seeds '{chunk} {number - LOOKED_AT_EVERY + 1}' to '{chunk} {number}', at last {kind}"
+            where = f"seeds '{SEED} {chunk} {number - LOOKED_AT_EVERY + 1}' to '… {number}', at last {kind}"
             assert fingerprint(plain) == untouched, where
             assert fingerprint(trained.model) == trained.before, where
     assert peak_memory() - memory < _MAX_MEMORY

@@ -189,6 +189,8 @@ def pictures(doc):
 """
 
 
+@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_command_line(saved, tmp_path):
     folder = saved("llava")
     docs = DOCS[:2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import pytest
@@ -12,8 +13,9 @@ triton = pytest.importorskip("triton")
 from benchmarks.kernels.schedules import CANDIDATES, changed  # noqa: E402
 from emma_adapter import KernelError  # noqa: E402
 from emma_adapter.kernels import cross_attention, token_mixing  # noqa: E402
-from emma_adapter.kernels.launch import TRITON_VERSION  # noqa: E402
+from emma_adapter.kernels.launch import TRITON_VERSION, Configuration  # noqa: E402
 from tests.kernels.compilation import SHARED_MEMORY, TARGETS, compiled, local_memory, name_of, transposed_products  # noqa: E402
+from tests.support import budget  # noqa: E402
 
 #: Of the oldest Triton, what it was measured with; for sm_100 its compiler crashes, and `device_problem` says so.
 SUPPORTED = TARGETS if TRITON_VERSION >= (3, 8) else {"sm_90": TARGETS["sm_90"]}
@@ -26,8 +28,22 @@ def test_names_are_unique():
     assert len(set(names)) == len(names)
 
 
-@pytest.mark.parametrize("target", SUPPORTED)
-@pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=name_of)
+def size_of(configuration: Configuration) -> int:
+    """How many values a program holds: what registers, and shared memory, may not suffice for."""
+    return math.prod(value for name, value in configuration.constants if name.startswith("BLOCK"))
+
+
+def targets_of(configuration: Configuration) -> list[str]:
+    """Of the everyday tier: one GPU for all, the others for the largest of each kernel."""
+    own = [other for other in CONFIGURATIONS if other.kernel is configuration.kernel]
+    return list(SUPPORTED) if budget.FULL or configuration is max(own, key=size_of) else ["sm_90"]
+
+
+@pytest.mark.parametrize(
+    ("configuration", "target"),
+    [(configuration, target) for configuration in CONFIGURATIONS for target in targets_of(configuration)],
+    ids=lambda value: value if isinstance(value, str) else name_of(value),
+)
 def test_compiles_without_spills(configuration, target, tmp_path):
     kernel = compiled(configuration, target)
     assert kernel.metadata.shared <= SHARED_MEMORY[target]

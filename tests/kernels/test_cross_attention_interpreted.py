@@ -22,6 +22,7 @@ from emma_adapter.kernels.cross_attention import (
 from emma_adapter.kernels.cross_attention.gradients import cross_attention_backward
 from emma_adapter.kernels.cross_attention.op import _cross_attention
 from tests.kernels.precision import BITS, DTYPES, TOLERANCES
+from tests.support.budget import budget
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -266,7 +267,7 @@ def problems(draw):
     )
 
 
-@settings(max_examples=6)
+@settings(max_examples=budget(3, 6))
 @given(drawn=problems())
 def test_formula_of_any_problem(drawn):
     dtype, problem = drawn

@@ -18,6 +18,7 @@ from emma_adapter import EmmaAlignment, EmmaConfig, KernelError, Packing, patch_
 from emma_adapter.kernels.cross_attention import forward
 from tests.kernels.memory_watch import watching
 from tests.support import tiny
+from tests.support.budget import budget
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -74,7 +75,7 @@ def test_linear_reads_the_first_columns_of_its_weights():
     assert_agree("linear", torch.randn(2, N, D), torch.randn(2, 3, DT))
 
 
-@settings(max_examples=5)
+@settings(max_examples=budget(2, 5))
 @given(data=st.data())
 def test_packed_agrees_with_eager(data):
     """Several grids, in any order, with tokens in an order of their own, and instructions shared or unused."""
@@ -90,7 +91,7 @@ def test_packed_agrees_with_eager(data):
     assert_agree(fusion, v, torch.randn(3, T, DT), MASK, packing=packing, config=config)
 
 
-@settings(max_examples=6)
+@settings(max_examples=budget(3, 6))
 @given(data=st.data())
 def test_programs_stay_inside_their_tensors_and_do_not_meet(data):
     """Forward and backward; sizes with ragged edges, more than one tile, and images without tokens in between."""

@@ -20,6 +20,7 @@ from emma_adapter.kernels.token_mixing import (
 )
 from emma_adapter.kernels.token_mixing.op import _token_mixing, _token_mixing_backward
 from tests.kernels.precision import BITS, DTYPES, TOLERANCES
+from tests.support.budget import budget
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -126,7 +127,7 @@ def test_formula_over_several_tiles(sizes, dtype):
 
 
 @pytest.mark.usefixtures("small_tiles")
-@settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=budget(3, 6), suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(
     st.sampled_from(DTYPES), st.integers(0, 3), st.integers(1, 40), st.integers(1, 36), st.integers(1, 3), st.integers()
 )

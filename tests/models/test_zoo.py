@@ -68,12 +68,14 @@ def test_an_entry_is_what_it_says(entry):
     assert set(entry.batch(ROWS)) <= set(arguments)
 
 
+@pytest.mark.nightly
 @entries
 @pytest.mark.parametrize("padding_side", ["left", "right"])
 def test_a_row_of_a_batch_is_the_row_alone(entry, padding_side):
     assert_rows_stand_alone(entry, ROWS, padding_side)
 
 
+@pytest.mark.nightly
 @entries
 def test_a_batch_may_begin_with_a_row_without_pictures_or_have_no_other(entry):
     assert_rows_stand_alone(entry, [ROWS[2], ROWS[0]])
@@ -81,6 +83,7 @@ def test_a_batch_may_begin_with_a_row_without_pictures_or_have_no_other(entry):
     assert_rows_stand_alone(entry, [ROWS[2], Row(("no.", "yes?"))])
 
 
+@pytest.mark.nightly
 @entries
 def test_pictures_are_seen(entry):
     other = [replace(row, seed=row.seed + 10) for row in ROWS]
@@ -89,6 +92,7 @@ def test_pictures_are_seen(entry):
     assert effect[2] < TOLERANCE
 
 
+@pytest.mark.nightly
 @video_entries
 def test_pictures_and_videos_in_one_row(entry):
     frames = (2, 5, 3) if entry.name.startswith("qwen") else (3, 3, 3)
@@ -110,11 +114,13 @@ def test_pictures_and_videos_in_one_row(entry):
     assert (effect[[0, 2, 3]] > 0.05).all()
 
 
+@pytest.mark.nightly
 def test_videos_are_refused_where_there_are_none():
     with pytest.raises(ValueError, match="gemma3"):
         ZOO["gemma3"].batch([Row(videos=(2,))])
 
 
+@pytest.mark.nightly
 @entries
 def test_generate_runs_to_max_new_tokens(entry):
     batch = entry.batch(ROWS)
@@ -123,6 +129,7 @@ def test_generate_runs_to_max_new_tokens(entry):
     assert torch.equal(made[:, -2], last_logits(entry, ROWS).argmax(-1))
 
 
+@pytest.mark.nightly
 @entries
 @pytest.mark.parametrize("padding_side", ["left", "right"])
 def test_only_the_answer_is_supervised(entry, padding_side):
@@ -136,6 +143,7 @@ def test_only_the_answer_is_supervised(entry, padding_side):
     assert torch.isfinite(model_of(entry)(**batch).loss)
 
 
+@pytest.mark.nightly
 @entries
 def test_a_model_is_made_of_its_seed(entry):
     torch.manual_seed(3)
@@ -148,6 +156,7 @@ def test_a_model_is_made_of_its_seed(entry):
     assert not torch.equal(values[0], values[2])
 
 
+@pytest.mark.nightly
 @entries
 def test_changing_a_processor_changes_nobody_elses(entry):
     before = entry.batch(ROWS)["input_ids"]
@@ -155,6 +164,7 @@ def test_changing_a_processor_changes_nobody_elses(entry):
     assert torch.equal(entry.batch(ROWS)["input_ids"], before)
 
 
+@pytest.mark.nightly
 def test_a_picture_depends_on_its_row_and_place_only():
     sizes = ((8, 4), (8, 4))
     first, second = Row(images=sizes).pictures()
@@ -164,6 +174,7 @@ def test_a_picture_depends_on_its_row_and_place_only():
     assert first.tobytes() != Row(images=sizes, seed=1).pictures()[0].tobytes()
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("late", [False, True])
 def test_media_are_in_the_first_or_in_the_last_user_turn(late):
     talk = Row(("a", "b"), images=((8, 8),), videos=(2,), system="s", late_images=late).messages("c")

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from emma_adapter import EmmaConfig, InstructionError, get_adapter, patch_model
 from tests.support import tiny
+from tests.support.budget import budget
 
 MODES = pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
 INSTRUCTIONS = torch.tensor([[31, 41, 5], [32, 42, 6], [33, 43, 7]])
@@ -175,7 +176,7 @@ def both(scenario: Callable[[Calls], None], region: str, reentrant: bool, **opti
 
 @MODES
 @ALL
-@pytest.mark.parametrize("fusion", ["attention", "linear"])
+@pytest.mark.parametrize("fusion", budget(["attention"], ["attention", "linear"]))
 def test_two_forwards_before_one_backward_in_another_thread(fusion, region, reentrant):
     def scenario(calls):
         for inputs in batches():

@@ -20,6 +20,7 @@ from emma_adapter import EmmaConfig, InstructionError, RoutingError, load_adapte
 from emma_adapter.models.families import find_family
 from tests.patching.test_llava import WordHashEncoder, snapshot
 from tests.support import tiny
+from tests.support.budget import budget, combinations, some
 from tests.support.zoo import ZOO, Entry, Row, answered
 
 EFFECT = 5e-4  # what a trained adapter changes at least, far above rounding
@@ -27,6 +28,8 @@ SAME = 3e-5
 NEWER_THAN_5_17 = Version(transformers.__version__) >= Version("5.18")
 FUSIONS = ("attention", "linear", "modulation")
 ENCODERS = ("llm", "clip", "custom")
+POLICIES = ("last_turn", "shortest_turn", "all_turns")
+ASSISTANTS = ("lookup", "model", "patched model")
 ROWS = (
     Row(("how many dogs are there?",), images=((56, 56),), seed=1),
     Row(("what is left?", "is there a cat?"), images=((28, 84), (112, 56)), seed=2, system="A chat."),
@@ -35,10 +38,17 @@ ROWS = (
 )
 WITH_IMAGES = [0, 1, 3]
 
+
+def _name(value: Any) -> str:
+    return getattr(value, "name", value)
+
+
 entries = pytest.mark.parametrize("entry", ZOO.values(), ids=ZOO)
 video_entries = pytest.mark.parametrize("entry", [e for e in ZOO.values() if e.videos], ids=lambda entry: entry.name)
 fusions = pytest.mark.parametrize("fusion", FUSIONS)
-encoders = pytest.mark.parametrize("encoder", ENCODERS)
+each_with_fusions_and_encoders = pytest.mark.parametrize(
+    ("entry", "fusion", "encoder"), combinations(ZOO.values(), FUSIONS, ENCODERS), ids=_name
+)
 
 
 @cache
@@ -105,9 +115,7 @@ def assert_rows_stand_alone(entry: Entry, model: nn.Module, rows: Sequence[Row],
 # -------------------------------------------------------------------------------------- family x fusion x encoder
 
 
-@entries
-@fusions
-@encoders
+@each_with_fusions_and_encoders
 def test_identity_on_off_on_and_unpatched(entry, fusion, encoder, clip_folder):
     model = entry.model()
     batch = batch_of(entry, ROWS)
@@ -161,9 +169,7 @@ def test_the_projector_gets_what_it_got_in_the_same_layout(entry):
         assert torch.equal(one, other)
 
 
-@entries
-@fusions
-@encoders
+@each_with_fusions_and_encoders
 def test_rows_generate_and_saving(entry, fusion, encoder, clip_folder, tmp_path):
     model, adapter = patched(entry, fusion, encoder, clip_folder)
     train(adapter)
@@ -203,7 +209,7 @@ def batches(draw, *, videos: bool) -> list[Row]:
 
 
 @entries
-@settings(max_examples=8)
+@settings(max_examples=budget(3, 8))
 @given(data=st.data(), padding_side=st.sampled_from(["left", "right"]))
 def test_any_batch_treats_each_row_as_if_it_were_alone(entry, data, padding_side):
     assert_rows_stand_alone(entry, trained(entry)[0], data.draw(batches(videos=entry.videos)), padding_side)
@@ -294,10 +300,10 @@ MODES = {
 SINGLE = (ROWS[0], replace(ROWS[1], images=((28, 84),)), replace(ROWS[3], images=((60, 90),)))
 
 
-@entries
-@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+@pytest.mark.parametrize(("entry", "mode"), some(3, ZOO.values(), list(MODES)), ids=_name)
 def test_generation_modes_keep_rows_apart(entry, mode):
     model, _ = trained(entry)
+    mode = MODES[mode]
     rows = ROWS if NEWER_THAN_5_17 or not set(mode) & {"num_beams", "num_return_sequences"} else SINGLE
     batch = batch_of(entry, rows)
     together = model.generate(**batch, max_new_tokens=3, **mode)[:, batch["input_ids"].shape[1] :]
@@ -328,8 +334,7 @@ def test_decoding_steps_do_no_adapter_work(entry):
     assert len(aligned(model, adapter, lambda: model.generate(**batch, max_new_tokens=4))) == calls
 
 
-@entries
-@pytest.mark.parametrize("assistant", ["lookup", "model", "patched model"])
+@pytest.mark.parametrize(("entry", "assistant"), some(1, ZOO.values(), ASSISTANTS), ids=_name)
 def test_assisted_generation(entry, assistant):
     """Greedy assisted generation writes what greedy generation writes."""
     model, adapter = trained(entry)
@@ -576,8 +581,7 @@ def test_a_number_of_visual_tokens_that_is_right_is_right(entry):
 # -------------------------------------------------------------------------------------------------------- training
 
 
-@entries
-@pytest.mark.parametrize("policy", ["last_turn", "shortest_turn", "all_turns"])
+@pytest.mark.parametrize(("entry", "policy"), some(1, ZOO.values(), POLICIES), ids=_name)
 def test_answers_never_reach_the_visual_tokens(entry, policy):
     model, adapter = patched(entry, instruction_policy=policy)
     train(adapter)

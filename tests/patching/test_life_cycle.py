@@ -23,10 +23,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from emma_adapter import EmmaConfig, PatchError, get_adapter, load_adapter, patch_model, unpatch_model
 from tests.support import tiny
+from tests.support.budget import budget
 from tests.support.life import COPIES, DTYPES, KINDS, TARGETS, Kind, Life, leftovers
 
 NAMES = ("default", "other", "third")
-BUDGET = settings(stateful_step_count=16, max_examples=25, deadline=None, derandomize=True)
+BUDGET = settings(stateful_step_count=budget(10, 16), max_examples=budget(6, 25))
 
 
 class Lives(RuleBasedStateMachine):

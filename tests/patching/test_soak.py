@@ -28,6 +28,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_a_minute_of_it(tmp_path):
     """What the documentation says to run for half an hour."""
     command = [sys.executable, "-m", "benchmarks.soak", "--minutes", "1", "--output", str(tmp_path / "samples")]

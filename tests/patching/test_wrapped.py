@@ -18,6 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from emma_adapter import EmmaConfig, PatchError, get_adapter, load_adapter, patch_model, unpatch_model
 from emma_adapter.integrations.qwen_vl import block_order, window_order
 from tests.support import tiny
+from tests.support.budget import budget
 from tests.support.life import leftovers
 from tests.support.zoo import ZOO
 from tests.support.zoo.rows import Row
@@ -120,7 +121,7 @@ REGIONS = {
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("_compiler")
-@pytest.mark.parametrize("how", ["the whole", "regions"])
+@pytest.mark.parametrize("how", budget(["regions"], ["the whole", "regions"]))
 def test_a_model_that_ran_compiled_sees_what_comes_after(how, tmp_path):
     model, twin = tiny.llava(), tiny.llava()
     if how == "regions":
@@ -152,6 +153,7 @@ def test_a_model_that_ran_compiled_sees_what_comes_after(how, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.usefixtures("_compiler")
 def test_an_internvl_that_ran_compiled_sees_the_adapter():
     entry = ZOO["internvl"]
@@ -189,6 +191,7 @@ def test_compiling_a_qwen_warns_of_nothing_of_ours():
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_python_ends_quietly_after_a_patched_model_was_compiled():
     """What was compiled holds the model until the names of this library's modules are gone."""
     code = (
