@@ -209,7 +209,8 @@ def test_round_trip_through_a_fresh_process(tmp_path):
     script = """
 import os, sys
 os.environ["HF_HUB_OFFLINE"] = "1"
-import torch, tiny
+import torch
+from tests.support import tiny
 from emma_adapter import load_adapter
 root, out, names = sys.argv[1], sys.argv[2], sys.argv[3:]
 answers = {}
