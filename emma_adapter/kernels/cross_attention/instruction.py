@@ -116,6 +116,10 @@ def _instruction(
     weights = (norm_weight, norm_bias, key_weight, value_weight, value_bias)
     weight_dtype = dtype if all(weight.dtype == dtype for weight in weights) else torch.float32
     norm_weight, norm_bias, key_weight, value_weight, value_bias = (aligned(own, weight_dtype) for own in weights)
+    if cast.numel():
+        to_cast = aligned(query_weight, torch.float32), aligned(output_weight, torch.float32)
+    else:
+        to_cast = (tokens.new_empty(1, dtype=torch.float32),) * 2  # Not read.
     block = BLOCKS[dtype]
     (rows, length, width), inner = tokens.shape, len(key_weight)
     projections = cdiv(rows * length, block["BLOCK_M"]) * cdiv(inner, block["BLOCK_KEY"])
@@ -129,8 +133,8 @@ def _instruction(
         key_weight_ptr=key_weight,
         value_weight_ptr=value_weight,
         value_bias_ptr=value_bias,
-        query_weight_ptr=aligned(query_weight, torch.float32) if cast.numel() else value_bias,
-        output_weight_ptr=aligned(output_weight, torch.float32) if cast.numel() else value_bias,
+        query_weight_ptr=to_cast[0],
+        output_weight_ptr=to_cast[1],
         key_ptr=key,
         value_ptr=value,
         cast_ptr=cast if cast.numel() else key,
