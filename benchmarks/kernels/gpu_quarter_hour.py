@@ -56,8 +56,9 @@ STAGES = (
     Stage("memcheck", 90, beside=True),
     Stage("bench", 90),
     Stage("kernels", 40),
+    Stage("host", 30),
     Stage("bench-compile", 140),
-    Stage("sweep", 60),
+    Stage("sweep", 80),
     Stage("correct-rest", 90),
     Stage("table", 240),
 )

@@ -124,7 +124,7 @@ def _learns(log: Log, size: ModelSize, model: Any, adapter: Any, inputs: Any) ->
     for step in range(6):
         loss = model(**inputs, labels=inputs["input_ids"], instruction=QUESTION).loss
         losses.append(loss.item())
-        if step == 5:  # noqa: PLR2004 (the last one only tells what the fifth step did)
+        if step == 5:  # It only tells what the fifth step did.
             break
         loss.backward()
         # The first step moves the output alone: the others' gradients are zero until it has.
@@ -172,7 +172,7 @@ def _decodes_in_a_cuda_graph(log: Log, size: ModelSize, model: Any, inputs: Any)
     name = f"{size.name}: decoding in a CUDA graph"
     try:
         expected, last = decode(step)
-        graphed = _graph(step, warm_up=2)[0] if token.is_cuda else step
+        graphed = record_graph(step, warm_up=2)[0] if token.is_cuda else step
         found, again = decode(graphed)
     except RuntimeError as error:
         log(case=name, ok=False, error=str(error)[:300])
@@ -209,14 +209,14 @@ def _in_cuda_graphs(log: Log, device: torch.device) -> bool:
 @torch.no_grad()
 def _same_in_a_graph(call: Callable[[], Tensor]) -> bool:
     expected = call()
-    replay, captured = _graph(call, warm_up=3)
+    replay, captured = record_graph(call, warm_up=3)
     for _ in range(3):
         replay()
     torch.cuda.synchronize()
     return torch.equal(captured, expected)
 
 
-def _graph(call: Callable[[], Any], *, warm_up: int) -> tuple[Callable[[], None], Any]:
+def record_graph(call: Callable[[], Any], *, warm_up: int) -> tuple[Callable[[], None], Any]:
     """How to replay it, and what it returned when it was captured: the graph writes there."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

@@ -51,7 +51,7 @@ def instruction_forward(
     BLOCK_KEY: tl.constexpr,
     BLOCK_CAST: tl.constexpr,
 ):
-    """One program for BLOCK_M instruction tokens and BLOCK_KEY columns of both; further ones cast BLOCK_CAST numbers."""
+    """One program for BLOCK_M instruction tokens and BLOCK_KEY columns; further ones cast BLOCK_CAST numbers each."""
     inner_blocks = tl.cdiv(I, BLOCK_KEY)
     projections = tl.cdiv(M, BLOCK_M) * inner_blocks
     if tl.program_id(0) >= projections:
@@ -186,8 +186,8 @@ def _instruction_backward(
     eps: float,
     need_tokens: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the tokens (empty unless ``need_tokens``), W_k and W_v, in the tokens' dtype; of the norm's scale and
-    shift and b_v, in float32. By PyTorch's own operations, since the instruction is short."""
+    """Gradients of the tokens (empty unless ``need_tokens``), W_k and W_v, in the tokens' dtype; of the norm's scale
+    and shift and b_v, in float32. By PyTorch's own operations, since the instruction is short."""
     dtype, width = tokens.dtype, tokens.shape[-1:]
     scale, shift = norm_weight.float(), norm_bias.float()
     wide = (tokens if mask is None else tokens.masked_fill(~mask[..., None], 0)).float()
