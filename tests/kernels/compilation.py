@@ -42,7 +42,7 @@ def compiled(configuration: Configuration, target: str, *, unaligned: tuple[str,
             constexprs=dict(configuration.constants),
             attrs={(index,): [["tt.divisibility", 16]] for index in attributes},
         ),
-        target=TARGETS[target],
+        target=TARGETS.get(target) or GPUTarget("cuda", int(target.removeprefix("sm_")), 32),
         options=configuration.options(),
     )
 
