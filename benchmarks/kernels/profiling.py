@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 
-from .stage import told
-
 
 def kernel_times(step: Callable[[], object], device: torch.device, repeats: int = 20) -> dict[str, float]:
     """Mean microseconds a call, of the kernels that take longest; the L2 cache is emptied before each call. On a CPU,
@@ -64,33 +62,3 @@ def host_times(call: Callable[[], object], device: torch.device, *, repeats: int
         finally:
             Configuration.launch = launch  # type: ignore[method-assign]
     return round(median(calls), 1), {name: round(median(times), 1) for name, times in inside.items()}
-
-
-def direct_launches(call: Callable[[], object], repeats: int = 100) -> dict[str, float | str]:
-    """Of the launches in a call: what each would take if the compiled kernel were launched as it is."""
-    from emma_adapter.kernels.launch import Configuration
-
-    launch = Configuration.launch
-    found: dict[str, float | str] = {}
-
-    def direct(self: Any, grid: tuple[int, ...], device: torch.device, **arguments: Any) -> None:
-        constants = dict(self.constants)
-        compiled = self.kernel[grid](**arguments, **constants, **self.options())
-        given = [constants[name] if name in constants else arguments[name] for name in self.kernel.arg_names]
-        times = []
-        try:
-            for _ in range(repeats):
-                torch.cuda.synchronize()
-                began = time.perf_counter()
-                compiled[(*grid, 1, 1)[:3]](*given)
-                times.append((time.perf_counter() - began) * 1e6)
-            found[self.kernel.__name__] = round(median(times), 1)
-        except Exception as error:  # noqa: BLE001
-            found[self.kernel.__name__] = told(error)
-
-    Configuration.launch = direct  # type: ignore[method-assign]
-    try:
-        call()
-    finally:
-        Configuration.launch = launch  # type: ignore[method-assign]
-    return found

@@ -27,7 +27,7 @@ from .comparison import OUT_OF_TIME, Budget, Effort, compare
 from .gpu_quarter_hour import Log
 from .machine import copy_bandwidth, describe_machine, median_microseconds
 from .operations import OPERATIONS
-from .profiling import direct_launches, host_times, kernel_times
+from .profiling import host_times, kernel_times
 from .records import Results
 from .schedules import CANDIDATES, changed, shipped
 from .shapes import BATCHES, PHASES, SHAPES, Setting, applies
@@ -252,20 +252,27 @@ def kernels(run: Run) -> bool:
 
 
 def host(run: Run) -> bool:
-    """Host microseconds of a call for one image, of each launch in it, and of what could replace it: the compiled
-    kernel launched without Triton's look-up of it, and a CUDA graph."""
+    """Host microseconds of a call for one image and of each launch in it; the same where Triton looks up every kernel
+    again; and in a CUDA graph."""
+    from emma_adapter.kernels import launch
+
+    repeats = 2 if run.dry else 100
     for name in ("modulation", "linear"):
         operation = OPERATIONS[name](run.setting("LLaVA-1.5", 1))
-        variants = [own for own in ("eager", "triton") if own in operation.variants]
-        for own in variants:
+        for own in (own for own in ("authors", "eager", "triton") if own in operation.variants):
             call = operation.step(operation.variants[own], "forward")
-            us, launches = host_times(call, run.device, repeats=2 if run.dry else 100)
+            us, launches = host_times(call, run.device, repeats=repeats)
             run.log(operation=name, variant=own, host_us_of_call=us, host_us_of_launches=launches)
+        direct, launch.DIRECT = launch.DIRECT, False
+        try:
+            us, launches = host_times(call, run.device, repeats=repeats)
+        finally:
+            launch.DIRECT = direct
+        run.log(operation=name, variant="looked up by Triton", host_us_of_call=us, host_us_of_launches=launches)
         if not run.dry:
-            triton = operation.step(operation.variants["triton"], "forward")
-            run.log(operation=name, host_us_ofdirect_launches=direct_launches(triton))
-            replay, _ = patched_model.record_graph(triton, warm_up=3)
-            run.log(operation=name, host_us_of_cuda_graph=host_times(replay, run.device, repeats=100)[0])
+            replay, _ = patched_model.record_graph(call, warm_up=3)
+            us, _ = host_times(replay, run.device, repeats=repeats)
+            run.log(operation=name, variant="CUDA graph", host_us_of_call=us)
     return True
 
 

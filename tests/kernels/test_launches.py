@@ -43,6 +43,8 @@ def launched(monkeypatch):
         name = kernel.__name__
         assert signature == self.signature(), name
         assert self in known, name
+        # Launched again, it passes values and then constants.
+        assert kernel.arg_names == [*self._passed, *(own for own in kernel.arg_names if own in dict(self.constants))]
         divisible = {kernel.arg_names[index[0]] for index, value in attributes.items() if value}
         declared = {kernel.arg_names[index] for index in self.divisible_by_16()}
         assert divisible <= declared, name
