@@ -116,7 +116,7 @@ def _compile_one(number: int, target: str) -> dict[str, Any]:
     from compilation import compiled, local_memory, name_of  # type: ignore[import-not-found, unused-ignore]
 
     configuration = _configurations()[number]
-    name = name_of(configuration)
+    name = f"{name_of(configuration)} w{configuration.num_warps} s{configuration.num_stages}"
     try:
         kernel = compiled(configuration, target)
         with tempfile.TemporaryDirectory() as folder:
