@@ -21,7 +21,8 @@ test-oldest: $(OLDEST_VENV)/.installed
 		tests/test_peft.py tests/test_named.py tests/test_recomputation.py tests/test_concurrency.py \
 		tests/test_life_cycle.py tests/test_numbers.py tests/test_private.py tests/test_peft_methods.py tests/test_references.py \
 		tests/test_wrapped.py tests/test_quantized.py tests/test_output_folders.py tests/test_hub_pushes.py \
-		tests/kernels/test_interpreter.py tests/kernels/test_launches.py tests/kernels/test_compiled.py
+		tests/kernels/test_interpreter.py tests/kernels/test_launches.py tests/kernels/test_direct_launches.py \
+		tests/kernels/test_compiled.py
 
 # All tests on the newest releases, of these packages the pre-releases too: tells early what others are about to change.
 # tests/test_private.py fails first where it is something that emma_adapter/private.py relies on. Installed anew each time.
