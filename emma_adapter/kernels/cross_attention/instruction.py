@@ -96,7 +96,7 @@ def instruction_forward(
 # --- operators -------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("emma_adapter::instruction", mutates_args=())
+@torch.library.custom_op("emma_adapter::keys_and_values", mutates_args=())
 def _instruction(
     tokens: Tensor,
     mask: Tensor | None,
@@ -173,7 +173,7 @@ def _(
     return _empty_outputs(tokens, key_weight, query_weight, output_weight)
 
 
-@torch.library.custom_op("emma_adapter::instruction_backward", mutates_args=())
+@torch.library.custom_op("emma_adapter::keys_and_values_backward", mutates_args=())
 def _instruction_backward(
     key_grad: Tensor,
     value_grad: Tensor,
