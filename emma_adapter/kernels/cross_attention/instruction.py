@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...errors import ShapeError
 from ..launch import DTYPES, Configuration, aligned, cdiv, dot, refuse_forward_mode, rounded
 from .layout import mask_bytes
 from .tiles import BLOCKS, configuration, row_statistics, weight_tile
@@ -290,8 +291,21 @@ def keys_and_values(
 
     Raises:
         KernelError: if a tensor has a forward-mode tangent.
+        ShapeError: if tensors don't fit each other.
     """
     refuse_forward_mode(tokens, norm_weight, norm_bias, key_weight, value_weight, value_bias)
+    (*rows, width), inner = tokens.shape, key_weight.shape[0]
+    for name, tensor, shape in (
+        ("mask", mask, (*rows,)),
+        ("norm_weight", norm_weight, (width,)),
+        ("norm_bias", norm_bias, (width,)),
+        ("key_weight", key_weight, (inner, width)),
+        ("value_weight", value_weight, (inner, width)),
+        ("value_bias", value_bias, (inner,)),
+        ("output_weight", output_weight, query_weight.shape[::-1]),
+    ):
+        if tensor is not None and tensor.shape != shape:
+            raise ShapeError(f"{name} must be {list(shape)}; got {list(tensor.shape)}")
     key, value, cast = _instruction(
         *(tokens, mask, norm_weight, norm_bias, key_weight, value_weight, value_bias),
         *(query_weight.detach(), output_weight.detach(), eps),
