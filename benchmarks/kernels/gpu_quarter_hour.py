@@ -28,6 +28,8 @@ from typing import Any, TextIO
 
 ROOT = Path(__file__).resolve().parents[2]
 LINES = "results.jsonl"
+#: Stages of which the summary tells everything.
+_TOLD = ("facts", "host", "sweep")
 #: Below this many seconds no stage begins.
 _LEAST = 10.0
 
@@ -56,8 +58,9 @@ STAGES = (
     Stage("memcheck", 90, beside=True),
     Stage("bench", 90),
     Stage("kernels", 40),
+    Stage("host", 30),
     Stage("bench-compile", 140),
-    Stage("sweep", 60),
+    Stage("sweep", 80),
     Stage("correct-rest", 90),
     Stage("table", 240),
 )
@@ -171,6 +174,9 @@ def summary(output: Path, out: TextIO = sys.stdout) -> None:
             out.write(f"{place} {entry['variant']:20} {entry['us']:10.0f} us  x{entry['ratio'] or 0:.2f}\n")
         elif "kernels_us" in entry:
             out.write(f"{entry['operation']} {entry['shape']} B={entry['batch']}: {json.dumps(entry['kernels_us'])}\n")
+        elif (entry["stage"] in _TOLD and entry.keys() - {"stage", "at", "ok"}) or "note" in entry:
+            found = {name: value for name, value in entry.items() if name not in ("stage", "at", "ok")}
+            out.write(f"{entry['stage']}: {json.dumps(found)}\n")
     wrong = [entry for entry in entries if entry.get("ok") is False or "error" in entry or "left_out" in entry]
     for entry in wrong:
         out.write("!! " + json.dumps(entry)[:400] + "\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -14,7 +15,6 @@ import traceback
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,43 +27,12 @@ from .comparison import OUT_OF_TIME, Budget, Effort, compare
 from .gpu_quarter_hour import Log
 from .machine import copy_bandwidth, describe_machine, median_microseconds
 from .operations import OPERATIONS
+from .profiling import host_times, kernel_times
 from .records import Results
-from .schedules import CANDIDATES, changed, using
-from .shapes import BATCHES, PHASES, SHAPES, Setting, Shape, applies
-
-#: Operation, shape and batch, in order of importance. ``modulation`` is the default fusion.
-CASES = (
-    ("modulation", "LLaVA-1.5", 64),
-    ("modulation", "Qwen2.5-VL, packed", 1),
-    ("linear", "LLaVA-1.5", 64),
-    ("modulation", "LLaVA-1.5", 1),
-    ("linear", "LLaVA-1.5", 1),
-    ("attention", "LLaVA-1.5", 64),
-)
-_SMALL = Shape("small", 16, 32, instruction_tokens=8, instruction_dim=24)
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a stage is given. ``seconds``: after which it is killed. ``dry``: there is no GPU."""
-
-    log: Log
-    seconds: float
-    dry: bool
-    began: float
-
-    @property
-    def device(self) -> torch.device:
-        return torch.device("cpu") if self.dry else torch.device("cuda", torch.cuda.current_device())
-
-    def left(self) -> float:
-        return self.seconds - (time.perf_counter() - self.began)
-
-    def setting(self, shape: str, batch: int) -> Setting:
-        if self.dry:
-            return Setting(_SMALL, 1, torch.float32, self.device)
-        return Setting(next(own for own in SHAPES if own.name == shape), batch, torch.bfloat16, self.device)
-
+from .schedules import CANDIDATES, changed, shipped
+from .shapes import BATCHES, PHASES, SHAPES, Setting, applies
+from .stage import CASES, Run, told
+from .sweep import sweep
 
 # --- facts -----------------------------------------------------------------------------------------------------
 
@@ -107,11 +76,16 @@ def _tool_version(tool: Path) -> str:
 
 
 def compile_all(run: Run) -> bool:
-    """Every bfloat16 variant, on all cores: fills Triton's cache, and names what fails or spills."""
-    names = list(range(len(_configurations())))[: 2 if run.dry else None]
+    """Every bfloat16 variant and all that the sweep tries, on all cores: fills Triton's cache, and names what fails or
+    spills."""
+    names = list(range(len(_configurations())))
+    names = names[:1] + names[-1:] if run.dry else names
     target = "sm_90" if run.dry else "sm_{}{}".format(*torch.cuda.get_device_capability())
     failed = 0
-    with ProcessPoolExecutor(max(1, (os.cpu_count() or 2) - 2)) as pool:
+    # From a process without threads and without a GPU's context, neither of which a fork carries along.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__spec__.name])
+    with ProcessPoolExecutor(1 if run.dry else max(1, (os.cpu_count() or 2) - 2), context) as pool:
         for future in as_completed(pool.submit(_compile_one, number, target) for number in names):
             found = future.result()
             if "error" in found or found["spilled_bytes"]:
@@ -124,8 +98,17 @@ def compile_all(run: Run) -> bool:
 def _configurations() -> list[Any]:
     from emma_adapter.kernels import cross_attention, token_mixing
 
+    from . import one_program
+
     every = (own for module in (cross_attention, token_mixing) for own in module.configurations())
-    return [own for own in every if own.dtype == torch.bfloat16 or own.kernel.__name__ == "add_splits"]
+    return [
+        *(own for own in every if own.dtype == torch.bfloat16 or own.kernel.__name__ == "add_splits"),
+        *(changed(shipped(candidate), candidate) for _, candidate in CANDIDATES),
+        *(
+            one_program.configuration(torch.bfloat16, schedule, inner=128, heads=4, modulate=True)
+            for schedule in one_program.SCHEDULES
+        ),
+    ]
 
 
 def _compile_one(number: int, target: str) -> dict[str, Any]:
@@ -133,7 +116,7 @@ def _compile_one(number: int, target: str) -> dict[str, Any]:
     from tests.kernels.compilation import compiled, local_memory, name_of
 
     configuration = _configurations()[number]
-    name = name_of(configuration)
+    name = f"{name_of(configuration)} w{configuration.num_warps} s{configuration.num_stages}"
     try:
         kernel = compiled(configuration, target)
         with tempfile.TemporaryDirectory() as folder:
@@ -153,7 +136,7 @@ def correct(run: Run, operations: tuple[str, ...], dtypes: tuple[torch.dtype, ..
             try:
                 entry = check()
             except Exception as error:  # noqa: BLE001
-                entry = {"case": f"{operation}, {dtype}", "ok": False, "error": _told(error)}
+                entry = {"case": f"{operation}, {dtype}", "ok": False, "error": told(error)}
             run.log(**entry)
             good &= entry["ok"]
     return good
@@ -237,13 +220,13 @@ def _measure(run: Run, settings: list[tuple[str, Setting]], file: str, *, compil
                 budget = Budget(run.left(), 1)
                 for record in compare(name, operation, setting, phase, results.machine, budget, effort):
                     results.records.append(record)
-                    told = {**place, "phase": phase, "variant": record.variant}
+                    entry = {**place, "phase": phase, "variant": record.variant}
                     if record.median_us is None:
                         good &= record.error == OUT_OF_TIME
-                        run.log(**told, error=record.error)
+                        run.log(**entry, error=record.error)
                     else:
                         run.log(
-                            **told,
+                            **entry,
                             us=record.median_us,
                             ratio=record.ratio,
                             percent_of_copy=record.bandwidth_percent,
@@ -253,7 +236,7 @@ def _measure(run: Run, settings: list[tuple[str, Setting]], file: str, *, compil
                 results.save(run.log.folder / file)
         except Exception as error:  # noqa: BLE001
             good = False
-            run.log(**place, error=_told(error))
+            run.log(**place, error=told(error))
         torch._dynamo.reset()
     return good
 
@@ -268,63 +251,29 @@ def kernels(run: Run) -> bool:
     return True
 
 
-def kernel_times(step: Callable[[], None], device: torch.device, repeats: int = 20) -> dict[str, float]:
-    """Mean microseconds a call, of the kernels that take longest; the L2 cache is emptied before each call. On a CPU,
-    of operators."""
-    gpu = device.type == "cuda"
-    repeats = repeats if gpu else 2
-    for _ in range(3):
-        step()
-    flush = torch.empty((256 << 20) if gpu else 1, dtype=torch.int8, device=device)
-    activity = torch.profiler.ProfilerActivity.CUDA if gpu else torch.profiler.ProfilerActivity.CPU
-    with torch.profiler.profile(activities=[activity]) as profile:
-        for _ in range(repeats):
-            flush.zero_()
-            step()
-        if gpu:
-            torch.cuda.synchronize()
-    events = profile.key_averages()
-    times = {
-        event.key[:80]: round((event.self_device_time_total if gpu else event.self_cpu_time_total) / repeats, 1)
-        for event in events
-    }
-    longest = sorted(times.items(), key=lambda entry: -entry[1])
-    return {name: microseconds for name, microseconds in longest if microseconds > 0 and "Memset" not in name}
+def host(run: Run) -> bool:
+    """Host microseconds of a call for one image and of each launch in it; the same where Triton looks up every kernel
+    again; and in a CUDA graph."""
+    from emma_adapter.kernels import launch
 
-
-# --- tiles -----------------------------------------------------------------------------------------------------
-
-
-def sweep(run: Run) -> bool:
-    """Microseconds of single kernels with other schedules, beside those that are shipped."""
-    if run.dry:
-        prepare()
-        from tests.kernels.compilation import compiled as compile_ahead
-
-        _, candidate = CANDIDATES[0]
-        known = next(own for own in _configurations() if own.kernel.__name__ == candidate.kernel)
-        compile_ahead(changed(known, candidate), "sm_90")
-        run.log(candidate=str(candidate), compiled=True)
-        return True
-    steps = {
-        name: OPERATIONS[name](run.setting("LLaVA-1.5", 64)) for name in dict.fromkeys(name for name, _ in CANDIDATES)
-    }
-    good = True
-    for name, operation in steps.items():
-        step = operation.step(operation.variants["triton"], "forward+backward")
-        run.log(operation=name, shipped=kernel_times(step, run.device, 10))
-        for own, candidate in CANDIDATES:
-            if own != name or run.left() < 5:
-                continue
-            try:
-                with using(candidate):
-                    times = kernel_times(step, run.device, 10)
-                own_times = (time for kernel, time in times.items() if kernel.startswith(candidate.kernel))
-                run.log(operation=name, candidate=str(candidate), us_of_kernel=sum(own_times))
-            except Exception as error:  # noqa: BLE001
-                good = False
-                run.log(operation=name, candidate=str(candidate), error=_told(error))
-    return good
+    repeats = 2 if run.dry else 100
+    for name in ("modulation", "linear"):
+        operation = OPERATIONS[name](run.setting("LLaVA-1.5", 1))
+        for own in (own for own in ("authors", "eager", "triton") if own in operation.variants):
+            call = operation.step(operation.variants[own], "forward")
+            us, launches = host_times(call, run.device, repeats=repeats)
+            run.log(operation=name, variant=own, host_us_of_call=us, host_us_of_launches=launches)
+        direct, launch.DIRECT = launch.DIRECT, False
+        try:
+            us, launches = host_times(call, run.device, repeats=repeats)
+        finally:
+            launch.DIRECT = direct
+        run.log(operation=name, variant="looked up by Triton", host_us_of_call=us, host_us_of_launches=launches)
+        if not run.dry:
+            replay, _ = patched_model.record_graph(call, warm_up=3)
+            us, _ = host_times(replay, run.device, repeats=repeats)
+            run.log(operation=name, variant="CUDA graph", host_us_of_call=us)
+    return True
 
 
 # --- all -------------------------------------------------------------------------------------------------------
@@ -340,10 +289,6 @@ def _interpreter() -> AbstractContextManager[None]:
     return found
 
 
-def _told(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"[:400]
-
-
 STAGES: dict[str, Callable[[Run], bool]] = {
     "facts": facts,
     "compile": compile_all,
@@ -352,6 +297,7 @@ STAGES: dict[str, Callable[[Run], bool]] = {
     "memcheck": memcheck,
     "bench": lambda run: bench(run, compiled=False, file="bench.json"),
     "kernels": kernels,
+    "host": host,
     "bench-compile": lambda run: bench(run, compiled=True, file="bench-compile.json"),
     "sweep": sweep,
     "correct-rest": correct_rest,
@@ -374,7 +320,7 @@ def main() -> int:
         with _interpreter():
             good = STAGES[given.stage](Run(log, given.seconds, given.dry_run, time.perf_counter()))
     except Exception as error:  # noqa: BLE001
-        log(ok=False, error=_told(error), where=traceback.format_exc()[-800:])
+        log(ok=False, error=told(error), where=traceback.format_exc()[-800:])
         return 1
     log(ok=good)
     return 0 if good else 1

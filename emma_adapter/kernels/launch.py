@@ -5,7 +5,8 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,11 +14,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
+from triton.compiler import CompiledKernel
 
 from ..errors import KernelError
 
 #: Whether kernels run on CPU tensors, in Triton's interpreter (``TRITON_INTERPRET=1`` before Triton is imported).
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+#: Whether compiled kernels are launched without Triton's look-up. Its interpreter compiles none, and for AMD's GPUs it
+#: specialises code on more than :func:`specialisation` knows.
+DIRECT = not INTERPRETED.value and torch.version.hip is None
 
 TRITON_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 
@@ -55,6 +61,16 @@ def rounded(x, dtype: tl.constexpr):
     return x.to(dtype)
 
 
+def specialisation(value: Any) -> Any:
+    """What of an argument Triton may compile another kernel for: of a tensor the dtype, and whether its address is
+    divisible by 16; of an integer its width, and whether it is 1 or divisible by 16; of a float nothing."""
+    if isinstance(value, Tensor):
+        return value.dtype, value.data_ptr() % 16 == 0
+    if type(value) is int:
+        return value == 1, value % 16 == 0, -(2**31) <= value < 2**31, value < 2**63
+    return float if type(value) is float else value
+
+
 @dataclass(frozen=True)
 class Configuration:
     """One compiled variant of a kernel. ``types`` are those of its pointers, where they are not ``dtype``."""
@@ -65,13 +81,47 @@ class Configuration:
     constants: tuple[tuple[str, int], ...]
     num_warps: int
     num_stages: int
+    #: What Triton compiled, by device and all that it specialises code on.
+    compiled: dict[tuple[Any, ...], CompiledKernel] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def launch(self, grid: tuple[int, ...], device: torch.device, **arguments: Any) -> None:
+        """Launch it on the current stream of a device.
+
+        The first time Triton binds the arguments, looks the compiled kernel up and launches it, which takes as long as
+        a small kernel. From then on the same compiled kernel is launched with the same arguments as Triton would pass.
+        """
         if 0 in grid:  # CUDA refuses an empty grid.
             return
         # Triton launches on the current device, whichever the tensors are on.
-        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            self.kernel[grid](**arguments, **dict(self.constants), **self.options())
+        elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+        with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
+            if not DIRECT:
+                self._bind_and_launch(grid, arguments)
+                return
+            values = [arguments[name] for name in self._passed]
+            key = (device.index, *map(specialisation, values))
+            known = self.compiled.get(key)
+            if known is not None:
+                # In the order of the kernel's parameters, in which constants come last.
+                known[(*grid, 1, 1)[:3]](*values, *self._constants)
+                return
+            launched = self._bind_and_launch(grid, arguments)
+            if isinstance(launched, CompiledKernel):
+                self.compiled[key] = launched
+
+    def _bind_and_launch(self, grid: tuple[int, ...], arguments: dict[str, Any]) -> Any:
+        return self.kernel[grid](**arguments, **dict(self.constants), **self.options())
+
+    @cached_property
+    def _passed(self) -> tuple[str, ...]:
+        """The parameters that aren't constants, which come first."""
+        constants = dict(self.constants)
+        return tuple(name for name in self.kernel.arg_names if name not in constants)
+
+    @cached_property
+    def _constants(self) -> tuple[int, ...]:
+        constants = dict(self.constants)
+        return tuple(constants[name] for name in self.kernel.arg_names[len(self._passed) :])
 
     def options(self) -> dict[str, Any]:
         """What Triton's compiler is told."""

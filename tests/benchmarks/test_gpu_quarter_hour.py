@@ -119,13 +119,21 @@ def test_the_summary_ends_with_what_went_wrong(tmp_path):
     log(case="linear", ok=False, wrong=["bias"])
     log(**place, error="OutOfMemoryError")
     log(case="linear", ok=True)
+    log(note="no prefill")
+    host = gpu_quarter_hour.Log(tmp_path, "host")
+    host(operation="linear", host_us_of_call=97.5)
+    host(ok=True)
     out = io.StringIO()
     summary(tmp_path, out)
-    first, wrong, failed, last = out.getvalue().splitlines()
+    first, note, call, wrong, failed, last = out.getvalue().splitlines()
     assert first.split()[-3:] == ["225", "us", "x0.38"]
     assert wrong.startswith("!!") and "bias" in wrong
     assert failed.startswith("!!") and "OutOfMemoryError" in failed
-    assert last.startswith("4 results, 2 of them wrong or missing")
+    assert (note, call) == (
+        'bench: {"note": "no prefill"}',
+        'host: {"operation": "linear", "host_us_of_call": 97.5}',
+    )
+    assert last.startswith("7 results, 2 of them wrong or missing")
 
 
 def test_every_stage_that_the_runner_names_there_is():
@@ -141,7 +149,8 @@ def test_a_sweep_changes_the_schedule_of_one_kernel(monkeypatch):
 
     launched = []
     monkeypatch.setattr(Configuration, "launch", lambda self, grid, device, **arguments: launched.append(self))
-    (_, candidate), configurations = schedules.CANDIDATES[0], list(token_mixing.configurations())
+    candidate = next(own for _, own in schedules.CANDIDATES if own.kernel == "mix_forward" and not own.blocks)
+    configurations = list(token_mixing.configurations())
     with schedules.using(candidate):
         for configuration in configurations:
             configuration.launch((1,), torch.device("cpu"))

@@ -26,8 +26,9 @@ SHARED_MEMORY = {"sm_80": 101_376, "sm_90": 101_376, "sm_100": 101_376, "gfx942"
 def name_of(configuration: Configuration) -> str:
     told = ("BLOCK_M", "BLOCK_H", "MODULATE", "ONE_TILE")
     shown = {name: value for name, value in configuration.constants if name in told}
-    dtype = str(configuration.dtype).removeprefix("torch.")
-    return "-".join([configuration.kernel.__name__, dtype, *(f"{name}={value}" for name, value in shown.items())])
+    weights = dict(configuration.types).get("key_weight_ptr", configuration.dtype)
+    dtypes = (str(dtype).removeprefix("torch.") for dtype in dict.fromkeys((configuration.dtype, weights)))
+    return "-".join([configuration.kernel.__name__, *dtypes, *(f"{name}={value}" for name, value in shown.items())])
 
 
 def compiled(configuration: Configuration, target: str, *, unaligned: tuple[str, ...] = ()):
@@ -41,7 +42,7 @@ def compiled(configuration: Configuration, target: str, *, unaligned: tuple[str,
             constexprs=dict(configuration.constants),
             attrs={(index,): [["tt.divisibility", 16]] for index in attributes},
         ),
-        target=TARGETS[target],
+        target=TARGETS.get(target) or GPUTarget("cuda", int(target.removeprefix("sm_")), 32),
         options=configuration.options(),
     )
 

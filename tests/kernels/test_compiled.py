@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 
 triton = pytest.importorskip("triton")
 
-from benchmarks.kernels.schedules import CANDIDATES, changed  # noqa: E402
+from benchmarks.kernels import one_program  # noqa: E402
+from benchmarks.kernels.schedules import CANDIDATES, changed, shipped  # noqa: E402
 from emma_adapter import KernelError  # noqa: E402
 from emma_adapter.kernels import cross_attention, token_mixing  # noqa: E402
 from emma_adapter.kernels.launch import TRITON_VERSION, Configuration  # noqa: E402
@@ -58,20 +60,25 @@ def test_compiles_without_spills(configuration, target, tmp_path):
 
 @pytest.mark.parametrize(("operation", "candidate"), CANDIDATES, ids=str)
 def test_the_schedules_that_a_gpu_will_try_compile_for_it(operation, candidate, tmp_path):
-    """Those of the variants that the benchmark's shape takes: bfloat16, heads of 32, all of I in a tile, large."""
-    wanted = {"BLOCK_H": 32, "MODULATE": True, "ONE_TILE": True}
-    found = [
-        own
-        for own in CONFIGURATIONS
-        if own.kernel.__name__ == candidate.kernel
-        and own.dtype == torch.bfloat16
-        and all(dict(own.constants).get(name, value) == value for name, value in wanted.items())
-    ]
-    configuration = max(found, key=lambda own: dict(own.constants).get("BLOCK_M", 0))
-    assert (configuration.num_warps, configuration.num_stages) != (candidate.num_warps, candidate.num_stages)
-    kernel = compiled(changed(configuration, candidate), "sm_90")
+    configuration = shipped(candidate)
+    other = changed(configuration, candidate)
+    assert other != configuration
+    assert {name for name, _ in other.constants} == {name for name, _ in configuration.constants}
+    assert_fits(other, tmp_path)
+
+
+@pytest.mark.parametrize("schedule", one_program.SCHEDULES, ids=str)
+@pytest.mark.parametrize("modulate", [False, True])
+def test_the_prototype_compiles_for_a_gpu_that_will_try_it(schedule, modulate, tmp_path):
+    own = one_program.configuration(torch.bfloat16, schedule, inner=128, heads=4, modulate=modulate)
+    assert_fits(own, tmp_path)
+
+
+def assert_fits(configuration, folder):
+    kernel = compiled(configuration, "sm_90")
     assert kernel.metadata.shared <= 232_448
-    assert local_memory(kernel, "sm_90", tmp_path) == 0
+    assert local_memory(kernel, "sm_90", folder) == 0
+    assert not transposed_products(kernel.asm["ttir"])
 
 
 @pytest.mark.parametrize(
@@ -88,9 +95,9 @@ def test_heads_whose_width_16_does_not_divide(configuration, tmp_path):
 
 def test_spills_would_be_seen(tmp_path):
     """The check of spills finds them in a tile that no register file holds."""
-    configuration = next(cross_attention.configurations())
+    configuration = next(own for own in CONFIGURATIONS if own.kernel.__name__ == "query_forward")
     constants = {**dict(configuration.constants), "BLOCK_M": 256, "BLOCK_I": 256}
-    object.__setattr__(configuration, "constants", tuple(constants.items()))
+    configuration = replace(configuration, constants=tuple(constants.items()))
     for target in {"sm_90", "gfx942"} & SUPPORTED.keys():
         assert local_memory(compiled(configuration, target), target, tmp_path) > 0
 

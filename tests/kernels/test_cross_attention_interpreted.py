@@ -464,7 +464,7 @@ def operands(problem: Problem, *, requires_grad: bool = True) -> tuple:
         *(t["visual_tokens"], t["key"], t["value"], torch.ones(t["key"].shape[:2], dtype=torch.bool)),
         *(torch.arange(len(cu_seqlens) - 1, dtype=torch.int32), cu_seqlens, *(t.get(name) for name in names)),
         problem.fixed["position_start"].int() if "position_start" in problem.fixed else None,
-        *(t["output_weight"], t["output_bias"], len(cu_seqlens) - 1, problem.fixed["num_heads"], 1e-5),
+        *(t["output_weight"], t["output_bias"], None, len(cu_seqlens) - 1, problem.fixed["num_heads"], 1e-5),
         problem.fixed["epilogue"] == "modulate",
     )
 
@@ -477,10 +477,10 @@ def test_the_operators_pass_pytorchs_own_checks(positions):
     plain = operands(problem, requires_grad=False)
     with torch.no_grad():
         y, *intermediates = _cross_attention(*plain)
-    without_bias = (*plain[:9], *plain[10:14])
+    without_bias = (*plain[:9], *plain[10:15])
     torch.library.opcheck(
         cross_attention_backward,
-        (torch.randn_like(y), *without_bias, *intermediates, plain[14], plain[15], plain[17], True, True, True),
+        (torch.randn_like(y), *without_bias, *intermediates, plain[15], plain[16], plain[18], True, True, True),
         test_utils=("test_schema", "test_faketensor"),
     )
 

@@ -14,8 +14,11 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import make_backend  # noqa: E402
 from triton.runtime.jit import create_function_from_signature  # noqa: E402
 
+from emma_adapter import EmmaAlignment, EmmaConfig  # noqa: E402
+from emma_adapter.alignment.fusion import dispatch  # noqa: E402
 from emma_adapter.kernels import cross_attention, token_mixing  # noqa: E402
 from emma_adapter.kernels import launch as launching  # noqa: E402
+from emma_adapter.kernels.cross_attention.instruction import instruction_forward  # noqa: E402
 from emma_adapter.kernels.launch import Configuration  # noqa: E402
 from emma_adapter.kernels.token_mixing import tiles  # noqa: E402
 from emma_adapter.kernels.token_mixing.tiles import splits_for  # noqa: E402
@@ -40,11 +43,13 @@ def launched(monkeypatch):
         name = kernel.__name__
         assert signature == self.signature(), name
         assert self in known, name
+        # Launched again, it passes values and then constants.
+        assert kernel.arg_names == [*self._passed, *(own for own in kernel.arg_names if own in dict(self.constants))]
         divisible = {kernel.arg_names[index[0]] for index, value in attributes.items() if value}
         declared = {kernel.arg_names[index] for index in self.divisible_by_16()}
         assert divisible <= declared, name
-        # Whatever was handed in, pointers are aligned; heads may be of any width.
-        assert declared - divisible <= {"head_dim"}, name
+        # Whatever was handed in, pointers are aligned; heads and instruction tokens may be of any width.
+        assert declared - divisible <= {"head_dim", "E"}, name
         assert all(side <= 65_535 for side in grid[1:]), name
         found.append(self)
 
@@ -97,7 +102,47 @@ def test_cross_attention(launched, dtype, epilogue):
             epilogue=epilogue,
         )
     kernels = {configuration.kernel for configuration in cross_attention.configurations()}
-    assert {configuration.kernel for configuration in launched} == kernels
+    assert {configuration.kernel for configuration in launched} == kernels - {instruction_forward}
+
+
+@every_dtype
+@pytest.mark.parametrize("weight_dtype", DTYPES, ids=str)
+def test_keys_and_values(launched, dtype, weight_dtype):
+    for rows, length, width, inner in ((2, 7, 48, 32), (1, 1, 16, 16), (3, 77, 20, 80)):
+        weights = {
+            "norm_weight": (width,),
+            "norm_bias": (width,),
+            "key_weight": (inner, width),
+            "value_weight": (inner, width),
+            "value_bias": (inner,),
+            "query_weight": (inner, 48),
+            "output_weight": (48, inner),
+        }
+        leaves = {name: leaf(*shape, dtype=weight_dtype) for name, shape in weights.items()}
+        mask = torch.ones(rows, length + 1, dtype=torch.bool)[:, 1:]
+        for own in (mask, None):
+            key, value, _ = cross_attention.keys_and_values(leaf(rows, length, width, dtype=dtype), own, **leaves)
+            assert key.shape == value.shape == (rows, length, inner)
+    assert len(launched) == 6
+
+
+@pytest.mark.parametrize("fusion", ["attention", "modulation"])
+def test_a_forward_in_half_precision_runs_four_kernels_and_nothing_else(launched, monkeypatch, fusion):
+    """No cast, fill or product beside them, with weights in float32 and a mask."""
+    monkeypatch.setattr(dispatch, "_INTERPRETED", True)
+    sizes = {"visual_dim": 64, "instruction_dim": 48, "visual_grid": (3, 4)}
+    alignment = EmmaAlignment(EmmaConfig(fusion=fusion, kernel="triton", **sizes))
+    v, t = torch.randn(2, 12, 64).bfloat16(), torch.randn(2, 9, 48).bfloat16()
+    mask = torch.arange(9) < torch.tensor([[4], [0]])
+    with torch.no_grad(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        alignment(v, t, mask)
+    assert [configuration.kernel.__name__ for configuration in launched] == [
+        *("instruction_forward", "query_forward", "attention_forward", "output_forward")
+    ]
+    ran = {event.key.removeprefix("aten::") for event in profile.key_averages() if event.key.startswith("aten::")}
+    # What makes no kernel: memory, and other views of it. A cast would be `_to_copy` beside `to`.
+    views = {"to", "view", "reshape", "detach", "unbind", "select", "as_strided", "alias"}
+    assert ran <= views | {"empty", "new_empty", "empty_like", "empty_strided"}
 
 
 @pytest.mark.parametrize(("num_chunks", "blocks"), [(1024, 30), (18, 48), (1024, 300), (3, 1), (4608, 110)])

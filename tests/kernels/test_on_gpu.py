@@ -192,6 +192,24 @@ def test_packed_in_a_cuda_graph(fusion):
 
 
 @every_fusion
+def test_launches_without_tritons_look_up_give_the_same_bits(fusion, monkeypatch):
+    """On another stream too."""
+    from emma_adapter.kernels import launch
+
+    alignment, (v, t, mask) = make(fusion), tokens("LLaVA-1.5", torch.bfloat16)
+    with monkeypatch.context() as looked_up:
+        looked_up.setattr(launch, "DIRECT", False)
+        expected = results(alignment, v, t, mask)
+    torch.cuda.synchronize()
+    for stream in (torch.cuda.current_stream(), torch.cuda.Stream()):
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                found = results(alignment, v, t, mask)
+        stream.synchronize()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@every_fusion
 def test_in_a_cuda_graph(fusion):
     alignment, (v, t, mask) = make(fusion), tokens("LLaVA-1.5", torch.bfloat16)
     expected = results(alignment, v, t, mask)

@@ -39,6 +39,12 @@ def small_tiles(monkeypatch):
     # Packing and adding have tiles of their own, which must divide PADDING.
     for file in (tiles, forward, backward):
         monkeypatch.setattr(file, "BLOCKS_ELEMENTWISE", (("BLOCK_M", 32), ("BLOCK_N", 32), ("PADDING", 32)))
+    made_from_them = tiles.product, forward._packing, backward._adding
+    for cached in made_from_them:
+        cached.cache_clear()
+    yield
+    for cached in made_from_them:
+        cached.cache_clear()
 
 
 @pytest.fixture

@@ -93,10 +93,21 @@ class CrossAttention(nn.Module):
     ) -> Tensor:
         """Update and residual together, by the Triton kernels; ``layout`` as
         :func:`~emma_adapter.kernels.cross_attention.cross_attention` takes it."""
-        from ...kernels.cross_attention import cross_attention
+        from ...kernels.cross_attention import cross_attention, keys_and_values
 
-        keys, values = self._keys_and_values(instruction_tokens, instruction_mask)
-        assert self.query.bias is not None and self.output.bias is not None
+        assert self.query.bias is not None and self.output.bias is not None and self.value.bias is not None
+        keys, values, cast_weights = keys_and_values(
+            instruction_tokens,
+            instruction_mask,
+            norm_weight=self.instruction_norm.weight,
+            norm_bias=self.instruction_norm.bias,
+            key_weight=self.key.weight,
+            value_weight=self.value.weight,
+            value_bias=self.value.bias,
+            query_weight=self.query.weight,
+            output_weight=self.output.weight,
+            eps=self.instruction_norm.eps,
+        )
         return cross_attention(
             visual_tokens,
             keys,
@@ -110,6 +121,7 @@ class CrossAttention(nn.Module):
             output_weight=self.output.weight,
             output_bias=self.output.bias,
             eps=self.visual_norm.eps,
+            cast_weights=cast_weights,
             epilogue=epilogue,
             **layout,
         )

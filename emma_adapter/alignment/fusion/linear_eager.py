@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from typing import Any
 
 import torch
@@ -57,7 +58,7 @@ class MixTokens(torch.autograd.Function):
             return torch.sub(x, negated, out=negated)
         negated = MixTokens._negated_update(x, projected, image_weight, text_weight, bias)
         # Every token's update is a sum over all tokens of its image, so that one that isn't finite shows in the first.
-        if not bool(negated[:, 0].isfinite().all()):
+        if not _all_finite(negated[:, 0]):
             finite = x.nan_to_num(0.0, 0.0, 0.0)
             negated = MixTokens._negated_update(finite, projected, image_weight, text_weight, bias)
         return torch.sub(x, negated, out=negated)
@@ -125,6 +126,11 @@ def _is_transformed(*tensors: Tensor) -> bool:
     return is_transformed() or any(unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
+def _all_finite(tensor: Tensor) -> bool:
+    """False also where only the sum of all values isn't finite: what follows then is slower, and gives the same."""
+    return math.isfinite(tensor.sum().item())
+
+
 def _repeated(weight: Tensor, batch: Tensor) -> Tensor:
     """One view of the matrix an image."""
     return weight.expand(len(batch), -1, -1)
@@ -135,7 +141,7 @@ def _image_weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
     if may_look(x):
         gradient = _sum_of_products(dy, x)
         # As in forward: what isn't finite shows in the first row.
-        if bool(gradient[0].isfinite().all()):
+        if _all_finite(gradient[0]):
             return gradient
     return _sum_of_products(dy, x.nan_to_num(0.0, 0.0, 0.0))
 

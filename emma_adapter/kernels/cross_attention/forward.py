@@ -1,7 +1,7 @@
 """Cross-attention, forward: three kernels, in the order in which they run."""
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, import-untyped"
-# ruff: noqa: E741, N803, PLR0915 (sizes are upper-case in Triton code; a kernel is one function)
+# ruff: noqa: E741, N803 (sizes are upper-case in Triton code)
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import Configuration, aligned, cdiv, dot, rounded
-from .layout import Layout, mask_bytes
+from .layout import Layout, in_dtype, mask_bytes
 from .tiles import (
     BLOCKS,
     LOG2_E,
@@ -26,6 +26,7 @@ from .tiles import (
     is_finite_token,
     number_of_keys,
     output_tile,
+    row_statistics,
     segment_slice,
     updated_rows,
     variants,
@@ -47,7 +48,7 @@ def query_forward(
     position_start_ptr,  # int32 [S]
     cu_seqlens_ptr,  # int32 [S + 1]
     query_ptr,  # out [M, I]
-    center_ptr,  # out float32 [M, 2]: the mean in two parts, see below
+    center_ptr,  # out float32 [M, 2]: the mean in two parts, see row_statistics
     rstd_ptr,  # out float32 [M]
     M,
     N,  # tokens of every segment; 0 if cu_seqlens says how many
@@ -68,32 +69,7 @@ def query_forward(
     row_inside = rows < M
     x_rows = x_ptr + rows.to(tl.int64) * D
 
-    # Mean and variance, block by block (Chan et al. 1983), of the difference to one of the token's own entries: where
-    # the mean is much larger than the deviation, float32 can't hold both the mean and what is to be left of it. The
-    # smallest entry is no outlier, and beside a large mean as good as any.
-    channels = tl.arange(0, BLOCK_D)
-    inside = row_inside[:, None] & (channels < D)[None, :]
-    x = tl.load(x_rows[:, None] + channels[None, :], mask=inside, other=0.0).to(tl.float32)
-    size = tl.where(inside, tl.abs(x), float("inf"))
-    is_smallest = size == tl.min(size, 1)[:, None]
-    reference = tl.sum(tl.where(is_smallest, x, 0.0), 1) / tl.sum(tl.where(is_smallest, 1.0, 0.0), 1)
-    center = tl.zeros([BLOCK_M], tl.float32)
-    squares = tl.zeros([BLOCK_M], tl.float32)
-    seen = 0.0
-    for first in range(0, D, BLOCK_D):
-        channels = first + tl.arange(0, BLOCK_D)
-        inside = row_inside[:, None] & (channels < D)[None, :]
-        x = tl.load(x_rows[:, None] + channels[None, :], mask=inside, other=0.0).to(tl.float32)
-        x = tl.where(inside, x - reference[:, None], 0.0)
-        width = tl.sum(tl.where(channels < D, 1.0, 0.0), 0)
-        block_mean = tl.sum(x, 1) / width
-        deviation = tl.where(inside, x - block_mean[:, None], 0.0)
-        step = block_mean - center
-        squares += tl.sum(deviation * deviation, 1) + step * step * (seen * width / (seen + width))
-        center += step * (width / (seen + width))
-        seen += width
-    rstd = tl.rsqrt(squares / D + eps)
-
+    reference, center, rstd = row_statistics(x_rows, row_inside, D, eps, BLOCK_M, BLOCK_D)
     query = tl.zeros([BLOCK_M, BLOCK_I], tl.float32)
     for first in range(0, D, BLOCK_D):
         channels = first + tl.arange(0, BLOCK_D)
@@ -277,6 +253,7 @@ def attend(
     position_start: Tensor | None,
     output_weight: Tensor,
     output_bias: Tensor,
+    cast_weights: Tensor | None,
     *,
     segments: int,
     num_heads: int,
@@ -292,6 +269,7 @@ def attend(
     layout = Layout.of(tokens, segments, cu_seqlens, instruction, unused=rstd)
     row_blocks = cdiv(tokens, block["BLOCK_M"])
     x = aligned(x)
+    query_weight, output_weight = in_dtype(query_weight, output_weight, cast_weights, dtype)
     bias = aligned(query_bias, torch.float32)
     configuration(query_forward, dtype).launch(
         (row_blocks * cdiv(inner, block["BLOCK_I"]),),
@@ -299,7 +277,7 @@ def attend(
         x_ptr=x,
         norm_weight_ptr=aligned(norm_weight, torch.float32),
         norm_bias_ptr=aligned(norm_bias, torch.float32),
-        weight_ptr=aligned(query_weight, dtype),
+        weight_ptr=query_weight,
         bias_ptr=bias,
         position_ptr=bias if position is None else aligned(position, torch.float32),
         position_start_ptr=layout.unused if position_start is None else position_start,
@@ -342,7 +320,7 @@ def attend(
         attended_ptr=attended,
         lse_ptr=lse,
         rstd_ptr=rstd,
-        weight_ptr=aligned(output_weight, dtype),
+        weight_ptr=output_weight,
         bias_ptr=aligned(output_bias, torch.float32),
         y_ptr=y,
         M=tokens,

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..launch import Configuration, aligned, cdiv
 from . import backward_products as products
 from . import backward_softmax as softmax
-from .layout import Layout, mask_bytes
+from .layout import Layout, in_dtype, mask_bytes
 from .tiles import BLOCKS, configuration, head_block, variants
 
 
@@ -39,6 +39,7 @@ def cross_attention_backward(
     position_start: Tensor | None,
     output_weight: Tensor,
     output_bias: Tensor,
+    cast_weights: Tensor | None,
     query: Tensor,
     attended: Tensor,
     lse: Tensor,
@@ -62,6 +63,7 @@ def cross_attention_backward(
     if tokens == 0:
         return [gradient.zero_() for gradient in empty]
     block = BLOCKS[dtype]
+    query_factor, output_factor = in_dtype(query_weight, output_weight, cast_weights, dtype)
 
     def launch(kernel: Any, grid: tuple[int, ...], variant: dict[str, int], **arguments: Any) -> None:
         configuration(kernel, dtype, **variant).launch(grid, device, **arguments)
@@ -70,7 +72,7 @@ def cross_attention_backward(
     visual = {"grad_ptr": aligned(grad, dtype), "x_ptr": aligned(x), "lse_ptr": lse, "rstd_ptr": rstd}
     epilogue = {
         "attended_ptr": attended,
-        "weight_ptr": aligned(output_weight, dtype),
+        "weight_ptr": output_factor,
         "bias_ptr": aligned(output_bias, torch.float32),
     }
     row_blocks, inner_blocks = cdiv(tokens, block["BLOCK_M"]), cdiv(inner, block["BLOCK_I"])
@@ -123,7 +125,7 @@ def cross_attention_backward(
             **normed,
             **epilogue,
             **sizes,
-            query_weight_ptr=aligned(query_weight, dtype),
+            query_weight_ptr=query_factor,
             norm_weight_ptr=aligned(norm_weight, torch.float32),
             x_grad_ptr=x_grad,
             M=tokens,
@@ -246,6 +248,7 @@ def _(
     position_start: Tensor | None,
     output_weight: Tensor,
     output_bias: Tensor,
+    cast_weights: Tensor | None,
     query: Tensor,
     attended: Tensor,
     lse: Tensor,

@@ -1,4 +1,4 @@
-"""Where the segments of a call lie, as the kernels are told."""
+"""Where the segments of a call lie, and its weights, as the kernels are told."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..launch import cdiv
+from ..launch import aligned, cdiv
 
 
 @dataclass(frozen=True)
@@ -66,3 +66,13 @@ def mask_bytes(key_mask: Tensor) -> Tensor:
     """uint8, 1 at valid keys; without a copy of one that is boolean already."""
     mask = key_mask if key_mask.dtype == torch.bool else key_mask != 0
     return mask.contiguous().view(torch.uint8)
+
+
+def in_dtype(
+    query_weight: Tensor, output_weight: Tensor, cast_weights: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """W_q and W_o as they are multiplied: from ``cast_weights [2, I D]``, or else cast here."""
+    if cast_weights is None:
+        return aligned(query_weight, dtype), aligned(output_weight, dtype)
+    query, output = aligned(cast_weights)
+    return query.view(query_weight.shape), output.view(output_weight.shape)

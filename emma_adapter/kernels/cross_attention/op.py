@@ -1,6 +1,7 @@
 """The cross-modal step of ``attention`` and ``modulation``: cross-attention and its residual.
 
-Three kernels, each of which passes once over the visual tokens or over tensors of the inner width (``forward.py``):
+Keys and values come from :func:`~.instruction.keys_and_values`. Then three kernels, each of which passes once over the
+visual tokens or over tensors of the inner width (``forward.py``):
 
 1. ``query_forward``: LayerNorm, query projection and positions; the normalised tokens stay on the chip.
 2. ``attention_forward``: softmax over the few instruction tokens, for one head and one block of a segment's tokens.
@@ -95,6 +96,7 @@ def _cross_attention(
     position_start: Tensor | None,
     output_weight: Tensor,
     output_bias: Tensor,
+    cast_weights: Tensor | None,
     segments: int,
     num_heads: int,
     eps: float,
@@ -105,7 +107,7 @@ def _cross_attention(
     if len(x):
         forward.attend(
             *(x, key, value, key_mask, instruction, cu_seqlens, norm_weight, norm_bias, query_weight, query_bias),
-            *(position, position_start, output_weight, output_bias),
+            *(position, position_start, output_weight, output_bias, cast_weights),
             segments=segments,
             num_heads=num_heads,
             eps=eps,
@@ -146,6 +148,7 @@ def _(
     position_start: Tensor | None,
     output_weight: Tensor,
     output_bias: Tensor,
+    cast_weights: Tensor | None,
     segments: int,
     num_heads: int,
     eps: float,
@@ -175,7 +178,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_intermediates: Tensor | None) -> 
     gradients = (
         *(x, key, value, None, None, None),
         *(norm_weight, norm_bias, query_weight, query_bias, position, None, output_weight, output_bias),
-        *(None, None, None, None),
+        *(None, None, None, None, None),
     )
     return tuple(gradient if need else None for gradient, need in zip(gradients, needed, strict=True))
 
@@ -200,6 +203,7 @@ def cross_attention(  # noqa: PLR0912 (it is checks)
     position_start: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     instruction_rows: Tensor | None = None,
+    cast_weights: Tensor | None = None,
     eps: float = 1e-5,
     epilogue: Epilogue = "add",
 ) -> Tensor:
@@ -226,6 +230,8 @@ def cross_attention(  # noqa: PLR0912 (it is checks)
         cu_seqlens: integers ``[S + 1]`` on the device of x, from 0 to M: segment s is rows ``cu_seqlens[s]`` to
             ``cu_seqlens[s + 1]``, and may be empty. Their values are not checked: that would wait for the GPU.
         instruction_rows: integers ``[S]``, which key and value each segment meets; None if segment s meets row s.
+        cast_weights: ``query_weight`` and ``output_weight`` in the dtype of x, ``[2, I D]``, where there is a copy of
+            them; None to make one. Their gradients are those of the weights.
         eps: of the LayerNorm.
         epilogue: ``"add"`` or ``"modulate"``.
 
@@ -265,10 +271,13 @@ def cross_attention(  # noqa: PLR0912 (it is checks)
         ("position", position, (None if position is None else position.shape[0], inner)),
         ("position_start", position_start, (segments,)),
         ("instruction_rows", instruction_rows, (segments,)),
+        ("cast_weights", cast_weights, (2, inner * width)),
     ):
         if tensor is not None and tensor.shape != shape:
             raise ShapeError(f"{name} must be {list(shape)}; got {list(tensor.shape)}")
 
+    if cast_weights is not None and cast_weights.dtype != visual_tokens.dtype:
+        raise ShapeError(f"cast_weights must have the dtype of visual_tokens; got {cast_weights.dtype}")
     x = visual_tokens.reshape(-1, width).contiguous()
     if position_start is not None and cu_seqlens is None:
         cu_seqlens = torch.arange(segments + 1, device=x.device) * tokens
@@ -297,6 +306,7 @@ def cross_attention(  # noqa: PLR0912 (it is checks)
         position_start,
         output_weight,
         output_bias,
+        cast_weights,
         segments,
         num_heads,
         eps,

@@ -23,14 +23,15 @@ MASK_BLOCK = tl.constexpr(128)
 
 # --- the sizes of tiles ----------------------------------------------------------------------------------------
 
-_SHARED = {"CHUNK": 512, "BLOCK_SUM": 512}
+_SHARED = {"CHUNK": 512, "BLOCK_SUM": 512, "BLOCK_CAST": 2048}
 #: Tokens (M), channels (D), inner width (I) and instruction tokens (T) of a tile. Instructions are short, and a loop
 #: over blocks of 32 computes less padding than one tile for the longest. float32 has no tensor cores: small tiles.
 #: Gradients of keys and values are first summed over CHUNK tokens, then those sums, BLOCK_SUM numbers in a program.
+#: Keys and values are made BLOCK_KEY columns of both at once; BLOCK_CAST numbers are cast in a program.
 BLOCKS: dict[torch.dtype, dict[str, int]] = {
-    torch.bfloat16: {"BLOCK_M": 64, "BLOCK_D": 64, "BLOCK_I": 128, "BLOCK_T": 32, **_SHARED},
-    torch.float16: {"BLOCK_M": 64, "BLOCK_D": 64, "BLOCK_I": 128, "BLOCK_T": 32, **_SHARED},
-    torch.float32: {"BLOCK_M": 32, "BLOCK_D": 32, "BLOCK_I": 64, "BLOCK_T": 32, **_SHARED},
+    torch.bfloat16: {"BLOCK_M": 64, "BLOCK_D": 64, "BLOCK_I": 128, "BLOCK_T": 32, "BLOCK_KEY": 32, **_SHARED},
+    torch.float16: {"BLOCK_M": 64, "BLOCK_D": 64, "BLOCK_I": 128, "BLOCK_T": 32, "BLOCK_KEY": 32, **_SHARED},
+    torch.float32: {"BLOCK_M": 32, "BLOCK_D": 32, "BLOCK_I": 64, "BLOCK_T": 32, "BLOCK_KEY": 32, **_SHARED},
 }
 #: Programs that keep a GPU of 132 to 304 multiprocessors busy.
 MANY_PROGRAMS = 264
@@ -38,6 +39,7 @@ MANY_PROGRAMS = 264
 HEAD_BLOCKS = (32, 64)
 #: num_warps and num_stages, chosen so that no variant spills registers on the targets of the tests.
 SCHEDULES = {
+    "instruction_forward": (4, 2),
     "query_forward": (4, 2),
     "attention_forward": (4, 1),
     "output_forward": (4, 2),
@@ -73,13 +75,19 @@ _TYPES = {
     **dict.fromkeys(_INT32, torch.int32),
     "key_mask_ptr": torch.uint8,
 }
+#: Parameters of ``instruction_forward`` that it reads as they are stored: in float32 or in the tokens' dtype.
+_AS_STORED = ("norm_weight_ptr", "norm_bias_ptr", "key_weight_ptr", "value_weight_ptr", "value_bias_ptr")
+_TO_CAST = dict.fromkeys(("query_weight_ptr", "output_weight_ptr"), torch.float32)
 
 
 @cache
-def configuration(kernel: Any, dtype: torch.dtype, **variant: int) -> Configuration:
-    """The variant of a kernel for visual tokens of a dtype; ``BLOCK_H``, ``MODULATE`` and ``ONE_TILE`` where it has
-    them."""
+def configuration(
+    kernel: Any, dtype: torch.dtype, *, weights: torch.dtype | None = None, **variant: int
+) -> Configuration:
+    """The variant of a kernel for tokens of a dtype; ``BLOCK_H``, ``MODULATE`` and ``ONE_TILE`` where it has them.
+    ``weights``: the dtype in which it reads weights as they are stored, if it does."""
     names = kernel.arg_names
+    types = _TYPES if weights is None else {**_TYPES, **_TO_CAST, **dict.fromkeys(_AS_STORED, weights)}
     constants = {**BLOCKS[dtype], **variant}
     name = kernel.fn.__name__
     num_warps, num_stages = SCHEDULES[name]
@@ -89,7 +97,7 @@ def configuration(kernel: Any, dtype: torch.dtype, **variant: int) -> Configurat
     return Configuration(
         kernel,
         dtype,
-        types=tuple((parameter, _TYPES[parameter]) for parameter in names if parameter in _TYPES),
+        types=tuple((parameter, types[parameter]) for parameter in names if parameter in types),
         constants=tuple((parameter, constants[parameter]) for parameter in names if parameter in constants),
         num_warps=num_warps,
         num_stages=num_stages,
@@ -161,6 +169,37 @@ def number_of_keys(key_mask_ptr, first_key, T):
         valid = tl.load(key_mask_ptr + first_key + t, mask=t < T, other=0) != 0
         keys = tl.maximum(keys, tl.max(tl.where(valid, t + 1, 0), 0))
     return keys
+
+
+@triton.jit
+def row_statistics(x_rows, row_inside, D, eps, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
+    """For LayerNorm of rows of width D at the pointers ``x_rows [BLOCK_M]``: the mean in two parts, reference and
+    center, and the reciprocal of the standard deviation."""
+    # Mean and variance, block by block (Chan et al. 1983), of the difference to one of the token's own entries: where
+    # the mean is much larger than the deviation, float32 can't hold both the mean and what is to be left of it. The
+    # smallest entry is no outlier, and beside a large mean as good as any.
+    channels = tl.arange(0, BLOCK_D)
+    inside = row_inside[:, None] & (channels < D)[None, :]
+    x = tl.load(x_rows[:, None] + channels[None, :], mask=inside, other=0.0).to(tl.float32)
+    size = tl.where(inside, tl.abs(x), float("inf"))
+    is_smallest = size == tl.min(size, 1)[:, None]
+    reference = tl.sum(tl.where(is_smallest, x, 0.0), 1) / tl.sum(tl.where(is_smallest, 1.0, 0.0), 1)
+    center = tl.zeros([BLOCK_M], tl.float32)
+    squares = tl.zeros([BLOCK_M], tl.float32)
+    seen = 0.0
+    for first in range(0, D, BLOCK_D):
+        channels = first + tl.arange(0, BLOCK_D)
+        inside = row_inside[:, None] & (channels < D)[None, :]
+        x = tl.load(x_rows[:, None] + channels[None, :], mask=inside, other=0.0).to(tl.float32)
+        x = tl.where(inside, x - reference[:, None], 0.0)
+        width = tl.sum(tl.where(channels < D, 1.0, 0.0), 0)
+        block_mean = tl.sum(x, 1) / width
+        deviation = tl.where(inside, x - block_mean[:, None], 0.0)
+        step = block_mean - center
+        squares += tl.sum(deviation * deviation, 1) + step * step * (seen * width / (seen + width))
+        center += step * (width / (seen + width))
+        seen += width
+    return reference, center, tl.rsqrt(squares / D + eps)
 
 
 @triton.jit

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 
 import torch
 import triton
@@ -301,5 +302,6 @@ def configurations() -> Iterator[Configuration]:
         yield from (product(mix_backward_inputs, dtype, tile) for tile in tiles_of(dtype))
 
 
+@cache
 def _adding() -> Configuration:
     return Configuration(add_splits, torch.float32, (), BLOCKS_ELEMENTWISE, 4, 1)

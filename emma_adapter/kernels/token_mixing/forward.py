@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 
 import torch
 import triton
@@ -194,6 +195,7 @@ def configurations() -> Iterator[Configuration]:
         yield from (product(mix_forward, dtype, tile) for tile in tiles_of(dtype))
 
 
+@cache
 def _packing(dtype: torch.dtype) -> Configuration:
     types = (("image_weight_ptr", torch.float32), ("text_weight_ptr", torch.float32))
     return Configuration(pack_weights, dtype, types, BLOCKS_ELEMENTWISE, 4, 1)

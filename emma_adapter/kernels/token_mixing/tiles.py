@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -55,6 +56,7 @@ _MANY_PROGRAMS = 264
 _MAX_SPLITS = 32
 
 
+@cache
 def product(kernel: Any, dtype: torch.dtype, tile: Tile) -> Configuration:
     """The variant of one of the three products for a dtype and a tile."""
     *blocks, warps, stages = _BLOCKS_FLOAT32 if dtype == torch.float32 else _BLOCKS[tile]

@@ -369,6 +369,31 @@ def cross_attention_with_values_of_another_shape(bench: Bench) -> None:
     cross_attention(bench, value=torch.ones(2, 4, 32))
 
 
+@raises(ShapeError, IN_CROSS_ATTENTION, "cast_weights must have the dtype")
+def weights_cast_to_another_dtype(bench: Bench) -> None:
+    cross_attention(bench, cast_weights=torch.ones(2, 512, dtype=torch.float16))
+
+
+@raises(ShapeError, "kernels/cross_attention/instruction.py:keys_and_values", "{name} must be")
+def keys_of_a_mask_of_another_length(bench: Bench) -> None:
+    pytest.importorskip("triton")
+    from emma_adapter.kernels.cross_attention import keys_and_values
+
+    norm, key, value = nn.LayerNorm(8), nn.Linear(8, 16), nn.Linear(8, 16)
+    query, output = nn.Linear(4, 16), nn.Linear(16, 4)
+    keys_and_values(
+        torch.ones(2, 3, 8),
+        torch.ones(2, 4, dtype=torch.bool),
+        norm_weight=norm.weight,
+        norm_bias=norm.bias,
+        key_weight=key.weight,
+        value_weight=value.weight,
+        value_bias=value.bias,
+        query_weight=query.weight,
+        output_weight=output.weight,
+    )
+
+
 @raises(KernelError, "kernels/launch.py:refuse_forward_mode", "forward-mode")
 def a_forward_mode_derivative(bench: Bench) -> None:
     with forward_ad.dual_level():
