@@ -5,6 +5,9 @@ import os
 # Nothing in the tests may look for a model on the hub, or be slowed down by looking.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Everything here is tiny: more threads only wait for each other, those of numpy and of processes that tests start too.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -13,7 +16,6 @@ from hypothesis import HealthCheck, settings
 from emma_adapter.alignment.fusion.registry import FUSIONS
 from tests.support import budget, tiny
 
-# Everything here is tiny: more threads only wait for each other.
 torch.set_num_threads(1)
 
 _HYPOTHESIS = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}

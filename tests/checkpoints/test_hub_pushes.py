@@ -89,7 +89,7 @@ first = trained(1)
 # It is known that Trainer pushes, also where its code is loaded only after the model was patched.
 assert "transformers.trainer" not in sys.modules
 from transformers import Trainer, TrainingArguments
-from test_peft import Repeated, collate
+from tests.adapter.test_peft import Repeated, collate
 
 def trained_by_trainer(kind, strategy):
     adapter = trained(1)

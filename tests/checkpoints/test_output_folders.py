@@ -121,7 +121,7 @@ try:
 except FileExistsError as error:
     print("refused", error)
 
-from test_trainer import trainer_for
+from tests.adapter.test_trainer import trainer_for
 adapter.train_only()
 for repository in ("someone/lora", "someone/model"):
     trainer = trainer_for(adapter.model, tempfile.mkdtemp(), push_to_hub=True, hub_model_id=repository)

@@ -9,6 +9,7 @@ from torch import Tensor
 from emma_adapter import EmmaAlignment, EmmaConfig, Packing
 from tests.kernels.precision import DTYPES, TOLERANCES
 from tests.support import tiny
+from tests.support.budget import budget
 from tests.support.formulas import assert_correct, expected, formula, results, same, same_bits, weighting
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -19,7 +20,7 @@ N = GRID[0] * GRID[1]
 BROKEN = [float("nan"), float("inf"), -float("inf")]
 
 every_fusion = pytest.mark.parametrize("fusion", FUSIONS)
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+every_dtype = pytest.mark.parametrize("dtype", budget([torch.bfloat16], DTYPES), ids=str)
 
 
 def make(fusion: str, dtype: torch.dtype = torch.float32, *, trained: bool = True, **changes) -> EmmaAlignment:

@@ -393,6 +393,7 @@ def compiled() -> Iterator[Callable[[nn.Module], Any]]:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_a_compiled_model_follows_patching_and_can_be_freed(compiled):
     model = tiny.llava()
     original = logits(model)
