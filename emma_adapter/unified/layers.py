@@ -203,7 +203,7 @@ def generation_view(
             name: private.view_of(made.get_submodule(name), {}, {}, config=config, **mode)
             for name in _attention_names(layer)
         }
-        views.append(private.view_of(made, attention, {}, **private.can_checkpoint_with_cache(), **mode))
+        views.append(private.view_of(made, attention, {}, **private.checkpointed_with_cache(), **mode))
     children = {"layers": nn.ModuleList(views), "norm": view(base.norm, norm, dtype)}
     return private.view_of(base, children, {}, config=config, **mode)
 

@@ -71,8 +71,8 @@ def read_prompts(model: nn.Module, state: UnifiedState, inputs: Mapping[str, Any
     mask = inputs.get("attention_mask")
     mask = torch.ones_like(ids) if mask is None else mask
     positions = _positions(inner, inputs, mask)
-    own = {name: value for name, value in inputs.items() if name not in _NOT_OF_A_PROMPT and value is not None}
-    given = {**own, "attention_mask": mask, "position_ids": positions, "use_cache": True}
+    own = {name: value for name, value in inputs.items() if name not in _NOT_OF_A_PROMPT and _is_content(value)}
+    given = {**own, "attention_mask": mask, "position_ids": positions, "use_cache": True, "return_dict": True}
     with _kept_positions(inner), _without_checkpointing(text), fusing(True):
         output = inner(**given)
     cache = private.cache_of(output)
@@ -89,6 +89,11 @@ def read_prompts(model: nn.Module, state: UnifiedState, inputs: Mapping[str, Any
     flat = positions if positions.ndim == 2 else positions.amax(0)
     start = flat.masked_fill(mask == 0, -1).amax(1) + 1
     return Prefix(states, mask.bool(), start)
+
+
+def _is_content(value: Any) -> bool:
+    """Whether an argument of a call is ids, pixels or sizes, rather than a setting."""
+    return isinstance(value, (list, tuple)) or (isinstance(value, Tensor) and value.ndim > 0)
 
 
 def has_planes(inner: Any) -> bool:
