@@ -54,7 +54,8 @@ def guard_save_pretrained(model: nn.Module, original: Callable[..., Any], *args:
             result = original(**kwargs)
     elif all(name.startswith(_PREFIX) for name in trained):
         own = {name: value.detach().cpu().contiguous() for name, value in gathered.items() if name.startswith(_PREFIX)}
-        if is_main_process:
+        # A model's own weights stay where a model is.
+        if is_main_process and not (folder / "config.json").exists():
             replace_files(folder, {_TRAINER_WEIGHTS: lambda path: save_file(own, path, {"format": "pt"})})
     else:
         result = original(**kwargs)

@@ -174,7 +174,7 @@ class EmmaUnified:
         Args:
             size: (height, width) that targets are resized to; None: all of a batch have one size already.
             folder: that the paths of pictures start at.
-            dropout: whether ``config.prompt_dropout`` of the prompts are replaced by empty ones.
+            dropout: whether a call that records gradients may drop ``config.prompt_dropout`` of the prompts.
         """
         return UnifiedCollator(self._state, size, Path(folder), dropout=dropout)
 

@@ -13,7 +13,7 @@ import tiny
 from emma_adapter import EmmaUnified, UnifiedConfig, load_unified, patch_model
 from emma_adapter.errors import ConfigError, DataError, ShapeError
 from emma_adapter.unified.flow import training_times
-from emma_adapter.unified.losses import dropped
+from emma_adapter.unified.losses import dropped, latent_loss
 from emma_adapter.unified.reading import read_rows
 from zoo import ZOO, Row
 
@@ -406,3 +406,23 @@ def test_a_patched_model_is_trained_to_draw(jsonl):
     adapter.train_only()
     trainer(jsonl, adapter, max_steps=1, save_strategy="no").train()
     assert isinstance(EmmaUnified(adapter.model), EmmaUnified)
+
+
+def test_a_call_drops_prompts_as_the_loss_does(tmp_path):
+    """With every prompt dropped, the loss is that of the empty prompt, of rows with pictures half without them."""
+    adapter = unified("qwen3_vl", UnifiedConfig(decoupling=2, prompt_dropout=0.999999, changed_weight=1.0))
+    rows = [{"prompt": "a", "target": picture(n, 64, 64), "image": picture(9)} for n in range(3)]
+    rows.append({"prompt": "a long one that is not read", "target": picture(4, 64, 64)})
+    batch = adapter.collator()(rows)
+    torch.manual_seed(1)
+    got = adapter.model(**batch).loss
+    torch.manual_seed(1)
+    u = torch.rand(4)
+    assert (u[:3] < 0.5).any() and not (u[:3] < 0.5).all()
+    images = [None if number < 0.5 else picture(9) for number in u[:3].tolist()]
+    state = adapter._state
+    prefix = read_rows(adapter.model, state, [("", () if one is None else (one,)) for one in images] + [("", ())])
+    want = latent_loss(
+        adapter.model, state, prefix, list(adapter.encode_images(batch["target_pixel_values"])), None, None
+    )
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
