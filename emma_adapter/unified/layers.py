@@ -135,6 +135,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 def _low_rank(path: str, module: Any, rank: int, device: torch.device) -> dict[str, nn.Parameter]:
     into, out = module.in_features, module.out_features
+    rank = min(rank, into, out)  # more of them add nothing
     down = torch.randn(rank, into, device=device) / into**0.5
     return {
         f"{path}{SEPARATOR}{_DOWN}": nn.Parameter(down),
