@@ -22,7 +22,7 @@ ORDER = """
 errors warning version untrusted atomic private surroundings wrappers kernels fusion config official alignment families
 instructions fitting
 sharding recomputation calls blocks original_projector state attachment precision idle trainers parallel planning hooks
-guards training named model_card checkpoint saving hub beside pushing push_callback base_saves starting restoring tuners
+guards training named model_card checkpoint tensor_file saving hub beside pushing push_callback base_saves starting restoring tuners
 handle prompts unified patching references loading collation __init__ data analysis report cli
 """
 LAYERS = ORDER.split()
