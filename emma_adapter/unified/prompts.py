@@ -31,12 +31,18 @@ def encode_prompts(processor: Any, prompts: Sequence[str], images: Sequence[Sequ
         images: the reference pictures of each, PIL images, which come first in the turn.
 
     Raises:
-        DataError: if the processor can't make inputs of them.
+        DataError: if a prompt holds a token that stands for pictures, or the processor can't make inputs of them.
     """
     conversations = [
         [{"role": "user", "content": [*({"type": "image"} for _ in own), {"type": "text", "text": text}]}]
         for text, own in zip(prompts, images, strict=True)
     ]
+    for token in filter(None, (getattr(processor, name, None) for name in ("image_token", "video_token"))):
+        if any(token in text for text in prompts):
+            raise DataError(
+                f"a prompt holds {token!r}, which stands for a picture in the model's input: leave it out; reference "
+                "pictures are passed as image="
+            )
     maker = Prompts(processor)
     texts = [maker.prompt(talk) for talk in conversations]
     pictures = {"images": [list(own) for own in images]} if any(images) else {}
@@ -51,8 +57,8 @@ def encode_prompts(processor: Any, prompts: Sequence[str], images: Sequence[Sequ
         )
     except Exception as error:
         raise DataError(
-            f"the processor makes no inputs of the prompts ({type(error).__name__}: {plain(str(error), 300)}): a "
-            "prompt must be a text without the tokens that stand for pictures, and pictures must be RGB images"
+            f"the processor makes no inputs of the prompts and pictures ({type(error).__name__}: "
+            f"{plain(str(error), 300)}): change what it names"
         ) from error
     return dict(made)
 

@@ -273,9 +273,14 @@ def drawing_an_empty_prompt(bench: Bench) -> None:
     draw(prompt=" ")
 
 
-@raises(DataError, "unified/prompts.py:encode_prompts", "makes no inputs of the prompts")
+@raises(DataError, "unified/prompts.py:encode_prompts", "which stands for a picture")
 def a_prompt_with_a_placeholder(bench: Bench) -> None:
     draw("qwen3_vl", prompt="what is <|image_pad|>?")
+
+
+@raises(DataError, "unified/prompts.py:encode_prompts", "makes no inputs of the prompts")
+def a_picture_that_the_processor_refuses(bench: Bench) -> None:
+    draw("qwen3_vl", image=PICTURE.resize((2000, 2)))
 
 
 @raises(DataError, "unified/prompts.py:check_length", "longer than the model's context")

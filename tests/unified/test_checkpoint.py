@@ -34,9 +34,7 @@ from emma_adapter.unified import checkpoint
 from emma_adapter.unified.checkpoint import CONFIG_NAME, WEIGHTS_NAME
 from zoo import ZOO
 
-from .small import autoencoder, unified
-from .test_generation import drawn, seeded
-from .test_layers import picture
+from .small import autoencoder, drawn, picture, seeded, unified
 
 ENTRY = ZOO["qwen3_vl"]
 
@@ -68,9 +66,12 @@ def test_a_fresh_process_draws_the_same(saved):
 import sys
 sys.path[:0] = {[str(Path(__file__).parents[1])]!r}
 import torch
-from unified.test_checkpoint import load, drawn, seeded, picture
+from emma_adapter import load_unified
+from unified.small import ZOO, autoencoder, drawn, picture, seeded
 torch.set_num_threads({torch.get_num_threads()})
-adapter = load({str(saved)!r}).set_progress_bar_config(disable=True)
+entry = ZOO["qwen3_vl"]
+adapter = load_unified(entry.model(), {str(saved)!r}, processor=entry.processor(), autoencoder=autoencoder())
+adapter.set_progress_bar_config(disable=True)
 assert torch.equal(drawn(adapter, "x", picture(1), generator=seeded(0)), torch.load({str(saved / "drawn.pt")!r}))
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])

@@ -17,9 +17,7 @@ from emma_adapter.unified.fusion import fusing
 from emma_adapter.unified.prompts import encode_prompts
 from zoo import ZOO
 
-from .small import autoencoder
-from .test_generation import drawn, seeded
-from .test_layers import picture
+from .small import autoencoder, drawn, picture, seeded
 
 DOCS = Path(__file__).parents[2] / "docs"
 NO_TEMPLATE = {"paligemma"}

@@ -17,9 +17,7 @@ from emma_adapter.unified.losses import dropped, latent_loss
 from emma_adapter.unified.reading import read_rows
 from zoo import ZOO, Row
 
-from .small import autoencoder, unified
-from .test_generation import drawn, seeded
-from .test_layers import picture
+from .small import autoencoder, drawn, picture, seeded, unified
 
 
 def pictures(count: int, seed: int = 0, side: int = 64) -> torch.Tensor:

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from emma_adapter import EmmaUnified, UnifiedConfig
-from unified.small import unified
-from unified.test_layers import picture
+from unified.small import picture, unified
 
 STEPS = 3
 
