@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from os import PathLike
 from typing import Any
 
@@ -97,6 +98,10 @@ def _check_whole(text: nn.Module) -> None:
         )
 
 
+def _is_trained(model: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in model.parameters())
+
+
 def _device_of(parameter: nn.Parameter) -> str:
     return str(parameter.device)
 
@@ -111,4 +116,5 @@ def install(model: nn.Module, state: UnifiedState) -> None:
     fusion.install(inner, projector)
     calls.install(model, inner)
     base_saves.install(model)
+    private.answer_trainer(model, functools.partial(_is_trained, model))
     private.forget_compiled_code()
