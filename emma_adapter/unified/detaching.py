@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from .. import private
-from ..guards import STATE_ATTRIBUTE as ALIGNED
+from ..state import STATE_ATTRIBUTE as ALIGNED
 from . import base_saves, calls, fusion
 from .state import MODULE_NAME, STATE_ATTRIBUTE, unified_state
 from .training import unfreeze
