@@ -76,10 +76,11 @@ def read_prompts(model: nn.Module, state: UnifiedState, inputs: Mapping[str, Any
     ids: Tensor = inputs["input_ids"]
     mask = inputs.get("attention_mask")
     mask = torch.ones_like(ids) if mask is None else mask
+    # Given, not left to the model: Qwen-VL would store what it counts, for the next call of whichever thread.
     positions = _positions(inner, inputs, mask)
     own = {name: value for name, value in inputs.items() if name not in _NOT_OF_A_PROMPT and _is_content(value)}
     given = {**own, "attention_mask": mask, "position_ids": positions, "use_cache": True, "return_dict": True}
-    with _kept_positions(inner), _without_checkpointing(text), fusing(True):
+    with _without_checkpointing(text), fusing(True):
         output = inner(**given)
     cache = private.cache_of(output)
     states = tuple((layer.keys, layer.values) for layer in getattr(cache, "layers", ()))
@@ -121,18 +122,6 @@ def _positions(inner: Any, inputs: Mapping[str, Any], mask: Tensor) -> Tensor:
         given["mm_token_type_ids"] = (inputs["input_ids"] == inner.config.image_token_id).int()
     positions: Tensor = inner.get_rope_index(**given)[0]
     return positions
-
-
-@contextmanager
-def _kept_positions(inner: nn.Module) -> Iterator[None]:
-    """Put back the ``rope_deltas`` that Qwen-VL stores on the model for calls that go on."""
-    before = [(module, vars(module)["rope_deltas"]) for module in inner.modules() if "rope_deltas" in vars(module)]
-    try:
-        yield
-    finally:
-        for module, value in before:
-            if vars(module)["rope_deltas"] is not value:
-                module.rope_deltas = value
 
 
 @contextmanager

@@ -88,9 +88,11 @@ def hook_counts(model) -> list[int]:
     return [len(getattr(module, kind)) for module in model.modules() for kind in kinds]
 
 
-def test_stored_positions_survive_a_conversation_that_is_interrupted_by_a_drawing(qwen):
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_stored_positions_survive_a_conversation_that_is_interrupted_by_a_drawing(name):
     """Qwen-VL keeps positions of the last prompt on the model, for the tokens that follow it."""
-    model, entry = qwen.model, ZOO["qwen3_vl"]
+    adapter = unified(name, UnifiedConfig(decoupling=3))
+    model, entry = adapter.model, ZOO[name]
     inputs = entry.batch([Row("what is it?", ((84, 56),))])
     follow = {"input_ids": torch.tensor([[30]]), "use_cache": True}
 
@@ -103,7 +105,16 @@ def test_stored_positions_survive_a_conversation_that_is_interrupted_by_a_drawin
             return model(**follow, **{name: cache}).logits
 
     alone = talk(lambda: None)
-    assert torch.equal(alone, talk(lambda: drawn(qwen, "a dog", picture(1, 56, 112))))
+    stored = []
+
+    def draw():
+        stored.append(model.model.rope_deltas)
+        drawn(adapter, ["a dog", "two"], [picture(1, 56, 112), None], image_guidance_scale=1.5)
+        stored.append(model.model.rope_deltas)
+
+    assert torch.equal(alone, talk(draw))
+    # Not even for a moment, in which another thread could read it.
+    assert stored[0] is stored[1] is not None
 
 
 def test_others_get_their_answers_while_pictures_are_drawn(qwen):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -61,7 +62,7 @@ def test_several_draws_are_the_mean_of_single_ones():
 
 def test_latents_that_an_edit_changes_weigh_more():
     reference = picture(1, 64, 64)
-    target = torch.tensor(__import__("numpy").asarray(reference.convert("RGB"))).permute(2, 0, 1)[None] / 255.0
+    target = as_tensor(reference)
     target[:, :, :32, :32] = 0
     losses = {}
     for weight in (1.0, 4.0):
@@ -80,8 +81,6 @@ def test_latents_that_an_edit_changes_weigh_more():
 
 
 def as_tensor(image):
-    import numpy as np
-
     return torch.from_numpy(np.array(image.convert("RGB"), dtype=np.float32) / 255).permute(2, 0, 1)[None]
 
 
@@ -187,7 +186,8 @@ def test_gradient_checkpointing_changes_no_gradient(name, reentrant):
         model = adapter.model.train()
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        model.requires_grad_(True) if reentrant else None
+        model.requires_grad_(reentrant)
+        model.emma_unified.requires_grad_(True)
         loss = adapter.loss(["a dog", "two"], pictures(2), [picture(1), None], generator=seeded(0))
         loss.backward()
         gradients.append([loss.detach(), *(parameter.grad for parameter in adapter.parameters())])
