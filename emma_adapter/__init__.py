@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import (
     AnalysisError,
+    AutoencoderError,
     CheckpointError,
     ConfigError,
     DataError,
@@ -37,9 +38,14 @@ if TYPE_CHECKING:
     from .instructions.cache import CacheInfo
     from .instructions.encoders import InstructionEncoder
     from .models.families import MediaLayout, ModelFamily, ProjectorCall, register_family, share_evenly
+    from .unified.attaching import unify_model
+    from .unified.config import UnifiedConfig
+    from .unified.handle import EmmaUnified
+    from .unified.loading import load_unified
 
 __all__ = [
     "AnalysisError",
+    "AutoencoderError",
     "CacheInfo",
     "CheckpointError",
     "ConfigError",
@@ -48,6 +54,7 @@ __all__ = [
     "EmmaAlignment",
     "EmmaConfig",
     "EmmaError",
+    "EmmaUnified",
     "EncoderError",
     "Fusion",
     "InstructionCollator",
@@ -62,14 +69,17 @@ __all__ = [
     "ProjectorCall",
     "RoutingError",
     "ShapeError",
+    "UnifiedConfig",
     "UnsupportedModelError",
     "__version__",
     "get_adapter",
     "load_adapter",
+    "load_unified",
     "patch_model",
     "register_family",
     "register_fusion",
     "share_evenly",
+    "unify_model",
     "unpatch_model",
 ]
 
@@ -79,6 +89,7 @@ _HOMES = {
     "EmmaAdapter": "adapter.handle",
     "EmmaAlignment": "alignment.module",
     "EmmaConfig": "alignment.config",
+    "EmmaUnified": "unified.handle",
     "Fusion": "alignment.fusion",
     "InstructionCollator": "data.collation",
     "InstructionEncoder": "instructions.encoders",
@@ -87,12 +98,15 @@ _HOMES = {
     "ModelFamily": "models.families",
     "Packing": "alignment.fusion.packed_images",
     "ProjectorCall": "models.families",
+    "UnifiedConfig": "unified.config",
     "get_adapter": "adapter.handle",
     "load_adapter": "adapter.loading",
+    "load_unified": "unified.loading",
     "patch_model": "adapter.patch",
     "register_family": "models.families",
     "register_fusion": "alignment.fusion",
     "share_evenly": "models.families",
+    "unify_model": "unified.attaching",
     "unpatch_model": "adapter.patch",
 }
 

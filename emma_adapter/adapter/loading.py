@@ -12,14 +12,14 @@ from ..alignment.fusion.dispatch import Kernel
 from ..checkpoints import hub
 from ..errors import PatchError
 from ..models.families import require_model
-from ..modules import sharding
+from ..modules import sharding, wrappers
 from ..modules.method_guard import STATE_ATTRIBUTE
 from ..modules.torch_modes import undisturbed
 from ..modules.wrappers import base_of
 from ..patching.state import DEFAULT
 from . import compatibility, restoring
 from .handle import EmmaAdapter
-from .patch import patch_model, unpatch_model
+from .patch import patch_model, take_off_adapters
 
 
 @undisturbed()
@@ -92,7 +92,7 @@ def load_adapter(
             restoring.assign(model, DEFAULT, saved)
         except BaseException:
             if hasattr(model, STATE_ATTRIBUTE):
-                unpatch_model(model)
+                take_off_adapters(model, wrappers.around(given))
             raise
     else:
         restoring.restore(

@@ -22,6 +22,7 @@ from ..patching import precision, sites, trainable_parameters
 from ..patching.guards import guard_features, guard_generate, guard_replication
 from ..patching.hooks import install_call_hooks, remove_hooks
 from ..patching.state import DEFAULT, AdapterState, state_of
+from ..unified.detaching import is_unified, take_off
 from . import named_adapters, peft, training_start
 from .config_from_model import make_pipeline, make_reader, resolve_encoder, resolve_sizes
 from .handle import EmmaAdapter
@@ -113,12 +114,21 @@ def install(
 
 @undisturbed()
 def unpatch_model(model: nn.Module) -> None:
-    """Take the adapter off again; what is left is the original model, bit for bit.
+    """Take off again what ``patch_model`` and ``unify_model`` put on; what is left is the original model, bit for bit.
 
     Raises:
         PatchError: if the model is not patched, or was sharded since.
     """
     around, model = wrappers.around(model), base_of(model)
+    unified = is_unified(model)
+    if hasattr(model, STATE_ATTRIBUTE) or not unified:
+        take_off_adapters(model, around)
+    if unified:
+        take_off(model)
+
+
+def take_off_adapters(model: nn.Module, around: Sequence[nn.Module] = ()) -> None:
+    """Take off what ``patch_model`` put on a model, and on the wrappers around it, and nothing else."""
     state = state_of(model)
     if sharding.is_fully_sharded(model):
         raise PatchError(
@@ -135,7 +145,8 @@ def unpatch_model(model: nn.Module) -> None:
         modules.add(state.model)
     for module in [module for module in modules if module.__dict__.get(STATE_ATTRIBUTE) is state]:
         for guard in [value for value in module.__dict__.values() if isinstance(value, MethodGuard)]:
-            guard.remove(module)
+            if guard.switch == STATE_ATTRIBUTE:
+                guard.remove(module)
         remove_hooks(module)
         sites.detach(module)
     peft.release_wrappers(around)

@@ -1,0 +1,261 @@
+"""The EmmaUnified handle: what a user does with a model that draws."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import checkpoint, detaching, training
+from .collation import UnifiedCollator
+from .config import UnifiedConfig
+from .fusion import encode_grouped, fusing
+from .losses import prompted_loss
+from .module import shared_layers
+from .pictures import target_tensors
+from .sampling import Callback, GeneratedImages, Generators, check_request, draw
+from .state import UnifiedState, unified_state
+
+
+class EmmaUnified:
+    """Handle on the generation branch of one model. It holds no state of its own: any number may exist."""
+
+    def __init__(self, model: nn.Module) -> None:
+        unified_state(model)
+        self.model = model
+
+    @property
+    def config(self) -> UnifiedConfig:
+        """The config with every size filled in."""
+        return self._state.config
+
+    @property
+    def autoencoder(self) -> Any:
+        """The frozen autoencoder itself, for its own settings: ``unified.autoencoder.enable_tiling()``."""
+        return self._state.coder.module
+
+    def disabled(self) -> AbstractContextManager[None]:
+        """``with unified.disabled(): …``: answers are the original model's, bit for bit, in this thread or asynchronous
+        task; which they are anyway without ``fuse_understanding``."""
+        return fusing(False)
+
+    def generate_images(
+        self,
+        prompt: str | Sequence[str],
+        image: Any = None,
+        *,
+        negative_prompt: str | Sequence[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 20,
+        sigmas: Sequence[float] | None = None,
+        guidance_scale: float = 4.0,
+        image_guidance_scale: float = 1.0,
+        num_images_per_prompt: int = 1,
+        generator: Generators = None,
+        latents: Tensor | None = None,
+        solver: str = "euler",
+        output_type: str = "pil",
+        callback_on_step_end: Callback | None = None,
+    ) -> GeneratedImages:
+        """Draw pictures, or edit the ones that are given; ``.images`` of the result.
+
+        The names are those of diffusers' pipelines. Memory doesn't grow with the number of steps.
+
+        Args:
+            prompt: what to draw, or what to change; one, or a list for a batch.
+            image: reference pictures: None, a PIL image for every prompt, or a list with None, an image, or a list of
+                images for each.
+            negative_prompt: what guidance leads away from; default: an empty prompt.
+            height: in pixels, a multiple of the autoencoder's compression; default: the first reference picture's, of
+                at most a megapixel, or else 512.
+            width: likewise.
+            num_inference_steps: steps of the solver.
+            sigmas: the times to step through instead, falling from at most 1 (noise); they are not shifted any more.
+            guidance_scale: s_T, of the text; 1 is none (see :func:`~emma_adapter.unified.flow.guide`).
+            image_guidance_scale: s_I, of reference pictures; 1 is none.
+            num_images_per_prompt: the prompt is read once for all of them.
+            generator: of the noise: one, from which pictures take theirs one after another, or a list with one for
+                each picture. None: PyTorch's.
+            latents: the noise itself, ``[pictures, C, height / compression, width / compression]``.
+            solver: ``"euler"``, or ``"heun"``, which evaluates a step twice.
+            output_type: ``"pil"``, ``"np"`` (``[B, H, W, 3]``), ``"pt"`` (``[B, 3, H, W]`` in [0, 1]) or ``"latent"``.
+            callback_on_step_end: called as ``callback(unified, step, time, {"latents": x})`` after each step; it may
+                return other ``"latents"``, and end the drawing by raising.
+
+        Raises:
+            ConfigError: if an argument has a value that is not allowed.
+            DataError: if a prompt is empty or longer than the model's context, or a picture can't be read.
+            ShapeError: if a size is no multiple, or ``latents`` don't fit.
+            AutoencoderError: if the picture has NaN or infinite values.
+        """
+        request = check_request(
+            self._state,
+            prompt,
+            image,
+            negative_prompt,
+            height,
+            width,
+            num_inference_steps,
+            sigmas,
+            guidance_scale,
+            image_guidance_scale,
+            num_images_per_prompt,
+            solver,
+            output_type,
+        )
+        return draw(self.model, self._state, request, generator, latents, callback_on_step_end, self)
+
+    def loss(
+        self,
+        prompts: str | Sequence[str],
+        targets: Any,
+        images: Any = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Return the flow-matching loss of pictures behind their prompts, a scalar in float32.
+
+        While gradients are recorded, ``config.prompt_dropout`` of the prompts are replaced by empty ones; under
+        ``torch.no_grad()`` none.
+
+        Args:
+            prompts: one for each target.
+            targets: what to draw: PIL images, or a tensor ``[B, 3, H, W]`` in [0, 1]; a list may mix sizes. Sides are
+                multiples of the autoencoder's compression. Or the latents that :meth:`encode_images` returned.
+            images: reference pictures, as for :meth:`generate_images`. The latents in which a target differs from its
+                first one weigh ``config.changed_weight``.
+            generator: of noise, times and dropout; None: PyTorch's.
+
+        Raises:
+            DataError: if a prompt or picture can't be used, or their numbers differ.
+            ShapeError: if a target's sides are no multiples.
+        """
+        return prompted_loss(self.model, self._state, prompts, targets, images, generator)
+
+    @torch.no_grad()
+    def measure_latents(self, pictures: Any) -> EmmaUnified:
+        """Set mean and standard deviation of each latent channel to those of some pictures of the training data.
+
+        Before training: what is trained on other latents doesn't fit any more. They are saved with the config.
+
+        Args:
+            pictures: as ``targets`` of :meth:`loss`.
+
+        Raises:
+            AutoencoderError: if a channel is the same everywhere.
+        """
+        state = self._state
+        tensors = target_tensors(pictures, state.coder.compression)
+        device = next(state.module.parameters()).device
+        mean, std = state.coder.measure([tensor.to(device) for tensor in tensors])
+        state.config = state.config.replace(latent_mean=mean, latent_std=std)
+        return self
+
+    def set_progress_bar_config(self, **settings: Any) -> EmmaUnified:
+        """Set how drawing shows its progress: ``disable=True``, or whatever else ``tqdm`` takes."""
+        self._state.progress_bar = settings
+        return self
+
+    @torch.no_grad()
+    def encode_images(self, pictures: Any) -> Tensor:
+        """Return the normalized latents ``[B, C, h, w]`` of pictures of one size, given as ``targets`` of :meth:`loss`;
+        that takes them in place of the pictures, so that they needn't be encoded in every epoch."""
+        state = self._state
+        device = next(state.module.parameters()).device
+        tensors = target_tensors(pictures, state.coder.compression)
+        return torch.stack(encode_grouped(state, [tensor.to(device) for tensor in tensors]))
+
+    @torch.no_grad()
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Return the pictures ``[B, 3, H, W]`` in [0, 1] of normalized latents ``[B, C, h, w]``."""
+        state = self._state
+        return torch.cat([state.coder.decode(one[None], state.config) for one in latents])
+
+    def collator(
+        self, *, size: tuple[int, int] | None = None, folder: str | PathLike[str] = ".", dropout: bool = True
+    ) -> UnifiedCollator:
+        """Return what makes batches of rows ``{"prompt", "image"?, "target"}``, for ``Trainer(data_collator=…)``.
+
+        Args:
+            size: (height, width) that targets are resized to; None: all of a batch have one size already.
+            folder: that the paths of pictures start at.
+            dropout: whether a call that records gradients may drop ``config.prompt_dropout`` of the prompts.
+        """
+        return UnifiedCollator(self._state, size, Path(folder), dropout=dropout)
+
+    def save_pretrained(self, directory: str | PathLike[str], *, is_main_process: bool | None = None) -> None:
+        """Write ``unified_config.json``, ``unified_model.safetensors`` and, if there is none, a card, atomically.
+
+        Whenever it is killed, ``load_unified`` finds the branch that was there before, or the new one. The folder may
+        hold other things: a model, an adapter of ``patch_model``, or a LoRA. The autoencoder isn't saved, but its id
+        and a hash of its config are.
+
+        Args:
+            directory: the folder, made if it isn't there.
+            is_main_process: whether this process writes; default: on rank 0.
+
+        Raises:
+            OSError: if the folder can't be written; what it held is intact.
+            CheckpointError: if weights are NaN or infinite.
+        """
+        checkpoint.save(self.model, directory, is_main_process=is_main_process)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The branch's parameters."""
+        return self._state.module.parameters()
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Parameters by their name in the branch."""
+        return self._state.module.named_parameters()
+
+    def num_parameters(self) -> int:
+        """How many numbers the branch has learned or can learn."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def train_only(self) -> EmmaUnified:
+        """Freeze everything but the branch; the prompt then costs no memory for backward."""
+        training.train_only(self.model)
+        return self
+
+    def unfreeze(self) -> EmmaUnified:
+        """Make trainable again what ``train_only`` has frozen. Does nothing without ``train_only`` before."""
+        training.unfreeze(self.model)
+        return self
+
+    def parameter_groups(self, lr: float, *, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+        """Return groups for an optimizer: the branch's matrices, and its vectors, which don't decay.
+
+        Raises:
+            ConfigError: if a rate is no number or negative.
+        """
+        return training.parameter_groups(self.model, lr, weight_decay)
+
+    def remove(self) -> None:
+        """Take the branch off, and leave an adapter of ``patch_model`` where it is; ``unpatch_model`` takes off both.
+
+        The handle is of no use any more.
+        """
+        detaching.take_off(self.model)
+
+    @property
+    def _state(self) -> UnifiedState:
+        return unified_state(self.model)
+
+    def __repr__(self) -> str:
+        state = self._state
+        base: Any = self.model.config
+        layers = len(state.module.layers)
+        own, total = self.num_parameters(), sum(parameter.numel() for parameter in self.model.parameters())
+        return (
+            f"EmmaUnified(family={base.model_type!r}, decoupling={self.config.decoupling!r}, "
+            f"shared_layers={shared_layers(self.config, layers)} of {layers}, "
+            f"autoencoder={state.coder.source or type(state.coder.module).__name__!r} "
+            f"({state.coder.compression}x, {state.coder.channels} channels), parameters={own:,} "
+            f"({own / total:.3%} of the model))"
+        )
