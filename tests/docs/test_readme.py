@@ -17,6 +17,7 @@ from emma_adapter.models import families
 from tests.support import tiny
 from tests.support.aya import TILE_SIZE, TOKENS_PER_TILE, aya_vision
 from tests.support.zoo import ZOO
+from tests.unified.test_fusion import documented as drawing_families
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -44,18 +45,20 @@ def test_every_registered_family_has_a_row_and_a_contract():
 
 def test_the_table_has_a_column_for_every_fusion():
     columns = support_table()[0]
-    assert columns == ["`config.model_type`", "images", "tiles", "video", "`attention`", "`modulation`", "`linear`"]
-    assert {column.strip("`") for column in columns[4:]} == set(fusion_names())
+    fusions = ["`attention`", "`modulation`", "`linear`"]
+    assert columns == ["`config.model_type`", "images", "tiles", "video", *fusions, "draws"]
+    assert {column.strip("`") for column in fusions} == set(fusion_names())
 
 
 @pytest.mark.parametrize("name", families_of_this_package())
 def test_a_row_says_what_the_family_says(name):
     family = families_of_this_package()[name]
-    images, tiles, video, attention, modulation, linear = support_table()[1][name]
+    images, tiles, video, attention, modulation, linear, draws = support_table()[1][name]
     assert (images == "✓") == ("image" in family.modalities)
     assert (tiles == "✓") == family.tiles
     assert (video == "✓") == ("video" in family.modalities)
     assert attention == modulation == "✓"
+    assert (draws == "✓") == drawing_families()[name]
     if name in ZOO:
         model = ZOO[name].model()
         assert (linear == "resampled") == (not family.has_fixed_size(family.inner(model)))
