@@ -1,0 +1,123 @@
+"""Make the shipped autoencoder again from scratch: ``python -m benchmarks.digits_unified.make_autoencoder``.
+
+A diffusers ``AutoencoderDC`` that compresses 32 times, with 32 channels. It is trained on both sizes of scenes, because
+convolutions see a picture's border, and on varied handwriting; then the decoder alone. About twenty-five minutes.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+from diffusers import AutoencoderDC
+from torch import Tensor
+
+from ..digits_vqa.scenes import SPLITS
+from .judge import load_judge, mean, score_drawings
+from .scenes import GRIDS, render, sample_scenes
+from .training import Optimizer, train
+
+AUTOENCODER_DIR = Path(__file__).parent / "autoencoder"
+LATENTS_FILE = "latents.json"
+
+STEPS = 3500
+DECODER_STEPS = 1200
+#: Pictures of a step, by grid: about as many pixels either way.
+BATCH = {2: 20, 3: 9}
+
+# No layers in the first stage: picture and first features are at half resolution, which costs a quarter.
+CONFIG = {
+    "in_channels": 3,
+    "latent_channels": 32,
+    "encoder_block_types": "ResBlock",
+    "decoder_block_types": "ResBlock",
+    "encoder_block_out_channels": (16, 16, 32, 64, 128, 128),
+    "decoder_block_out_channels": (16, 16, 32, 64, 128, 128),
+    "encoder_layers_per_block": (0, 1, 1, 1, 1, 1),
+    "decoder_layers_per_block": (0, 1, 1, 2, 2, 1),
+    "encoder_qkv_multiscales": ((),) * 6,
+    "decoder_qkv_multiscales": ((),) * 6,
+}
+
+
+def loss(model: AutoencoderDC, step: int, rng: np.random.Generator) -> Tensor:
+    """Squares first: with absolute errors alone, the best that a decoder can do at first is to draw the ground."""
+    grid = GRIDS[step % len(GRIDS)]
+    hand = "varied" if rng.random() < 0.7 else "natural"
+    scenes = sample_scenes(BATCH[grid], "train", rng, grid=grid, hand=hand)
+    pictures = (render(scenes) * 2 - 1).contiguous(memory_format=torch.channels_last)
+    error = model(pictures).sample - pictures
+    across, down = error.diff(dim=-1).abs().mean(), error.diff(dim=-2).abs().mean()
+    return 4 * error.square().mean() + 0.5 * error.abs().mean() + 0.3 * (across + down)
+
+
+@torch.no_grad()
+def encode(model: AutoencoderDC, pictures: Tensor) -> Tensor:
+    """Latents ``[n, 32, H / 32, W / 32]`` of pictures in [0, 1]."""
+    return torch.cat([model.encode(part * 2 - 1).latent for part in pictures.split(64)])
+
+
+@torch.no_grad()
+def decode(model: AutoencoderDC, latents: Tensor) -> Tensor:
+    """Pictures in [0, 1]."""
+    return torch.cat([model.decode(part).sample for part in latents.split(64)]).add(1).div(2).clamp(0, 1)
+
+
+def measure_latents(model: AutoencoderDC, scenes: int = 1000) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each channel, over training scenes of both sizes."""
+    rng = np.random.default_rng(17)
+    latents = [encode(model, render(sample_scenes(scenes, "train", rng, grid=grid))) for grid in GRIDS]
+    flat = torch.cat([part.movedim(1, -1).flatten(0, -2) for part in latents])
+    return flat.mean(0), flat.std(0)
+
+
+def load_autoencoder(folder: Path = AUTOENCODER_DIR) -> AutoencoderDC:
+    return AutoencoderDC.from_pretrained(folder, torch_dtype=torch.float32).eval().requires_grad_(False)
+
+
+def report(model: AutoencoderDC, n: int = 400) -> None:
+    """What the judge reads of originals and of reconstructions: no drawn picture can be read better."""
+    judge = load_judge()
+    for split in SPLITS:
+        for grid in GRIDS:
+            scenes = sample_scenes(n, split, np.random.default_rng(3), grid=grid)
+            pictures = render(scenes)
+            again = decode(model, encode(model, pictures))
+            psnr = -10 * (again - pictures).square().mean((1, 2, 3)).log10().mean().item()
+            read = {
+                name: mean(score_drawings(judge.read(seen), scenes))
+                for name, seen in (("original", pictures), ("reconstruction", again))
+            }
+            figures = ", ".join(
+                f"{name}: digit {one['digit']:.3f}, colour {one['colour']:.3f}, scene {one['whole scene']:.3f}"
+                for name, one in read.items()
+            )
+            print(f"{split}, grid {grid}: PSNR {psnr:.1f} dB; {figures}", flush=True)
+
+
+@click.command(help=__doc__)
+@click.option("--output", type=click.Path(path_type=Path), default=AUTOENCODER_DIR, show_default=True)
+@click.option("--steps", default=STEPS, show_default=True)
+@click.option("--decoder-steps", default=DECODER_STEPS, show_default=True)
+def main(output: Path, steps: int, decoder_steps: int) -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(3)
+    model = AutoencoderDC(**CONFIG).train()
+    train("autoencoder", Optimizer(model.parameters(), 2e-3, steps), lambda i, rng: loss(model, i, rng), seed=31)
+    if decoder_steps:
+        model.encoder.requires_grad_(False)
+        optimizer = Optimizer(model.decoder.parameters(), 1e-3, decoder_steps)
+        train("decoder", optimizer, lambda i, rng: loss(model, i, rng), seed=32)
+    # Half precision halves the shipped file; what is measured is what it holds.
+    model.half().save_pretrained(output)
+    model = load_autoencoder(output)
+    average, deviation = measure_latents(model)
+    (output / LATENTS_FILE).write_text(json.dumps({"mean": average.tolist(), "std": deviation.tolist()}) + "\n")
+    report(model)
+
+
+if __name__ == "__main__":
+    main()
