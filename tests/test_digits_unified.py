@@ -214,7 +214,7 @@ def test_fast_pixel_values_are_the_shipped_processors():
 
 def test_a_stopped_training_goes_on_to_the_same_bits(tmp_path):
     def weights(work, *interruptions: int) -> list[torch.Tensor]:
-        for steps in (*interruptions, None):
+        for until in (*interruptions, None):
             torch.manual_seed(0)
             model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Flatten(), nn.Linear(32, 8))
             optimizer = training.Optimizer(model.parameters(), 1e-2, 7, warm_up=2)
@@ -223,8 +223,8 @@ def test_a_stopped_training_goes_on_to_the_same_bits(tmp_path):
                 x = torch.as_tensor(rng.standard_normal((4, 1, 4, 4)), dtype=torch.float32)
                 return (model(x) - torch.randn(4, 8)).square().mean()
 
-            training.train("small", optimizer, loss, seed=3, steps=steps, work=work)
+            training.train("small", optimizer, loss, seed=3, until=until, work=work)
         return [parameter.detach() for parameter in model.parameters()]
 
-    straight, stopped = weights(None), weights(tmp_path, 3, 2)
+    straight, stopped = weights(None), weights(tmp_path, 3, 5)
     assert all(map(torch.equal, straight, stopped))

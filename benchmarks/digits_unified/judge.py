@@ -77,12 +77,12 @@ def load_judge(folder: Path = JUDGE_DIR) -> Judge:
     return judge.eval().requires_grad_(False)
 
 
-#: Figures of ``n`` pictures: name to ``[n, ...]``, 1.0 right, 0.0 wrong, NaN where a picture has none such.
+#: Figures of ``n`` pictures: name to ``[n]``, the share that is right in each, NaN where a picture has none such.
 Scores = dict[str, np.ndarray]
 
 
 def score_drawings(read: Reading, wanted: Scenes) -> Scores:
-    """After GenEval (arXiv 2310.11513), by cell: digit and colour where a digit is wanted, both together at the place
+    """After GenEval (arXiv 2310.11513): digit and colour where a digit is wanted, both together at the place
     ("position") and at any ("anywhere"), nothing where nothing is wanted ("empty"), and all cells of a scene."""
     full = wanted.digits != EMPTY
     digit, colour = read.digits == wanted.digits, read.colours == wanted.colours
@@ -118,7 +118,7 @@ def score_edits(read: Reading, edits: Edits, pictures: Tensor, ideal: Tensor) ->
         "edited cell": edited.astype(float),
         "other cells kept": _where(both, ~edits.changed),
         "whole scene": both.all(1).astype(float),
-        "pixel error of other cells": np.where(edits.changed, np.nan, error),
+        "pixel error of other cells": _where(error, ~edits.changed),
         "edited, by name": _where(edited, edits.by_name),
         "edited, by place": _where(edited, ~edits.by_name),
     }
@@ -129,8 +129,12 @@ def mean(scores: Scores) -> dict[str, float]:
     return {name: float(np.nanmean(values)) for name, values in scores.items() if not np.isnan(values).all()}
 
 
-def _where(right: np.ndarray, there: np.ndarray) -> np.ndarray:
-    return np.where(there, right.astype(float), np.nan)
+def _where(values: np.ndarray, there: np.ndarray) -> np.ndarray:
+    """The mean over the cells that are there, of each picture."""
+    values, there = (array.reshape(len(array), -1) for array in (values, there))
+    count = there.sum(1)
+    total = (values * there).sum(1)
+    return np.divide(total, count, out=np.full(len(count), np.nan), where=count > 0)
 
 
 def _found(digits: np.ndarray, colours: np.ndarray, wanted_digits: np.ndarray, wanted_colours: np.ndarray) -> float:

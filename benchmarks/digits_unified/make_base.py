@@ -6,7 +6,9 @@ captions, questions, and on saying what an instruction makes of a scene. It neve
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -23,7 +25,7 @@ from .training import Optimizer, train
 from .vlm import BASE_DIR, TOKEN_ID, WIDTH, config, load_base, processor, to_pixel_values
 
 VISION_STEPS = 1200
-LANGUAGE_STEPS = 2600
+LANGUAGE_STEPS = 2000
 #: Scenes of a step, by grid.
 VISION_BATCH = {2: 48, 3: 22}
 LANGUAGE_BATCH = {2: 48, 3: 28}
@@ -85,6 +87,13 @@ def train_vision(model: Qwen3VLForConditionalGeneration, steps: int) -> None:
 
 
 # ------------------------------------------------------------------------------------------ stage 2
+
+
+@cache
+def processor_of_training() -> Any:
+    """One processor for all batches."""
+    return processor()
+
 
 IMAGE = {"type": "image"}
 
@@ -158,14 +167,20 @@ def train_language(model: Qwen3VLForConditionalGeneration, steps: int) -> None:
 # ------------------------------------------------------------------------------------------ figures
 
 
-@torch.no_grad()
-def say(model: Qwen3VLForConditionalGeneration, pictures: Tensor, asked: list[str]) -> list[str]:
-    """What the stock model answers to one question on each picture."""
+def make_inputs(asked: list[str], pictures: Tensor) -> dict[str, Tensor]:
+    """Inputs of the stock model, by its processor: one question on each picture in [0, 1]."""
     reader = processor_of_training()
     texts = [reader.apply_chat_template([_turn("user", IMAGE, one)], add_generation_prompt=True) for one in asked]
     inputs = reader(text=texts, images=list(pictures), do_rescale=False, padding=True, return_tensors="pt")
+    return dict(inputs)
+
+
+@torch.no_grad()
+def say(model: Qwen3VLForConditionalGeneration, pictures: Tensor, asked: list[str]) -> list[str]:
+    """What the stock model answers to one question on each picture."""
+    inputs = make_inputs(asked, pictures)
     answers = model.generate(**inputs, max_new_tokens=60, do_sample=False)[:, inputs["input_ids"].shape[1] :]
-    return reader.tokenizer.batch_decode(answers, skip_special_tokens=True)
+    return processor_of_training().tokenizer.batch_decode(answers, skip_special_tokens=True)
 
 
 def report(model: Qwen3VLForConditionalGeneration, n: int = 200) -> None:
@@ -195,16 +210,6 @@ def report(model: Qwen3VLForConditionalGeneration, n: int = 200) -> None:
                 f"other cells {hits[~edits.changed].mean():.3f}",
                 flush=True,
             )
-
-
-_PROCESSORS: list[object] = []
-
-
-def processor_of_training():  # type: ignore[no-untyped-def]
-    """One processor for all batches."""
-    if not _PROCESSORS:
-        _PROCESSORS.append(processor())
-    return _PROCESSORS[0]
 
 
 @click.command(help=__doc__)

@@ -83,21 +83,23 @@ def train(
     loss: Callable[[int, np.random.Generator], Tensor],
     *,
     seed: int,
-    steps: int | None = None,
+    first: int = 0,
+    until: int | None = None,
     work: Path | None = WORK,
 ) -> float:
     """Run ``loss(step, rng)`` and the optimizer until its last step, and return the smoothed loss.
 
     ``rng``, and torch's own generator, are seeded anew at each step. With ``work``, every hundred steps are saved
-    there, and the same call goes on from them. ``steps``: stop after so many, as an interruption would.
+    there, and the same call goes on from them. ``first``: begin with this step, with parameters that have done those
+    before; ``until``: stop before this one, as an interruption would.
     """
     saved = None if work is None else work / f"{name}.pt"
-    first, average = 0, math.nan
+    average = math.nan
     if saved is not None and saved.exists():
         state = torch.load(saved)
         optimizer.restore(state)
         first, average = state["step"], state["loss"]
-    last = optimizer.steps if steps is None else min(optimizer.steps, first + steps)
+    last = optimizer.steps if until is None else min(optimizer.steps, until)
     progress = tqdm(range(first, last), desc=name, initial=first, total=optimizer.steps, mininterval=20, maxinterval=60)
     for step in progress:
         torch.manual_seed(seed * 1_000_003 + step)

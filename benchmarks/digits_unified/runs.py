@@ -1,0 +1,212 @@
+"""Training a generation branch on the base model, and its figures: what demo, shipped adapter and table share."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoProcessor, Qwen3VLForConditionalGeneration
+
+from emma_adapter import EmmaUnified, UnifiedConfig, unify_model
+
+from .captions import DRAW, Edits, caption, sample_edits
+from .judge import Scores, load_judge, score_drawings, score_edits
+from .make_autoencoder import AUTOENCODER_DIR, LATENTS_FILE, reconstruct
+from .scenes import CELL, GRIDS, Combinations, Scenes, render, sample_scenes
+from .training import WORK, Optimizer, train
+from .vlm import BASE_DIR, load_base
+
+STEPS = 2400
+RATE = 7e-3
+#: Pictures of a step, by grid; each with ``DRAWS`` amounts of noise.
+BATCH = {2: 64, 3: 32}
+DRAWS = 4
+#: The first part of a training only draws; then this share of the steps edits.
+DRAWING_ONLY, EDITING = 0.3, 0.65
+#: The share of captions that name no places.
+WITHOUT_PLACES = 0.15
+
+SAMPLING_STEPS = 10
+GUIDANCE, EDIT_GUIDANCE = 3.0, 2.0
+
+
+@dataclass
+class Painter:
+    """The base model with a branch that draws."""
+
+    model: Qwen3VLForConditionalGeneration
+    processor: Any
+    unified: EmmaUnified
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+
+
+def make_config(decoupling: Any) -> UnifiedConfig:
+    latents = json.loads((AUTOENCODER_DIR / LATENTS_FILE).read_text())
+    return UnifiedConfig(
+        decoupling=decoupling,
+        latent_mean=tuple(latents["mean"]),
+        latent_std=tuple(latents["std"]),
+        noise_draws=DRAWS,
+        timestep_density="uniform",
+        time_shift=1.0,
+    )
+
+
+def make_painter(decoupling: Any, seed: int) -> Painter:
+    """A branch at its start."""
+    torch.manual_seed(seed)
+    model, processor = load_base(), AutoProcessor.from_pretrained(BASE_DIR)
+    unified = unify_model(model, make_config(decoupling), processor=processor, autoencoder=str(AUTOENCODER_DIR))
+    unified.set_progress_bar_config(disable=True)
+    unified.train_only()
+    return Painter(model, processor, unified)
+
+
+def to_pil(pictures: Tensor) -> list[Image.Image]:
+    """Pictures ``[n, 3, H, W]`` in [0, 1]."""
+    return [Image.fromarray(one) for one in (pictures * 255).round().byte().permute(0, 2, 3, 1).numpy()]
+
+
+def drawing_prompts(scenes: Scenes, rng: np.random.Generator, *, without_places: float = 0.0) -> list[str]:
+    return [
+        f"{DRAW} {caption(digits, colours, rng, places=bool(rng.random() >= without_places))}"
+        for digits, colours in zip(scenes.digits, scenes.colours, strict=True)
+    ]
+
+
+def loss(painter: Painter, step: int, steps: int, rng: np.random.Generator) -> Tensor:
+    grid = GRIDS[rng.integers(len(GRIDS))]
+    scenes = sample_scenes(BATCH[grid], "train", rng, grid=grid)
+    if step < DRAWING_ONLY * steps or rng.random() >= EDITING:
+        prompts = drawing_prompts(scenes, rng, without_places=WITHOUT_PLACES)
+        return painter.unified.loss(prompts, render(scenes))
+    edits = sample_edits(scenes, "train", rng)
+    return painter.unified.loss(edits.instructions, render(edits.after), images=to_pil(render(scenes)))
+
+
+def fit(
+    painter: Painter,
+    name: str,
+    *,
+    steps: int,
+    seed: int,
+    first: int = 0,
+    until: int | None = None,
+    work: Path | None = WORK,
+) -> float:
+    """Train all that is trainable; the arguments are those of ``train``, ``steps`` the whole schedule's."""
+    trained = [(name, p) for name, p in painter.model.named_parameters() if p.requires_grad]
+    edges = [p for name, p in trained if "layers" not in name]
+    optimizer = Optimizer((p for _, p in trained), RATE, steps, edges=edges)
+    return train(
+        name,
+        optimizer,
+        lambda step, rng: loss(painter, step, steps, rng),
+        seed=100 + seed,
+        first=first,
+        until=until,
+        work=work,
+    )
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What was asked, what came out, and what was wanted, as pictures ``[n, 3, H, W]``."""
+
+    prompts: list[str]
+    wanted: Scenes
+    pictures: Tensor
+    #: The wanted scenes through the autoencoder: no drawn picture can be read better.
+    ideal: Tensor
+    scores: Scores
+    ceiling: Scores
+    edits: Edits | None = None
+
+
+def _generators(n: int, seed: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(1_000_003 * seed + i) for i in range(n)]
+
+
+def _batches(n: int, size: int = 50) -> list[slice]:
+    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
+
+
+def draw(
+    painter: Painter,
+    n: int,
+    *,
+    grid: int,
+    split: str = "test",
+    combinations: Combinations = "seen",
+    places: bool = True,
+    seed: int = 0,
+    guidance: float = GUIDANCE,
+    steps: int = SAMPLING_STEPS,
+) -> Drawn:
+    """Draw captions of scenes that were in no training."""
+    rng = np.random.default_rng(401)
+    scenes = sample_scenes(n, split, rng, grid=grid, combinations=combinations)
+    prompts = drawing_prompts(scenes, rng, without_places=float(not places))
+    generators = _generators(n, seed)
+    pictures = torch.cat(
+        [
+            painter.unified.generate_images(
+                prompts[rows],
+                height=grid * CELL,
+                width=grid * CELL,
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                generator=generators[rows],
+                output_type="pt",
+            ).images
+            for rows in _batches(n)
+        ]
+    )
+    judge, ideal = load_judge(), reconstruct(render(scenes))
+    scores, ceiling = (score_drawings(judge.read(seen), scenes) for seen in (pictures, ideal))
+    return Drawn(prompts, scenes, pictures, ideal, scores, ceiling)
+
+
+def edit(
+    painter: Painter,
+    n: int,
+    *,
+    grid: int,
+    split: str = "test",
+    seed: int = 0,
+    guidance: float = EDIT_GUIDANCE,
+    image_guidance: float | None = None,
+    steps: int = SAMPLING_STEPS,
+) -> Drawn:
+    """Edit pictures in unseen handwriting by one instruction each."""
+    rng = np.random.default_rng(402)
+    edits = sample_edits(sample_scenes(n, split, rng, grid=grid), split, rng)
+    sources, generators = to_pil(render(edits.before)), _generators(n, seed)
+    pictures = torch.cat(
+        [
+            painter.unified.generate_images(
+                edits.instructions[rows],
+                image=sources[rows],
+                height=grid * CELL,
+                width=grid * CELL,
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                image_guidance_scale=guidance if image_guidance is None else image_guidance,
+                generator=generators[rows],
+                output_type="pt",
+            ).images
+            for rows in _batches(n)
+        ]
+    )
+    judge, ideal = load_judge(), reconstruct(render(edits.after))
+    scores, ceiling = (score_edits(judge.read(seen), edits, seen, ideal) for seen in (pictures, ideal))
+    return Drawn(edits.instructions, edits.after, pictures, ideal, scores, ceiling, edits)
