@@ -9,6 +9,7 @@ BIN = $(VENV)/bin
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.digits_vqa.demo
+	$(BIN)/python -m benchmarks.digits_unified.demo
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n auto

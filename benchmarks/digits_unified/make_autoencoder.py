@@ -6,6 +6,7 @@ convolutions see a picture's border, and on varied handwriting; then the decoder
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -118,14 +119,19 @@ def main(output: Path) -> None:
 
     go("autoencoder", Optimizer(model.parameters(), 2e-3, HORIZON), seed=31, until=STEPS)
     go("autoencoder, annealed", Optimizer(model.parameters(), 1.5e-3, ANNEALING_STEPS), seed=33)
+    # The decoder can go on without touching what branches are trained on, which are latents.
     model.encoder.requires_grad_(False)
+    save(model, output)
     go("decoder", Optimizer(model.decoder.parameters(), 1e-3, DECODER_STEPS), seed=32)
-    # Half precision halves the shipped file; what is measured is what it holds.
-    model.half().save_pretrained(output)
-    model = load_autoencoder(output)
-    average, deviation = measure_latents(model)
+    save(model, output)
+    report(load_autoencoder(output))
+
+
+def save(model: AutoencoderDC, output: Path) -> None:
+    """In half precision, which halves the shipped file; the latents are measured with what it holds."""
+    copy.deepcopy(model).half().save_pretrained(output)
+    average, deviation = measure_latents(load_autoencoder(output))
     (output / LATENTS_FILE).write_text(json.dumps({"mean": average.tolist(), "std": deviation.tolist()}) + "\n")
-    report(model)
 
 
 if __name__ == "__main__":

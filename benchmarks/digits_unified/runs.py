@@ -25,8 +25,8 @@ from .vlm import BASE_DIR, load_base
 STEPS = 2400
 RATE = 7e-3
 #: Pictures of a step, by grid; each with ``DRAWS`` amounts of noise.
-BATCH = {2: 64, 3: 32}
-DRAWS = 4
+BATCH = {2: 40, 3: 20}
+DRAWS = 6
 #: The first part of a training only draws; then this share of the steps edits.
 DRAWING_ONLY, EDITING = 0.3, 0.65
 #: The share of captions that name no places.
