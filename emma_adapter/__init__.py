@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import (
     AnalysisError,
+    AutoencoderError,
     CheckpointError,
     ConfigError,
     DataError,
@@ -37,9 +38,14 @@ if TYPE_CHECKING:
     from .instructions.encoders import InstructionEncoder
     from .loading import load_adapter
     from .patching import patch_model, unpatch_model
+    from .unified.attaching import unify_model
+    from .unified.config import UnifiedConfig
+    from .unified.handle import EmmaUnified
+    from .unified.loading import load_unified
 
 __all__ = [
     "AnalysisError",
+    "AutoencoderError",
     "CacheInfo",
     "CheckpointError",
     "ConfigError",
@@ -48,6 +54,7 @@ __all__ = [
     "EmmaAlignment",
     "EmmaConfig",
     "EmmaError",
+    "EmmaUnified",
     "EncoderError",
     "Fusion",
     "InstructionCollator",
@@ -62,14 +69,17 @@ __all__ = [
     "ProjectorCall",
     "RoutingError",
     "ShapeError",
+    "UnifiedConfig",
     "UnsupportedModelError",
     "__version__",
     "get_adapter",
     "load_adapter",
+    "load_unified",
     "patch_model",
     "register_family",
     "register_fusion",
     "share_evenly",
+    "unify_model",
     "unpatch_model",
 ]
 
@@ -79,6 +89,7 @@ _HOMES = {
     "EmmaAdapter": "handle",
     "EmmaAlignment": "alignment",
     "EmmaConfig": "config",
+    "EmmaUnified": "unified.handle",
     "Fusion": "fusion",
     "InstructionCollator": "collation",
     "InstructionEncoder": "instructions.encoders",
@@ -87,12 +98,15 @@ _HOMES = {
     "ModelFamily": "families",
     "Packing": "fusion.packing",
     "ProjectorCall": "families",
+    "UnifiedConfig": "unified.config",
     "get_adapter": "handle",
     "load_adapter": "loading",
+    "load_unified": "unified.loading",
     "patch_model": "patching",
     "register_family": "families",
     "register_fusion": "fusion",
     "share_evenly": "families",
+    "unify_model": "unified.attaching",
     "unpatch_model": "patching",
 }
 

@@ -39,6 +39,10 @@ class EncoderError(EmmaError, RuntimeError):
     """An instruction encoder can't be loaded or broke its protocol."""
 
 
+class AutoencoderError(EmmaError, RuntimeError):
+    """The autoencoder of a unified model can't be loaded, broke its protocol, or made values that aren't finite."""
+
+
 class CheckpointError(EmmaError, ValueError):
     """A saved adapter can't be read, or doesn't fit the model."""
 

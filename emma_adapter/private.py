@@ -5,6 +5,7 @@ Every function says whose name it is, what it is for, and which test fails first
 
 from __future__ import annotations
 
+import copy
 import inspect
 import sys
 from collections.abc import Callable, Collection, Iterator, Set
@@ -276,3 +277,68 @@ def stop_answering_trainer(model: nn.Module) -> None:
 def may_be_trained_through(model: Any) -> bool:
     """Whether gradients pass through the quantized layers of a model: ``hf_quantizer.is_trainable``."""
     return bool(getattr(getattr(model, "hf_quantizer", None), "is_trainable", True))
+
+
+def view_of(
+    module: nn.Module, modules: dict[str, nn.Module], parameters: dict[str, Tensor], **attributes: Any
+) -> nn.Module:
+    """Return a second instance that shares everything with ``module`` but what is given: its own children and
+    parameters of these names, and no hooks.
+
+    PyTorch keeps a module's parts in ``_modules`` and ``_parameters``, and finds a replaced ``forward`` (accelerate's,
+    say) on the instance. Held by ``test_private.py::test_a_view_shares_all_but_what_is_given``.
+    """
+    view = object.__new__(type(module))
+    own = vars(module)
+    for name, value in own.items():
+        if name not in ("forward", "_hf_hook", "_old_forward"):
+            # Emptied rather than left out: every release of PyTorch has other dictionaries of hooks.
+            view.__dict__[name] = type(value)() if "_hooks" in name and isinstance(value, dict) else value
+    view.__dict__["_modules"] = {**own["_modules"], **modules}
+    view.__dict__["_parameters"] = {**own["_parameters"], **parameters}
+    view.__dict__.update(attributes)
+    return view
+
+
+def can_checkpoint_with_cache() -> dict[str, bool]:
+    """Return the attribute by which transformers' ``GradientCheckpointingLayer`` keeps a cache that the layer only
+    reads.
+
+    Held by ``unified/test_training.py::test_gradient_checkpointing_changes_no_gradient``.
+    """
+    return {"_can_checkpoint_with_cache": True}
+
+
+def cache_argument(kind: type[nn.Module]) -> str:
+    """Return the name by which this class's ``forward`` takes a cache.
+
+    Held by ``test_private.py::test_the_cache_of_a_decoder_has_a_name``.
+    """
+    parameters = inspect.signature(kind.forward).parameters
+    return next((name for name in _CACHE_NAMES if name in parameters), _CACHE_NAMES[-1])
+
+
+def cache_of(output: Any) -> Any:
+    """Return the cache in a model's output, whatever it is called; None if there is none.
+
+    Held by ``test_private.py::test_the_cache_of_a_decoder_has_a_name``.
+    """
+    return next((output[name] for name in _CACHE_NAMES if output.get(name) is not None), None)
+
+
+def with_attention(config: Any, implementation: str) -> Any:
+    """Return a copy of a config with another implementation of attention: ``_attn_implementation``.
+
+    Held by ``test_private.py::test_a_config_is_copied_with_another_attention``.
+    """
+    config = copy.copy(config)
+    config._attn_implementation = implementation
+    return config
+
+
+def attention_of(config: Any) -> str:
+    """Return the implementation of attention that a config asks for: ``_attn_implementation``.
+
+    Held by ``test_private.py::test_a_config_is_copied_with_another_attention``.
+    """
+    return str(getattr(config, "_attn_implementation", None) or "eager")

@@ -23,7 +23,7 @@ errors warning version untrusted atomic private surroundings wrappers kernels fu
 instructions fitting
 sharding recomputation calls blocks original_projector state attachment precision idle trainers parallel planning hooks
 guards training named model_card checkpoint saving hub beside pushing push_callback base_saves starting restoring tuners
-handle patching references loading prompts collation __init__ data analysis report cli
+handle prompts unified patching references loading collation __init__ data analysis report cli
 """
 LAYERS = ORDER.split()
 

@@ -1,0 +1,210 @@
+"""The EmmaUnified handle: what a user does with a model that draws."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from .config import UnifiedConfig
+from .losses import prompted_loss
+from .module import shared_layers
+from .pictures import target_tensors
+from .sampling import Callback, GeneratedImages, Generators, check_request, draw
+from .state import UnifiedState, unified_state
+
+
+class EmmaUnified:
+    """Handle on the generation branch of one model. It holds no state of its own: any number may exist."""
+
+    def __init__(self, model: nn.Module) -> None:
+        unified_state(model)
+        self.model = model
+
+    @property
+    def config(self) -> UnifiedConfig:
+        """The config with every size filled in."""
+        return self._state.config
+
+    def generate_images(
+        self,
+        prompt: str | Sequence[str],
+        image: Any = None,
+        *,
+        negative_prompt: str | Sequence[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 20,
+        sigmas: Sequence[float] | None = None,
+        guidance_scale: float = 4.0,
+        image_guidance_scale: float = 1.0,
+        num_images_per_prompt: int = 1,
+        generator: Generators = None,
+        latents: Tensor | None = None,
+        solver: str = "euler",
+        output_type: str = "pil",
+        callback_on_step_end: Callback | None = None,
+    ) -> GeneratedImages:
+        """Draw pictures, or edit the ones that are given; ``.images`` of the result.
+
+        The names are those of diffusers' pipelines. Memory doesn't grow with the number of steps.
+
+        Args:
+            prompt: what to draw, or what to change; one, or a list for a batch.
+            image: reference pictures: None, a PIL image for every prompt, or a list with None, an image, or a list of
+                images for each.
+            negative_prompt: what guidance leads away from; default: an empty prompt.
+            height: in pixels, a multiple of the autoencoder's compression; default: the first reference picture's, of
+                at most a megapixel, or else 512.
+            width: likewise.
+            num_inference_steps: steps of the solver.
+            sigmas: the times to step through instead, falling from at most 1 (noise); they are not shifted any more.
+            guidance_scale: s_T, of the text; 1 is none (see :func:`~emma_adapter.unified.flow.guide`).
+            image_guidance_scale: s_I, of reference pictures; 1 is none.
+            num_images_per_prompt: the prompt is read once for all of them.
+            generator: of the noise: one, from which pictures take theirs one after another, or a list with one for
+                each picture. None: PyTorch's.
+            latents: the noise itself, ``[pictures, C, height / compression, width / compression]``.
+            solver: ``"euler"``, or ``"heun"``, which evaluates a step twice.
+            output_type: ``"pil"``, ``"np"`` (``[B, H, W, 3]``), ``"pt"`` (``[B, 3, H, W]`` in [0, 1]) or ``"latent"``.
+            callback_on_step_end: called as ``callback(unified, step, time, {"latents": x})`` after each step; it may
+                return other ``"latents"``, and end the drawing by raising.
+
+        Raises:
+            ConfigError: if an argument has a value that is not allowed.
+            DataError: if a prompt is empty or longer than the model's context, or a picture can't be read.
+            ShapeError: if a size is no multiple, or ``latents`` don't fit.
+            AutoencoderError: if the picture has NaN or infinite values.
+        """
+        request = check_request(
+            self._state,
+            prompt,
+            image,
+            negative_prompt,
+            height,
+            width,
+            num_inference_steps,
+            sigmas,
+            guidance_scale,
+            image_guidance_scale,
+            num_images_per_prompt,
+            solver,
+            output_type,
+        )
+        return draw(self.model, self._state, request, generator, latents, callback_on_step_end, self)
+
+    def loss(
+        self,
+        prompts: str | Sequence[str],
+        targets: Any,
+        images: Any = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Return the flow-matching loss of pictures behind their prompts, a scalar in float32.
+
+        While gradients are recorded, ``config.prompt_dropout`` of the prompts are replaced by empty ones; under
+        ``torch.no_grad()`` none.
+
+        Args:
+            prompts: one for each target.
+            targets: what to draw: PIL images, or a tensor ``[B, 3, H, W]`` in [0, 1]; a list may mix sizes. Sides are
+                multiples of the autoencoder's compression.
+            images: reference pictures, as for :meth:`generate_images`. The latents in which a target differs from its
+                first one weigh ``config.changed_weight``.
+            generator: of noise, times and dropout; None: PyTorch's.
+
+        Raises:
+            DataError: if a prompt or picture can't be used, or their numbers differ.
+            ShapeError: if a target's sides are no multiples.
+        """
+        return prompted_loss(self.model, self._state, prompts, targets, images, generator)
+
+    @torch.no_grad()
+    def measure_latents(self, pictures: Any) -> EmmaUnified:
+        """Set mean and standard deviation of each latent channel to those of some pictures of the training data.
+
+        Before training: what is trained on other latents doesn't fit any more. They are saved with the config.
+
+        Args:
+            pictures: as ``targets`` of :meth:`loss`.
+
+        Raises:
+            AutoencoderError: if a channel is the same everywhere.
+        """
+        state = self._state
+        tensors = target_tensors(pictures, state.coder.compression)
+        device = next(state.module.parameters()).device
+        mean, std = state.coder.measure([tensor.to(device) for tensor in tensors])
+        state.config = state.config.replace(latent_mean=mean, latent_std=std)
+        return self
+
+    def set_progress_bar_config(self, **settings: Any) -> EmmaUnified:
+        """Set how drawing shows its progress: ``disable=True``, or whatever else ``tqdm`` takes."""
+        self._state.progress_bar = settings
+        return self
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The branch's parameters."""
+        return self._state.module.parameters()
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Parameters by their name in the branch."""
+        return self._state.module.named_parameters()
+
+    def num_parameters(self) -> int:
+        """How many numbers the branch has learned or can learn."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def train_only(self) -> EmmaUnified:
+        """Freeze everything but the branch; the prompt then costs no memory for backward."""
+        state = self._state
+        if state.trainable_before is None:
+            state.trainable_before = {name: p.requires_grad for name, p in self.model.named_parameters()}
+        self.model.requires_grad_(False)
+        state.module.requires_grad_(True)
+        return self
+
+    def unfreeze(self) -> EmmaUnified:
+        """Make trainable again what ``train_only`` has frozen. Does nothing without ``train_only`` before."""
+        state = self._state
+        for name, parameter in self.model.named_parameters():
+            if (state.trainable_before or {}).get(name):
+                parameter.requires_grad_(True)
+        state.trainable_before = None
+        return self
+
+    def parameter_groups(self, lr: float, *, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+        """Return groups for an optimizer: the branch's matrices, and its vectors, which don't decay.
+
+        Raises:
+            ConfigError: if a rate is no number or negative.
+        """
+        for name, value in (("lr", lr), ("weight_decay", weight_decay)):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+                raise ConfigError(f"{name} must be a number >= 0; got {value!r}")
+        own = list(self.parameters())
+        return [
+            {"params": [p for p in own if p.ndim > 1], "lr": lr, "weight_decay": weight_decay},
+            {"params": [p for p in own if p.ndim <= 1], "lr": lr, "weight_decay": 0.0},
+        ]
+
+    @property
+    def _state(self) -> UnifiedState:
+        return unified_state(self.model)
+
+    def __repr__(self) -> str:
+        state = self._state
+        base: Any = self.model.config
+        layers = len(state.module.layers)
+        own, total = self.num_parameters(), sum(parameter.numel() for parameter in self.model.parameters())
+        return (
+            f"EmmaUnified(family={base.model_type!r}, decoupling={self.config.decoupling!r}, "
+            f"shared_layers={shared_layers(self.config, layers)} of {layers}, "
+            f"autoencoder={state.coder.source or type(state.coder.module).__name__!r} "
+            f"({state.coder.compression}x, {state.coder.channels} channels), parameters={own:,} "
+            f"({own / total:.3%} of the model))"
+        )

@@ -1,0 +1,268 @@
+"""The second decoder stack: views of the base's own layers, with the decoupled weights in place, over a read-only
+cache of the prompt.
+
+A view shares every tensor with the base that isn't decoupled, so that it is nothing but Python objects, made anew for
+each loss or drawing; the base is never changed, and other threads may run it meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import private
+from ..errors import UnsupportedModelError
+
+#: What the first layers share with the base, by name in the attention module.
+SHARED_NAMES = ("q_proj", "k_proj", "q_norm", "k_norm")
+#: Between the names of modules in the name of a parameter: a ParameterDict's names can't have dots.
+SEPARATOR = "/"
+_DOWN, _UP = "down", "up"
+_KNOWN_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
+
+Parameters = Mapping[str, Tensor]
+
+
+def text_model_of(inner: Any) -> Any:
+    """Return the decoder of a model: a module with ``layers``, ``norm`` and ``embed_tokens``.
+
+    Raises:
+        UnsupportedModelError: if it has none, is an encoder-decoder, or one whose layers no second stack can be made
+            of.
+    """
+    config: Any = inner.config
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{type(inner).__name__} is an encoder-decoder: pictures are drawn against the cache of a decoder that has "
+            "read the prompt, so that a decoder-only model is needed, as Qwen3-VL"
+        )
+    text: Any = inner.get_decoder() if hasattr(inner, "get_decoder") else None
+    # The ForCausalLM model has the decoder as its .model.
+    text = text if hasattr(text, "layers") else getattr(text, "model", None)
+    if not isinstance(getattr(text, "layers", None), nn.ModuleList) or not hasattr(text, "norm"):
+        raise UnsupportedModelError(
+            f"{type(inner).__name__} has no decoder with .layers and .norm that a second stack could be made of: use a "
+            "model of a family in docs/unified.md"
+        )
+    types = set(getattr(text.config, "layer_types", None) or ()) - _KNOWN_ATTENTION
+    if types or not all(_attention_names(layer) for layer in text.layers):
+        raise UnsupportedModelError(
+            f"{type(text).__name__} has layers without q_proj, k_proj and v_proj ({sorted(types) or 'fused or none'}), "
+            "as linear attention is: there is no cache of the prompt that picture tokens could read. Use a model with "
+            "ordinary attention in every layer"
+        )
+    return text
+
+
+def _attention_names(layer: nn.Module) -> set[str]:
+    """The child modules of a layer that are attention."""
+    return {
+        name
+        for name, child in layer.named_children()
+        if {"q_proj", "k_proj", "v_proj"} <= {part for part, _ in child.named_children()}
+    }
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """The base's own module inside what PEFT has put around it: copies have nothing of a LoRA."""
+    while isinstance(inside := module._modules.get("base_layer"), nn.Module):
+        module = inside
+    return module
+
+
+def _parts(module: nn.Module, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], nn.Module]]:
+    module = _unwrapped(module)
+    yield path, module
+    for name, child in module.named_children():
+        yield from _parts(child, (*path, name))
+
+
+def _is_linear(module: nn.Module) -> bool:
+    sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
+    return all(isinstance(size, int) for size in sizes)
+
+
+def decoupled_parameters(
+    layer: nn.Module, decoupling: Literal["full"] | int, *, shares_queries: bool
+) -> dict[str, nn.Parameter]:
+    """Return new parameters for what a layer's view owns, by their path in the layer, on the layer's device.
+
+    Full copies have the base's values and dtype. Of a rank r, weights of linear layers become ``down`` ``[r, in]``
+    (normal, 1 / sqrt(in)) and ``up`` ``[out, r]`` (zeros), vectors (norms, biases) are copied, and what is neither, as
+    the experts of a mixture, stays the base's; all in float32 at least.
+
+    Raises:
+        UnsupportedModelError: if full copies are asked for of weights that are quantized.
+    """
+    attention = _attention_names(layer)
+    found: dict[str, nn.Parameter] = {}
+    for path, module in _parts(layer):
+        if shares_queries and len(path) > 1 and path[0] in attention and path[1] in SHARED_NAMES:
+            continue
+        for name, value in module.named_parameters(recurse=False):
+            key = SEPARATOR.join((*path, name))
+            is_weight = _is_linear(module) and name == "weight"
+            if decoupling != "full" and is_weight:
+                found |= _low_rank(SEPARATOR.join(path), module, decoupling, value.device)
+            elif decoupling == "full" or value.ndim < 2:
+                if not value.is_floating_point() or value.itemsize == 1 or _is_packed(module, value):
+                    raise UnsupportedModelError(
+                        f"{'.'.join((*path, name))} is quantized ({type(module).__name__}) and has no full copy: use "
+                        "low-rank ones, UnifiedConfig(decoupling=64), or load the model in bfloat16"
+                    )
+                dtype = value.dtype if decoupling == "full" else wide(value.dtype)
+                found[key] = nn.Parameter(value.detach().clone().to(dtype), requires_grad=True)
+    return found
+
+
+def _is_packed(module: Any, value: Tensor) -> bool:
+    """Whether a weight is a stand-in for others, as quantizers' subclasses of tensors are, or of another shape than its
+    layer's sizes say."""
+    if type(value) is not nn.Parameter:
+        return True
+    return _is_linear(module) and value.ndim == 2 and tuple(value.shape) != (module.out_features, module.in_features)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype that small weights are trained in beside a base in ``dtype``: float32 or wider."""
+    return torch.promote_types(torch.float32, dtype) if dtype.is_floating_point else torch.float32
+
+
+def _low_rank(path: str, module: Any, rank: int, device: torch.device) -> dict[str, nn.Parameter]:
+    into, out = module.in_features, module.out_features
+    down = torch.randn(rank, into, device=device) / into**0.5
+    return {
+        f"{path}{SEPARATOR}{_DOWN}": nn.Parameter(down),
+        f"{path}{SEPARATOR}{_UP}": nn.Parameter(torch.zeros(out, rank, device=device)),
+    }
+
+
+class _LowRank(nn.Module):
+    """x → base(x) + B·A·x. The base is held beside the module tree, which nobody walks."""
+
+    def __init__(self, base: nn.Module, down: Tensor, up: Tensor) -> None:
+        super().__init__()
+        self._held = (base, down, up)
+
+    def forward(self, x: Tensor) -> Tensor:
+        base, down, up = self._held
+        result: Tensor = base(x)
+        return result + F.linear(F.linear(x, down), up)
+
+
+def view(module: nn.Module, parameters: Parameters, dtype: torch.dtype, **attributes: Any) -> nn.Module:
+    """Return a view of a module with these parameters, by path, in place of its own.
+
+    Args:
+        module: of the base.
+        parameters: as :func:`decoupled_parameters` names them; for computation they are cast to ``dtype``.
+        dtype: that the base computes in.
+        attributes: of the view itself.
+    """
+    module = _unwrapped(module)
+    own = {name: value.to(dtype) for name, value in parameters.items() if SEPARATOR not in name}
+    down, up = own.pop(_DOWN, None), own.pop(_UP, None)
+    below: dict[str, dict[str, Tensor]] = {}
+    for name, value in parameters.items():
+        if SEPARATOR in name:
+            child, rest = name.split(SEPARATOR, 1)
+            below.setdefault(child, {})[rest] = value
+    children = {name: view(module.get_submodule(name), values, dtype) for name, values in below.items()}
+    made = private.view_of(module, children, own, **attributes)
+    return made if down is None or up is None else _LowRank(made, down, up)
+
+
+def generation_view(
+    text: nn.Module, layers: Sequence[Parameters], norm: Parameters, dtype: torch.dtype, *, training: bool | None = None
+) -> nn.Module:
+    """Return the decoder stack of the generation branch, as a text model of the same class as ``text``.
+
+    Its attention is computed by PyTorch's ``scaled_dot_product_attention``, whatever the base uses, for it needs masks
+    that FlashAttention and FlexAttention don't take; by eager attention if the base does.
+
+    Args:
+        text: the base's.
+        layers: the parameters of each layer.
+        norm: those of the final norm.
+        dtype: that the base computes in.
+        training: as in ``module.train(…)``; None: as the base.
+    """
+    base: Any = text
+    eager = private.attention_of(base.config) == "eager"
+    config = private.with_attention(base.config, "eager" if eager else "sdpa")
+    mode = {} if training is None else {"training": training}
+    views = []
+    for layer, parameters in zip(base.layers, layers, strict=True):
+        made = view(layer, parameters, dtype)
+        attention = {
+            name: private.view_of(made.get_submodule(name), {}, {}, config=config, **mode)
+            for name in _attention_names(layer)
+        }
+        views.append(private.view_of(made, attention, {}, **private.can_checkpoint_with_cache(), **mode))
+    children = {"layers": nn.ModuleList(views), "norm": view(base.norm, norm, dtype)}
+    return private.view_of(base, children, {}, config=config, **mode)
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """What the base made of some prompts: keys and values of each layer, padded on the left. Nothing writes to it."""
+
+    #: For each layer, keys and values ``[B, heads, P, head_dim]``.
+    states: tuple[tuple[Tensor, Tensor], ...]
+    #: ``[B, P]``, True at tokens of the prompt.
+    mask: Tensor
+    #: ``[B]``, the first position after the prompt.
+    start: Tensor
+
+    @property
+    def length(self) -> int:
+        return self.mask.shape[1]
+
+    def rows(self, index: Tensor) -> Prefix:
+        """Return these rows, which may repeat."""
+        states = tuple(
+            (keys.index_select(0, index.to(keys.device)), values.index_select(0, index.to(values.device)))
+            for keys, values in self.states
+        )
+        return Prefix(states, self.mask[index], self.start[index])
+
+    @staticmethod
+    def joined(prefixes: list[Prefix]) -> Prefix:
+        """Return the rows of all, padded on the left to the longest."""
+        if len(prefixes) == 1:
+            return prefixes[0]
+        longest = max(prefix.length for prefix in prefixes)
+        padded = [prefix._padded(longest - prefix.length) for prefix in prefixes]
+        states = tuple(
+            (torch.cat([keys for keys, _ in layer]), torch.cat([values for _, values in layer]))
+            for layer in zip(*(prefix.states for prefix in padded), strict=True)
+        )
+        return Prefix(states, torch.cat([p.mask for p in padded]), torch.cat([p.start for p in padded]))
+
+    def _padded(self, by: int) -> Prefix:
+        states = tuple((F.pad(keys, (0, 0, by, 0)), F.pad(values, (0, 0, by, 0))) for keys, values in self.states)
+        return Prefix(states, F.pad(self.mask, (by, 0)), self.start)
+
+    def cache(self) -> Any:
+        """Return a cache for one forward or many: it gives each layer the prompt's states before the new ones, and
+        stores nothing, so that steps, branches and threads can share it."""
+        return _ReadOnlyCache(self.states)
+
+
+class _ReadOnlyCache:
+    """What decoder layers use of transformers' ``Cache``, without keeping anything."""
+
+    def __init__(self, states: tuple[tuple[Tensor, Tensor], ...]) -> None:
+        self._states = states
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        own_keys, own_values = self._states[layer_idx]
+        return torch.cat([own_keys, keys], -2), torch.cat([own_values, values], -2)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self._states[layer_idx][0].shape[-2]

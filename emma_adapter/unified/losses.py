@@ -1,0 +1,133 @@
+"""The flow-matching loss of pictures behind prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import DataError, ShapeError
+from .drawing import VelocityField, grid_of
+from .flow import changed_latents, interpolate, training_times, velocity_loss
+from .fusion import encode_grouped
+from .layers import Prefix
+from .pictures import reference_lists, target_tensors
+from .pixels import resized
+from .prompts import check_length, check_prompts
+from .reading import Row, device_of, read_rows
+from .state import UnifiedState
+
+
+def prompted_loss(
+    model: nn.Module,
+    state: UnifiedState,
+    prompts: Any,
+    targets: Any,
+    images: Any,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """Return the loss of a batch of prompts, target pictures and reference pictures; see ``EmmaUnified.loss``."""
+    texts = check_prompts(prompts)
+    pictures = target_tensors(targets, state.coder.compression)
+    references = reference_lists(images, len(texts))
+    if len(pictures) != len(texts):
+        raise DataError(f"{len(pictures)} targets for {len(texts)} prompts: give one for each")
+    device = device_of(state.family.inner(model))
+    pictures = [picture.to(device) for picture in pictures]
+    latents = encode_grouped(state, pictures)
+    sources = _sources(state, references, pictures, latents)
+    rows: list[Row] = [(text, tuple(own)) for text, own in zip(texts, references, strict=True)]
+    if torch.is_grad_enabled():
+        rows = dropped(rows, state.config.prompt_dropout, generator)
+    return latent_loss(model, state, read_rows(model, state, rows), latents, sources, generator)
+
+
+def latent_loss(
+    model: nn.Module,
+    state: UnifiedState,
+    prefix: Prefix,
+    latents: Sequence[Tensor],
+    sources: Sequence[Tensor] | None,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """Return the loss, a scalar in float32.
+
+    Args:
+        model: unified.
+        state: its state.
+        prefix: the read prompts, B rows.
+        latents: normalized latents ``[C, h, w]`` of each row's target.
+        sources: those of what the target was made of; equal to the target's where it was made of nothing. None: all so.
+        generator: of noise and times; None: PyTorch's.
+    """
+    config = state.config
+    x0, grid, real = padded(latents)
+    if len(x0) != len(prefix.mask):
+        raise ShapeError(f"{len(x0)} targets for {len(prefix.mask)} prompts: give one for each")
+    check_length(state.family.inner(model), prefix, x0.shape[1])
+    weights = real.float()
+    if sources is not None and config.changed_weight != 1:
+        weights = weights * (1 + (config.changed_weight - 1) * changed_latents(padded(sources)[0], x0))
+    draws = config.noise_draws
+    t = training_times(
+        len(x0), draws, config.timestep_density, config.time_shift, generator=generator, device=x0.device
+    )
+    x0 = x0[:, None].expand(-1, draws, -1, -1)
+    noise = random_normal(x0.shape, generator, x0.device)
+    field = VelocityField(model, state, prefix, grid, real, draws)
+    velocity = field(interpolate(x0, noise, t), t)
+    loss = velocity_loss(velocity, x0, noise, weights)
+    # Every parameter takes part in every step, also where no row has a picture: DistributedDataParallel waits for all.
+    idle = [parameter.sum() * 0 for parameter in state.module.fusion.parameters() if parameter.requires_grad]
+    return loss + torch.stack(idle).sum().to(loss.dtype) if idle and torch.is_grad_enabled() else loss
+
+
+def padded(latents: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return latents ``[B, N, C]``, padded to the longest; row and column of each ``[B, N, 2]``; and which are real,
+    ``[B, N]``.
+
+    Args:
+        latents: ``[C, h, w]`` each.
+    """
+    longest = max(one[0].numel() for one in latents)
+    tokens = torch.stack([F.pad(one.flatten(1).mT, (0, 0, 0, longest - one[0].numel())) for one in latents])
+    grids = [grid_of(one.shape[1], one.shape[2], one.device) for one in latents]
+    grid = torch.stack([F.pad(own, (0, 0, 0, longest - len(own))) for own in grids])
+    lengths = torch.tensor([len(own) for own in grids], device=tokens.device)
+    return tokens, grid, torch.arange(longest, device=tokens.device) < lengths[:, None]
+
+
+def random_normal(shape: Sequence[int], generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """Return standard normal numbers in float32, drawn where the generator is."""
+    own = device if generator is None else generator.device
+    return torch.randn(tuple(shape), generator=generator, device=own).to(device)
+
+
+def dropped(rows: Sequence[Row], share: float, generator: torch.Generator | None = None) -> list[Row]:
+    """Return rows, this share of them without their text; of those with pictures, half lose these too: what guidance
+    for text and for pictures apart needs to have seen."""
+    if share == 0:
+        return list(rows)
+    device = None if generator is None else generator.device
+    u = torch.rand(len(rows), generator=generator, device=device).tolist()
+    return [
+        (text, pictures) if number >= share else ("", pictures if number >= share / 2 else ())
+        for (text, pictures), number in zip(rows, u, strict=True)
+    ]
+
+
+def _sources(
+    state: UnifiedState, references: list[list[Any]], pictures: list[Tensor], latents: list[Tensor]
+) -> list[Tensor] | None:
+    """Latents of each row's first reference picture at its target's size; the target's own where there is none."""
+    if state.config.changed_weight == 1 or not any(references):
+        return None
+    edited = [number for number, own in enumerate(references) if own]
+    given = target_tensors([references[number][0] for number in edited], 1)
+    given = resized(given, [(pictures[number].shape[1], pictures[number].shape[2]) for number in edited])
+    coded = encode_grouped(state, [one.to(latents[0].device) for one in given])
+    own = dict(zip(edited, coded, strict=True))
+    return [own.get(number, latents[number]) for number in range(len(latents))]

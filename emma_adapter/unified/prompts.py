@@ -1,0 +1,194 @@
+"""From prompts with reference pictures to what the base has read of them: a :class:`~.layers.Prefix`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import private
+from ..errors import ConfigError, DataError, UnsupportedModelError
+from ..prompts import Prompts
+from ..untrusted import plain, shown
+from .fusion import fusing
+from .layers import Prefix, text_model_of
+from .state import UnifiedState
+
+#: What a call of the model is given of a prompt, beside ids and pictures: nothing of these.
+_NOT_OF_A_PROMPT = ("labels", "cache", "past_key_values", "position_ids", "use_cache", "logits_to_keep")
+
+
+def encode_prompts(state: UnifiedState, prompts: Sequence[str], images: Sequence[Sequence[Any]]) -> dict[str, Tensor]:
+    """Return the model's inputs for prompts that all have reference pictures, or all have none.
+
+    Args:
+        state: of the model.
+        prompts: texts of the user's turn; ``""`` is the empty prompt of guidance.
+        images: the reference pictures of each, PIL images, which come first in the turn.
+
+    Raises:
+        DataError: if the processor can't make inputs of them.
+    """
+    conversations = [
+        [{"role": "user", "content": [*({"type": "image"} for _ in own), {"type": "text", "text": text}]}]
+        for text, own in zip(prompts, images, strict=True)
+    ]
+    maker = Prompts(state.processor)
+    texts = [maker.prompt(talk) for talk in conversations]
+    pictures = {"images": [list(own) for own in images]} if any(images) else {}
+    try:
+        made = state.processor(
+            text=texts,
+            **pictures,
+            padding=True,
+            padding_side="left",
+            add_special_tokens=False,
+            return_tensors="pt",
+        )
+    except Exception as error:
+        raise DataError(
+            f"the processor makes no inputs of the prompts ({type(error).__name__}: {plain(str(error), 300)}): a "
+            "prompt must be a text without the tokens that stand for pictures, and pictures must be RGB images"
+        ) from error
+    return dict(made)
+
+
+def read_prompts(model: nn.Module, state: UnifiedState, inputs: Mapping[str, Any]) -> Prefix:
+    """Return what the base makes of prompts; its weights, hooks and stored positions are as before.
+
+    Gradients reach what is trainable of the base, and the fusion at reference pictures, if the caller records any.
+
+    Raises:
+        UnsupportedModelError: if its cache doesn't hold keys and values of every token.
+    """
+    inner: Any = state.family.inner(model)
+    text: Any = text_model_of(inner)
+    ids: Tensor = inputs["input_ids"]
+    mask = inputs.get("attention_mask")
+    mask = torch.ones_like(ids) if mask is None else mask
+    positions = _positions(inner, inputs, mask)
+    own = {name: value for name, value in inputs.items() if name not in _NOT_OF_A_PROMPT and value is not None}
+    given = {**own, "attention_mask": mask, "position_ids": positions, "use_cache": True}
+    with _kept_positions(inner), _without_checkpointing(text), fusing(True):
+        output = inner(**given)
+    cache = private.cache_of(output)
+    states = tuple((layer.keys, layer.values) for layer in getattr(cache, "layers", ()))
+    if not states or any(keys is None or keys.shape[-2] != ids.shape[1] for keys, _ in states):
+        raise UnsupportedModelError(
+            f"{type(text).__name__} has a layer that keeps less than the {ids.shape[1]} tokens of the prompt, as a "
+            "sliding window: shorten the prompt, or use fewer or smaller reference pictures"
+        )
+    flat = positions if positions.ndim == 2 else positions.amax(0)
+    start = flat.masked_fill(mask == 0, -1).amax(1) + 1
+    return Prefix(states, mask.bool(), start)
+
+
+def has_planes(inner: Any) -> bool:
+    """Return whether positions have three parts (time, row, column), as those of M-RoPE have."""
+    return callable(getattr(inner, "get_rope_index", None))
+
+
+def _positions(inner: Any, inputs: Mapping[str, Any], mask: Tensor) -> Tensor:
+    """Positions of the prompt's tokens, those that the base would count without padding: ``[B, P]``, or ``[3, B, P]``
+    of M-RoPE."""
+    counted = (mask.long().cumsum(-1) - 1).clamp(min=0)
+    if not has_planes(inner):
+        return counted
+    if inputs.get("image_grid_thw") is None and inputs.get("video_grid_thw") is None:
+        return counted.expand(3, *counted.shape)
+    known = inspect.signature(inner.get_rope_index).parameters
+    given = {name: value for name, value in inputs.items() if name in known} | {"attention_mask": mask}
+    if "mm_token_type_ids" in known and given.get("mm_token_type_ids") is None:
+        given["mm_token_type_ids"] = (inputs["input_ids"] == inner.config.image_token_id).int()
+    positions: Tensor = inner.get_rope_index(**given)[0]
+    return positions
+
+
+@contextmanager
+def _kept_positions(inner: nn.Module) -> Iterator[None]:
+    """Put back the ``rope_deltas`` that Qwen-VL stores on the model for calls that go on."""
+    before = [(module, vars(module)["rope_deltas"]) for module in inner.modules() if "rope_deltas" in vars(module)]
+    try:
+        yield
+    finally:
+        for module, value in before:
+            if vars(module)["rope_deltas"] is not value:
+                module.rope_deltas = value
+
+
+@contextmanager
+def _without_checkpointing(text: nn.Module) -> Iterator[None]:
+    """Have the base's decoder keep its cache, which it doesn't while it is checkpointed."""
+    found: list[Any] = [module for module in text.modules() if getattr(module, "gradient_checkpointing", False) is True]
+    for module in found:
+        module.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for module in found:
+            module.gradient_checkpointing = True
+
+
+def check_length(inner: Any, prefix: Prefix, latents: int) -> None:
+    """Check that a picture of so many latents fits behind the prompts.
+
+    Raises:
+        DataError: if both are longer than the model's context.
+        UnsupportedModelError: if they are longer than the window of a layer.
+    """
+    config: Any = text_model_of(inner).config
+    longest, total = getattr(config, "max_position_embeddings", None), prefix.length + latents
+    if longest is not None and total > longest:
+        raise DataError(
+            f"a prompt of {prefix.length} tokens and a picture of {latents} latents are longer than the model's context "
+            f"of {longest}: shorten the prompt, or make the picture or its references smaller"
+        )
+    window = getattr(config, "sliding_window", None)
+    slides = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
+    if window and slides and getattr(config, "use_sliding_window", True) and total > window:
+        raise UnsupportedModelError(
+            f"a prompt of {prefix.length} tokens and a picture of {latents} latents don't fit in the {window} tokens "
+            "that the model's sliding-window layers see: shorten the prompt, or make pictures smaller"
+        )
+
+
+def on_device(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """Return inputs with their tensors on a device."""
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+
+
+def check_prompts(prompts: Any) -> list[str]:
+    """Return the prompts as a list.
+
+    Raises:
+        DataError: if one is empty, or no text.
+    """
+    texts = [prompts] if isinstance(prompts, str) else prompts
+    if not isinstance(texts, Sequence) or not texts:
+        raise DataError(f"prompts must be a text or a non-empty list of texts; got {shown(prompts)}")
+    for text in texts:
+        if not isinstance(text, str) or not text.strip():
+            raise DataError(f"a prompt must be a text that says what to draw; got {shown(text)}")
+    return list(texts)
+
+
+def check_processor(processor: Any) -> None:
+    """Check that a processor makes the model's prompts.
+
+    Raises:
+        ConfigError: if it is None, or has no chat template.
+    """
+    if processor is None or not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
+        raise ConfigError(
+            "unify_model and load_unified need the model's processor, which makes its prompts: "
+            "processor=AutoProcessor.from_pretrained(…)"
+        )
+    if not getattr(processor, "chat_template", None):
+        raise ConfigError(
+            f"the {type(processor).__name__} has no chat template, by which prompts with pictures are written: set "
+            "processor.chat_template"
+        )

@@ -1,0 +1,55 @@
+"""Rows of prompts and reference pictures, whichever they are, read by the base in as few passes as they need."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from .layers import Prefix, text_model_of
+from .prompts import encode_prompts, on_device, read_prompts
+from .state import MODULE_NAME, UnifiedState
+
+#: A prompt and its reference pictures.
+Row = tuple[str, tuple[Any, ...]]
+
+
+def device_of(inner: Any) -> torch.device:
+    """Return where the model takes its inputs."""
+    device: torch.device = text_model_of(inner).embed_tokens.weight.device
+    return device
+
+
+def read_rows(model: nn.Module, state: UnifiedState, rows: Sequence[Row]) -> Prefix:
+    """Return what the base makes of rows. Equal ones are read once; rows with pictures and rows without in a pass each.
+
+    Gradients are recorded where the caller records them and something that is trained takes part.
+    """
+    keys = [(text, tuple(map(id, pictures))) for text, pictures in rows]
+    distinct = list(dict.fromkeys(keys))
+    found: list[Prefix] = []
+    order: list[int] = []
+    for with_pictures in (False, True):
+        own = [number for number, (_, pictures) in enumerate(distinct) if bool(pictures) is with_pictures]
+        if not own:
+            continue
+        members = [rows[keys.index(distinct[number])] for number in own]
+        inputs = encode_prompts(state, [text for text, _ in members], [list(pictures) for _, pictures in members])
+        inputs = on_device(inputs, device_of(state.family.inner(model)))
+        with recording(model, state, with_pictures=with_pictures):
+            found.append(read_prompts(model, state, inputs))
+        order += own
+    place = {distinct[number]: at for at, number in enumerate(order)}
+    joined = Prefix.joined(found)
+    return joined.rows(torch.tensor([place[key] for key in keys], device=joined.mask.device))
+
+
+def recording(model: nn.Module, state: UnifiedState, *, with_pictures: bool) -> Any:
+    """Return a context that records no gradients in the base if nothing there is trained: a prompt then costs no
+    memory for backward."""
+    trained = with_pictures and any(parameter.requires_grad for parameter in state.module.fusion.parameters())
+    base = (p for name, p in model.named_parameters() if not name.startswith(f"{MODULE_NAME}."))
+    return nullcontext() if trained or any(parameter.requires_grad for parameter in base) else torch.no_grad()
