@@ -32,6 +32,7 @@ from .handle import EmmaAdapter
 from .hooks import install_call_hooks, remove_hooks
 from .state import DEFAULT, STATE_ATTRIBUTE, AdapterState, state_of
 from .surroundings import undisturbed
+from .unified.detaching import is_unified, take_off
 from .wrappers import base_of
 
 
@@ -121,12 +122,16 @@ def install(
 
 @undisturbed()
 def unpatch_model(model: nn.Module) -> None:
-    """Take the adapter off again; what is left is the original model, bit for bit.
+    """Take off again what ``patch_model`` and ``unify_model`` put on; what is left is the original model, bit for bit.
 
     Raises:
         PatchError: if the model is not patched, or was sharded since.
     """
     around, model = wrappers.around(model), base_of(model)
+    if is_unified(model):
+        take_off(model)
+        if not hasattr(model, STATE_ATTRIBUTE):
+            return
     state = state_of(model)
     if sharding.is_fully_sharded(model):
         raise PatchError(

@@ -106,19 +106,3 @@ def install(model: nn.Module, state: UnifiedState) -> None:
     model.add_module(MODULE_NAME, state.module)
     fusion.install(inner, projector)
     private.forget_compiled_code()
-
-
-def is_unified(model: nn.Module) -> bool:
-    """Return whether a model was made to draw."""
-    return STATE_ATTRIBUTE in model.__dict__
-
-
-def take_off(model: nn.Module) -> None:
-    """Take a generation branch off: what is left is the model as it was."""
-    state = model.__dict__[STATE_ATTRIBUTE]
-    EmmaUnified(model).unfreeze()
-    for module in [module for module in model.modules() if module.__dict__.get(STATE_ATTRIBUTE) is state]:
-        fusion.remove(module)
-        del module.__dict__[STATE_ATTRIBUTE]
-    delattr(model, MODULE_NAME)
-    private.forget_compiled_code()

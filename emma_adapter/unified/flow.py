@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
+from ..untrusted import shown
 
 Solver = Literal["euler", "heun"]
 
@@ -78,10 +79,13 @@ def sampling_times(steps: int, amount: float, sigmas: Sequence[float] | None = N
     """
     if sigmas is not None:
         times = [float(sigma) for sigma in sigmas]
-        falling = all(one > other for one, other in zip(times, [*times[1:], 0.0], strict=True))
+        ended = [*times, 0.0]
+        falling = all(one > other for one, other in zip(times, ended[1:], strict=True))
         if not times or not falling or times[0] > 1:
-            raise ConfigError(f"sigmas must fall within (0, 1], as numpy.linspace(1, 0.05, 20) does; got {times}")
-        return [*times, 0.0]
+            raise ConfigError(
+                f"sigmas must fall within (0, 1], as numpy.linspace(1, 0.05, 20) does; got {shown(times)}"
+            )
+        return ended
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ConfigError(f"num_inference_steps must be an integer >= 1; got {steps!r}")
     return shift(torch.linspace(1, 0, steps + 1, dtype=torch.float64), amount).tolist()

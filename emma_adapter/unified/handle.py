@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError
+from . import detaching, training
 from .config import UnifiedConfig
 from .losses import prompted_loss
 from .module import shared_layers
@@ -161,20 +161,12 @@ class EmmaUnified:
 
     def train_only(self) -> EmmaUnified:
         """Freeze everything but the branch; the prompt then costs no memory for backward."""
-        state = self._state
-        if state.trainable_before is None:
-            state.trainable_before = {name: p.requires_grad for name, p in self.model.named_parameters()}
-        self.model.requires_grad_(False)
-        state.module.requires_grad_(True)
+        training.train_only(self.model)
         return self
 
     def unfreeze(self) -> EmmaUnified:
         """Make trainable again what ``train_only`` has frozen. Does nothing without ``train_only`` before."""
-        state = self._state
-        for name, parameter in self.model.named_parameters():
-            if (state.trainable_before or {}).get(name):
-                parameter.requires_grad_(True)
-        state.trainable_before = None
+        training.unfreeze(self.model)
         return self
 
     def parameter_groups(self, lr: float, *, weight_decay: float = 0.0) -> list[dict[str, Any]]:
@@ -183,14 +175,14 @@ class EmmaUnified:
         Raises:
             ConfigError: if a rate is no number or negative.
         """
-        for name, value in (("lr", lr), ("weight_decay", weight_decay)):
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
-                raise ConfigError(f"{name} must be a number >= 0; got {value!r}")
-        own = list(self.parameters())
-        return [
-            {"params": [p for p in own if p.ndim > 1], "lr": lr, "weight_decay": weight_decay},
-            {"params": [p for p in own if p.ndim <= 1], "lr": lr, "weight_decay": 0.0},
-        ]
+        return training.parameter_groups(self.model, lr, weight_decay)
+
+    def remove(self) -> None:
+        """Take the branch off, and leave an adapter of ``patch_model`` where it is; ``unpatch_model`` takes off both.
+
+        The handle is of no use any more.
+        """
+        detaching.take_off(self.model)
 
     @property
     def _state(self) -> UnifiedState:

@@ -82,6 +82,10 @@ def read_prompts(model: nn.Module, state: UnifiedState, inputs: Mapping[str, Any
             f"{type(text).__name__} has a layer that keeps less than the {ids.shape[1]} tokens of the prompt, as a "
             "sliding window: shorten the prompt, or use fewer or smaller reference pictures"
         )
+    if not bool(mask.all()):
+        # What attention makes of padding may be NaN, which a weight of zero doesn't hide.
+        real = mask.bool()[:, None, :, None]
+        states = tuple((keys.where(real, 0), values.where(real, 0)) for keys, values in states)
     flat = positions if positions.ndim == 2 else positions.amax(0)
     start = flat.masked_fill(mask == 0, -1).amax(1) + 1
     return Prefix(states, mask.bool(), start)
@@ -144,8 +148,8 @@ def check_length(inner: Any, prefix: Prefix, latents: int) -> None:
     longest, total = getattr(config, "max_position_embeddings", None), prefix.length + latents
     if longest is not None and total > longest:
         raise DataError(
-            f"a prompt of {prefix.length} tokens and a picture of {latents} latents are longer than the model's context "
-            f"of {longest}: shorten the prompt, or make the picture or its references smaller"
+            f"a prompt of {prefix.length} tokens and a picture of {latents} latents are longer than the model's "
+            f"context of {longest}: shorten the prompt, or make the picture or its references smaller"
         )
     window = getattr(config, "sliding_window", None)
     slides = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])

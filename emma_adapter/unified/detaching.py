@@ -1,0 +1,26 @@
+"""Taking a generation branch off a model again."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .. import private
+from . import fusion
+from .state import MODULE_NAME, STATE_ATTRIBUTE, unified_state
+from .training import unfreeze
+
+
+def is_unified(model: nn.Module) -> bool:
+    """Return whether a model was made to draw."""
+    return STATE_ATTRIBUTE in model.__dict__
+
+
+def take_off(model: nn.Module) -> None:
+    """Take a generation branch off: what is left is the model as it was."""
+    state = unified_state(model)
+    unfreeze(model)
+    for module in [module for module in model.modules() if module.__dict__.get(STATE_ATTRIBUTE) is state]:
+        fusion.remove(module)
+        del module.__dict__[STATE_ATTRIBUTE]
+    delattr(model, MODULE_NAME)
+    private.forget_compiled_code()
