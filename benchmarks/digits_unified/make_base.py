@@ -26,7 +26,7 @@ from .vlm import BASE_DIR, TOKEN_ID, WIDTH, config, load_base, processor, to_pix
 
 VISION_STEPS = 1200
 #: At a rate that falls slowly (it would reach zero after ``LANGUAGE_HORIZON``), then down to zero.
-LANGUAGE_STEPS, LANGUAGE_HORIZON = 800, 2000
+LANGUAGE_STEPS, LANGUAGE_HORIZON = 900, 2000
 ANNEALING_STEPS = 400
 #: Scenes of a step, by grid.
 VISION_BATCH = {2: 48, 3: 22}
