@@ -15,7 +15,7 @@ import stat
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,7 +27,11 @@ _ABANDONED_AFTER = 24 * 3600  # seconds
 _LONGEST_WAIT = 10  # seconds
 
 
-def replace_files(directory: Path, files: Mapping[str, bytes]) -> None:
+#: What a file is to hold, or what writes it to a path, for files that shouldn't be in memory as a whole.
+Content = bytes | Callable[[Path], None]
+
+
+def replace_files(directory: Path, files: Mapping[str, Content]) -> None:
     """Give a folder these files, the first one first. The folder is made if it isn't there.
 
     All are on disk before the first replaces its predecessor. Several that do this take turns in replacing, so that
@@ -87,10 +91,13 @@ def _mode(path: Path) -> int | None:
     return stat.S_IMODE(found) if stat.S_ISREG(found) else None
 
 
-def _write(path: Path, content: bytes, mode: int | None) -> None:
+def _write(path: Path, content: Content, mode: int | None) -> None:
     """Write and flush: a rename must not survive a power cut that the content didn't."""
-    with path.open("wb") as file:
-        file.write(content)
+    if not isinstance(content, bytes):
+        content(path)
+    with path.open("wb" if isinstance(content, bytes) else "rb+") as file:
+        if isinstance(content, bytes):
+            file.write(content)
         file.flush()
         os.fsync(file.fileno())
     if mode is not None and mode != stat.S_IMODE(path.stat().st_mode):

@@ -30,16 +30,18 @@ class MethodGuard:
     one that is deleted before the call, as in ``PeftModel.from_pretrained(model, path).merge_and_unload()``.
     """
 
-    def __init__(self, model: nn.Module, name: str, guard: Callable[..., Any]) -> None:
+    def __init__(self, model: nn.Module, name: str, guard: Callable[..., Any], switch: str = STATE_ATTRIBUTE) -> None:
         self.name = name
         self.guard = guard
+        #: The attribute of the model without which the guard only passes calls on.
+        self.switch = switch
         #: What another tool had put on the instance under this name before.
         self.previous = model.__dict__.get(name)
         self._bind(model)
 
     @classmethod
-    def install(cls, model: nn.Module, name: str, guard: Callable[..., Any]) -> None:
-        model.__dict__[name] = cls(model, name, guard)
+    def install(cls, model: nn.Module, name: str, guard: Callable[..., Any], switch: str = STATE_ATTRIBUTE) -> None:
+        model.__dict__[name] = cls(model, name, guard, switch)
 
     @classmethod
     def install_once(cls, model: nn.Module, name: str, guard: Callable[..., Any]) -> None:
@@ -59,7 +61,7 @@ class MethodGuard:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model = self._model_or_twin()
         original = self.previous or functools.partial(getattr(type(model), self.name), model)
-        if not hasattr(model, STATE_ATTRIBUTE):
+        if not hasattr(model, self.switch):
             return original(*args, **kwargs)
         return self.guard(model, original, *args, **kwargs)
 
@@ -74,7 +76,8 @@ class MethodGuard:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MethodGuard:
         twin = object.__new__(type(self))
-        twin.name, twin.guard, twin.previous = self.name, self.guard, copy.deepcopy(self.previous, memo)
+        twin.name, twin.guard, twin.switch = self.name, self.guard, self.switch
+        twin.previous = copy.deepcopy(self.previous, memo)
         # nn.Module registers its copy before it copies its attributes.
         model = self._model_or_twin()
         twin._bind(memo.get(id(model), model))
@@ -83,7 +86,7 @@ class MethodGuard:
     def bound_to(self, model: nn.Module) -> MethodGuard:
         """This guard for a shallow copy of its model."""
         twin = object.__new__(type(self))
-        twin.name, twin.guard, twin.previous = self.name, self.guard, self.previous
+        twin.name, twin.guard, twin.switch, twin.previous = self.name, self.guard, self.switch, self.previous
         twin._bind(model)
         return twin
 
@@ -109,10 +112,12 @@ class MethodGuard:
         return model
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"name": self.name, "guard": self.guard, "previous": self.previous, "model": self._model_or_twin()}
+        own = {"name": self.name, "guard": self.guard, "switch": self.switch, "previous": self.previous}
+        return {**own, "model": self._model_or_twin()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.name, self.guard, self.previous = state["name"], state["guard"], state["previous"]
+        self.name, self.guard, self.switch = state["name"], state["guard"], state["switch"]
+        self.previous = state["previous"]
         self._bind(state["model"])
 
 

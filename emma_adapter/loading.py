@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import nn
 
-from . import hub, restoring, sharding
+from . import hub, restoring, sharding, wrappers
 from .errors import PatchError
 from .families import require_model
 from .fusion.dispatch import Kernel
 from .handle import EmmaAdapter
-from .patching import patch_model, unpatch_model
+from .patching import patch_model, take_off_adapters
 from .state import DEFAULT, STATE_ATTRIBUTE
 from .surroundings import undisturbed
 from .wrappers import base_of
@@ -89,7 +89,7 @@ def load_adapter(
             restoring.assign(model, DEFAULT, saved)
         except BaseException:
             if hasattr(model, STATE_ATTRIBUTE):
-                unpatch_model(model)
+                take_off_adapters(model, wrappers.around(given))
             raise
     else:
         restoring.restore(

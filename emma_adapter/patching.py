@@ -128,10 +128,15 @@ def unpatch_model(model: nn.Module) -> None:
         PatchError: if the model is not patched, or was sharded since.
     """
     around, model = wrappers.around(model), base_of(model)
-    if is_unified(model):
+    unified = is_unified(model)
+    if hasattr(model, STATE_ATTRIBUTE) or not unified:
+        take_off_adapters(model, around)
+    if unified:
         take_off(model)
-        if not hasattr(model, STATE_ATTRIBUTE):
-            return
+
+
+def take_off_adapters(model: nn.Module, around: Sequence[nn.Module] = ()) -> None:
+    """Take off what ``patch_model`` put on a model, and on the wrappers around it, and nothing else."""
     state = state_of(model)
     if sharding.is_fully_sharded(model):
         raise PatchError(
@@ -148,7 +153,8 @@ def unpatch_model(model: nn.Module) -> None:
         modules.add(state.model)
     for module in [module for module in modules if module.__dict__.get(STATE_ATTRIBUTE) is state]:
         for guard in [value for value in module.__dict__.values() if isinstance(value, MethodGuard)]:
-            guard.remove(module)
+            if guard.switch == STATE_ATTRIBUTE:
+                guard.remove(module)
         remove_hooks(module)
         attachment.detach(module)
     tuners.release_wrappers(around)

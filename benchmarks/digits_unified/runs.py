@@ -22,7 +22,7 @@ from .scenes import CELL, GRIDS, Combinations, Scenes, render, sample_scenes
 from .training import WORK, Optimizer, train
 from .vlm import BASE_DIR, load_base
 
-STEPS = 2400
+STEPS = 2000
 RATE = 7e-3
 #: Pictures of a step, by grid; each with ``DRAWS`` amounts of noise.
 BATCH = {2: 40, 3: 20}

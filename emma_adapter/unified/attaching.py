@@ -12,7 +12,7 @@ from ..errors import ConfigError, PatchError, UnsupportedModelError
 from ..families import find_family, require_model
 from ..surroundings import undisturbed
 from ..wrappers import base_of
-from . import fusion
+from . import base_saves, calls, fusion
 from .autoencoder import LatentCoder
 from .config import UnifiedConfig
 from .handle import EmmaUnified
@@ -70,6 +70,12 @@ def unify_model(
         raise ConfigError(
             f"UnifiedConfig.shared_layers={config.shared_layers} is more than the model's {layers} layers"
         )
+    width = text.embed_tokens.embedding_dim
+    if config.decoupling != "full" and config.decoupling > width:
+        raise ConfigError(
+            f"UnifiedConfig.decoupling={config.decoupling} is a rank beyond the model's width of {width}: take a "
+            'smaller one, or "full"'
+        )
     if config.decoupling == "full" and getattr(model, "is_quantized", False):
         raise UnsupportedModelError(
             "the model is quantized, and full copies of its layers need weights that are not: use low-rank copies, "
@@ -105,4 +111,6 @@ def install(model: nn.Module, state: UnifiedState) -> None:
         module.__dict__[STATE_ATTRIBUTE] = state
     model.add_module(MODULE_NAME, state.module)
     fusion.install(inner, projector)
+    calls.install(model, inner)
+    base_saves.install(model)
     private.forget_compiled_code()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from .. import private
-from . import fusion
+from . import base_saves, calls, fusion
 from .state import MODULE_NAME, STATE_ATTRIBUTE, unified_state
 from .training import unfreeze
 
@@ -21,6 +21,8 @@ def take_off(model: nn.Module) -> None:
     unfreeze(model)
     for module in [module for module in model.modules() if module.__dict__.get(STATE_ATTRIBUTE) is state]:
         fusion.remove(module)
+        calls.remove(module)
         del module.__dict__[STATE_ATTRIBUTE]
+    base_saves.remove(model)
     delattr(model, MODULE_NAME)
     private.forget_compiled_code()

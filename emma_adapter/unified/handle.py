@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import detaching, training
+from . import checkpoint, detaching, training
+from .collation import UnifiedCollator
 from .config import UnifiedConfig
+from .fusion import encode_grouped
 from .losses import prompted_loss
 from .module import shared_layers
 from .pictures import target_tensors
@@ -112,7 +116,7 @@ class EmmaUnified:
         Args:
             prompts: one for each target.
             targets: what to draw: PIL images, or a tensor ``[B, 3, H, W]`` in [0, 1]; a list may mix sizes. Sides are
-                multiples of the autoencoder's compression.
+                multiples of the autoencoder's compression. Or the latents that :meth:`encode_images` returned.
             images: reference pictures, as for :meth:`generate_images`. The latents in which a target differs from its
                 first one weigh ``config.changed_weight``.
             generator: of noise, times and dropout; None: PyTorch's.
@@ -146,6 +150,50 @@ class EmmaUnified:
         """Set how drawing shows its progress: ``disable=True``, or whatever else ``tqdm`` takes."""
         self._state.progress_bar = settings
         return self
+
+    @torch.no_grad()
+    def encode_images(self, pictures: Any) -> Tensor:
+        """Return the normalized latents ``[B, C, h, w]`` of pictures of one size, given as ``targets`` of :meth:`loss`;
+        that takes them in place of the pictures, so that they needn't be encoded in every epoch."""
+        state = self._state
+        device = next(state.module.parameters()).device
+        tensors = target_tensors(pictures, state.coder.compression)
+        return torch.stack(encode_grouped(state, [tensor.to(device) for tensor in tensors]))
+
+    @torch.no_grad()
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Return the pictures ``[B, 3, H, W]`` in [0, 1] of normalized latents ``[B, C, h, w]``."""
+        state = self._state
+        return torch.cat([state.coder.decode(one[None], state.config) for one in latents])
+
+    def collator(
+        self, *, size: tuple[int, int] | None = None, folder: str | PathLike[str] = ".", dropout: bool = True
+    ) -> UnifiedCollator:
+        """Return what makes batches of rows ``{"prompt", "image"?, "target"}``, for ``Trainer(data_collator=…)``.
+
+        Args:
+            size: (height, width) that targets are resized to; None: all of a batch have one size already.
+            folder: that the paths of pictures start at.
+            dropout: whether ``config.prompt_dropout`` of the prompts are replaced by empty ones.
+        """
+        return UnifiedCollator(self._state, size, Path(folder), dropout=dropout)
+
+    def save_pretrained(self, directory: str | PathLike[str], *, is_main_process: bool | None = None) -> None:
+        """Write ``unified_config.json``, ``unified_model.safetensors`` and, if there is none, a card, atomically.
+
+        Whenever it is killed, ``load_unified`` finds the branch that was there before, or the new one. The folder may
+        hold other things: a model, an adapter of ``patch_model``, or a LoRA. The autoencoder isn't saved, but its id
+        and a hash of its config are.
+
+        Args:
+            directory: the folder, made if it isn't there.
+            is_main_process: whether this process writes; default: on rank 0.
+
+        Raises:
+            OSError: if the folder can't be written; what it held is intact.
+            CheckpointError: if weights are NaN or infinite.
+        """
+        checkpoint.save(self.model, directory, is_main_process=is_main_process)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The branch's parameters."""

@@ -1,3 +1,73 @@
 """load_unified: from a saved folder to a model that draws."""
 
 from __future__ import annotations
+
+import warnings
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..errors import CheckpointError
+from ..families import require_model
+from ..surroundings import undisturbed
+from ..wrappers import base_of
+from . import checkpoint
+from .attaching import unify_model
+from .detaching import take_off
+from .handle import EmmaUnified
+from .state import STATE_ATTRIBUTE, unified_state
+
+
+@undisturbed()
+def load_unified(
+    model: nn.Module,
+    source: str | PathLike[str],
+    *,
+    processor: Any = None,
+    autoencoder: str | PathLike[str] | nn.Module,
+) -> EmmaUnified:
+    """Let a model draw with a branch that ``save_pretrained`` wrote. If this raises, the model is as it was.
+
+    The folder may come from anybody: nothing in it is run, and nothing outside of it is read.
+
+    Args:
+        model: as for :func:`unify_model`; it must not draw yet.
+        source: the folder.
+        processor: as for :func:`unify_model`.
+        autoencoder: as for :func:`unify_model`: the one that the branch was trained with.
+
+    Raises:
+        CheckpointError: if the files are incomplete, damaged, of a newer format, or made for another model.
+        ConfigError: if the autoencoder has another compression or other channels.
+        PatchError: if the model draws already.
+    """
+    require_model(model)
+    saved, file = checkpoint.describe(Path(source))
+    with file:
+        base: Any = base_of(model)
+        model_type = getattr(getattr(base, "config", None), "model_type", None)
+        if model_type != saved.model_type:
+            raise CheckpointError(
+                f"{saved.source} was made for a model of type {saved.model_type!r}, and this one is {model_type!r}: "
+                "load it into the model it was made for"
+            )
+        had = STATE_ATTRIBUTE in base.__dict__
+        try:
+            unified = unify_model(model, saved.config, processor=processor, autoencoder=autoencoder)
+            own = unified_state(base).module.state_dict(keep_vars=True)
+            checkpoint.check_fits(saved, own)
+            checkpoint.read_into(saved, file, own)
+        except BaseException:
+            if not had and STATE_ATTRIBUTE in base.__dict__:
+                take_off(base)
+            raise
+    found = unified_state(base).coder.fingerprint()
+    if found != saved.autoencoder:
+        warnings.warn(
+            f"{saved.source} was trained with another autoencoder ({saved.autoencoder_source or 'a module'}) than the "
+            "one given, by its config: pictures will not be what it learned, unless only names differ",
+            stacklevel=3,
+        )
+    return unified

@@ -31,14 +31,17 @@ def prompted_loss(
 ) -> Tensor:
     """Return the loss of a batch of prompts, target pictures and reference pictures; see ``EmmaUnified.loss``."""
     texts = check_prompts(prompts)
-    pictures = target_tensors(targets, state.coder.compression)
     references = reference_lists(images, len(texts))
-    if len(pictures) != len(texts):
-        raise DataError(f"{len(pictures)} targets for {len(texts)} prompts: give one for each")
     device = device_of(state.family.inner(model))
-    pictures = [picture.to(device) for picture in pictures]
-    latents = encode_grouped(state, pictures)
-    sources = _sources(state, references, pictures, latents)
+    channels = state.coder.channels
+    if isinstance(targets, Tensor) and targets.ndim == 4 and targets.shape[1] == channels != 3:
+        latents = list(targets.to(device))
+    else:
+        pictures = target_tensors(targets, state.coder.compression)
+        latents = encode_grouped(state, [picture.to(device) for picture in pictures])
+    if len(latents) != len(texts):
+        raise DataError(f"{len(latents)} targets for {len(texts)} prompts: give one for each")
+    sources = _sources(state, references, latents)
     rows: list[Row] = [(text, tuple(own)) for text, own in zip(texts, references, strict=True)]
     if torch.is_grad_enabled():
         rows = dropped(rows, state.config.prompt_dropout, generator)
@@ -119,15 +122,14 @@ def dropped(rows: Sequence[Row], share: float, generator: torch.Generator | None
     ]
 
 
-def _sources(
-    state: UnifiedState, references: list[list[Any]], pictures: list[Tensor], latents: list[Tensor]
-) -> list[Tensor] | None:
+def _sources(state: UnifiedState, references: list[list[Any]], latents: list[Tensor]) -> list[Tensor] | None:
     """Latents of each row's first reference picture at its target's size; the target's own where there is none."""
     if state.config.changed_weight == 1 or not any(references):
         return None
     edited = [number for number, own in enumerate(references) if own]
     given = target_tensors([references[number][0] for number in edited], 1)
-    given = resized(given, [(pictures[number].shape[1], pictures[number].shape[2]) for number in edited])
+    side = state.coder.compression
+    given = resized(given, [(latents[number].shape[1] * side, latents[number].shape[2] * side) for number in edited])
     coded = encode_grouped(state, [one.to(latents[0].device) for one in given])
     own = dict(zip(edited, coded, strict=True))
     return [own.get(number, latents[number]) for number in range(len(latents))]

@@ -22,11 +22,11 @@ from .state import UnifiedState
 _NOT_OF_A_PROMPT = ("labels", "cache", "past_key_values", "position_ids", "use_cache", "logits_to_keep")
 
 
-def encode_prompts(state: UnifiedState, prompts: Sequence[str], images: Sequence[Sequence[Any]]) -> dict[str, Tensor]:
-    """Return the model's inputs for prompts that all have reference pictures, or all have none.
+def encode_prompts(processor: Any, prompts: Sequence[str], images: Sequence[Sequence[Any]]) -> dict[str, Tensor]:
+    """Return the model's inputs for prompts, padded on the left.
 
     Args:
-        state: of the model.
+        processor: the model's.
         prompts: texts of the user's turn; ``""`` is the empty prompt of guidance.
         images: the reference pictures of each, PIL images, which come first in the turn.
 
@@ -37,11 +37,11 @@ def encode_prompts(state: UnifiedState, prompts: Sequence[str], images: Sequence
         [{"role": "user", "content": [*({"type": "image"} for _ in own), {"type": "text", "text": text}]}]
         for text, own in zip(prompts, images, strict=True)
     ]
-    maker = Prompts(state.processor)
+    maker = Prompts(processor)
     texts = [maker.prompt(talk) for talk in conversations]
     pictures = {"images": [list(own) for own in images]} if any(images) else {}
     try:
-        made = state.processor(
+        made = processor(
             text=texts,
             **pictures,
             padding=True,

@@ -37,7 +37,9 @@ def read_rows(model: nn.Module, state: UnifiedState, rows: Sequence[Row]) -> Pre
         if not own:
             continue
         members = [rows[keys.index(distinct[number])] for number in own]
-        inputs = encode_prompts(state, [text for text, _ in members], [list(pictures) for _, pictures in members])
+        inputs = encode_prompts(
+            state.processor, [text for text, _ in members], [list(pictures) for _, pictures in members]
+        )
         inputs = on_device(inputs, device_of(state.family.inner(model)))
         with recording(model, state, with_pictures=with_pictures):
             found.append(read_prompts(model, state, inputs))

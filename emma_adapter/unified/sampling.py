@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, get_args
 
 import torch
@@ -149,7 +150,7 @@ def draw(
         return guide(made[0], made[1], made[2], request.guidance_scale, request.image_guidance_scale)
 
     x = x.to(torch.promote_types(torch.float32, field.dtype))
-    pairs = list(zip(request.times[:-1], request.times[1:], strict=True))
+    pairs = list(pairwise(request.times))
     for number, (time, following) in enumerate(_progress(pairs, state)):
         x = step(velocity, x, time, following, request.solver)
         if callback is not None:

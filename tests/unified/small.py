@@ -52,7 +52,9 @@ def unified(
     """A model of the zoo that draws; with ``trained``, no weight of the branch is zero."""
     entry = ZOO[name]
     model = entry.model() if model is None else model
-    made = unify_model(model, config, processor=entry.processor(), autoencoder=autoencoder())
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        made = unify_model(model, config, processor=entry.processor(), autoencoder=autoencoder())
     if trained:
         train_randomly(model.emma_unified, 0.05)
     return made.set_progress_bar_config(disable=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch.distributions import Normal, SigmoidTransform, TransformedDistribution
@@ -37,7 +39,7 @@ def test_times_have_the_density_that_they_are_named_after(amount):
 
 def test_uniform_times_are_stratified_over_the_draws_of_a_prompt():
     t = training_times(500, 4, "uniform", 1.0, generator=seeded(), device=DEVICE)
-    assert t.shape == (500, 4) and 0 <= t.min() and t.max() < 1
+    assert t.shape == (500, 4) and t.min() >= 0 and t.max() < 1
     quarters = (t * 4).long().sort(1).values
     assert torch.equal(quarters, torch.arange(4).expand(500, 4))
     assert t[:, 0].mean().item() == pytest.approx(0.5, abs=0.05)
@@ -66,7 +68,7 @@ def test_sigmas_must_fall(sigmas):
 def test_the_true_velocity_leads_back_to_the_picture(solver):
     x0, noise = torch.randn(2, 3, 4, generator=seeded(1)), torch.randn(2, 3, 4, generator=seeded(2))
     x, times = noise, sampling_times(5, 3.0)
-    for time, following in zip(times[:-1], times[1:], strict=True):
+    for time, following in pairwise(times):
         torch.testing.assert_close(x, interpolate(x0, noise, torch.tensor([time, time])), atol=1e-6, rtol=0)
         x = step(lambda x, t: noise - x0, x, time, following, solver)
     torch.testing.assert_close(x, x0, atol=1e-6, rtol=0)
@@ -80,7 +82,7 @@ def test_heun_is_of_second_order():
             # Ends before 0, where Heun's rule falls back to Euler's.
             times = [1 - 0.9 * number / steps for number in range(steps + 1)]
             x = torch.ones((), dtype=torch.float64)
-            for time, following in zip(times[:-1], times[1:], strict=True):
+            for time, following in pairwise(times):
                 x = step(lambda x, t: x, x, time, following, solver)
             errors[solver, steps] = abs(x.item() - torch.tensor(-0.9, dtype=torch.float64).exp().item())
     assert errors["euler", 20] / errors["euler", 40] == pytest.approx(2, abs=0.2)
