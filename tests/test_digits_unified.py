@@ -12,7 +12,18 @@ from sklearn.datasets import load_digits
 from torch import nn
 from transformers import AutoProcessor
 
-from benchmarks.digits_unified import captions, judge, make_autoencoder, training, vlm
+from benchmarks.digits_unified import (
+    captions,
+    demo,
+    figures,
+    judge,
+    make_adapter,
+    make_autoencoder,
+    make_base,
+    runs,
+    training,
+    vlm,
+)
 from benchmarks.digits_unified.captions import EDITS, caption, question, sample_edits
 from benchmarks.digits_unified.scenes import (
     CELL,
@@ -228,3 +239,48 @@ def test_a_stopped_training_goes_on_to_the_same_bits(tmp_path):
 
     straight, stopped = weights(None), weights(tmp_path, 3, 5)
     assert all(map(torch.equal, straight, stopped))
+
+
+@pytest.fixture(scope="module")
+def painter() -> runs.Painter:
+    return demo.load_painter(vlm.load_base(), AutoProcessor.from_pretrained(vlm.BASE_DIR), make_adapter.ADAPTER_DIR)
+
+
+def test_the_shipped_branch_draws_and_edits_and_leaves_answers_alone(painter):
+    asked = ["what digit is at the top left ?", "remove the five then describe"]
+    inputs = make_base.make_inputs(asked, render(sampled(n=2)))
+    with torch.no_grad():
+        assert torch.equal(painter.model(**inputs).logits, vlm.load_base()(**inputs).logits)
+    assert judge.mean(runs.draw(painter, 12, grid=2).scores)["position"] > 0.7
+    assert judge.mean(runs.edit(painter, 12, grid=2).scores)["other cells kept"] > 0.7
+
+
+def test_the_shipped_base_says_what_it_sees():
+    scenes = sampled(3, n=10)
+    said = make_base.say(vlm.load_base(), render(scenes), [captions.DESCRIBE] * 10)
+    wanted = [caption(scenes.digits[i], scenes.colours[i]) for i in range(10)]
+    assert np.mean([a == b for a, b in zip(said, wanted, strict=True)]) > 0.6
+
+
+def test_the_shipped_files_are_small_and_name_no_folder_of_their_maker():
+    folders = [judge.JUDGE_DIR, make_autoencoder.AUTOENCODER_DIR, vlm.BASE_DIR, make_adapter.ADAPTER_DIR]
+    files = [file for folder in folders for file in folder.iterdir()]
+    assert sum(file.stat().st_size for file in files) < 12e6
+    for file in files:
+        assert file.suffix == ".safetensors" or str(vlm.BASE_DIR.parent.parent) not in file.read_text()
+
+
+def test_training_uses_what_a_step_draws(painter):
+    """Drawing and editing, both grids: finite losses that depend on the step's numbers alone."""
+    losses = []
+    for seed in (0, 1, 2, 0):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            losses.append(runs.loss(painter, runs.STEPS, runs.STEPS, np.random.default_rng(seed)).item())
+    assert losses[0] == losses[3] and len(set(losses)) == 3 and max(losses) < 1.5
+
+
+def test_intervals_hold_the_mean_of_known_values():
+    values = np.random.default_rng(0).binomial(1, 0.8, (3, 400)).astype(float)
+    average, low, high = figures.interval(values)
+    assert low < 0.8 < high and low < average < high and high - low < 0.1

@@ -22,10 +22,10 @@ from emma_adapter import load_unified
 from .captions import question
 from .judge import mean
 from .make_adapter import ADAPTER_DIR, SHIPPED_STEPS
-from .make_autoencoder import AUTOENCODER_DIR
+from .make_autoencoder import load_autoencoder
 from .make_base import make_inputs
 from .pictures import draw_edits, draw_prompts
-from .runs import STEPS, Drawn, Painter, draw, edit, fit
+from .runs import STEPS, Drawn, Painter, Remembering, draw, edit, fit
 from .scenes import render, sample_scenes
 from .vlm import BASE_DIR, load_base
 
@@ -107,7 +107,8 @@ class Answers:
 
 
 def load_painter(model: Qwen3VLForConditionalGeneration, processor: object, folder: Path) -> Painter:
-    unified = load_unified(model, folder, processor=processor, autoencoder=str(AUTOENCODER_DIR))
+    autoencoder = Remembering(load_autoencoder())
+    unified = load_unified(model, folder, processor=processor, autoencoder=autoencoder)
     unified.set_progress_bar_config(disable=True)
     unified.train_only()
     return Painter(model, processor, unified)

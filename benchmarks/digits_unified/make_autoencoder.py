@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from ..digits_vqa.scenes import SPLITS
 from .judge import load_judge, mean, score_drawings
-from .scenes import GRIDS, render, sample_scenes
+from .scenes import GRIDS, Hand, render, sample_scenes
 from .training import Optimizer, train
 
 AUTOENCODER_DIR = Path(__file__).parent / "autoencoder"
@@ -46,10 +47,10 @@ CONFIG = {
 }
 
 
-def loss(model: AutoencoderDC, step: int, rng: np.random.Generator) -> Tensor:
+def loss(model: Any, step: int, rng: np.random.Generator) -> Tensor:
     """Squares first: with absolute errors alone, the best that a decoder can do at first is to draw the ground."""
     grid = GRIDS[step % len(GRIDS)]
-    hand = "varied" if rng.random() < 0.7 else "natural"
+    hand: Hand = "varied" if rng.random() < 0.7 else "natural"
     scenes = sample_scenes(BATCH[grid], "train", rng, grid=grid, hand=hand)
     pictures = (render(scenes) * 2 - 1).contiguous(memory_format=torch.channels_last)
     error = model(pictures).sample - pictures
@@ -58,13 +59,13 @@ def loss(model: AutoencoderDC, step: int, rng: np.random.Generator) -> Tensor:
 
 
 @torch.no_grad()
-def encode(model: AutoencoderDC, pictures: Tensor) -> Tensor:
+def encode(model: Any, pictures: Tensor) -> Tensor:
     """Latents ``[n, 32, H / 32, W / 32]`` of pictures in [0, 1]."""
     return torch.cat([model.encode(part * 2 - 1).latent for part in pictures.split(64)])
 
 
 @torch.no_grad()
-def decode(model: AutoencoderDC, latents: Tensor) -> Tensor:
+def decode(model: Any, latents: Tensor) -> Tensor:
     """Pictures in [0, 1]."""
     return torch.cat([model.decode(part).sample for part in latents.split(64)]).add(1).div(2).clamp(0, 1)
 
@@ -75,7 +76,7 @@ def reconstruct(pictures: Tensor) -> Tensor:
     return decode(model, encode(model, pictures))
 
 
-def measure_latents(model: AutoencoderDC, scenes: int = 1000) -> tuple[Tensor, Tensor]:
+def measure_latents(model: Any, scenes: int = 1000) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each channel, over training scenes of both sizes."""
     rng = np.random.default_rng(17)
     latents = [encode(model, render(sample_scenes(scenes, "train", rng, grid=grid))) for grid in GRIDS]
@@ -83,11 +84,11 @@ def measure_latents(model: AutoencoderDC, scenes: int = 1000) -> tuple[Tensor, T
     return flat.mean(0), flat.std(0)
 
 
-def load_autoencoder(folder: Path = AUTOENCODER_DIR) -> AutoencoderDC:
+def load_autoencoder(folder: Path = AUTOENCODER_DIR) -> Any:
     return AutoencoderDC.from_pretrained(folder, torch_dtype=torch.float32).eval().requires_grad_(False)
 
 
-def report(model: AutoencoderDC, n: int = 400) -> None:
+def report(model: Any, n: int = 400) -> None:
     """What the judge reads of originals and of reconstructions: no drawn picture can be read better."""
     judge = load_judge()
     for split in SPLITS:
@@ -112,7 +113,8 @@ def report(model: AutoencoderDC, n: int = 400) -> None:
 def main(output: Path) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(3)
-    model = AutoencoderDC(**CONFIG).train()
+    model: Any = AutoencoderDC(**CONFIG)
+    model.train()
 
     def go(name: str, optimizer: Optimizer, *, seed: int, until: int | None = None) -> None:
         train(name, optimizer, lambda step, rng: loss(model, step, rng), seed=seed, until=until)
@@ -127,7 +129,7 @@ def main(output: Path) -> None:
     report(load_autoencoder(output))
 
 
-def save(model: AutoencoderDC, output: Path) -> None:
+def save(model: Any, output: Path) -> None:
     """In half precision, which halves the shipped file; the latents are measured with what it holds."""
     copy.deepcopy(model).half().save_pretrained(output)
     average, deviation = measure_latents(load_autoencoder(output))

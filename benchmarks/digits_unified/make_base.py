@@ -20,7 +20,7 @@ from transformers import Qwen3VLForConditionalGeneration
 from ..digits_vqa.scenes import COLOURS, DIGITS, EMPTY
 from .captions import DESCRIBE, Edits, caption, question, sample_edits
 from .judge import labels
-from .scenes import GRIDS, Scenes, render, sample_scenes
+from .scenes import GRIDS, Hand, Scenes, render, sample_scenes
 from .training import Optimizer, train
 from .vlm import BASE_DIR, TOKEN_ID, WIDTH, config, load_base, processor, to_pixel_values
 
@@ -28,6 +28,9 @@ VISION_STEPS = 1200
 #: At a rate that falls slowly (it would reach zero after ``LANGUAGE_HORIZON``), then down to zero.
 LANGUAGE_STEPS, LANGUAGE_HORIZON = 900, 2000
 ANNEALING_STEPS = 400
+#: Then mostly instructions, which take longest to learn.
+EDITING_STEPS, EDITING_HORIZON = 400, 700
+LAST_STEPS = 150
 #: Scenes of a step, by grid.
 VISION_BATCH = {2: 48, 3: 22}
 LANGUAGE_BATCH = {2: 48, 3: 28}
@@ -37,7 +40,7 @@ IGNORE = -100
 
 def _scenes(step: int, batch: dict[int, int], rng: np.random.Generator) -> Scenes:
     grid = GRIDS[step % len(GRIDS)]
-    hand = "varied" if rng.random() < 0.7 else "natural"
+    hand: Hand = "varied" if rng.random() < 0.7 else "natural"
     return sample_scenes(batch[grid], "train", rng, grid=grid, hand=hand)
 
 
@@ -106,11 +109,13 @@ def _turn(role: str, *parts: str | dict[str, str]) -> dict[str, object]:
 
 
 def conversation(
-    scenes: Scenes, edits: Edits, i: int, rng: np.random.Generator
+    scenes: Scenes, edits: Edits, i: int, rng: np.random.Generator, *, editing: float
 ) -> tuple[list[dict[str, object]], bool]:
-    """A conversation about scene ``i``, shown or told, and whether it is shown."""
+    """A conversation about scene ``i``, shown or told, and whether it is shown. ``editing``: the share of edits."""
     digits, colours = scenes.digits[i], scenes.colours[i]
-    kind = rng.random()
+    u = rng.random()
+    # Captions and questions are below one half, edits above.
+    kind = 0.5 * u / (1 - editing) if u < 1 - editing else 0.5 + 0.5 * (u - (1 - editing)) / editing
     told = caption(digits, colours, rng)
     if kind < 0.15:
         return [_turn("user", IMAGE, DESCRIBE), _turn("assistant", caption(digits, colours))], True
@@ -154,11 +159,17 @@ def make_batch(talks: list[list[dict[str, object]]], shown: list[bool], pictures
 def train_language(model: Qwen3VLForConditionalGeneration) -> None:
     model.model.visual.requires_grad_(False)
 
-    def loss(step: int, rng: np.random.Generator) -> Tensor:
+    def loss(step: int, rng: np.random.Generator, *, editing: float = 0.5, focal: bool = False) -> Tensor:
         scenes = _scenes(step, LANGUAGE_BATCH, rng)
         edits = sample_edits(scenes, "train", rng)
-        talks, shown = zip(*(conversation(scenes, edits, i, rng) for i in range(len(scenes))), strict=True)
-        return model(**make_batch(list(talks), list(shown), render(scenes)), use_cache=False).loss
+        made = [conversation(scenes, edits, i, rng, editing=editing) for i in range(len(scenes))]
+        talks, shown = zip(*made, strict=True)
+        batch = make_batch(list(talks), list(shown), render(scenes))
+        labels = batch.pop("labels")[:, 1:]
+        logits = model(**batch, use_cache=False).logits[:, :-1]
+        each = F.cross_entropy(logits[labels != IGNORE], labels[labels != IGNORE], reduction="none")
+        # Of an edited scene's caption, most words are easy: the cells that stay (focal loss, arXiv 1708.02002).
+        return (each * (1 - (-each.detach()).exp())).mean() if focal else each.mean()
 
     edges = [model.get_input_embeddings().weight, model.lm_head.weight]
 
@@ -167,6 +178,12 @@ def train_language(model: Qwen3VLForConditionalGeneration) -> None:
 
     train("language", optimizer(3e-3, LANGUAGE_HORIZON), loss, seed=3, until=LANGUAGE_STEPS)
     train("language, annealed", optimizer(2e-3, ANNEALING_STEPS), loss, seed=4)
+
+    def edited(step: int, rng: np.random.Generator) -> Tensor:
+        return loss(step, rng, editing=0.8, focal=True)
+
+    train("language, editing", optimizer(2.5e-3, EDITING_HORIZON), edited, seed=5, until=EDITING_STEPS)
+    train("language, editing, annealed", optimizer(1.5e-3, LAST_STEPS), edited, seed=6)
 
 
 # ------------------------------------------------------------------------------------------ figures

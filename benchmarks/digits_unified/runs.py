@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cache
+from hashlib import blake2b
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoProcessor, Qwen3VLForConditionalGeneration
 
 from emma_adapter import EmmaUnified, UnifiedConfig, unify_model
 
 from .captions import DRAW, Edits, caption, sample_edits
 from .judge import Scores, load_judge, score_drawings, score_edits
-from .make_autoencoder import AUTOENCODER_DIR, LATENTS_FILE, reconstruct
+from .make_autoencoder import AUTOENCODER_DIR, LATENTS_FILE, load_autoencoder, reconstruct
 from .scenes import CELL, GRIDS, Combinations, Scenes, render, sample_scenes
 from .training import WORK, Optimizer, train
 from .vlm import BASE_DIR, load_base
@@ -34,6 +37,31 @@ WITHOUT_PLACES = 0.15
 
 SAMPLING_STEPS = 10
 GUIDANCE, EDIT_GUIDANCE = 3.0, 2.0
+
+
+#: Training scenes, by grid.
+POOL = {2: 4000, 3: 3000}
+
+
+class Remembering(nn.Module):
+    """An autoencoder that encodes each picture once: it is frozen, and training pictures come again."""
+
+    def __init__(self, autoencoder: Any) -> None:
+        super().__init__()
+        self.autoencoder = autoencoder
+        self.config = autoencoder.config
+        self.spatial_compression_ratio = autoencoder.spatial_compression_ratio
+        self._latents: dict[bytes, Tensor] = {}
+
+    def encode(self, x: Tensor) -> SimpleNamespace:
+        keys = [blake2b(one.tobytes()).digest() for one in (x * 127.5).round().short().numpy()]
+        new = {key: row for row, key in enumerate(keys) if key not in self._latents}
+        if new:
+            self._latents.update(zip(new, self.autoencoder.encode(x[list(new.values())]).latent, strict=True))
+        return SimpleNamespace(latent=torch.stack([self._latents[key] for key in keys]))
+
+    def decode(self, z: Tensor) -> Any:
+        return self.autoencoder.decode(z)
 
 
 @dataclass
@@ -65,7 +93,8 @@ def make_painter(decoupling: Any, seed: int) -> Painter:
     """A branch at its start."""
     torch.manual_seed(seed)
     model, processor = load_base(), AutoProcessor.from_pretrained(BASE_DIR)
-    unified = unify_model(model, make_config(decoupling), processor=processor, autoencoder=str(AUTOENCODER_DIR))
+    autoencoder = Remembering(load_autoencoder())
+    unified = unify_model(model, make_config(decoupling), processor=processor, autoencoder=autoencoder)
     unified.set_progress_bar_config(disable=True)
     unified.train_only()
     return Painter(model, processor, unified)
@@ -83,14 +112,22 @@ def drawing_prompts(scenes: Scenes, rng: np.random.Generator, *, without_places:
     ]
 
 
+@cache
+def training_edits(grid: int) -> Edits:
+    """Training scenes, an instruction for each, and what becomes of them."""
+    rng = np.random.default_rng(400 + grid)
+    return sample_edits(sample_scenes(POOL[grid], "train", rng, grid=grid), "train", rng)
+
+
 def loss(painter: Painter, step: int, steps: int, rng: np.random.Generator) -> Tensor:
     grid = GRIDS[rng.integers(len(GRIDS))]
-    scenes = sample_scenes(BATCH[grid], "train", rng, grid=grid)
+    edits, rows = training_edits(grid), rng.integers(0, POOL[grid], BATCH[grid])
+    before = edits.before[rows]
     if step < DRAWING_ONLY * steps or rng.random() >= EDITING:
-        prompts = drawing_prompts(scenes, rng, without_places=WITHOUT_PLACES)
-        return painter.unified.loss(prompts, render(scenes))
-    edits = sample_edits(scenes, "train", rng)
-    return painter.unified.loss(edits.instructions, render(edits.after), images=to_pil(render(scenes)))
+        prompts = drawing_prompts(before, rng, without_places=WITHOUT_PLACES)
+        return painter.unified.loss(prompts, render(before))
+    instructions = [edits.instructions[row] for row in rows]
+    return painter.unified.loss(instructions, render(edits.after[rows]), images=to_pil(render(before)))
 
 
 def fit(

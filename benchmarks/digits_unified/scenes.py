@@ -25,6 +25,7 @@ HELD_OUT = {("two", "green"), ("four", "yellow"), ("seven", "red"), ("nine", "bl
 SEEN = np.array([[(digit, colour) not in HELD_OUT for colour in COLOURS] for digit in DIGITS])
 
 Combinations = Literal["seen", "held out", "all"]
+Hand = Literal["natural", "varied"]
 
 _RGB = torch.tensor([[1.0, 0.15, 0.15], [0.15, 0.9, 0.2], [0.25, 0.4, 1.0], [1.0, 0.95, 0.15]])
 _GLYPH = 40
@@ -72,7 +73,7 @@ def sample_scenes(
     *,
     grid: int = 2,
     combinations: Combinations = "seen",
-    hand: Literal["natural", "varied"] = "natural",
+    hand: Hand = "natural",
 ) -> Scenes:
     """Half of the scenes have one or more empty cells, at most half of all.
 
