@@ -46,7 +46,7 @@ def main(until: int, scenes: int, seed: int, output: Path) -> None:
     painter = load_painter(model, processor, ADAPTER_DIR)
     click.echo(repr(painter.unified))
     answers.check("with the generation branch")
-    fit(painter, "demo", steps=STEPS, seed=seed, first=SHIPPED_STEPS, until=until, work=None)
+    fit(painter, "demo", seed=seed, first=SHIPPED_STEPS, until=until, work=None)
     answers.check("after its training")
 
     drawn = {

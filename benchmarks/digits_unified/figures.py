@@ -125,7 +125,7 @@ def _first(records: list[dict[str, Any]], kind: Any) -> dict[str, Any]:
 
 @click.command(help=__doc__)
 @click.option("--results", type=click.Path(path_type=Path), default=RESULTS, show_default=True)
-@click.option("--steps", default=STEPS, show_default=True)
+@click.option("--until", "steps", default=STEPS, show_default=True, help="Training steps.")
 @click.option("--scenes", default=SCENES, show_default=True)
 @click.option("--only", "only", multiple=True, help='"full copies" or "rank 32".')
 def main(results: Path, steps: int, scenes: int, only: tuple[str, ...]) -> None:
@@ -137,7 +137,7 @@ def main(results: Path, steps: int, scenes: int, only: tuple[str, ...]) -> None:
                 continue
             started = time.perf_counter()
             painter = make_painter(copies, seed)
-            fit(painter, f"{copies}-{seed}", steps=steps, seed=seed)
+            fit(painter, f"{copies}-{seed}", seed=seed, until=steps)
             seconds = time.perf_counter() - started
             record = {
                 "copies": copies,

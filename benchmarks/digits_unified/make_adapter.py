@@ -16,18 +16,17 @@ from .scenes import GRIDS
 
 ADAPTER_DIR = Path(__file__).parent / "adapter"
 #: Where the shipped branch was stopped, of ``STEPS``.
-SHIPPED_STEPS = 1600
+SHIPPED_STEPS = STEPS - 300
 
 
 @click.command(help=__doc__)
 @click.option("--output", type=click.Path(path_type=Path), default=ADAPTER_DIR, show_default=True)
-@click.option("--steps", default=STEPS, show_default=True, help="Of the whole schedule.")
-@click.option("--until", default=SHIPPED_STEPS, show_default=True, help="Steps that are done here.")
+@click.option("--until", default=SHIPPED_STEPS, show_default=True, help=f"Steps that are done here, of {STEPS}.")
 @click.option("--seed", default=0, show_default=True)
-def main(output: Path, steps: int, until: int, seed: int) -> None:
+def main(output: Path, until: int, seed: int) -> None:
     torch.set_num_threads(1)
     painter = make_painter("full", seed)
-    fit(painter, f"full-{seed}", steps=steps, until=until, seed=seed)
+    fit(painter, f"full-{seed}", seed=seed, until=until)
     # The file says which base it is for: not where this checkout is. Half precision halves it.
     painter.model.config._name_or_path = "benchmarks/digits_unified/base"
     painter.model.emma_unified.half()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from hashlib import blake2b
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,22 +21,39 @@ from emma_adapter import EmmaUnified, UnifiedConfig, unify_model
 from .captions import DRAW, Edits, caption, sample_edits
 from .judge import Scores, load_judge, score_drawings, score_edits
 from .make_autoencoder import AUTOENCODER_DIR, LATENTS_FILE, load_autoencoder, reconstruct
-from .scenes import CELL, GRIDS, Combinations, Scenes, render, sample_scenes
+from .scenes import CELL, Combinations, Scenes, render, sample_scenes
 from .training import WORK, Optimizer, train
 from .vlm import BASE_DIR, load_base
 
-STEPS = 2000
-RATE = 7e-3
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of the training, with a rate that falls to zero after ``horizon`` steps."""
+
+    name: str
+    steps: int
+    horizon: int
+    rate: float
+    #: Of its steps, the share at the beginning that only draws; of the others, the share that edits.
+    drawing_only: float
+    editing: float
+    #: The share of 3x3 scenes, by steps.
+    large: float
+
+
+PHASES = (
+    Phase("first", 1600, 2000, 7e-3, drawing_only=0.375, editing=0.65, large=0.5),
+    Phase("second", 2400, 2400, 6e-3, drawing_only=0.0, editing=0.55, large=0.65),
+)
+STEPS = sum(phase.steps for phase in PHASES)
 #: Pictures of a step, by grid; each with ``DRAWS`` amounts of noise.
 BATCH = {2: 40, 3: 20}
 DRAWS = 6
-#: The first part of a training only draws; then this share of the steps edits.
-DRAWING_ONLY, EDITING = 0.3, 0.65
 #: The share of captions that name no places.
 WITHOUT_PLACES = 0.15
 
 SAMPLING_STEPS = 10
-GUIDANCE, EDIT_GUIDANCE = 3.0, 2.0
+GUIDANCE, IMAGE_GUIDANCE = 3.0, 2.0
 
 
 #: Training scenes, by grid.
@@ -119,11 +136,11 @@ def training_edits(grid: int) -> Edits:
     return sample_edits(sample_scenes(POOL[grid], "train", rng, grid=grid), "train", rng)
 
 
-def loss(painter: Painter, step: int, steps: int, rng: np.random.Generator) -> Tensor:
-    grid = GRIDS[rng.integers(len(GRIDS))]
+def loss(painter: Painter, phase: Phase, step: int, rng: np.random.Generator) -> Tensor:
+    grid = 3 if rng.random() < phase.large else 2
     edits, rows = training_edits(grid), rng.integers(0, POOL[grid], BATCH[grid])
     before = edits.before[rows]
-    if step < DRAWING_ONLY * steps or rng.random() >= EDITING:
+    if step < phase.drawing_only * phase.steps or rng.random() >= phase.editing:
         prompts = drawing_prompts(before, rng, without_places=WITHOUT_PLACES)
         return painter.unified.loss(prompts, render(before))
     instructions = [edits.instructions[row] for row in rows]
@@ -131,28 +148,25 @@ def loss(painter: Painter, step: int, steps: int, rng: np.random.Generator) -> T
 
 
 def fit(
-    painter: Painter,
-    name: str,
-    *,
-    steps: int,
-    seed: int,
-    first: int = 0,
-    until: int | None = None,
-    work: Path | None = WORK,
-) -> float:
-    """Train all that is trainable; the arguments are those of ``train``, ``steps`` the whole schedule's."""
+    painter: Painter, name: str, *, seed: int, first: int = 0, until: int = STEPS, work: Path | None = WORK
+) -> None:
+    """Train all that is trainable, from step ``first`` of ``STEPS`` up to step ``until``."""
     trained = [(name, p) for name, p in painter.model.named_parameters() if p.requires_grad]
     edges = [p for name, p in trained if "layers" not in name]
-    optimizer = Optimizer((p for _, p in trained), RATE, steps, edges=edges)
-    return train(
-        name,
-        optimizer,
-        lambda step, rng: loss(painter, step, steps, rng),
-        seed=100 + seed,
-        first=first,
-        until=until,
-        work=work,
-    )
+    before = 0
+    for number, phase in enumerate(PHASES):
+        if first < before + phase.steps and until > before:
+            optimizer = Optimizer((p for _, p in trained), phase.rate, phase.horizon, edges=edges)
+            train(
+                f"{name}, {phase.name} phase",
+                optimizer,
+                partial(loss, painter, phase),
+                seed=100 + 100 * number + seed,
+                first=max(0, first - before),
+                until=min(phase.steps, until - before),
+                work=work,
+            )
+        before += phase.steps
 
 
 @dataclass(frozen=True)
@@ -220,8 +234,8 @@ def edit(
     grid: int,
     split: str = "test",
     seed: int = 0,
-    guidance: float = EDIT_GUIDANCE,
-    image_guidance: float | None = None,
+    guidance: float = GUIDANCE,
+    image_guidance: float = IMAGE_GUIDANCE,
     steps: int = SAMPLING_STEPS,
 ) -> Drawn:
     """Edit pictures in unseen handwriting by one instruction each."""
@@ -237,7 +251,7 @@ def edit(
                 width=grid * CELL,
                 num_inference_steps=steps,
                 guidance_scale=guidance,
-                image_guidance_scale=guidance if image_guidance is None else image_guidance,
+                image_guidance_scale=image_guidance,
                 generator=generators[rows],
                 output_type="pt",
             ).images
