@@ -32,6 +32,8 @@ from .state import AdapterState, state_of
 from .training import adapter_parameters, original_projectors, projector_parameters
 
 _TRAINER_WEIGHTS = "model.safetensors"
+#: What ``unify_model`` adds, which is saved by itself.
+_GENERATION = "emma_unified."
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _log = logging.getLogger(__name__)
 
@@ -159,7 +161,7 @@ def _base_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return {
         name: originals.get(id(value), value.detach())
         for name, value in model.state_dict(keep_vars=True).items()
-        if id(value) not in adapters
+        if id(value) not in adapters and not name.startswith(_GENERATION)
     }
 
 

@@ -6,6 +6,7 @@ Every function says whose name it is, what it is for, and which test fails first
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import sys
 from collections.abc import Callable, Collection, Iterator, Set
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 #: What transformers has called the cache argument: ``past_key_values`` before 5.24, and until 5.40 as an alias.
@@ -300,13 +302,15 @@ def view_of(
     return view
 
 
-def can_checkpoint_with_cache() -> dict[str, bool]:
-    """Return the attribute by which transformers' ``GradientCheckpointingLayer`` keeps a cache that the layer only
-    reads.
+def checkpointed_with_cache() -> dict[str, Any]:
+    """Return the attributes by which transformers' ``GradientCheckpointingLayer`` keeps a cache that the layer only
+    reads, and computes it again by PyTorch's non-reentrant function: the other one would go through the cache's graph
+    once for each layer.
 
     Held by ``unified/test_training.py::test_gradient_checkpointing_changes_no_gradient``.
     """
-    return {"_can_checkpoint_with_cache": True}
+    recompute = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
+    return {"_can_checkpoint_with_cache": True, "_gradient_checkpointing_func": recompute}
 
 
 def cache_argument(kind: type[nn.Module]) -> str:

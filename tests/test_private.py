@@ -132,6 +132,41 @@ def test_replicas_are_made_by_a_method_of_the_module():
     assert isinstance(replica, torch.nn.Linear)
 
 
+def test_a_view_shares_all_but_what_is_given():
+    """Of a module with hooks, a replaced forward and accelerate's: none of them runs in the view."""
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    add_hook_to_module(module, AlignDevicesHook(execution_device="cpu"))
+    module.register_forward_hook(lambda *_: pytest.fail("a hook of the module ran"))
+    before = {name: value for name, value in vars(module).items() if name not in ("_modules", "_parameters")}
+    other = torch.nn.Linear(2, 3)
+    view = private.view_of(module, {"1": other}, {}, note="own")
+    x = torch.ones(1, 2)
+    assert torch.equal(view(x), other(module[0](x))) and type(view) is type(module)
+    assert view.note == "own" and not hasattr(module, "note") and module[1] is not other
+    assert before == {name: value for name, value in vars(module).items() if name in before}
+    linear = private.view_of(other, {}, {"bias": torch.ones(3)})
+    assert torch.equal(linear(x), x @ other.weight.T + 1) and linear.weight is other.weight
+    view.register_forward_hook(lambda *_: None)
+    assert len(module._forward_hooks) == 1
+
+
+def test_the_cache_of_a_decoder_has_a_name():
+    model = LlamaForCausalLM(tiny.llama_config(100))
+    output = model.model(torch.tensor([[1, 5]]), use_cache=True)
+    cache = private.cache_of(output)
+    assert private.is_cache(cache) and cache.get_seq_length() == 2
+    again = model.model(torch.tensor([[7]]), **{private.cache_argument(type(model.model)): cache})
+    assert private.cache_of(again).get_seq_length() == 3
+    assert private.cache_of(model.model(torch.tensor([[1]]), use_cache=False)) is None
+
+
+def test_a_config_is_copied_with_another_attention():
+    config = LlamaForCausalLM._from_config(tiny.llama_config(100), attn_implementation="eager").config
+    other = private.with_attention(config, "sdpa")
+    assert [private.attention_of(one) for one in (config, other)] == ["eager", "sdpa"]
+    assert other.hidden_size == config.hidden_size
+
+
 def test_no_ddp_runs_here():
     assert private.parameters_of_running_ddp() is None
     assert hasattr(torch.nn.parallel.DistributedDataParallel, "_get_active_ddp_module")

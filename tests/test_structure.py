@@ -19,11 +19,11 @@ from emma_adapter.integrations.llava import LlavaFamily
 ROOT = Path(__file__).parents[1]
 # Lower layers first: a file may import from its own layer or a lower one.
 ORDER = """
-errors warning version untrusted atomic private surroundings wrappers kernels fusion config official alignment families
-instructions fitting
-sharding recomputation calls blocks original_projector state attachment precision idle trainers parallel planning hooks
-guards training named model_card checkpoint saving hub beside pushing push_callback base_saves starting restoring tuners
-handle prompts unified patching references loading collation __init__ data analysis report cli
+errors warning version untrusted atomic private surroundings wrappers kernels fusion config official alignment
+families instructions fitting sharding recomputation calls blocks original_projector state attachment precision idle
+trainers parallel planning hooks guards training named model_card checkpoint tensor_file saving hub beside pushing
+push_callback base_saves starting restoring tuners handle prompts unified patching references loading collation
+__init__ data analysis report cli
 """
 LAYERS = ORDER.split()
 

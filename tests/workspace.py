@@ -21,6 +21,7 @@ from zoo import ZOO
 
 MODEL_ID = "llava-hf/llava-1.5-7b-hf"
 CLIP_ID = "openai/clip-vit-large-patch14-336"
+AUTOENCODER_ID = "mit-han-lab/dc-ae-f32c32-sana-1.0-diffusers"
 #: Of models of ``tests/zoo/``, under the names of checkpoints that people use.
 ZOO_IDS = {
     "llava-hf/vip-llava-7b-hf": "vipllava",
@@ -78,6 +79,7 @@ def _saves() -> dict[str, Callable[[Path], None]]:
     saves = {
         MODEL_ID: _save_llava,
         CLIP_ID: tiny.clip_text_folder,
+        AUTOENCODER_ID: _save_autoencoder,
         "CohereLabs/aya-vision-8b": _save_aya,
         "OpenGVLab/InternVL2_5-8B": _save_internvl_chat,
     }
@@ -89,6 +91,12 @@ def _saves() -> dict[str, Callable[[Path], None]]:
 def _save_llava(folder: Path) -> None:
     tiny.llava().save_pretrained(folder)
     tiny.processor().save_pretrained(folder)
+
+
+def _save_autoencoder(folder: Path) -> None:
+    from unified.small import autoencoder
+
+    autoencoder().save_pretrained(folder)
 
 
 def _save_entry(entry: Any, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from os import PathLike
 from typing import Any
 
@@ -65,16 +66,10 @@ def unify_model(
     inner = family.inner(model)
     text = text_model_of(inner)
     _check_whole(text)
-    layers = len(text.layers)  # type: ignore[arg-type]
+    layers = len(text.layers)
     if config.shared_layers is not None and config.shared_layers > layers:
         raise ConfigError(
             f"UnifiedConfig.shared_layers={config.shared_layers} is more than the model's {layers} layers"
-        )
-    width = text.embed_tokens.embedding_dim
-    if config.decoupling != "full" and config.decoupling > width:
-        raise ConfigError(
-            f"UnifiedConfig.decoupling={config.decoupling} is a rank beyond the model's width of {width}: take a "
-            'smaller one, or "full"'
         )
     if config.decoupling == "full" and getattr(model, "is_quantized", False):
         raise UnsupportedModelError(
@@ -96,11 +91,19 @@ def _check_whole(text: nn.Module) -> None:
             "weights of the language model are sharded (tensor parallel, FSDP, ZeRO-3) or offloaded, and what draws "
             "uses them outside of the calls that gather them: load the model whole on one device"
         )
-    if len(devices := {str(parameter.device) for parameter in parameters}) > 1:
+    if len(devices := {_device_of(parameter) for parameter in parameters}) > 1:
         raise PatchError(
             f"the language model is spread over {sorted(devices)}, and what draws needs it on one device: load "
             "it without device_map, or with all of the language model on one"
         )
+
+
+def _is_trained(model: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in model.parameters())
+
+
+def _device_of(parameter: nn.Parameter) -> str:
+    return str(parameter.device)
 
 
 def install(model: nn.Module, state: UnifiedState) -> None:
@@ -113,4 +116,5 @@ def install(model: nn.Module, state: UnifiedState) -> None:
     fusion.install(inner, projector)
     calls.install(model, inner)
     base_saves.install(model)
+    private.answer_trainer(model, functools.partial(_is_trained, model))
     private.forget_compiled_code()

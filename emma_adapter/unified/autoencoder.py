@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any, Protocol
 
@@ -58,12 +58,9 @@ class LatentCoder:
 
     def fingerprint(self) -> str:
         """Return a hash of the autoencoder's config, which tells one kind from another, but not its weights."""
-        config = (
-            dict(getattr(self.module, "config", {}) or {})
-            if _is_mapping(self.module.config)
-            else vars(self.module.config)
-        )
-        kept = {str(name): value for name, value in config.items() if not str(name).startswith("_")}
+        config = self.module.config
+        values = dict(config) if isinstance(config, Mapping) else getattr(config, "__dict__", {})
+        kept = {str(name): value for name, value in values.items() if not str(name).startswith("_")}
         text = json.dumps(kept, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -171,10 +168,6 @@ class LatentCoder:
                 f"{type(self.module).__name__} made {what} with NaN or infinite values, though it ran in float32: look "
                 "for such values in what it was given (a branch that diverged makes them), and in its weights"
             )
-
-
-def _is_mapping(value: Any) -> bool:
-    return hasattr(value, "items") and hasattr(value, "keys")
 
 
 def _kind(value: Any) -> str:

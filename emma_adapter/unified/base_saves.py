@@ -42,15 +42,20 @@ def guard_save_pretrained(model: nn.Module, original: Callable[..., Any], *args:
     if "save_directory" not in kwargs:
         return original(**kwargs)
     folder, is_main_process = Path(kwargs["save_directory"]), kwargs.get("is_main_process", True)
+    # Trainer's calls name it, if only to say None.
+    by_trainer = "state_dict" in kwargs
     gathered = kwargs.get("state_dict")
+    gathered = model.state_dict() if by_trainer and gathered is None else gathered
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     result = None
-    if gathered is None:
+    if gathered is None or not any(name.startswith(_PREFIX) for name in gathered):
+        # Not Trainer's.
         with _left_out(model):
             result = original(**kwargs)
     elif all(name.startswith(_PREFIX) for name in trained):
         own = {name: value.detach().cpu().contiguous() for name, value in gathered.items() if name.startswith(_PREFIX)}
-        if is_main_process:
+        # A model's own weights stay where a model is.
+        if is_main_process and not (folder / "config.json").exists():
             replace_files(folder, {_TRAINER_WEIGHTS: lambda path: save_file(own, path, {"format": "pt"})})
     else:
         result = original(**kwargs)

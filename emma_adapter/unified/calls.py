@@ -12,25 +12,29 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import private
 from ..errors import DataError
 from .fusion import encode_grouped
+from .layers import Prefix
 from .losses import latent_loss
 from .pictures import target_tensors
 from .prompts import read_prompts
-from .reading import recording
+from .reading import read_rows, recording
 from .state import STATE_ATTRIBUTE, UnifiedState
 
 TARGET, SOURCE = "target_pixel_values", "source_pixel_values"
+#: Of the names of ids and masks of the same rows without their texts: what dropout puts in their place.
+WITHOUT_TEXT = "without_text_"
 
 
 class _Running(threading.local):
     """The call of a model in this thread that has targets."""
 
-    #: Targets, sources and the call's other arguments, until their loss is computed.
-    pending: tuple[nn.Module, Any, Any, Mapping[str, Any]] | None = None
+    #: Targets, sources, the call's other arguments, and those without text, until their loss is computed.
+    pending: tuple[nn.Module, Any, Any, Mapping[str, Any], Mapping[str, Any]] | None = None
     loss: Tensor | None = None
 
 
@@ -55,12 +59,14 @@ def _before_outer(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     names = list(inspect.signature(type(model).forward).parameters)[1:]
     call = {**dict(zip(names, args, strict=False)), **kwargs}
     targets, sources = call.pop(TARGET), call.pop(SOURCE, None)
+    without = {name: call.pop(name) for name in list(call) if name.startswith(WITHOUT_TEXT)}
     if targets is None:
         return (), call
     ids = call.get("input_ids")
     if not isinstance(ids, Tensor) or ids.ndim != 2:
         raise DataError(f"{TARGET} needs the prompts as input_ids [B, P]: pass on all that the collator returns")
-    _RUNNING.pending = (model, targets, sources, dict(call))
+    without = {name.removeprefix(WITHOUT_TEXT): value for name, value in without.items()}
+    _RUNNING.pending = (model, targets, sources, dict(call), without)
     return (), call if call.get("labels") is not None else _first_token(call, ids)
 
 
@@ -78,14 +84,43 @@ def _first_token(call: Mapping[str, Any], ids: Tensor) -> dict[str, Any]:
 def _before_inner(inner: nn.Module, args: Any, kwargs: Any) -> None:
     if _RUNNING.pending is None:
         return
-    (model, targets, sources, call), _RUNNING.pending = _RUNNING.pending, None
+    (model, targets, sources, call, without), _RUNNING.pending = _RUNNING.pending, None
     state: UnifiedState = model.__dict__[STATE_ATTRIBUTE]
     compression = state.coder.compression
     latents = encode_grouped(state, target_tensors(targets, compression))
     before = None if sources is None else encode_grouped(state, target_tensors(sources, compression))
+    gone = torch.zeros(0, dtype=torch.bool)
+    if without and torch.is_grad_enabled() and state.config.prompt_dropout:
+        call, gone = _dropped(state, inner, call, without)
     with recording(model, state, with_pictures=call.get(state.family.pixel_arguments["image"]) is not None):
         prefix = read_prompts(model, state, call)
+    if bool(gone.any()):
+        nothing = read_rows(model, state, [("", ())])
+        index = torch.where(gone, len(gone), torch.arange(len(gone)))
+        prefix = Prefix.joined([prefix, nothing]).rows(index.to(prefix.mask.device))
     _RUNNING.loss = latent_loss(model, state, prefix, latents, before, None)
+
+
+def _dropped(
+    state: UnifiedState, inner: nn.Module, call: Mapping[str, Any], without: Mapping[str, Any]
+) -> tuple[dict[str, Any], Tensor]:
+    """The call with some rows' texts dropped, and which rows ``[B]`` are to lose their pictures too.
+
+    Here rather than where batches are made, which is ahead of time: a training that is resumed draws the same numbers.
+    """
+    ids: Tensor = call["input_ids"]
+    share, u = state.config.prompt_dropout, torch.rand(len(ids))
+    without_text = (u < share).to(ids.device)
+    has_pictures = (ids == state.family.placeholder_id(inner, "image")).any(1).cpu()
+    padding = state.processor.tokenizer.pad_token_id or 0
+    changed = dict(call)
+    for name, other in without.items():
+        own = call[name]
+        length = max(own.shape[1], other.shape[1])
+        value = padding if name == "input_ids" else 0
+        own, with_none = (F.pad(each, (length - each.shape[1], 0), value=value) for each in (own, other))
+        changed[name] = torch.where(without_text[:, None], with_none.to(own.device), own)
+    return changed, has_pictures & (u < share / 2)
 
 
 def _after_outer(model: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:

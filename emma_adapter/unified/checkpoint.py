@@ -71,10 +71,7 @@ def save(model: nn.Module, directory: str | PathLike[str], *, is_main_process: b
         return
     folder = Path(directory)
     state = unified_state(model)
-    tensors = {
-        name: value.detach().cpu().contiguous()
-        for name, value in sharding.gather(model, dict(state.module.state_dict())).items()
-    }
+    tensors = sharding.gather(model, state.module.state_dict(keep_vars=True))
     if broken := sorted(name for name, value in tensors.items() if not bool(torch.isfinite(value).all())):
         raise CheckpointError(
             f"{listed(broken)} hold NaN or infinite values, so that {folder} was left as it is: the training diverged; "

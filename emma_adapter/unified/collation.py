@@ -11,8 +11,7 @@ from torch import Tensor
 
 from ..errors import DataError, ShapeError
 from ..untrusted import plain, shown
-from .calls import SOURCE, TARGET
-from .losses import dropped
+from .calls import SOURCE, TARGET, WITHOUT_TEXT
 from .pictures import check_size, rgb, target_tensors
 from .prompts import check_prompts, encode_prompts
 from .state import UnifiedState
@@ -22,13 +21,13 @@ class UnifiedCollator:
     """Makes batches for ``model(**batch)``, and for Trainer with ``remove_unused_columns=False``.
 
     A row is ``{"prompt": text, "target": picture}``, and to edit also ``"image"``: a reference picture, or a list of
-    them. Pictures are PIL images or paths. ``config.prompt_dropout`` of the prompts are replaced by empty ones.
+    them. Pictures are PIL images or paths.
 
     Args:
         state: of the model.
         size: (height, width) that targets are resized to; None: all of a batch have one size already.
         folder: that paths start at.
-        dropout: whether prompts are dropped; False for evaluation.
+        dropout: whether a call that records gradients may drop ``config.prompt_dropout`` of the prompts.
     """
 
     def __init__(
@@ -36,13 +35,15 @@ class UnifiedCollator:
     ) -> None:
         if size is not None:
             check_size(*size, state.coder.compression)
-        self._processor, self._config, self._compression = state.processor, state.config, state.coder.compression
+        self._processor, self._compression = state.processor, state.coder.compression
         self._size, self._folder, self._dropout = size, Path(folder), dropout
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Return the processor's inputs, ``target_pixel_values`` ``[B, 3, H, W]`` in [0, 1], and, if there are
         reference pictures, ``source_pixel_values``: the first one of each row at that size, the target where there is
         none.
+
+        For dropout, the ids and masks of the same rows with empty prompts go with them, as ``without_text_…``.
 
         Raises:
             DataError: if a row lacks a field, or has one that can't be used.
@@ -56,9 +57,14 @@ class UnifiedCollator:
         references = [self._references(row.get("image")) for row in rows]
         pixels = self._pixels(targets)
         sources = [own[0].resize(pixels.shape[:1:-1]) if own else None for own in references]
-        share = self._config.prompt_dropout if self._dropout else 0.0
-        kept = dropped([(text, tuple(own)) for text, own in zip(texts, references, strict=True)], share)
-        batch = encode_prompts(self._processor, [text for text, _ in kept], [list(own) for _, own in kept])
+        batch = encode_prompts(self._processor, texts, references)
+        if self._dropout:
+            without = encode_prompts(self._processor, [""] * len(texts), references)
+            batch |= {
+                f"{WITHOUT_TEXT}{name}": value
+                for name, value in without.items()
+                if value.shape == without["input_ids"].shape
+            }
         batch[TARGET] = pixels
         if any(sources):
             before = [pixels[n] if one is None else target_tensors(one, 1)[0] for n, one in enumerate(sources)]

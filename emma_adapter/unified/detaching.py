@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from .. import private
+from ..state import STATE_ATTRIBUTE as ALIGNED
 from . import base_saves, calls, fusion
 from .state import MODULE_NAME, STATE_ATTRIBUTE, unified_state
 from .training import unfreeze
@@ -24,5 +25,7 @@ def take_off(model: nn.Module) -> None:
         calls.remove(module)
         del module.__dict__[STATE_ATTRIBUTE]
     base_saves.remove(model)
+    if not hasattr(model, ALIGNED):
+        private.stop_answering_trainer(model)
     delattr(model, MODULE_NAME)
     private.forget_compiled_code()

@@ -22,15 +22,15 @@ from ..families import MediaLayout, ProjectorCall
 from .pixels import entry_pictures, resized
 from .state import STATE_ATTRIBUTE, UnifiedState
 
-#: Whether a prompt to draw from is being read, in this thread or asynchronous task.
-_FUSING: ContextVar[bool] = ContextVar("emma_unified_fusing", default=False)
+#: Whether latents are added, in this thread or asynchronous task; None: as the config says.
+_FUSING: ContextVar[bool | None] = ContextVar("emma_unified_fusing", default=None)
 #: The arguments of the running call of an inner model, until its pictures were fused.
 _CALL: ContextVar[tuple[nn.Module, Mapping[str, Any]] | None] = ContextVar("emma_unified_call", default=None)
 
 
 @contextmanager
 def fusing(on: bool) -> Iterator[None]:
-    """In the block, latents of pictures are added to their visual tokens."""
+    """In the block, latents of pictures are added to their visual tokens, or not."""
     token = _FUSING.set(on)
     try:
         yield
@@ -51,7 +51,10 @@ def remove(module: nn.Module) -> None:
 
 def _state(module: nn.Module) -> UnifiedState | None:
     state = module.__dict__.get(STATE_ATTRIBUTE)
-    return state if isinstance(state, UnifiedState) and (_FUSING.get() or state.config.fuse_understanding) else None
+    if not isinstance(state, UnifiedState):
+        return None
+    asked = _FUSING.get()
+    return state if (state.config.fuse_understanding if asked is None else asked) else None
 
 
 def _before_inner(inner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

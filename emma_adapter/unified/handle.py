@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from . import checkpoint, detaching, training
 from .collation import UnifiedCollator
 from .config import UnifiedConfig
-from .fusion import encode_grouped
+from .fusion import encode_grouped, fusing
 from .losses import prompted_loss
 from .module import shared_layers
 from .pictures import target_tensors
@@ -32,6 +33,16 @@ class EmmaUnified:
     def config(self) -> UnifiedConfig:
         """The config with every size filled in."""
         return self._state.config
+
+    @property
+    def autoencoder(self) -> Any:
+        """The frozen autoencoder itself, for its own settings: ``unified.autoencoder.enable_tiling()``."""
+        return self._state.coder.module
+
+    def disabled(self) -> AbstractContextManager[None]:
+        """``with unified.disabled(): …``: answers are the original model's, bit for bit, in this thread or asynchronous
+        task; which they are anyway without ``fuse_understanding``."""
+        return fusing(False)
 
     def generate_images(
         self,
@@ -174,7 +185,7 @@ class EmmaUnified:
         Args:
             size: (height, width) that targets are resized to; None: all of a batch have one size already.
             folder: that the paths of pictures start at.
-            dropout: whether ``config.prompt_dropout`` of the prompts are replaced by empty ones.
+            dropout: whether a call that records gradients may drop ``config.prompt_dropout`` of the prompts.
         """
         return UnifiedCollator(self._state, size, Path(folder), dropout=dropout)
 

@@ -135,6 +135,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 def _low_rank(path: str, module: Any, rank: int, device: torch.device) -> dict[str, nn.Parameter]:
     into, out = module.in_features, module.out_features
+    rank = min(rank, into, out)  # more of them add nothing
     down = torch.randn(rank, into, device=device) / into**0.5
     return {
         f"{path}{SEPARATOR}{_DOWN}": nn.Parameter(down),
@@ -203,7 +204,7 @@ def generation_view(
             name: private.view_of(made.get_submodule(name), {}, {}, config=config, **mode)
             for name in _attention_names(layer)
         }
-        views.append(private.view_of(made, attention, {}, **private.can_checkpoint_with_cache(), **mode))
+        views.append(private.view_of(made, attention, {}, **private.checkpointed_with_cache(), **mode))
     children = {"layers": nn.ModuleList(views), "norm": view(base.norm, norm, dtype)}
     return private.view_of(base, children, {}, config=config, **mode)
 

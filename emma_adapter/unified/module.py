@@ -137,8 +137,9 @@ def _fusion(config: UnifiedConfig, width: int, channels: int, settings: dict[str
     made = {"latents": nn.Parameter(torch.zeros(width, channels, **settings))}
     if config.decoupling == "full":
         return made | {"visual": nn.Parameter(torch.zeros(width, width, **settings))}
-    down = torch.randn(config.decoupling, width, **settings) / width**0.5
+    rank = min(config.decoupling, width)
+    down = torch.randn(rank, width, **settings) / width**0.5
     return made | {
         "visual_down": nn.Parameter(down),
-        "visual_up": nn.Parameter(torch.zeros(width, config.decoupling, **settings)),
+        "visual_up": nn.Parameter(torch.zeros(width, rank, **settings)),
     }

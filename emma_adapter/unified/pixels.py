@@ -29,9 +29,12 @@ def entry_pictures(processor: Any, arguments: Mapping[str, Any], layout: MediaLa
         pictures = [part for value in pixels for part in (value if value.ndim == 4 else value[None])]
     elif pixels.ndim == 2 and arguments.get("image_grid_thw") is not None:
         pictures = _from_patches(processor.image_processor, pixels, arguments["image_grid_thw"])
-    elif pixels.ndim == 5:
+    elif pixels.ndim == 5 and len(pixels) == len(layout.entries):
         # Images with fewer tiles than another one are padded.
         pictures = [tile for tiles, count in zip(pixels, layout.entries, strict=True) for tile in tiles[:count]]
+    elif pixels.ndim == 5:
+        # Rows with fewer pictures than another one are padded with zeros, which Idefics3 knows as such.
+        pictures = [picture for picture in pixels.flatten(0, 1) if bool(picture.any())]
     elif pixels.ndim == 4:
         pictures = list(pixels)
     else:

@@ -31,12 +31,18 @@ def encode_prompts(processor: Any, prompts: Sequence[str], images: Sequence[Sequ
         images: the reference pictures of each, PIL images, which come first in the turn.
 
     Raises:
-        DataError: if the processor can't make inputs of them.
+        DataError: if a prompt holds a token that stands for pictures, or the processor can't make inputs of them.
     """
     conversations = [
         [{"role": "user", "content": [*({"type": "image"} for _ in own), {"type": "text", "text": text}]}]
         for text, own in zip(prompts, images, strict=True)
     ]
+    for token in filter(None, (getattr(processor, name, None) for name in ("image_token", "video_token"))):
+        if any(token in text for text in prompts):
+            raise DataError(
+                f"a prompt holds {token!r}, which stands for a picture in the model's input: leave it out; reference "
+                "pictures are passed as image="
+            )
     maker = Prompts(processor)
     texts = [maker.prompt(talk) for talk in conversations]
     pictures = {"images": [list(own) for own in images]} if any(images) else {}
@@ -51,8 +57,8 @@ def encode_prompts(processor: Any, prompts: Sequence[str], images: Sequence[Sequ
         )
     except Exception as error:
         raise DataError(
-            f"the processor makes no inputs of the prompts ({type(error).__name__}: {plain(str(error), 300)}): a "
-            "prompt must be a text without the tokens that stand for pictures, and pictures must be RGB images"
+            f"the processor makes no inputs of the prompts and pictures ({type(error).__name__}: "
+            f"{plain(str(error), 300)}): change what it names"
         ) from error
     return dict(made)
 
@@ -70,10 +76,11 @@ def read_prompts(model: nn.Module, state: UnifiedState, inputs: Mapping[str, Any
     ids: Tensor = inputs["input_ids"]
     mask = inputs.get("attention_mask")
     mask = torch.ones_like(ids) if mask is None else mask
+    # Given, not left to the model: Qwen-VL would store what it counts, for the next call of whichever thread.
     positions = _positions(inner, inputs, mask)
-    own = {name: value for name, value in inputs.items() if name not in _NOT_OF_A_PROMPT and value is not None}
-    given = {**own, "attention_mask": mask, "position_ids": positions, "use_cache": True}
-    with _kept_positions(inner), _without_checkpointing(text), fusing(True):
+    own = {name: value for name, value in inputs.items() if name not in _NOT_OF_A_PROMPT and _is_content(value)}
+    given = {**own, "attention_mask": mask, "position_ids": positions, "use_cache": True, "return_dict": True}
+    with _without_checkpointing(text), fusing(True):
         output = inner(**given)
     cache = private.cache_of(output)
     states = tuple((layer.keys, layer.values) for layer in getattr(cache, "layers", ()))
@@ -89,6 +96,11 @@ def read_prompts(model: nn.Module, state: UnifiedState, inputs: Mapping[str, Any
     flat = positions if positions.ndim == 2 else positions.amax(0)
     start = flat.masked_fill(mask == 0, -1).amax(1) + 1
     return Prefix(states, mask.bool(), start)
+
+
+def _is_content(value: Any) -> bool:
+    """Whether an argument of a call is ids, pixels or sizes, rather than a setting."""
+    return isinstance(value, (list, tuple)) or (isinstance(value, Tensor) and value.ndim > 0)
 
 
 def has_planes(inner: Any) -> bool:
@@ -110,18 +122,6 @@ def _positions(inner: Any, inputs: Mapping[str, Any], mask: Tensor) -> Tensor:
         given["mm_token_type_ids"] = (inputs["input_ids"] == inner.config.image_token_id).int()
     positions: Tensor = inner.get_rope_index(**given)[0]
     return positions
-
-
-@contextmanager
-def _kept_positions(inner: nn.Module) -> Iterator[None]:
-    """Put back the ``rope_deltas`` that Qwen-VL stores on the model for calls that go on."""
-    before = [(module, vars(module)["rope_deltas"]) for module in inner.modules() if "rope_deltas" in vars(module)]
-    try:
-        yield
-    finally:
-        for module, value in before:
-            if vars(module)["rope_deltas"] is not value:
-                module.rope_deltas = value
 
 
 @contextmanager

@@ -184,7 +184,7 @@ def patching_a_model_that_shares_its_projector(bench: Bench) -> None:
     patch_model(other)
 
 
-@raises(PatchError, "patching.py:unpatch_model", "can't be taken out")
+@raises(PatchError, "patching.py:take_off_adapters", "can't be taken out")
 def unpatching_a_sharded_model(bench: Bench) -> None:
     with sharded(bench.adapter().model) as model:
         unpatch_model(model)

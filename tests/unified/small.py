@@ -6,8 +6,10 @@ from functools import cache
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import nn
 
+import tiny
 from emma_adapter import EmmaUnified, UnifiedConfig, unify_model
 from tiny import train_randomly
 from zoo import ZOO
@@ -44,6 +46,20 @@ def _autoencoder(channels: int, stages: int) -> nn.Module:
 def autoencoder(channels: int = 8, compression: int = 32) -> nn.Module:
     """diffusers' ``AutoencoderDC``, untrained."""
     return _autoencoder(channels, compression.bit_length())
+
+
+def picture(seed: int, width: int = 56, height: int = 56) -> Image.Image:
+    return tiny.picture(seed).resize((width, height))
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def drawn(adapter: EmmaUnified, prompt: Any = "a red five", image: Any = None, **settings: Any) -> Any:
+    """Latents, of two steps unless the settings say otherwise."""
+    made = {"height": 64, "width": 96, "num_inference_steps": 2, "output_type": "latent", **settings}
+    return adapter.generate_images(prompt, image, **made).images
 
 
 def unified(

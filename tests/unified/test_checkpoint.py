@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -28,12 +30,11 @@ from emma_adapter import (
     load_unified,
     patch_model,
 )
+from emma_adapter.unified import checkpoint
 from emma_adapter.unified.checkpoint import CONFIG_NAME, WEIGHTS_NAME
 from zoo import ZOO
 
-from .small import autoencoder, unified
-from .test_generation import drawn, seeded
-from .test_layers import picture
+from .small import autoencoder, drawn, picture, seeded, unified
 
 ENTRY = ZOO["qwen3_vl"]
 
@@ -65,9 +66,12 @@ def test_a_fresh_process_draws_the_same(saved):
 import sys
 sys.path[:0] = {[str(Path(__file__).parents[1])]!r}
 import torch
-from unified.test_checkpoint import load, drawn, seeded, picture
+from emma_adapter import load_unified
+from unified.small import ZOO, autoencoder, drawn, picture, seeded
 torch.set_num_threads({torch.get_num_threads()})
-adapter = load({str(saved)!r}).set_progress_bar_config(disable=True)
+entry = ZOO["qwen3_vl"]
+adapter = load_unified(entry.model(), {str(saved)!r}, processor=entry.processor(), autoencoder=autoencoder())
+adapter.set_progress_bar_config(disable=True)
 assert torch.equal(drawn(adapter, "x", picture(1), generator=seeded(0)), torch.load({str(saved / "drawn.pt")!r}))
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
@@ -174,23 +178,20 @@ def test_an_interrupted_save_is_the_new_one_or_the_old_one(copied):
 
 def test_a_killed_save_leaves_the_old_file(copied):
     before = (copied / WEIGHTS_NAME).read_bytes()
-    code = f"""
-import os, signal, sys
-sys.path[:0] = {[str(Path(__file__).parents[1])]!r}
-from unified.test_checkpoint import load
-from emma_adapter.unified import checkpoint
-adapter = load({str(copied)!r})
-real = checkpoint.save_file
-def killed(tensors, path, metadata):
-    real(tensors, path, metadata)
-    os.kill(os.getpid(), signal.SIGKILL)
-checkpoint.save_file = killed
-adapter.save_pretrained({str(copied)!r})
-"""
-    done = subprocess.run([sys.executable, "-c", code], check=False, cwd=Path(__file__).parents[2])
-    assert done.returncode == -signal.SIGKILL
-    assert (copied / WEIGHTS_NAME).read_bytes() == before
     adapter = load(copied)
+    if (child := os.fork()) == 0:
+        try:
+
+            def killed(tensors, path, metadata):
+                save_file(tensors, path, metadata)
+                os.kill(os.getpid(), signal.SIGKILL)
+
+            checkpoint.save_file = killed
+            adapter.save_pretrained(copied)
+        finally:
+            os._exit(1)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    assert (copied / WEIGHTS_NAME).read_bytes() == before
     adapter.save_pretrained(copied)
     assert sorted(os.listdir(copied)) == ["README.md", CONFIG_NAME, WEIGHTS_NAME]
 
@@ -217,7 +218,8 @@ def test_weights_are_read_one_after_another(copied, monkeypatch):
         made.append(0 if tensor.is_meta else tensor.numel() * tensor.itemsize)
         return tensor
 
-    monkeypatch.setattr("emma_adapter.unified.checkpoint.torch.empty", empty)
+    watched = types.SimpleNamespace(**{**vars(torch), "empty": empty})
+    monkeypatch.setattr(checkpoint, "torch", watched)
     load(copied)
     assert 0 < max(made) <= largest
 
@@ -320,10 +322,8 @@ def test_damaged_bytes_are_an_error_of_this_library_or_nothing(saved, tmp_path_f
             at = data.draw(st.integers(0, min(len(content), 6000) - 1))
             content[at : at + data.draw(st.integers(0, 9))] = data.draw(st.binary(max_size=9))
         (folder / each).write_bytes(bytes(content))
-    try:
+    with contextlib.suppress(EmmaError):
         load(folder)
-    except EmmaError as error:
-        assert str(error)
 
 
 @pytest.mark.parametrize("changes", [{"channels": 4}, {"compression": 16}])

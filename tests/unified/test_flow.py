@@ -20,11 +20,9 @@ from emma_adapter.unified.flow import (
     velocity_loss,
 )
 
+from .small import seeded
+
 DEVICE = torch.device("cpu")
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 @pytest.mark.parametrize("amount", [0.5, 1.0, 3.0])
