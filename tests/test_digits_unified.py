@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from sklearn.datasets import load_digits
 from torch import nn
 from transformers import AutoProcessor
@@ -284,3 +285,19 @@ def test_intervals_hold_the_mean_of_known_values():
     values = np.random.default_rng(0).binomial(1, 0.8, (3, 400)).astype(float)
     average, low, high = figures.interval(values)
     assert low < 0.8 < high and low < average < high and high - low < 0.1
+
+
+def test_the_demo_tells_the_whole_story(tmp_path):
+    until = str(make_adapter.SHIPPED_STEPS + 1)
+    arguments = ["--until", until, "--scenes", "4", "--output", str(tmp_path)]
+    result = CliRunner().invoke(demo.main, arguments, catch_exceptions=False)
+    assert result.exit_code == 0
+    assert result.output.count("the same bits") == 3 and "draws the same pictures" in result.output
+    table = (tmp_path / "table.md").read_text()
+    assert table in result.output
+    for part in ("position", "whole scene", "edited cell", "other cells kept", "pixel error", "reconstruction"):
+        assert part in table
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 5
+    for name in ("drawings.png", "edits.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "adapter" / "unified_model.safetensors").is_file()

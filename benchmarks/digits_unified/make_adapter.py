@@ -1,6 +1,6 @@
 """Make the shipped generation branch again from scratch: ``python -m benchmarks.digits_unified.make_adapter``.
 
-It is trained partly: the demo does the rest of the same schedule. About fifteen minutes.
+It is trained partly: the demo does the rest of the same schedule. About twenty minutes.
 """
 
 from __future__ import annotations

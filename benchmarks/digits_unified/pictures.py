@@ -23,6 +23,7 @@ _RIGHT, _WRONG = "#1a7f37", "#c1121f"
 
 def draw_prompts(drawn: Sequence[Drawn], path: Path, *, each: int = 4) -> None:
     """The first pictures of each, under their prompts; a red frame where the judge reads anything else."""
+    each = min(each, *(len(one.prompts) for one in drawn))
     figure, axes = plt.subplots(len(drawn), each, figsize=(3.2 * each, 4.1 * len(drawn)), squeeze=False)
     figure.subplots_adjust(left=0.02, right=0.98, top=0.86, bottom=0.02, wspace=0.12, hspace=0.5)
     for row, one in zip(axes, drawn, strict=True):
@@ -36,7 +37,7 @@ def draw_prompts(drawn: Sequence[Drawn], path: Path, *, each: int = 4) -> None:
 
 def draw_edits(drawn: Sequence[Drawn], path: Path, *, each: int = 6) -> None:
     """Source, wanted and got of the first edits of each; a red frame where the judge reads anything else."""
-    rows = 3 * len(drawn)
+    rows, each = 3 * len(drawn), min(each, *(len(one.prompts) for one in drawn))
     figure, axes = plt.subplots(rows, each, figsize=(2.2 * each, 2.45 * rows), squeeze=False)
     figure.subplots_adjust(left=0.06, right=0.99, top=0.96, bottom=0.01, wspace=0.08, hspace=0.12)
     for block, one in enumerate(drawn):
