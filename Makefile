@@ -12,6 +12,7 @@ SEED := $(shell $(PYTHON) -c 'import random; print(random.randrange(2**31))')
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.digits_vqa.demo
+	$(BIN)/python -m benchmarks.digits_unified.demo
 
 PYTEST = -m pytest -n auto --dist worksteal
 FULL = TEST_BUDGET=full TEST_SEED=$(SEED)

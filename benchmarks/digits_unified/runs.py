@@ -1,0 +1,263 @@
+"""Training a generation branch on the base model, and its figures: what demo, shipped adapter and table share."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache, partial
+from hashlib import blake2b
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers import AutoProcessor, Qwen3VLForConditionalGeneration
+
+from emma_adapter import EmmaUnified, UnifiedConfig, unify_model
+
+from .captions import DRAW, Edits, caption, sample_edits
+from .judge import Scores, load_judge, score_drawings, score_edits
+from .make_autoencoder import AUTOENCODER_DIR, LATENTS_FILE, load_autoencoder, reconstruct
+from .scenes import CELL, Combinations, Scenes, render, sample_scenes
+from .training import WORK, Optimizer, train
+from .vlm import BASE_DIR, load_base
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of the training, with a rate that falls to zero after ``horizon`` steps."""
+
+    name: str
+    steps: int
+    horizon: int
+    rate: float
+    #: Of its steps, the share at the beginning that only draws; of the others, the share that edits.
+    drawing_only: float
+    editing: float
+    #: The share of 3x3 scenes, by steps.
+    large: float
+
+
+PHASES = (
+    Phase("first", 1600, 2000, 7e-3, drawing_only=0.375, editing=0.65, large=0.5),
+    Phase("second", 2400, 2400, 6e-3, drawing_only=0.0, editing=0.55, large=0.65),
+)
+STEPS = sum(phase.steps for phase in PHASES)
+#: Pictures of a step, by grid; each with ``DRAWS`` amounts of noise.
+BATCH = {2: 40, 3: 20}
+DRAWS = 6
+#: The share of captions that name no places.
+WITHOUT_PLACES = 0.15
+
+SAMPLING_STEPS = 10
+GUIDANCE, IMAGE_GUIDANCE = 3.0, 2.0
+
+
+#: Training scenes, by grid.
+POOL = {2: 4000, 3: 3000}
+
+
+class Remembering(nn.Module):
+    """An autoencoder that encodes each picture once: it is frozen, and training pictures come again."""
+
+    def __init__(self, autoencoder: Any) -> None:
+        super().__init__()
+        self.autoencoder = autoencoder
+        self.config = autoencoder.config
+        self.spatial_compression_ratio = autoencoder.spatial_compression_ratio
+        self._latents: dict[bytes, Tensor] = {}
+
+    def encode(self, x: Tensor) -> SimpleNamespace:
+        keys = [blake2b(one.tobytes()).digest() for one in (x * 127.5).round().short().numpy()]
+        new = {key: row for row, key in enumerate(keys) if key not in self._latents}
+        if new:
+            self._latents.update(zip(new, self.autoencoder.encode(x[list(new.values())]).latent, strict=True))
+        return SimpleNamespace(latent=torch.stack([self._latents[key] for key in keys]))
+
+    def decode(self, z: Tensor) -> Any:
+        return self.autoencoder.decode(z)
+
+
+@dataclass
+class Painter:
+    """The base model with a branch that draws."""
+
+    model: Qwen3VLForConditionalGeneration
+    processor: Any
+    unified: EmmaUnified
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+
+
+def make_config(decoupling: Any) -> UnifiedConfig:
+    latents = json.loads((AUTOENCODER_DIR / LATENTS_FILE).read_text())
+    return UnifiedConfig(
+        decoupling=decoupling,
+        latent_mean=tuple(latents["mean"]),
+        latent_std=tuple(latents["std"]),
+        noise_draws=DRAWS,
+        timestep_density="uniform",
+        time_shift=1.0,
+    )
+
+
+def make_painter(decoupling: Any, seed: int) -> Painter:
+    """A branch at its start."""
+    torch.manual_seed(seed)
+    model, processor = load_base(), AutoProcessor.from_pretrained(BASE_DIR)
+    autoencoder = Remembering(load_autoencoder())
+    unified = unify_model(model, make_config(decoupling), processor=processor, autoencoder=autoencoder)
+    unified.set_progress_bar_config(disable=True)
+    unified.train_only()
+    return Painter(model, processor, unified)
+
+
+def to_pil(pictures: Tensor) -> list[Image.Image]:
+    """Pictures ``[n, 3, H, W]`` in [0, 1]."""
+    return [Image.fromarray(one) for one in (pictures * 255).round().byte().permute(0, 2, 3, 1).numpy()]
+
+
+def drawing_prompts(scenes: Scenes, rng: np.random.Generator, *, without_places: float = 0.0) -> list[str]:
+    return [
+        f"{DRAW} {caption(digits, colours, rng, places=bool(rng.random() >= without_places))}"
+        for digits, colours in zip(scenes.digits, scenes.colours, strict=True)
+    ]
+
+
+@cache
+def training_edits(grid: int) -> Edits:
+    """Training scenes, an instruction for each, and what becomes of them."""
+    rng = np.random.default_rng(400 + grid)
+    return sample_edits(sample_scenes(POOL[grid], "train", rng, grid=grid), "train", rng)
+
+
+def loss(painter: Painter, phase: Phase, step: int, rng: np.random.Generator) -> Tensor:
+    grid = 3 if rng.random() < phase.large else 2
+    edits, rows = training_edits(grid), rng.integers(0, POOL[grid], BATCH[grid])
+    before = edits.before[rows]
+    if step < phase.drawing_only * phase.steps or rng.random() >= phase.editing:
+        prompts = drawing_prompts(before, rng, without_places=WITHOUT_PLACES)
+        return painter.unified.loss(prompts, render(before))
+    instructions = [edits.instructions[row] for row in rows]
+    return painter.unified.loss(instructions, render(edits.after[rows]), images=to_pil(render(before)))
+
+
+def fit(
+    painter: Painter, name: str, *, seed: int, first: int = 0, until: int = STEPS, work: Path | None = WORK
+) -> None:
+    """Train all that is trainable, from step ``first`` of ``STEPS`` up to step ``until``."""
+    trained = [(name, p) for name, p in painter.model.named_parameters() if p.requires_grad]
+    edges = [p for name, p in trained if "layers" not in name]
+    before = 0
+    for number, phase in enumerate(PHASES):
+        if first < before + phase.steps and until > before:
+            optimizer = Optimizer((p for _, p in trained), phase.rate, phase.horizon, edges=edges)
+            train(
+                f"{name}, {phase.name} phase",
+                optimizer,
+                partial(loss, painter, phase),
+                seed=100 + 100 * number + seed,
+                first=max(0, first - before),
+                until=min(phase.steps, until - before),
+                work=work,
+            )
+        before += phase.steps
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What was asked, what came out, and what was wanted, as pictures ``[n, 3, H, W]``."""
+
+    prompts: list[str]
+    wanted: Scenes
+    pictures: Tensor
+    #: The wanted scenes through the autoencoder: no drawn picture can be read better.
+    ideal: Tensor
+    scores: Scores
+    ceiling: Scores
+    edits: Edits | None = None
+
+
+def _generators(n: int, seed: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(1_000_003 * seed + i) for i in range(n)]
+
+
+def _batches(n: int, size: int = 50) -> list[slice]:
+    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
+
+
+def draw(
+    painter: Painter,
+    n: int,
+    *,
+    grid: int,
+    split: str = "test",
+    combinations: Combinations = "seen",
+    places: bool = True,
+    seed: int = 0,
+    guidance: float = GUIDANCE,
+    steps: int = SAMPLING_STEPS,
+) -> Drawn:
+    """Draw captions of scenes that were in no training."""
+    rng = np.random.default_rng(401)
+    scenes = sample_scenes(n, split, rng, grid=grid, combinations=combinations)
+    prompts = drawing_prompts(scenes, rng, without_places=float(not places))
+    generators = _generators(n, seed)
+    pictures = torch.cat(
+        [
+            painter.unified.generate_images(
+                prompts[rows],
+                height=grid * CELL,
+                width=grid * CELL,
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                generator=generators[rows],
+                output_type="pt",
+            ).images
+            for rows in _batches(n)
+        ]
+    )
+    judge, ideal = load_judge(), reconstruct(render(scenes))
+    scores, ceiling = (score_drawings(judge.read(seen), scenes) for seen in (pictures, ideal))
+    return Drawn(prompts, scenes, pictures, ideal, scores, ceiling)
+
+
+def edit(
+    painter: Painter,
+    n: int,
+    *,
+    grid: int,
+    split: str = "test",
+    seed: int = 0,
+    guidance: float = GUIDANCE,
+    image_guidance: float = IMAGE_GUIDANCE,
+    steps: int = SAMPLING_STEPS,
+) -> Drawn:
+    """Edit pictures in unseen handwriting by one instruction each."""
+    rng = np.random.default_rng(402)
+    edits = sample_edits(sample_scenes(n, split, rng, grid=grid), split, rng)
+    sources, generators = to_pil(render(edits.before)), _generators(n, seed)
+    pictures = torch.cat(
+        [
+            painter.unified.generate_images(
+                edits.instructions[rows],
+                image=sources[rows],
+                height=grid * CELL,
+                width=grid * CELL,
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                image_guidance_scale=image_guidance,
+                generator=generators[rows],
+                output_type="pt",
+            ).images
+            for rows in _batches(n)
+        ]
+    )
+    judge, ideal = load_judge(), reconstruct(render(edits.after))
+    scores, ceiling = (score_edits(judge.read(seen), edits, seen, ideal) for seen in (pictures, ideal))
+    return Drawn(edits.instructions, edits.after, pictures, ideal, scores, ceiling, edits)
