@@ -39,7 +39,7 @@ test-oldest: $(OLDEST_VENV)/.installed
 		tests/patching/test_qwen_vl.py tests/patching/test_packing.py tests/patching/test_llava.py tests/models/test_zoo.py \
 		tests/adapter/test_peft.py tests/adapter/test_peft_methods.py tests/modules/test_private.py \
 		tests/kernels/test_launches.py tests/kernels/test_direct_launches.py \
-		"tests/kernels/test_interpreter.py::test_kernels_in_tritons_interpreter[test_fusions_interpreted]"
+		"tests/kernels/test_interpreter.py::test_kernels_in_tritons_interpreter[test_cross_attention_interpreted]"
 
 # All tests on the newest releases, of these packages the pre-releases too: tells early what others are about to change.
 # tests/modules/test_private.py fails first where it is something that emma_adapter/modules/private.py relies on. Installed anew each time.

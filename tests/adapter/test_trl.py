@@ -11,6 +11,7 @@ from peft import LoraConfig
 
 from emma_adapter import EmmaConfig, InstructionCollator, InstructionError, load_adapter, patch_model, unpatch_model
 from tests.support import tiny
+from tests.support.budget import some
 from tests.support.zoo import ZOO
 
 trl = pytest.importorskip("trl")
@@ -28,6 +29,8 @@ TEXTS = [
     ("what is in the picture?", "a tree"),
 ] * 3
 CONFIG = EmmaConfig(inner_dim=8, num_heads=2)
+
+COLUMNS = ("messages", "prompt and completion")
 
 
 def dataset(columns="messages", texts=TEXTS):
@@ -105,8 +108,7 @@ def logits(model):
         return model.eval()(**inputs).logits
 
 
-@pytest.mark.parametrize("columns", ["messages", "prompt and completion"])
-@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "internvl"])
+@pytest.mark.parametrize(("name", "columns"), some(1, ["llava", "qwen2_5_vl", "internvl"], COLUMNS))
 def test_checkpoints_hold_the_adapter_and_resume_exactly(columns, name, tmp_path):
     whole, adapter = patched(name)
     before = {name: value.clone() for name, value in whole.state_dict().items()}
@@ -188,8 +190,7 @@ def test_without_a_processor_labels_of_everything_are_an_error(tmp_path):
         trainer_for(model, tmp_path, dataset()).train()
 
 
-@pytest.mark.parametrize("columns", ["messages", "prompt and completion"])
-@pytest.mark.parametrize("text_tower", [False, True])
+@pytest.mark.parametrize(("text_tower", "columns"), some(1, [False, True], COLUMNS))
 def test_the_collator_wrapper_tells_the_same(columns, text_tower, tmp_path, clip_folder):
     """Chat templates with a line break before the question: as tokens, both are the same."""
     name = "qwen2_5_vl"

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from emma_adapter import ConfigError, EmmaConfig, EmmaError
 from emma_adapter.alignment.config import InstructionPolicy
+from tests.support.budget import budget
 
 FIELDS = [f.name for f in dataclasses.fields(EmmaConfig)]
 FUSIONS = ["attention", "linear", "modulation"]
@@ -181,7 +182,7 @@ def same_types(left: Any, right: Any) -> bool:
     return True
 
 
-@settings(max_examples=100)
+@settings(max_examples=budget(33, 100))
 @given(valid_values())
 def test_round_trips_are_exact(values):
     config = EmmaConfig(**values)
@@ -200,7 +201,7 @@ def test_round_trips_are_exact(values):
         assert again.to_json() == config.to_json()
 
 
-@settings(max_examples=50)
+@settings(max_examples=budget(16, 50))
 @given(valid_values())
 def test_dict_holds_every_field_in_json_types(values):
     config = EmmaConfig(**values)
@@ -211,7 +212,7 @@ def test_dict_holds_every_field_in_json_types(values):
 
 
 @given(st.integers(1, 50), st.integers(1, 50))
-@settings(max_examples=25)
+@settings(max_examples=budget(8, 25))
 def test_grid_may_be_a_list_and_gives_the_number_of_tokens(height, width):
     from_list = EmmaConfig(visual_grid=[height, width])
     assert from_list == EmmaConfig(visual_grid=(height, width))

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from emma_adapter import CheckpointError, EmmaAlignment, EmmaConfig
+from tests.support.budget import budget
 
 SMALL = {"n": 9, "t": 5, "d": 8, "dt": 6}
 REAL = {"n": 576, "t": 77, "d": 1024, "dt": 768}
@@ -97,7 +98,7 @@ def test_equals_the_formula_at_the_real_size(tmp_path, dtype):
         assert (alignment(v, instruction).double() - want).abs().max() <= 1e-5
 
 
-@settings(max_examples=25)
+@settings(max_examples=budget(8, 25))
 @given(
     n=st.integers(1, 20),
     t=st.integers(1, 8),

@@ -15,6 +15,7 @@ from emma_adapter.analysis import information_gain, mutual_information, pair_dis
 from emma_adapter.analysis.calibration import calibrate_classes, calibrate_gaussians
 from emma_adapter.analysis.estimators import ksg, ross
 from tests.analysis.test_movement import trained
+from tests.support.budget import budget
 from tests.support.zoo import ZOO, Row
 
 
@@ -110,7 +111,7 @@ def naive_ksg(x, y, k):
     return float(psi) - total / n
 
 
-@settings(max_examples=15)
+@settings(max_examples=budget(5, 15))
 @given(st.integers(5, 25), st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.integers(0, 99))
 def test_the_estimator_is_the_papers_formula(n, dx, dy, k, seed):
     rng = np.random.default_rng(seed)

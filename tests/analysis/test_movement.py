@@ -21,6 +21,7 @@ from emma_adapter.analysis import TokenMap, compare, on_image, stitch, token_mov
 from emma_adapter.analysis.observing import VisualEntry, observe
 from tests.patching.test_llava import snapshot
 from tests.support import tiny
+from tests.support.budget import budget
 from tests.support.tiny import PATCH
 from tests.support.zoo import ZOO, Row
 
@@ -290,7 +291,7 @@ def a_map(values: np.ndarray, box=None) -> TokenMap:
     return TokenMap(values, values, values, values, "image", 0, 0, 0, box)
 
 
-@settings(max_examples=25)
+@settings(max_examples=budget(8, 25))
 @given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 4), st.integers(1, 4))
 def test_stitched_tiles_cut_apart_are_the_tiles(rows, columns, height, width):
     whole = np.arange(rows * height * columns * width, dtype=np.float32).reshape(rows * height, columns * width)
@@ -302,7 +303,7 @@ def test_stitched_tiles_cut_apart_are_the_tiles(rows, columns, height, width):
     np.testing.assert_array_equal(stitch(tiles, rows, columns, "gain"), whole)
 
 
-@settings(max_examples=25)
+@settings(max_examples=budget(8, 25))
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 3), st.integers(1, 3))
 def test_a_map_painted_at_a_multiple_of_its_size_is_repeated(height, width, by_y, by_x):
     values = np.random.default_rng(0).random((height, width), dtype=np.float32)

@@ -60,6 +60,7 @@ def run(tmp_path):
         yield run, hub
 
 
+@pytest.mark.slow
 def test_uploaded_and_loaded_again(run, tmp_path):
     run, hub = run
     said = run(
@@ -91,6 +92,8 @@ for adapter, revision in ((first, None), (second, "longer"), (first, "main")):
     assert not hub.requests
 
 
+@pytest.mark.slow
+@pytest.mark.nightly
 def test_adapters_beside_a_model_or_a_lora(run):
     run, hub = run
     said = run(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 
+import pytest
+
 from tests.checkpoints.test_hub import run  # noqa: F401 - a fixture
 
 _COMMON = """
@@ -78,6 +80,8 @@ KINDS = ("lora", "alone", "everything")
 STRATEGIES = {"every_save": None, "checkpoint": "last-checkpoint", "all_checkpoints": "checkpoint-2", "end": None}
 
 
+@pytest.mark.slow
+@pytest.mark.nightly
 def test_pushed_by_trainer(run):  # noqa: F811
     run, hub = run
     said = run(

@@ -89,6 +89,8 @@ def test_a_config_of_something_else_is_no_model(tmp_path):
 # ------------------------------------------------------------------------------------------ the hub
 
 
+@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_repository_that_holds_a_model(run):  # noqa: F811
     run, hub = run
     said = run(

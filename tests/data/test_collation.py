@@ -13,6 +13,7 @@ from transformers import Trainer, TrainingArguments
 
 from emma_adapter import DataError, EmmaConfig, InstructionCollator, InstructionError, patch_model
 from tests.support import tiny
+from tests.support.budget import some
 from tests.support.zoo import ZOO
 
 PROCESSOR = tiny.processor()
@@ -242,10 +243,10 @@ def trained_with(folder, collator_of, dataset, processor=PROCESSOR, **options):
     return [entry[key] for entry in trainer.state.log_history for key in ("loss", "eval_loss") if key in entry]
 
 
-@pytest.mark.parametrize("as_tokens", [False, True])
-@pytest.mark.parametrize(
-    "options", [{}, {"gradient_accumulation_steps": 2, "dataloader_num_workers": 1}, {"label_smoothing_factor": 0.1}]
-)
+OPTIONS = [{}, {"gradient_accumulation_steps": 2, "dataloader_num_workers": 1}, {"label_smoothing_factor": 0.1}]
+
+
+@pytest.mark.parametrize(("options", "as_tokens"), some(1, OPTIONS, [False, True]))
 def test_trainer_hands_instructions_on(tmp_path, as_tokens, options):
     """Also where Trainer takes the labels away, which without a template tell whose words are whose."""
     dataset = rows([TALKS[1], [tiny.user("why?"), tiny.assistant("so")]] * 4)

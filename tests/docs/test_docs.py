@@ -64,8 +64,17 @@ def run(code: str) -> tuple[int, str]:
     return max(result.exit_code for result in results), "\n".join(result.output for result in results)
 
 
+#: What starts another program's command line takes half a minute.
+NIGHTLY = {"evaluation.md"}
+WITH_EXAMPLES = [
+    pytest.param(page, id=name_of(page), marks=[pytest.mark.nightly] if name_of(page) in NIGHTLY else [])
+    for page in PAGES
+    if _BLOCK.search(page.read_text())
+]
+
+
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("page", [page for page in PAGES if _BLOCK.search(page.read_text())], ids=name_of)
+@pytest.mark.parametrize("page", WITH_EXAMPLES)
 def test_page(page, tmp_path, monkeypatch):
     text = page.read_text()
     monkeypatch.chdir(make_workspace(tmp_path, text))

@@ -21,6 +21,7 @@ from emma_adapter.instructions.prompt import Prompt
 from emma_adapter.instructions.reader import InstructionReader
 from emma_adapter.instructions.templates import read_markers
 from tests.support import tiny
+from tests.support.budget import budget
 from tests.support.zoo import ZOO
 
 # --- Chat templates in the formats of well-known models -----------------------------------------------------------
@@ -357,7 +358,7 @@ QUESTIONS = WORDS.filter(lambda text: not any(squeezed(marker) in squeezed(text)
 
 @every_style
 @every_kind
-@settings(max_examples=15)
+@settings(max_examples=budget(5, 15))
 @given(
     turns=st.lists(QUESTIONS, min_size=1, max_size=3),
     answer=QUESTIONS,
@@ -490,7 +491,7 @@ def pieces(name: str, kind: str, turns: list[str], answers: list[str], closing: 
 
 @every_style
 @pytest.mark.parametrize("kind", ["bpe-special", "bpe-plain", "unigram-plain"])
-@settings(max_examples=10)
+@settings(max_examples=budget(4, 10))
 @given(
     turns=st.lists(QUESTIONS, min_size=1, max_size=3),
     answers=st.lists(ANSWERS, min_size=3, max_size=3),
@@ -517,7 +518,7 @@ def test_nothing_an_answer_says_changes_the_instruction(name, kind, turns, answe
 
 @every_style
 @pytest.mark.parametrize("kind", ["bpe-special", "unigram-plain"])
-@settings(max_examples=15)
+@settings(max_examples=budget(5, 15))
 @given(data=st.data())
 def test_other_answer_tokens_give_the_same_instruction(name, kind, data):
     words = tokenizer(name, kind)
@@ -835,7 +836,7 @@ def supervised(words, prompt: Prompt, masks: str) -> Prompt:
 @quiet
 @pytest.mark.parametrize("name", HEADED)
 @pytest.mark.parametrize("kind", ["bpe-special", "bpe-plain", "unigram-plain"])
-@settings(max_examples=10)
+@settings(max_examples=budget(4, 10))
 @given(data=st.data(), masks=st.sampled_from(["padding", "special"]), policy=st.sampled_from(POLICIES))
 def test_labels_of_everything_leave_the_question_before_the_first_answer(name, kind, data, masks, policy):
     """Whatever answers say: also whole turns in the template's own words."""
@@ -858,7 +859,7 @@ def test_labels_of_everything_leave_the_question_before_the_first_answer(name, k
 
 @quiet
 @pytest.mark.parametrize("name", HEADED)
-@settings(max_examples=10)
+@settings(max_examples=budget(4, 10))
 @given(data=st.data())
 def test_labels_of_everything_and_an_assistant_that_begins(name, data):
     """Rather no instruction than one from what may be an answer."""

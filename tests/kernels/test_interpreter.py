@@ -12,8 +12,16 @@ pytest.importorskip("triton")
 HERE = Path(__file__).parent
 
 
+#: What only the night runs: the fusions around the operators, and a benchmark's kernel.
+NIGHTLY = {"test_fusions_interpreted", "test_numbers_interpreted", "test_sweep_interpreted"}
+FILES = [
+    pytest.param(path, id=path.stem, marks=[pytest.mark.nightly] if path.stem in NIGHTLY else [])
+    for path in sorted(HERE.glob("test_*_interpreted.py"))
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("path", sorted(HERE.glob("test_*_interpreted.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", FILES)
 def test_kernels_in_tritons_interpreter(path):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     run = subprocess.run(

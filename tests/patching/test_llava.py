@@ -40,6 +40,7 @@ from emma_adapter import (
     unpatch_model,
 )
 from tests.support import tiny
+from tests.support.budget import budget
 
 FUSIONS = ("attention", "linear", "modulation")
 ENCODERS = ("llm", "clip", "custom")
@@ -231,7 +232,7 @@ def test_each_row_is_what_it_is_alone(fusion, encoder, clip_folder):
         torch.testing.assert_close(together[row : row + 1], alone, atol=SAME, rtol=0)
 
 
-@settings(max_examples=15)
+@settings(max_examples=budget(5, 15))
 @given(
     images=st.lists(st.integers(0, 3), min_size=1, max_size=5).filter(any),
     padding_side=st.sampled_from(["left", "right"]),

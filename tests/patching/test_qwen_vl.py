@@ -26,6 +26,7 @@ from emma_adapter.instructions.pipeline import InstructionTokens
 from emma_adapter.integrations.qwen_vl import block_order, window_order
 from emma_adapter.patching.routing import RoutedInstruction
 from tests.support import tiny
+from tests.support.budget import budget
 from tests.support.zoo import ZOO, Row
 
 DEEPSTACK = ("qwen3_vl", "qwen3_vl_moe")
@@ -35,7 +36,7 @@ ROWS = (Row(("is there a cat?",), images=((56, 56), (28, 84)), seed=1), Row(("ho
 # ----------------------------------------------------------------------------------------------------------- order
 
 
-@settings(max_examples=30)
+@settings(max_examples=budget(10, 30))
 @given(blocks=st.tuples(st.integers(1, 6), st.integers(1, 6)), merge=st.sampled_from([1, 2, 3]))
 def test_blocks_are_in_the_order_of_the_image_processor(blocks, merge):
     """Each patch of a picture has its number as colour."""
@@ -61,7 +62,7 @@ def transformers_window_index(grid: Tensor, *, merge: int, window_size: int, pat
     return torch.as_tensor(index)
 
 
-@settings(max_examples=60)
+@settings(max_examples=budget(20, 60))
 @given(
     blocks=st.tuples(st.integers(1, 3), st.integers(1, 11), st.integers(1, 11)),
     window=st.integers(1, 5),
@@ -81,7 +82,7 @@ def test_windows_are_in_the_order_of_transformers(blocks, window, merge, surplus
         assert torch.equal(places[own].flatten(), window_order(grid, merge, window))
 
 
-@settings(max_examples=20)
+@settings(max_examples=budget(6, 20))
 @given(grids=st.lists(st.tuples(st.integers(1, 4), st.integers(1, 4)), min_size=1, max_size=5), data=st.data())
 def test_packed_entries_are_aligned_as_pictures_of_their_own(grids, data):
     """Whatever the order of their tokens, and whichever of them share a grid."""

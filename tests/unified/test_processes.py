@@ -7,12 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
 from tests.unified.two_processes import STEPS, loss_of, optimizer_of, prepared
 
 
+@pytest.mark.slow
 def test_two_processes_train_what_one_does(tmp_path):
     script = Path(__file__).with_name("two_processes.py")
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), str(tmp_path)]
