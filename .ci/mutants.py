@@ -120,7 +120,7 @@ MUTANTS = (
         "emma_adapter/files/untrusted.py",
         "if nests_deeper(value, MAX_NESTING):",
         "if False:",
-        ("tests/fuzz/test_hostile_folders.py", "tests/fuzz/test_coverage_guided.py", "tests/alignment/test_config.py"),
+        ("tests/files/test_untrusted.py",),
     ),
     Mutant(
         "the card before the weights",
