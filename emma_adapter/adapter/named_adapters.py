@@ -112,6 +112,7 @@ def activate(model: nn.Module, name: str) -> None:
     projectors.reset_projectors(model)
     for parameter in sites.named_parameters(model).values():
         parameter.requires_grad_(False)
+    left = projectors.projector_parameters(model)
     state.active = name
     for parameter in sites.named_parameters(model).values():
         parameter.requires_grad_(trainable)
@@ -126,8 +127,9 @@ def activate(model: nn.Module, name: str) -> None:
     if outgoing.original_projectors or incoming.original_projectors:
         trainable_parameters.remember_trainable(model)
         # Trained by nobody's adapter, the projector would be saved with none.
-        for parameter in projector.values():
-            parameter.requires_grad_(trainable and bool(incoming.original_projectors))
+        for key, parameter in {**left, **projector}.items():
+            # Those that only the outgoing adapter sits at, as deepstack projectors, are left to nobody.
+            parameter.requires_grad_(trainable and bool(incoming.original_projectors) and key in projector)
 
 
 def remove(model: nn.Module, name: str) -> None:

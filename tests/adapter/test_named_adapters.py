@@ -282,3 +282,16 @@ def test_deepstack_projectors_of_one_adapter_only():
     assert torch.equal(logits(model, inputs), main_only)
     unpatch_model(model)
     assert torch.equal(logits(model, inputs), before)
+
+
+def test_deepstack_projectors_that_only_the_last_adapter_trained_are_frozen_with_it():
+    """Trained by nobody's adapter, they would be saved with none."""
+    model = ZOO["qwen3_vl"].model()
+    adapter = patch_model(model, EmmaConfig(align_deepstack=True), processor=ZOO["qwen3_vl"].processor())
+    adapter.train_only(projector=True)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad and "emma" not in name}
+    assert any("deepstack" in name for name in trained)
+    adapter.add("other", EmmaConfig()).set_active("other")
+    assert not {name for name, parameter in model.named_parameters() if parameter.requires_grad} & trained
+    adapter.set_active("default")
+    assert {n for n, p in model.named_parameters() if p.requires_grad and "emma" not in n} == trained
