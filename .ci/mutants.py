@@ -123,10 +123,10 @@ MUTANTS = (
         ("tests/files/test_untrusted.py",),
     ),
     Mutant(
-        "the card before the weights",
+        "a file written in its place",
         "emma_adapter/files/atomic.py",
-        "                for name in files:\n                    os.replace(",
-        "                for name in reversed(files):\n                    os.replace(",
+        "os.replace(scratch / name, directory / name)",
+        "(directory / name).write_bytes((scratch / name).read_bytes())",
         ("tests/checkpoints/test_saving_faults.py", "-k", "killed or sequence"),
     ),
     # All variants of the kernels for one GPU instead of four, half of the random shapes.
