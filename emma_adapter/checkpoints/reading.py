@@ -19,12 +19,12 @@ from torch import Tensor
 from ..alignment.config import EmmaConfig
 from ..alignment.module import EmmaAlignment
 from ..errors import CheckpointError, ConfigError
+from ..files import description
 from ..files.tensor_file import digest, read_header, read_tensors
-from ..files.untrusted import open_regular, parse_json
+from ..files.untrusted import open_regular
 from ..messages import listed, plain, shown
 from ..patching import sites
 from ..patching.state import DEFAULT
-from ..version import __version__
 from .format import (
     ALIGNMENT_PREFIX,
     CONFIG_NAME,
@@ -39,8 +39,6 @@ from .format import (
 
 #: Config fields that may be edited in a saved folder: they don't change what the weights compute.
 _EDITABLE = frozenset({"cache_size", "instruction_encoder", "instruction_policy", "kernel"})
-#: In bytes. Configs have a few hundred and headers a few thousand, or as many more as there are ``fusion_options``.
-_MAX_CONFIG = 2**20
 
 
 def find(directory: Path, name: str = DEFAULT) -> Path:
@@ -95,7 +93,7 @@ def read(given: Path, check: Callable[[SavedAdapter], None] | None = None) -> Sa
     directory = find(given)
     config_path, weights_path = directory / CONFIG_NAME, directory / WEIGHTS_NAME
     written = _read_description(config_path, given)
-    _check_version(written, directory)
+    description.check_version(written, config_path, FORMAT_VERSION)
     # Opened once: what is checked is what is loaded, and it stays so if the file is written to later.
     with _open_weights(weights_path, given) as file:
         tensors, metadata = read_header(file, weights_path)
@@ -108,12 +106,12 @@ def read(given: Path, check: Callable[[SavedAdapter], None] | None = None) -> Sa
         if embedded.get("save_id") != written.get("save_id"):
             # Interrupted between the two replacements: the tensor file is the newer one.
             written = embedded
-        if edited := _edited_fields(written.get("config"), embedded.get("config")):
+        if edited := description.edited_fields(written.get("config"), embedded.get("config"), _EDITABLE):
             raise CheckpointError(
                 f"{config_path} was changed since the adapter was saved, in {listed(edited)}: the weights were made "
                 "for the config they were saved with; undo the changes, or train a new adapter"
             )
-        _check_version(written, directory)
+        description.check_version(written, config_path, FORMAT_VERSION)
         try:
             config = EmmaConfig.from_dict(written.get("config", {}))
         except (ConfigError, TypeError) as error:
@@ -168,69 +166,31 @@ def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], p
 
 
 def _read_description(path: Path, given: Path) -> dict[str, Any]:
-    try:
-        with open_regular(path, given) as file:
-            content = file.read(_MAX_CONFIG + 1)
-        text = content.decode("utf-8")
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"there is no {path.name} in {path.parent}: give the folder that adapter.save_pretrained wrote"
-        ) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} can't be read: {error}; take another copy") from error
-    if len(content) > _MAX_CONFIG:
-        raise CheckpointError(
-            f"{path} has more than {_MAX_CONFIG:,} bytes: that is no adapter's config; take another copy"
-        )
+    text = description.read_text(path, given, writer="adapter.save_pretrained")
     return _parse_description(text, path)
 
 
 def _parse_description(text: str, path: Path) -> dict[str, Any]:
-    try:
-        description = parse_json(text)
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}; take another copy") from error
-    if isinstance(description, dict) and "peft_type" in description:
+    described = description.parse(text, path)
+    if isinstance(described, dict) and "peft_type" in described:
         raise CheckpointError(
-            f"{path} describes an adapter of PEFT ({plain(str(description['peft_type']))}), not of emma_adapter: load "
+            f"{path} describes an adapter of PEFT ({plain(str(described['peft_type']))}), not of emma_adapter: load "
             "it with peft.PeftModel.from_pretrained"
         )
-    if not isinstance(description, dict) or description.get("format") != FORMAT:
+    if not isinstance(described, dict) or described.get("format") != FORMAT:
         raise CheckpointError(f"{path} doesn't describe an emma_adapter: load it with the tool that wrote it")
-    return description
+    return described
 
 
-def _check_version(description: Mapping[str, Any], directory: Path) -> None:
-    version = description.get("format_version")
-    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise CheckpointError(
-            f"{directory / CONFIG_NAME}: format_version should be an integer >= 1 and is {shown(version)}; "
-            "take another copy"
-        )
-    if version > FORMAT_VERSION:
-        raise CheckpointError(
-            f"{directory} has format_version {shown(version)}, written by emma_adapter "
-            f"{plain(str(description.get('library_version')))}; this is emma_adapter {__version__}, which reads up to "
-            f"{FORMAT_VERSION}: upgrade emma_adapter"
-        )
-
-
-def _edited_fields(written: object, embedded: object) -> list[str]:
-    if not isinstance(written, dict) or not isinstance(embedded, dict):
-        return [] if written == embedded else ["config"]
-    names = (set(written) | set(embedded)) - _EDITABLE
-    return sorted(name for name in names if written.get(name) != embedded.get(name))
-
-
-def _text(description: Mapping[str, Any], name: str, path: Path) -> str:
-    value = description.get(name)
+def _text(described: Mapping[str, Any], name: str, path: Path) -> str:
+    value = described.get(name)
     if not isinstance(value, str):
         raise CheckpointError(f"{path}: {name} should be a text and is {shown(value)}; take another copy")
     return value
 
 
-def _optional_text(description: Mapping[str, Any], name: str, path: Path) -> str | None:
-    return None if description.get(name) is None else _text(description, name, path)
+def _optional_text(described: Mapping[str, Any], name: str, path: Path) -> str | None:
+    return None if described.get(name) is None else _text(described, name, path)
 
 
 def _open_weights(path: Path, given: Path) -> BinaryIO:
@@ -243,15 +203,15 @@ def _open_weights(path: Path, given: Path) -> BinaryIO:
 
 
 def _split(
-    tensors: Mapping[str, Tensor], description: Mapping[str, Any], directory: Path
+    tensors: Mapping[str, Tensor], described: Mapping[str, Any], directory: Path
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The alignment's tensors and the projector's, by their names in the model."""
     alignment, projector = _with_prefix(tensors, ALIGNMENT_PREFIX), _with_prefix(tensors, PROJECTOR_PREFIX)
     if stray := sorted(name for name in tensors if not name.startswith((ALIGNMENT_PREFIX, PROJECTOR_PREFIX))):
         raise CheckpointError(f"{directory / WEIGHTS_NAME}: unexpected tensor(s) {listed(stray)}; take another copy")
-    if bool(projector) != bool(description.get("projector_trained")):
+    if bool(projector) != bool(described.get("projector_trained")):
         raise CheckpointError(
-            f"{directory}: the config says projector_trained={shown(description.get('projector_trained'))}, but the "
+            f"{directory}: the config says projector_trained={shown(described.get('projector_trained'))}, but the "
             f"file holds {len(projector)} projector tensors; take another copy"
         )
     return alignment, projector

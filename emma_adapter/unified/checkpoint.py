@@ -23,10 +23,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, ConfigError
+from ..files import description
 from ..files.atomic import replace_files
 from ..files.tensor_file import digest, read_header
-from ..files.untrusted import open_regular, parse_json
-from ..messages import listed, plain, shown
+from ..files.untrusted import open_regular
+from ..messages import listed, shown
 from ..modules import sharding
 from ..version import __version__
 from .config import UnifiedConfig
@@ -40,8 +41,6 @@ FORMAT = "emma_unified"
 FORMAT_VERSION = 1
 #: Config fields that may be edited in a saved folder: they don't change what the weights compute.
 _EDITABLE = frozenset({"noise_draws", "prompt_dropout", "changed_weight", "timestep_density", "time_shift"})
-#: In bytes: latent statistics of thousands of channels fit.
-_MAX_CONFIG = 2**20
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ def save(model: nn.Module, directory: str | PathLike[str], *, is_main_process: b
             "go on from an earlier checkpoint, with a lower learning rate, or in float32 or bfloat16"
         )
     base: Any = model.config
-    description = {
+    told = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "library_version": __version__,
@@ -90,21 +89,21 @@ def save(model: nn.Module, directory: str | PathLike[str], *, is_main_process: b
         "autoencoder": {"source": state.coder.source, "config_sha256": state.coder.fingerprint()},
         "config": state.config.to_dict(),
     }
-    metadata = {"format": "pt", FORMAT: json.dumps(description, sort_keys=True)}
+    metadata = {"format": "pt", FORMAT: json.dumps(told, sort_keys=True)}
     files: dict[str, Any] = {
         WEIGHTS_NAME: lambda path: save_file(tensors, path, metadata),
-        CONFIG_NAME: (json.dumps(description, indent=2, sort_keys=True) + "\n").encode(),
+        CONFIG_NAME: (json.dumps(told, indent=2, sort_keys=True) + "\n").encode(),
     }
     if not os.path.lexists(folder / CARD_NAME):
-        files[CARD_NAME] = _card(description).encode()
+        files[CARD_NAME] = _card(told).encode()
     replace_files(folder, files)
 
 
-def _card(description: Mapping[str, Any]) -> str:
-    base = description["base_model_name_or_path"] or "the model that it was trained on"
+def _card(told: Mapping[str, Any]) -> str:
+    base = told["base_model_name_or_path"] or "the model that it was trained on"
     return (
         f"---\nlibrary_name: emma_adapter\ntags: [emma, text-to-image, image-editing]\n---\n\n"
-        f"Lets `{base}` ({description['model_type']}) draw and edit pictures:\n\n"
+        f"Lets `{base}` ({told['model_type']}) draw and edit pictures:\n\n"
         "```python\nfrom emma_adapter import load_unified\n\n"
         'unified = load_unified(model, "path/to/this/folder", processor=processor, autoencoder=autoencoder)\n'
         'unified.generate_images("a red five").images\n```\n'
@@ -133,12 +132,12 @@ def describe(folder: Path) -> tuple[SavedUnified, BinaryIO]:
         if embedded.get("save_id") != written.get("save_id"):
             # Interrupted between the two replacements: the tensor file is the newer one.
             written = embedded
-        if edited := _edited(written.get("config"), embedded.get("config")):
+        if edited := description.edited_fields(written.get("config"), embedded.get("config"), _EDITABLE):
             raise CheckpointError(
                 f"{folder / CONFIG_NAME} was changed since it was saved, in {listed(edited)}: the weights were made "
                 "for the config they were saved with; undo the changes, or train anew"
             )
-        _check_version(written, folder)
+        description.check_version(written, folder / CONFIG_NAME, FORMAT_VERSION)
         return _described(written, tensors, folder), file
     except BaseException:
         file.close()
@@ -250,50 +249,13 @@ def _offsets(file: BinaryIO, path: Path) -> dict[str, int]:
 
 
 def _read_config(path: Path, folder: Path) -> dict[str, Any]:
-    try:
-        with open_regular(path, folder) as file:
-            content = file.read(_MAX_CONFIG + 1)
-        text = content.decode("utf-8")
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"there is no {path.name} in {path.parent}: give the folder that unified.save_pretrained wrote"
-        ) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} can't be read: {error}; take another copy") from error
-    if len(content) > _MAX_CONFIG:
-        raise CheckpointError(f"{path} has more than {_MAX_CONFIG:,} bytes: that is no config; take another copy")
-    return _parse(text, path)
+    return _parse(description.read_text(path, folder, writer="unified.save_pretrained"), path)
 
 
 def _parse(text: str, path: Path) -> dict[str, Any]:
-    try:
-        description = parse_json(text)
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}; take another copy") from error
-    if not isinstance(description, dict) or description.get("format") != FORMAT:
+    described = description.parse(text, path)
+    if not isinstance(described, dict) or described.get("format") != FORMAT:
         raise CheckpointError(
             f"{path} doesn't describe what unified.save_pretrained writes: load it with the tool that wrote it"
         )
-    return description
-
-
-def _check_version(description: Mapping[str, Any], folder: Path) -> None:
-    version = description.get("format_version")
-    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise CheckpointError(
-            f"{folder / CONFIG_NAME}: format_version should be an integer >= 1 and is {shown(version)}; take another "
-            "copy"
-        )
-    if version > FORMAT_VERSION:
-        raise CheckpointError(
-            f"{folder} has format_version {shown(version)}, written by emma_adapter "
-            f"{plain(str(description.get('library_version')))}; this is emma_adapter {__version__}, which reads up to "
-            f"{FORMAT_VERSION}: upgrade emma_adapter"
-        )
-
-
-def _edited(written: object, embedded: object) -> list[str]:
-    if not isinstance(written, dict) or not isinstance(embedded, dict):
-        return [] if written == embedded else ["config"]
-    names = (set(written) | set(embedded)) - _EDITABLE
-    return sorted(name for name in names if written.get(name) != embedded.get(name))
+    return described

@@ -350,3 +350,8 @@ def test_a_model_that_draws_already_is_refused(saved):
     with pytest.raises(PatchError, match="unpatch_model"):
         load(saved, adapter.model)
     assert drawn(adapter.set_progress_bar_config(disable=True)).isfinite().all()
+
+
+def test_an_empty_folder_is_told_what_would_have_filled_it(tmp_path):
+    with pytest.raises(CheckpointError, match=r"give the folder that unified\.save_pretrained wrote"):
+        load(tmp_path)

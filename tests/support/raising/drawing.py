@@ -546,24 +546,24 @@ def a_branch_whose_tensors_overlap(bench: Bench) -> None:
     load(bench.folder)
 
 
-@raises(CheckpointError, "unified/checkpoint.py:_read_config", "unified.save_pretrained wrote")
+@raises(CheckpointError, "files/description.py:read_text", "{writer} wrote")
 def a_folder_without_a_branch(bench: Bench) -> None:
     load(bench.folder)
 
 
-@raises(CheckpointError, "unified/checkpoint.py:_read_config", "can't be read")
+@raises(CheckpointError, "files/description.py:read_text", "can't be read")
 def a_branch_whose_config_is_no_text(bench: Bench) -> None:
     (saved(bench) / checkpoint.CONFIG_NAME).write_bytes(b"\xff")
     load(bench.folder)
 
 
-@raises(CheckpointError, "unified/checkpoint.py:_read_config", "has more than")
+@raises(CheckpointError, "files/description.py:read_text", "has more than")
 def a_branch_whose_config_never_ends(bench: Bench) -> None:
     (saved(bench) / checkpoint.CONFIG_NAME).write_text(" " * 2**21)
     load(bench.folder)
 
 
-@raises(CheckpointError, "unified/checkpoint.py:_parse", "is not valid JSON")
+@raises(CheckpointError, "files/description.py:parse", "is not valid JSON")
 def a_branch_whose_config_is_no_json(bench: Bench) -> None:
     (saved(bench) / checkpoint.CONFIG_NAME).write_text("{")
     load(bench.folder)
@@ -575,12 +575,12 @@ def a_config_of_something_else(bench: Bench) -> None:
     load(bench.folder)
 
 
-@raises(CheckpointError, "unified/checkpoint.py:_check_version", "should be an integer")
+@raises(CheckpointError, "files/description.py:check_version", "should be an integer")
 def a_branch_without_a_version(bench: Bench) -> None:
     load(changed(saved(bench), format_version="1"))
 
 
-@raises(CheckpointError, "unified/checkpoint.py:_check_version", "upgrade emma_adapter")
+@raises(CheckpointError, "files/description.py:check_version", "upgrade emma_adapter")
 def a_branch_of_a_newer_release(bench: Bench) -> None:
     load(changed(saved(bench), format_version=99))
 

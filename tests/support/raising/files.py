@@ -84,18 +84,18 @@ def a_tensor_that_is_missing(bench: Bench) -> None:
     load(edit(bench.saved(), lambda _: None, tensors=lambda values: values.pop(min(values))))
 
 
-@raises(CheckpointError, "checkpoints/reading.py:_read_description", "there is no")
+@raises(CheckpointError, "files/description.py:read_text", "there is no")
 def an_empty_folder(bench: Bench) -> None:
     load(bench.folder)
 
 
-@raises(CheckpointError, "checkpoints/reading.py:_read_description", "can't be read")
+@raises(CheckpointError, "files/description.py:read_text", "can't be read")
 def a_config_that_is_no_text(bench: Bench) -> None:
     (bench.folder / CONFIG).write_bytes(b"\xff\xfe\xff")
     load(bench.folder)
 
 
-@raises(CheckpointError, "checkpoints/reading.py:_parse_description", "is not valid JSON")
+@raises(CheckpointError, "files/description.py:parse", "is not valid JSON")
 def an_adapter_config_that_is_cut_off(bench: Bench) -> None:
     (bench.folder / CONFIG).write_text('{"format": "emma')
     load(bench.folder)
@@ -113,12 +113,12 @@ def the_config_of_something_else(bench: Bench) -> None:
     load(bench.folder)
 
 
-@raises(CheckpointError, "checkpoints/reading.py:_check_version", "should be an integer")
+@raises(CheckpointError, "files/description.py:check_version", "should be an integer")
 def a_version_that_is_no_number(bench: Bench) -> None:
     load(edit(bench.saved(), lambda description: description.update(format_version="1")))
 
 
-@raises(CheckpointError, "checkpoints/reading.py:_check_version", "upgrade emma_adapter")
+@raises(CheckpointError, "files/description.py:check_version", "upgrade emma_adapter")
 def a_folder_from_the_future(bench: Bench) -> None:
     load(edit(bench.saved(), lambda description: description.update(format_version=99)))
 
@@ -156,7 +156,7 @@ def weights_that_lie_over_each_other(bench: Bench) -> None:
     load(path.parent)
 
 
-@raises(CheckpointError, "checkpoints/reading.py:_read_description", "no adapter's config")
+@raises(CheckpointError, "files/description.py:read_text", "no adapter's config")
 def a_config_without_an_end(bench: Bench) -> None:
     (bench.folder / CONFIG).write_text(" " * 2**21)
     load(bench.folder)
