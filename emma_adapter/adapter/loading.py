@@ -11,6 +11,7 @@ from torch import nn
 from ..alignment.fusion.dispatch import Kernel
 from ..checkpoints import hub
 from ..errors import PatchError
+from ..files.hub import is_local
 from ..models.families import require_model
 from ..modules import sharding, wrappers
 from ..modules.method_guard import STATE_ATTRIBUTE
@@ -76,7 +77,7 @@ def load_adapter(
     folder = hub.local_folder(
         source, revision=revision, subfolder=subfolder, token=token, local_files_only=local_files_only
     )
-    downloaded = not hub.is_local(source)
+    downloaded = not is_local(source)
     saved = restoring.read_for(model, folder, name)
     if not patched:
         compatibility.check_encoder(model, saved, instruction_encoder, downloaded=downloaded)

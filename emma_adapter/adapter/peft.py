@@ -23,6 +23,7 @@ from ..alignment.module import EmmaAlignment
 from ..checkpoints import beside_lora, hub, pushing, reading, writing
 from ..checkpoints.format import SUBFOLDER
 from ..errors import CheckpointError, PatchError
+from ..files.hub import is_local
 from ..modules.method_guard import STATE_ATTRIBUTE, MethodGuard, arguments_by_name
 from ..modules.wrappers import is_peft_model
 from ..patching import projectors, sites, trainable_parameters
@@ -240,7 +241,7 @@ def _folders(arguments: Mapping[str, Any]) -> Iterator[Path]:
     same folder; or, if PEFT's isn't called ``"default"`` and has a folder of its name, in that above."""
     source, subfolder = arguments["model_id"], PurePosixPath(arguments.get("subfolder") or "")
     own = str(arguments["adapter_name"])
-    if hub.is_local(source):
+    if is_local(source):
         folder = Path(source) / subfolder
         yield folder
         if folder.name == own:

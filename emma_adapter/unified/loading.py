@@ -1,15 +1,15 @@
-"""load_unified: from a saved folder to a model that draws."""
+"""load_unified: from a saved folder, or a hub id, to a model that draws."""
 
 from __future__ import annotations
 
 import warnings
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from ..errors import CheckpointError
+from ..files.hub import local_folder
 from ..models.families import require_model
 from ..modules.torch_modes import undisturbed
 from ..modules.wrappers import base_of
@@ -27,6 +27,10 @@ def load_unified(
     *,
     processor: Any = None,
     autoencoder: str | PathLike[str] | nn.Module,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
 ) -> EmmaUnified:
     """Let a model draw with a branch that ``save_pretrained`` wrote. If this raises, the model is as it was.
 
@@ -34,9 +38,14 @@ def load_unified(
 
     Args:
         model: as for :func:`unify_model`; it must not draw yet.
-        source: the folder.
+        source: the folder, or a hub id.
         processor: as for :func:`unify_model`.
         autoencoder: as for :func:`unify_model`: the one that the branch was trained with.
+        revision: branch, tag or commit on the hub.
+        subfolder: where in the folder or repository the branch is; it can't lead out of it.
+        token: of the hub, for a private repository; default, and with True: the one that ``hf auth login`` stored, or
+            ``HF_TOKEN``; False sends none.
+        local_files_only: don't ask the hub; use what was downloaded before.
 
     Raises:
         CheckpointError: if the files are incomplete, damaged, of a newer format, or made for another model.
@@ -44,7 +53,11 @@ def load_unified(
         PatchError: if the model draws already.
     """
     require_model(model)
-    saved, file = checkpoint.describe(Path(source))
+    names = (checkpoint.CONFIG_NAME, checkpoint.WEIGHTS_NAME)
+    folder = local_folder(
+        source, names, revision=revision, subfolder=subfolder, token=token, local_files_only=local_files_only
+    )
+    saved, file = checkpoint.describe(folder)
     with file:
         base: Any = base_of(model)
         model_type = getattr(getattr(base, "config", None), "model_type", None)

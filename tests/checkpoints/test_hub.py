@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import yaml
 
 from emma_adapter import CheckpointError, load_adapter, patch_model
-from tests.support import ROOT, fake_hub, tiny
+from tests.support import fake_hub, tiny
 
 _COMMON = """
 import sys
@@ -35,29 +31,8 @@ def trained(seed):
 @pytest.fixture
 def run(tmp_path):
     """Run a script that talks to a hub of its own, and the hub."""
-    with fake_hub.running() as (hub, address):
-        environment = {
-            **os.environ,
-            "HF_ENDPOINT": address,
-            "HF_HOME": str(tmp_path / "home"),
-            "HF_TOKEN": "hf_of_a_test",
-            "HF_HUB_DISABLE_XET": "1",
-            "NO_PROXY": "127.0.0.1",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "PYTHONPATH": str(ROOT),
-        }
-        for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
-            environment.pop(name, None)
-
-        def run(code: str, **more: str) -> str:
-            command = [sys.executable, "-c", _COMMON + code]
-            done = subprocess.run(
-                command, env={**environment, **more}, capture_output=True, text=True, check=False, timeout=300
-            )
-            assert done.returncode == 0, done.stderr
-            return done.stdout
-
-        yield run, hub
+    with fake_hub.for_scripts(tmp_path / "home") as (run, hub):
+        yield lambda code, **more: run(_COMMON + code, **more), hub
 
 
 @pytest.mark.slow

@@ -5,11 +5,17 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
+import subprocess
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import unquote, urlparse
+
+from . import ROOT
 
 
 class FakeHub:
@@ -135,3 +141,32 @@ def running() -> Iterator[tuple[FakeHub, str]]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+@contextmanager
+def for_scripts(home: Path) -> Iterator[tuple[Callable[..., str], FakeHub]]:
+    """A function that runs a script with a hub of its own and returns what it prints, and the hub. ``home`` is where
+    what was downloaded is kept; further arguments are environment variables."""
+    with running() as (hub, address):
+        environment = {
+            **os.environ,
+            "HF_ENDPOINT": address,
+            "HF_HOME": str(home),
+            "HF_TOKEN": "hf_of_a_test",
+            "HF_HUB_DISABLE_XET": "1",
+            "NO_PROXY": "127.0.0.1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "PYTHONPATH": str(ROOT),
+        }
+        for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+            environment.pop(name, None)
+
+        def run(code: str, **more: str) -> str:
+            command = [sys.executable, "-c", code]
+            done = subprocess.run(
+                command, env={**environment, **more}, capture_output=True, text=True, check=False, timeout=300
+            )
+            assert done.returncode == 0, done.stderr
+            return done.stdout
+
+        yield run, hub

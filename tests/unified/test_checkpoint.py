@@ -31,7 +31,7 @@ from emma_adapter import (
 )
 from emma_adapter.unified import checkpoint
 from emma_adapter.unified.checkpoint import CONFIG_NAME, WEIGHTS_NAME
-from tests.support import tiny
+from tests.support import fake_hub, tiny
 from tests.support.zoo import ZOO
 from tests.unified.small import autoencoder, drawn, picture, seeded, unified
 
@@ -86,6 +86,36 @@ def test_every_weight_comes_back(tmp_path, config, dtype):
     own, other = dict(adapter.named_parameters()), dict(again.named_parameters())
     assert own.keys() == other.keys()
     assert all(own[name].dtype == other[name].dtype and torch.equal(own[name], other[name]) for name in own)
+
+
+def test_loaded_from_the_hub(saved, tmp_path):
+    with fake_hub.for_scripts(tmp_path) as (run, hub):
+        wanted = {name: (saved / name).read_bytes() for name in (CONFIG_NAME, WEIGHTS_NAME)}
+        hub.branches["someone/drawing"] = {
+            "main": [{**wanted, "model.safetensors": b"of the base", "deeper/unified_config.json": b"another"}]
+        }
+        said = run(
+            f"""
+import torch
+from emma_adapter import CheckpointError, load_unified
+from tests.unified.small import ZOO, autoencoder, drawn, picture, seeded
+torch.set_num_threads({torch.get_num_threads()})
+entry = ZOO["qwen3_vl"]
+own = {{"processor": entry.processor(), "autoencoder": autoencoder()}}
+def load(**options):
+    return load_unified(entry.model(), "someone/drawing", **own, **options)
+for options in ({{}}, {{"local_files_only": True}}):
+    adapter = load(**options).set_progress_bar_config(disable=True)
+    assert torch.equal(drawn(adapter, "x", picture(1), generator=seeded(0)), torch.load({str(saved / "drawn.pt")!r}))
+for options in ({{"revision": "other"}}, {{"subfolder": "../.."}}):
+    try:
+        load(**options)
+    except CheckpointError as error:
+        print(error)
+"""
+        )
+    assert "neither a folder here nor an adapter that the hub gives" in said and "leads out" in said
+    assert not list(tmp_path.rglob("model.safetensors")), "more was downloaded than the branch"
 
 
 def test_what_is_written(saved):

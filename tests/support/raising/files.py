@@ -309,17 +309,17 @@ def another_name_for_the_first_adapter(bench: Bench) -> None:
 # ------------------------------------------------------------------------------------------------- the hub
 
 
-@raises(CheckpointError, "checkpoints/hub.py:local_folder", "neither a folder here nor an adapter")
+@raises(CheckpointError, "files/hub.py:local_folder", "neither a folder here nor an adapter")
 def a_repository_that_was_never_downloaded(bench: Bench) -> None:
     load("someone/an-adapter", local_files_only=True)
 
 
-@raises(CheckpointError, "checkpoints/hub.py:_checked_subfolder", "leads out of the folder or repository")
+@raises(CheckpointError, "files/hub.py:_checked_subfolder", "leads out of the folder or repository")
 def a_subfolder_that_leads_out(bench: Bench) -> None:
     load(bench.saved(), subfolder="../elsewhere")
 
 
-@raises(CheckpointError, "checkpoints/hub.py:_folder_within", "is a link out of")
+@raises(CheckpointError, "files/hub.py:_folder_within", "is a link out of")
 def a_subfolder_that_is_a_link_out(bench: Bench) -> None:
     (bench.folder / "run").mkdir()
     (bench.folder / "run" / "linked").symlink_to(bench.saved())
