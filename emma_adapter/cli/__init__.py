@@ -15,6 +15,8 @@ from ..messages import plain
 from ..version import __version__
 from .convert import convert
 from .diff import diff
+from .draw import draw
+from .edit import edit
 from .finetune import finetune
 from .info import info
 from .report import report
@@ -81,8 +83,8 @@ def _complain(message: str) -> int:
 @click.group(cls=_Program, no_args_is_help=False, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="emma-adapter")
 def main() -> None:
-    """EMMA for vision-language models: look at adapters, convert them, train them, show what they do."""
+    """EMMA for vision-language models: look at adapters, convert them, train them, show what they do; draw and edit."""
 
 
-for command in (info, convert, finetune, report, diff):
+for command in (info, convert, finetune, report, diff, draw, edit):
     main.add_command(command)

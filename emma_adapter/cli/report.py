@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import dtype_option, images_option, split_option, subfolder_option, trust_option
+from .options import (
+    chosen_device,
+    device_option,
+    dtype_option,
+    images_option,
+    split_option,
+    subfolder_option,
+    trust_option,
+)
 
 if TYPE_CHECKING:
     from ..data.rows import Rows
@@ -36,7 +44,7 @@ if TYPE_CHECKING:
 @click.option(
     "--instruction-encoder", help="Where the adapter's text tower is now, if elsewhere than when it was saved."
 )
-@click.option("--device", help="Default: cuda if there is one, else cpu.")
+@device_option
 @dtype_option
 @trust_option
 def report(
@@ -68,18 +76,12 @@ def report(
         raise click.UsageError(
             f"there is no folder {output.parent} to write {output.name} to: make it, or choose another"
         )
-    import torch
-
     from ..adapter.loading import load_adapter
     from ..data.rows import open_rows
     from ..models.loading import load_model, load_processor
     from ..report import make_report, render
 
-    try:
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=place)
-    except (RuntimeError, AssertionError) as error:
-        raise click.UsageError(f"--device {device} can't be used: {str(error).splitlines()[0]}") from error
+    place = chosen_device(device)
     rows = open_rows(data, split, images)
     processor = load_processor(model, trust_remote_code=trust_remote_code)
     base = load_model(model, dtype, trust_remote_code=trust_remote_code).to(place).eval()

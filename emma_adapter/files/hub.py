@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Iterable
 from os import PathLike
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -13,6 +14,19 @@ from ..errors import CheckpointError
 def is_local(source: str | PathLike[str]) -> bool:
     """Whether ``source`` is a folder here, and not the id of a repository on the hub."""
     return Path(source).is_dir()
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether what has this name would be looked for on the hub, and nowhere on this machine."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(source)
+    except HFValidationError:
+        return False
+    # transformers and diffusers take a folder of that name, if there is one.
+    return not os.path.lexists(source)
 
 
 def local_folder(

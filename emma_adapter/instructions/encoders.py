@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import EncoderError
+from ..files.hub import is_hub_id
 from .cache import CacheInfo, LRUCache
-from .text_towers import OpenClipTextTower, TransformersTextTower, is_hub_id, is_open_clip_name
+from .text_towers import OpenClipTextTower, TransformersTextTower, is_open_clip_name
 
 OPEN_CLIP_PREFIX = "open_clip:"
 CUSTOM_PREFIX = "custom:"

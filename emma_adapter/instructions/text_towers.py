@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import EncoderError
+from ..files.hub import is_hub_id
 from ..messages import plain, shown
 
 #: ``model_type`` of a checkpoint, with both towers or the text tower alone, to the class of its text tower.
@@ -20,19 +20,6 @@ _TEXT_MODELS = {
     "siglip2": "Siglip2TextModel",
     "siglip2_text_model": "Siglip2TextModel",
 }
-
-
-def is_hub_id(source: str) -> bool:
-    """Whether a text tower of this name would be looked for on the hub, and nowhere on this machine."""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-
-    try:
-        validate_repo_id(source)
-    except HFValidationError:
-        return False
-    # transformers takes a folder of that name, if there is one.
-    return not os.path.lexists(source)
 
 
 class TransformersTextTower(nn.Module):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from ..errors import CheckpointError, ConfigError
 from ..files import description
 from ..files.atomic import replace_files
+from ..files.hub import is_hub_id
 from ..files.tensor_file import digest, read_header
 from ..files.untrusted import open_regular
 from ..messages import listed, shown
@@ -58,10 +60,17 @@ class SavedUnified:
     tensors: dict[str, Tensor]
 
 
-def save(model: nn.Module, directory: str | PathLike[str], *, is_main_process: bool | None = None) -> None:
+def save(
+    model: nn.Module,
+    directory: str | PathLike[str],
+    *,
+    is_main_process: bool | None = None,
+    location: str = "path/to/this/folder",
+) -> None:
     """Write a generation branch, on rank 0 or where ``is_main_process`` says so.
 
     Tensors go from where they are to the file; only what is on another device than the CPU is in memory once more.
+    ``location`` is what the card tells to load.
 
     Raises:
         OSError: if the folder can't be written; what it held is intact.
@@ -95,19 +104,45 @@ def save(model: nn.Module, directory: str | PathLike[str], *, is_main_process: b
         CONFIG_NAME: (json.dumps(told, indent=2, sort_keys=True) + "\n").encode(),
     }
     if not os.path.lexists(folder / CARD_NAME):
-        files[CARD_NAME] = _card(told).encode()
+        files[CARD_NAME] = _card(told, location).encode()
     replace_files(folder, files)
 
 
-def _card(told: Mapping[str, Any]) -> str:
+def _card(told: Mapping[str, Any], location: str) -> str:
     base = told["base_model_name_or_path"] or "the model that it was trained on"
+    autoencoder = told["autoencoder"]["source"]
+    given = "" if autoencoder is not None and is_hub_id(autoencoder) else ", autoencoder=autoencoder"
+    # The hub takes no other name than one of its own.
+    base_line = f"base_model: {base}\nbase_model_relation: adapter\n" if is_hub_id(base) else ""
     return (
-        f"---\nlibrary_name: emma_adapter\ntags: [emma, text-to-image, image-editing]\n---\n\n"
+        f"---\nlibrary_name: emma_adapter\n{base_line}tags: [emma, text-to-image, image-editing]\n---\n\n"
         f"Lets `{base}` ({told['model_type']}) draw and edit pictures:\n\n"
         "```python\nfrom emma_adapter import load_unified\n\n"
-        'unified = load_unified(model, "path/to/this/folder", processor=processor, autoencoder=autoencoder)\n'
-        'unified.generate_images("a red five").images\n```\n'
+        f'unified = load_unified(model, "{location}", processor=processor{given})\n'
+        'unified.generate_images("a red five").images\n```\n\n'
+        f"Trained with the autoencoder {f'`{autoencoder}`' if autoencoder else 'that its author gave as a module'}.\n"
     )
+
+
+def push(model: nn.Module, repo_id: str, *, private: bool | None, revision: str | None, **upload: Any) -> str:
+    """Upload a generation branch, and return the address of the commit. Whatever else is there stays, the card too."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=upload.pop("token", None))
+    with tempfile.TemporaryDirectory() as folder:
+        save(model, folder, is_main_process=True, location=repo_id)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        own = [] if api.file_exists(repo_id, CARD_NAME, revision=revision) else [CARD_NAME]
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            revision=revision,
+            allow_patterns=[CONFIG_NAME, WEIGHTS_NAME, *own],
+            **upload,
+        )
+    return str(commit.commit_url)
 
 
 def describe(folder: Path) -> tuple[SavedUnified, BinaryIO]:

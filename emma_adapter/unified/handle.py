@@ -206,6 +206,44 @@ class EmmaUnified:
         """
         checkpoint.save(self.model, directory, is_main_process=is_main_process)
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload EMMA drawing branch",
+        token: str | bool | None = None,
+        create_pr: bool = False,
+    ) -> str:
+        """Upload what ``save_pretrained`` writes to ``repo_id`` on the hub, which is made if there is none. It may hold
+        a model, an adapter of ``patch_model`` or a LoRA, whose card stays.
+
+        Args:
+            repo_id: ``"user/name"``.
+            private: whether a repository that is made now is private; default: as the user's or organisation's is.
+            revision: branch, made if there is none.
+            commit_message: of the upload.
+            token: of the hub; default, and with True: the one that ``hf auth login`` stored, or ``HF_TOKEN``.
+            create_pr: open a pull request instead of committing.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            CheckpointError: if weights are NaN or infinite.
+            huggingface_hub.errors.HfHubHTTPError: if the hub refuses.
+        """
+        return checkpoint.push(
+            self.model,
+            repo_id,
+            private=private,
+            revision=revision,
+            commit_message=commit_message,
+            token=token,
+            create_pr=create_pr,
+        )
+
     def parameters(self) -> Iterator[nn.Parameter]:
         """The branch's parameters."""
         return self._state.module.parameters()

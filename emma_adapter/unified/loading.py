@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import CheckpointError
-from ..files.hub import local_folder
+from ..errors import AutoencoderError, CheckpointError
+from ..files.hub import is_hub_id, is_local, local_folder
+from ..messages import shown
 from ..models.families import require_model
 from ..modules.torch_modes import undisturbed
 from ..modules.wrappers import base_of
@@ -26,7 +27,7 @@ def load_unified(
     source: str | PathLike[str],
     *,
     processor: Any = None,
-    autoencoder: str | PathLike[str] | nn.Module,
+    autoencoder: str | PathLike[str] | nn.Module | None = None,
     revision: str | None = None,
     subfolder: str | None = None,
     token: str | bool | None = None,
@@ -34,13 +35,15 @@ def load_unified(
 ) -> EmmaUnified:
     """Let a model draw with a branch that ``save_pretrained`` wrote. If this raises, the model is as it was.
 
-    The folder may come from anybody: nothing in it is run, and nothing outside of it is read.
+    The folder may come from anybody. Nothing in it is run; nothing outside of it is read because a file in it says so,
+    but the autoencoder that its config names: on the hub or, if the folder wasn't downloaded here, at a path of this
+    machine.
 
     Args:
         model: as for :func:`unify_model`; it must not draw yet.
         source: the folder, or a hub id.
         processor: as for :func:`unify_model`.
-        autoencoder: as for :func:`unify_model`: the one that the branch was trained with.
+        autoencoder: as for :func:`unify_model`: the one that the branch was trained with. Default: what the file names.
         revision: branch, tag or commit on the hub.
         subfolder: where in the folder or repository the branch is; it can't lead out of it.
         token: of the hub, for a private repository; default, and with True: the one that ``hf auth login`` stored, or
@@ -48,6 +51,7 @@ def load_unified(
         local_files_only: don't ask the hub; use what was downloaded before.
 
     Raises:
+        AutoencoderError: if none is given, and the file names none, or comes from the hub and names a path.
         CheckpointError: if the files are incomplete, damaged, of a newer format, or made for another model.
         ConfigError: if the autoencoder has another compression or other channels.
         PatchError: if the model draws already.
@@ -66,6 +70,8 @@ def load_unified(
                 f"{saved.source} was made for a model of type {saved.model_type!r}, and this one is {model_type!r}: "
                 "load it into the model it was made for"
             )
+        if autoencoder is None:
+            autoencoder = _autoencoder_of(saved, downloaded=not is_local(source))
         had = STATE_ATTRIBUTE in base.__dict__
         try:
             unified = unify_model(model, saved.config, processor=processor, autoencoder=autoencoder)
@@ -84,3 +90,24 @@ def load_unified(
             stacklevel=3,
         )
     return unified
+
+
+def _autoencoder_of(saved: checkpoint.SavedUnified, *, downloaded: bool) -> str:
+    """The hub id or path of the autoencoder that a branch was trained with.
+
+    Raises:
+        AutoencoderError: if it isn't told, or is a path that a stranger has named.
+    """
+    name = saved.autoencoder_source
+    if name is None:
+        raise AutoencoderError(
+            f"{saved.source} was trained with an autoencoder that was a module: give it, load_unified(model, …, "
+            "autoencoder=…)"
+        )
+    if downloaded and not is_hub_id(name):
+        raise AutoencoderError(
+            f"{saved.source} comes from the hub, and names the path {shown(name)} as its autoencoder. Only a folder "
+            "that lies on this machine may lead to a path on it: say where the autoencoder is, "
+            "load_unified(model, …, autoencoder=…)"
+        )
+    return name

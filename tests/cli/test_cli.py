@@ -57,7 +57,7 @@ def refused(*arguments):
 # ---------------------------------------------------------------------------------------------- the program
 
 
-COMMANDS = [[], ["info"], ["convert"], ["finetune"], ["report"], ["diff"]]
+COMMANDS = [[], ["info"], ["convert"], ["finetune"], ["report"], ["diff"], ["draw"], ["edit"]]
 
 
 def test_help_waits_for_nothing():

@@ -118,6 +118,29 @@ for options in ({{"revision": "other"}}, {{"subfolder": "../.."}}):
     assert not list(tmp_path.rglob("model.safetensors")), "more was downloaded than the branch"
 
 
+def test_uploaded_beside_what_is_there(saved, tmp_path):
+    """The card is somebody else's where there is one."""
+    with fake_hub.for_scripts(tmp_path) as (run, hub):
+        hub.branches["someone/model"] = {"main": [{"README.md": b"a model", "model.safetensors": b"of the base"}]}
+        said = run(
+            f"""
+from tests.unified.test_checkpoint import load
+adapter = load({str(saved)!r})
+for repository in ("someone/model", "someone/new"):
+    print(adapter.push_to_hub(repository, commit_message="Draw"))
+"""
+        )
+    assert len(set(said.split())) == 2
+    beside, alone = (hub.branches[f"someone/{name}"]["main"][-1] for name in ("model", "new"))
+    assert set(beside) == {"README.md", "model.safetensors", CONFIG_NAME, WEIGHTS_NAME}
+    assert beside["README.md"] == b"a model"
+    assert set(alone) == {"README.md", CONFIG_NAME, WEIGHTS_NAME}
+    assert (
+        'load_unified(model, "someone/new", processor=processor, autoencoder=autoencoder)'
+        in alone["README.md"].decode()
+    )
+
+
 def test_what_is_written(saved):
     description = json.loads((saved / CONFIG_NAME).read_text())
     assert description["config"]["latent_mean"] == list(load(saved).config.latent_mean)

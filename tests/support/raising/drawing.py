@@ -588,3 +588,15 @@ def a_branch_of_a_newer_release(bench: Bench) -> None:
 @raises(CheckpointError, "unified/loading.py:load_unified", "was made for a model of type")
 def a_branch_of_another_family(bench: Bench) -> None:
     load(saved(bench), ZOO["qwen3_vl"].model())
+
+
+@raises(AutoencoderError, "unified/loading.py:_autoencoder_of", "was a module")
+def a_branch_whose_autoencoder_has_no_name(bench: Bench) -> None:
+    load_unified(tiny.llava(), saved(bench), processor=tiny.processor())
+
+
+@raises(AutoencoderError, "unified/loading.py:_autoencoder_of", "names the path")
+def a_branch_from_the_hub_that_names_a_path(bench: Bench) -> None:
+    folder = changed(saved(bench), autoencoder={"source": "/somewhere/else", "config_sha256": "0"})
+    bench.monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *args, **settings: str(folder))
+    load_unified(tiny.llava(), "someone/drawing", processor=tiny.processor())

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from emma_adapter import UnifiedConfig, load_unified, unify_model
+from emma_adapter.cli import main
+from tests.support import tiny
+from tests.support.workspace import AUTOENCODER_ID, make_workspace
+
+MODEL = "Qwen/Qwen3-VL-8B-Instruct"
+COMMON = ["--model", MODEL, "--adapter", "drawing", "--steps", "2", "--seed", "7"]
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    """With a branch that was trained with an autoencoder by name, and two pictures."""
+    folder = make_workspace(tmp_path_factory.mktemp("workspace"), f"{MODEL} {AUTOENCODER_ID}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        model, processor = loaded()
+        made = unify_model(model, UnifiedConfig(decoupling=2), processor=processor, autoencoder=AUTOENCODER_ID)
+        tiny.train_randomly(model.emma_unified, 0.05)
+        made.save_pretrained("drawing")
+        for number in range(2):
+            tiny.picture(number).resize((64, 96)).save(f"{number}.png")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _inside(workspace, monkeypatch):
+    monkeypatch.chdir(workspace)
+
+
+def loaded():
+    return AutoModelForImageTextToText.from_pretrained(MODEL), AutoProcessor.from_pretrained(MODEL)
+
+
+def wanted(prompt, seeds, image=None, **settings):
+    """What the library itself draws."""
+    model, processor = loaded()
+    unified = load_unified(model.eval(), "drawing", processor=processor)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    made = unified.set_progress_bar_config(disable=True).generate_images(
+        prompt, image, num_inference_steps=2, num_images_per_prompt=len(seeds), generator=generators, **settings
+    )
+    return [np.array(picture) for picture in made.images]
+
+
+def run(*arguments, code=0):
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exit_code == code, result.output
+    return result
+
+
+def test_drawings_are_the_librarys_and_tell_how_they_were_made(tmp_path):
+    sizes = ["--height", "64", "--width", "96"]
+    run("draw", "a red bird", "a blue one", *COMMON, *sizes, "--num-images", 2, "--output", tmp_path / "new" / "folder")
+    assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == [
+        "10.png",
+        "7.png",
+        "8.png",
+        "9.png",
+    ]
+    for prompt, seeds in (("a red bird", (7, 8)), ("a blue one", (9, 10))):
+        for seed, want in zip(seeds, wanted(prompt, seeds, height=64, width=96), strict=True):
+            with Image.open(folder / f"{seed}.png") as picture:
+                assert np.array_equal(np.array(picture), want)
+                told = picture.text
+            assert (told["prompt"], told["seed"], told["steps"], told["width"]) == (prompt, str(seed), "2", "96")
+            assert told["guidance_scale"] == "4.0" and told["model"] == MODEL and "negative_prompt" not in told
+
+
+def test_edits_of_each_image_and_of_all_together(tmp_path):
+    run("edit", "make it blue", "0.png", "1.png", *COMMON, "--output", tmp_path)
+    run("edit", "make it blue", "0.png", "1.png", *COMMON, "--together", "--output", tmp_path / "both.png")
+    sources = [Image.open(f"{number}.png").convert("RGB") for number in range(2)]
+    for path, seed, images in (("7.png", 7, sources[0]), ("8.png", 8, sources[1]), ("both.png", 7, [sources])):
+        want = wanted("make it blue", (seed,), images, image_guidance_scale=1.5)[0]
+        assert np.array_equal(np.array(Image.open(tmp_path / path)), want) and want.shape == (96, 64, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["draw", "x", *COMMON, "--height", "65"], "64"),
+        (["draw", *COMMON], "Missing argument"),
+        (["edit", "x", "missing.png", *COMMON], "does not exist"),
+        (["edit", "x", "broken.png", *COMMON], "broken.png"),
+        (["draw", "x", "--model", MODEL, "--adapter", "nowhere"], "neither a folder here nor"),
+        (["draw", "x", *COMMON, "--autoencoder", "nowhere/at/all"], "can't be loaded"),
+        (["draw", "x", *COMMON, "--device", "nowhere"], "--device nowhere"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path, workspace, arguments, words):
+    (workspace / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
+    line = run(*arguments, "--output", tmp_path, code=2).stderr.splitlines()[-1]
+    assert line.startswith("Error: ") and words in line
+    assert not list(tmp_path.iterdir())
