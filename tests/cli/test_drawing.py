@@ -59,13 +59,9 @@ def run(*arguments, code=0):
 
 def test_drawings_are_the_librarys_and_tell_how_they_were_made(tmp_path):
     sizes = ["--height", "64", "--width", "96"]
-    run("draw", "a red bird", "a blue one", *COMMON, *sizes, "--num-images", 2, "--output", tmp_path / "new" / "folder")
-    assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == [
-        "10.png",
-        "7.png",
-        "8.png",
-        "9.png",
-    ]
+    folder = tmp_path / "new" / "folder"
+    run("draw", "a red bird", "a blue one", *COMMON, *sizes, "--num-images", 2, "--output", folder)
+    assert {path.name for path in folder.iterdir()} == {f"{seed}.png" for seed in (7, 8, 9, 10)}
     for prompt, seeds in (("a red bird", (7, 8)), ("a blue one", (9, 10))):
         for seed, want in zip(seeds, wanted(prompt, seeds, height=64, width=96), strict=True):
             with Image.open(folder / f"{seed}.png") as picture:
