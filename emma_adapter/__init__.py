@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from .alignment.fusion.packed_images import Packing
     from .alignment.module import EmmaAlignment
     from .data.collation import InstructionCollator
+    from .experts.attaching import add_vision_expert
+    from .experts.handle import EmmaVisionExperts
+    from .experts.loading import load_vision_experts
     from .instructions.cache import CacheInfo
     from .instructions.encoders import InstructionEncoder
     from .models.families import MediaLayout, ModelFamily, ProjectorCall, register_family, share_evenly
@@ -55,6 +58,7 @@ __all__ = [
     "EmmaConfig",
     "EmmaError",
     "EmmaUnified",
+    "EmmaVisionExperts",
     "EncoderError",
     "Fusion",
     "InstructionCollator",
@@ -72,9 +76,11 @@ __all__ = [
     "UnifiedConfig",
     "UnsupportedModelError",
     "__version__",
+    "add_vision_expert",
     "get_adapter",
     "load_adapter",
     "load_unified",
+    "load_vision_experts",
     "patch_model",
     "register_family",
     "register_fusion",
@@ -90,6 +96,7 @@ _HOMES = {
     "EmmaAlignment": "alignment.module",
     "EmmaConfig": "alignment.config",
     "EmmaUnified": "unified.handle",
+    "EmmaVisionExperts": "experts.handle",
     "Fusion": "alignment.fusion",
     "InstructionCollator": "data.collation",
     "InstructionEncoder": "instructions.encoders",
@@ -99,9 +106,11 @@ _HOMES = {
     "Packing": "alignment.fusion.packed_images",
     "ProjectorCall": "models.families",
     "UnifiedConfig": "unified.config",
+    "add_vision_expert": "experts.attaching",
     "get_adapter": "adapter.handle",
     "load_adapter": "adapter.loading",
     "load_unified": "unified.loading",
+    "load_vision_experts": "experts.loading",
     "patch_model": "adapter.patch",
     "register_family": "models.families",
     "register_fusion": "alignment.fusion",

@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 #: Attribute of the outer model, the inner model and the projectors of a patched model.
 STATE_ATTRIBUTE = "_emma"
@@ -43,6 +43,13 @@ class MethodGuard:
         present = model.__dict__.get(name)
         if hasattr(type(model), name) and not (isinstance(present, cls) and present.guard is guard):
             cls.install(model, name, guard)
+
+    @classmethod
+    def remove_all(cls, model: nn.Module, switch: str) -> None:
+        """Remove every guard of a model that has this switch."""
+        for guard in [value for value in vars(model).values() if isinstance(value, cls)]:
+            if guard.switch == switch:
+                guard.remove(model)
 
     def remove(self, model: nn.Module) -> None:
         if model.__dict__.get(self.name) is not self:
@@ -118,3 +125,13 @@ class MethodGuard:
 def arguments_by_name(method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a call of a bound method, those given by position too."""
     return {**dict(zip(inspect.signature(method).parameters, args, strict=False)), **kwargs}
+
+
+def first_argument(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, Callable[[Tensor], tuple[tuple[Any, ...], dict[str, Any]]]]:
+    """Return the first argument of a call, and a function that returns all of them with another in its place."""
+    if args:
+        return args[0], lambda value: ((value, *args[1:]), kwargs)
+    name = next(iter(kwargs))
+    return kwargs[name], lambda value: ((), {**kwargs, name: value})
