@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
 import torch
@@ -57,46 +58,47 @@ def learn_router(experts: EmmaVisionExperts, labels: list[str], inputs: dict[str
     experts.unfreeze()
 
 
+def used_mlps(model: Any, layers: int) -> list[nn.Module]:
+    """The MLPs of the last blocks of a vision tower whose outputs the projector gets, by the names they have."""
+    stack = next(
+        module
+        for module in find_family(model).inner(model).modules()
+        if isinstance(module, nn.ModuleList) and (hasattr(module[0], "mlp") or hasattr(module[0], "feed_forward"))
+    )
+    layer = getattr(model.config, "vision_feature_layer", None)
+    states = range(len(stack) + 1)
+    used = max(states[one] for one in ([layer] if isinstance(layer, int) else layer or [-1]))
+    return [block.mlp if hasattr(block, "mlp") else block.feed_forward for block in stack[used - layers : used]]
+
+
 def stock_with(experts: EmmaVisionExperts, expert: str = "stem") -> Any:
     """A stock model in whose vision tower the expert's weights stand in the place of the original's."""
     stock = copy.deepcopy(experts.model)
     EmmaVisionExperts(stock).remove()
-    family = find_family(stock)
-    stack = next(
-        module
-        for module in family.inner(stock).modules()
-        if isinstance(module, nn.ModuleList)
-        and any("mlp" in n or "feed_forward" in n for n, _ in module.named_modules())
-    )
-    own = experts.model.emma_experts.experts
-    feature = getattr(stock.config, "vision_feature_layer", None)
-    feature = feature if isinstance(feature, int) else -1 if feature is None else max(feature)
-    used = len(stack) + 1 + feature if feature < 0 else feature
+    mlps = used_mlps(stock, experts.layers)
     with torch.no_grad():
-        for key, value in own.items():
+        for key, value in experts.model.emma_experts.experts.items():
             name, number, path = key.split("/", 2)
-            block = stack[used - experts.layers + int(number)]
-            mlp = getattr(block, "mlp", None) or block.feed_forward
             if name == expert:
-                mlp.get_parameter(path.replace("/", ".")).copy_(value)
+                mlps[int(number)].get_parameter(path.replace("/", ".")).copy_(value)
     return stock
 
 
 @torch.no_grad()
-def features(model: Any, batch: dict[str, Any]) -> Any:
-    """What the vision side makes of each image of a batch, ``[N, D]`` each, as the language model gets it."""
+def features(model: Any, batch: dict[str, Any]) -> list[Tensor]:
+    """What the vision side makes of each image and video of a batch, as the language model gets it."""
     family = find_family(model)
     inner = family.inner(model)
     found: list[Tensor] = []
     for modality in family.modalities:
-        given = batch.get(family.pixel_arguments[modality])
-        if given is None:
-            continue
-        method = getattr(inner, family.feature_methods[modality])
-        import inspect
-
-        accepted = set(inspect.signature(method).parameters) & set(batch) - {family.pixel_arguments[modality]}
-        output = method(given, **{name: batch[name] for name in accepted})
-        pooled = output.pooler_output
-        found += list(pooled)
+        pixels = family.pixel_arguments[modality]
+        if batch.get(pixels) is not None:
+            method = getattr(inner, family.feature_methods[modality])
+            others = set(inspect.signature(method).parameters) & set(batch) - {pixels}
+            found += list(method(batch[pixels], **{name: batch[name] for name in others}).pooler_output)
     return found
+
+
+def same(one: list[Tensor], other: list[Tensor]) -> list[bool]:
+    """For each image, whether all bits are the same."""
+    return [torch.equal(a, b) for a, b in zip(one, other, strict=True)]
