@@ -55,6 +55,8 @@ class _Running(threading.local):
     route: Route | None = None
     #: True while only the router's input is wanted.
     pools: bool = False
+    #: Whether a block runs whose own hooks did.
+    inside: bool = False
     #: Whether a block is computed again by itself.
     recalled: bool = False
     #: True until a call without images has the experts' parameters in its graph.
@@ -77,12 +79,18 @@ def install(state: ExpertsState, model: Any, inner: nn.Module, blocks: Sequence[
             module.__dict__.update({STATE_ATTRIBUTE: state, PLACE_ATTRIBUTE: place})
         block.register_forward_pre_hook(_before_block, with_kwargs=True)
         block.register_forward_hook(_after_block, always_call=True)
+        for child in block.children():
+            if child is not mlp:
+                child.__dict__[STATE_ATTRIBUTE] = state
+                child.register_forward_pre_hook(_before_child, with_kwargs=True)
         mlp.register_forward_hook(_after_mlp, with_kwargs=True)
 
 
 def remove(module: nn.Module) -> None:
     """Remove this file's hooks and guards from a module, also from a copy of the one that they were installed on."""
-    private.remove_hooks(module, (_before_inner, _after_embeddings, _before_block, _after_block, _after_mlp))
+    private.remove_hooks(
+        module, (_before_inner, _after_embeddings, _before_block, _after_block, _before_child, _after_mlp)
+    )
     MethodGuard.remove_all(module, STATE_ATTRIBUTE)
     module.__dict__.pop(PLACE_ATTRIBUTE, None)
 
@@ -151,18 +159,31 @@ def _before_block(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         return None
     hidden, put_back = first_argument(args, kwargs)
     is_first = block.__dict__[PLACE_ATTRIBUTE] == 0
-    known = state.routes.recall(hidden) if is_recomputing() else None
-    _RUNNING.recalled = known is not None
-    if known is not None:
-        _RUNNING.route = known
-    elif is_first:
-        _RUNNING.route = _new_route(state, hidden)
-    else:
-        require_call(_RUNNING.route)
-    if known is None and may_be_recomputed(block):
-        assert _RUNNING.route is not None
-        state.routes.remember(hidden, _RUNNING.route)
+    _RUNNING.inside, _RUNNING.recalled = True, False
+    if not _recall(state, hidden):
+        if is_first:
+            _RUNNING.route = _new_route(state, hidden)
+        else:
+            require_call(_RUNNING.route)
+        if _RUNNING.route is not None and may_be_recomputed(block):
+            state.routes.remember(hidden, _RUNNING.route)
     return put_back(with_zero_gradient(hidden, _trainable(state))) if is_first and _must_tie() else None
+
+
+def _before_child(child: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Where a checkpointed block is computed again, its own hooks needn't run, for releases of transformers differ in
+    what they checkpoint; but the first thing in it, a norm, is given what the block was given."""
+    state = child.__dict__.get(STATE_ATTRIBUTE)
+    if isinstance(state, ExpertsState) and not _RUNNING.inside:
+        _recall(state, first_argument(args, kwargs)[0])
+
+
+def _recall(state: ExpertsState, hidden: Any) -> bool:
+    """Whether a block is computed again whose input this is; if so, its route is set."""
+    known = state.routes.recall(hidden) if is_recomputing() and isinstance(hidden, Tensor) else None
+    if known is not None:
+        _RUNNING.route, _RUNNING.recalled = known, True
+    return known is not None
 
 
 def _new_route(state: ExpertsState, hidden: Tensor) -> Route:
@@ -192,8 +213,8 @@ def _new_route(state: ExpertsState, hidden: Tensor) -> Route:
 
 def _after_block(block: nn.Module, args: Any, output: Any) -> None:
     state = block.__dict__.get(STATE_ATTRIBUTE)
-    # What follows a block that is computed again by itself is another call.
-    if _RUNNING.recalled or not isinstance(state, ExpertsState) or _is_last(state, block):
+    _RUNNING.inside = False
+    if not isinstance(state, ExpertsState) or _is_last(state, block):
         _RUNNING.route = None
 
 
@@ -205,6 +226,9 @@ def _after_mlp(mlp: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], ou
     state, route = mlp.__dict__.get(STATE_ATTRIBUTE), _RUNNING.route
     if not isinstance(state, ExpertsState) or route is None:
         return None
+    if _RUNNING.recalled:
+        # What follows a block that is computed again by itself is another call.
+        _RUNNING.route, _RUNNING.recalled = None, False
     tokens, _ = first_argument(args, kwargs)
     compute = functools.partial(state.module.compute, place=mlp.__dict__[PLACE_ATTRIBUTE], mlp=mlp, tokens=tokens)
     if route.whole is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -91,8 +91,8 @@ def router_loss(model: nn.Module, labels: Sequence[str], inputs: Mapping[str, An
     pooled = []
     for modality in given:
         method = getattr(inner, methods[modality])
-        accepted = set(inspect.signature(method).parameters) & set(inputs) - {arguments[modality]}
-        pooled.append(pooled_features(method, inputs[arguments[modality]], **{name: inputs[name] for name in accepted}))
+        taken = _taken(method, state) & set(inputs) - set(arguments.values())
+        pooled.append(pooled_features(method, inputs[arguments[modality]], **{name: inputs[name] for name in taken}))
     found = sum(map(len, pooled))
     if not found or found != len(labels):
         raise DataError(
@@ -102,6 +102,12 @@ def router_loss(model: nn.Module, labels: Sequence[str], inputs: Mapping[str, An
     logits = state.module.logits(state.config.experts, torch.cat(pooled))
     target = torch.tensor([names.index(label) for label in labels], device=logits.device)
     return F.cross_entropy(logits, target)
+
+
+def _taken(method: Callable[..., Any], state: ExpertsState) -> set[str]:
+    """The arguments of a method that encodes images, sizes among them, which some releases take without a name."""
+    names, sizes = set(inspect.signature(method).parameters), set(state.family.size_arguments)
+    return names if names & sizes else names | sizes
 
 
 def parameter_groups(model: nn.Module, lr: float, router_lr: float, weight_decay: float) -> list[dict[str, Any]]:

@@ -65,7 +65,9 @@ def used_mlps(model: Any, layers: int) -> list[nn.Module]:
         for module in find_family(model).inner(model).modules()
         if isinstance(module, nn.ModuleList) and (hasattr(module[0], "mlp") or hasattr(module[0], "feed_forward"))
     )
-    layer = getattr(model.config, "vision_feature_layer", None)
+    config = model.config
+    # transformers < 5.18 says vision_feature_layers for VipLLaVA.
+    layer = getattr(config, "vision_feature_layer", getattr(config, "vision_feature_layers", None))
     states = range(len(stack) + 1)
     used = max(states[one] for one in ([layer] if isinstance(layer, int) else layer or [-1]))
     return [block.mlp if hasattr(block, "mlp") else block.feed_forward for block in stack[used - layers : used]]
@@ -94,7 +96,7 @@ def features(model: Any, batch: dict[str, Any]) -> list[Tensor]:
         pixels = family.pixel_arguments[modality]
         if batch.get(pixels) is not None:
             method = getattr(inner, family.feature_methods[modality])
-            others = set(inspect.signature(method).parameters) & set(batch) - {pixels}
+            others = {*inspect.signature(method).parameters, "image_sizes"} & set(batch) - {"pixel_values", pixels}
             found += list(method(batch[pixels], **{name: batch[name] for name in others}).pooler_output)
     return found
 
