@@ -47,17 +47,22 @@ class MethodGuard:
     @classmethod
     def remove_all(cls, model: nn.Module, switch: str) -> None:
         """Remove every guard of a model that has this switch."""
-        for guard in [value for value in vars(model).values() if isinstance(value, cls)]:
-            if guard.switch == switch:
+        for value in list(vars(model).values()):
+            for guard in [guard for guard in _chain(value) if guard.switch == switch]:
                 guard.remove(model)
 
     def remove(self, model: nn.Module) -> None:
-        if model.__dict__.get(self.name) is not self:
-            return  # another tool wrapped us since; without state, the guard only passes calls on
-        if self.previous is None:
-            del model.__dict__[self.name]
-        else:
-            model.__dict__[self.name] = self.previous
+        """Take the guard out, also from behind other guards that were installed since."""
+        present = model.__dict__.get(self.name)
+        if present is self:
+            if self.previous is None:
+                del model.__dict__[self.name]
+            else:
+                model.__dict__[self.name] = self.previous
+        # Another tool may have wrapped us: without state, the guard only passes calls on.
+        for other in _chain(present):
+            if other.previous is self:
+                other.previous = self.previous
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model = self._model_or_twin()
@@ -120,6 +125,15 @@ class MethodGuard:
         self.name, self.guard, self.switch = state["name"], state["guard"], state["switch"]
         self.previous = state["previous"]
         self._bind(state["model"])
+
+
+def _chain(value: object) -> list[MethodGuard]:
+    """A guard, and those that were installed before it."""
+    found = []
+    while isinstance(value, MethodGuard):
+        found.append(value)
+        value = value.previous
+    return found
 
 
 def arguments_by_name(method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
