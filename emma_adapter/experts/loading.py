@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import PatchError
+from ..errors import CheckpointError, ConfigError, PatchError
 from ..files import tensor_folder
 from ..files.hub import local_folder
 from ..models.families import find_family
@@ -57,7 +57,10 @@ def load_vision_experts(
     saved, config, file = checkpoint.describe(folder)
     with file:
         tensor_folder.check_model_type(saved, getattr(getattr(base, "config", None), "model_type", None))
-        blocks = routed_blocks(base, find_family(base).inner(base), config.layers)
+        try:
+            blocks = routed_blocks(base, find_family(base).inner(base), config.layers)
+        except ConfigError as error:
+            raise CheckpointError(f"{saved.config_path}: {error}; load it into the model it was made for") from error
         mlps = [base_parameters(mlp) for _, mlp in blocks]
         # Before anything is made that is as large as the config says.
         tensor_folder.check_fits(saved, expected_tensors(config.experts, mlps, token_width(blocks[0][1])))
