@@ -37,16 +37,22 @@ _CARD = (
 
 
 def save(model: nn.Module, directory: str | PathLike[str], *, is_main_process: bool | None = None) -> None:
-    """Write a model's experts, on rank 0 or where ``is_main_process`` says so.
+    """Write a model's experts, on rank 0 or where ``is_main_process`` says so; called by every process if FSDP has
+    sharded them.
 
     Raises:
         OSError: if the folder can't be written; what it held is intact.
         CheckpointError: if weights are NaN or infinite.
     """
-    if not (sharding.is_main_process() if is_main_process is None else is_main_process):
-        return
     state = experts_state(model)
-    tensors = sharding.gather(model, state.module.state_dict(keep_vars=True))
+    named = state.module.state_dict(keep_vars=True)
+    writes = sharding.is_main_process() if is_main_process is None else is_main_process
+    # Every process takes part in gathering what is sharded.
+    if not writes and not any(map(sharding.is_sharded, named.values())):
+        return
+    tensors = sharding.gather(model, named)
+    if not writes:
+        return
     tensor_folder.save(FORMAT, Path(directory), tensors, model.config, {"config": state.config.to_dict()}, _CARD)
 
 

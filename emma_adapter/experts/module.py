@@ -29,7 +29,7 @@ class VisionExperts(nn.Module):
         super().__init__()
         #: ``<expert>/<number of the routed block>/<path in its MLP>``.
         self.experts = nn.ParameterDict()
-        #: ``<expert>/weight`` ``[D]`` and ``<expert>/bias`` ``[]``. The original's logit is 0.
+        #: ``<expert>/weight`` ``[D]`` and ``<expert>/bias`` ``[1]``. The original's logit is 0.
         self.router = nn.ParameterDict()
 
     def add(self, name: str, mlps: Sequence[Mapping[str, Tensor]], width: int) -> None:
@@ -44,7 +44,7 @@ class VisionExperts(nn.Module):
             self.experts[key] = nn.Parameter(value.detach().clone().to(wide(value.dtype)), requires_grad=True)
         device = next(iter(mlps[0].values())).device
         self.router[f"{name}{SEPARATOR}{_WEIGHT}"] = nn.Parameter(torch.zeros(width, device=device))
-        self.router[f"{name}{SEPARATOR}{_BIAS}"] = nn.Parameter(torch.full((), START, device=device))
+        self.router[f"{name}{SEPARATOR}{_BIAS}"] = nn.Parameter(torch.full((1,), START, device=device))
 
     def of(self, name: str) -> list[nn.Parameter]:
         """Return the parameters of one expert, without the router's."""
@@ -63,7 +63,7 @@ class VisionExperts(nn.Module):
         _require_here(weights)
         with torch.autocast(pooled.device.type, enabled=False):
             features = F.layer_norm(pooled.to(weights[0].device), pooled.shape[-1:])
-            found = features @ torch.stack(weights).mT + torch.stack(biases)
+            found = features @ torch.stack(weights).mT + torch.cat(biases)
         return F.pad(found, (1, 0))
 
     def compute(self, name: str, place: int, mlp: nn.Module, tokens: Tensor) -> Tensor:
@@ -94,7 +94,7 @@ def expert_tensors(name: str, mlps: Sequence[Mapping[str, Tensor]]) -> dict[str,
 
 def expected_tensors(names: Sequence[str], mlps: Sequence[Mapping[str, Tensor]], width: int) -> dict[str, Tensor]:
     """Return tensors of the names and shapes that the ``state_dict`` of experts has, without a new value."""
-    router = {_WEIGHT: torch.empty(width, device="meta"), _BIAS: torch.empty((), device="meta")}
+    router = {_WEIGHT: torch.empty(width, device="meta"), _BIAS: torch.empty(1, device="meta")}
     return {
         **{f"experts.{key}": value for name in names for key, value in expert_tensors(name, mlps).items()},
         **{f"router.{name}{SEPARATOR}{part}": value for name in names for part, value in router.items()},

@@ -228,8 +228,8 @@ def _link(folder):
 WRONG = {
     "missing": (_tensors(**{"router.stem_bias": None}), "missing tensor"),
     "more": (_tensors(further=torch.zeros(1)), "unexpected tensor"),
-    "misshapen": (_tensors(**{"router.stem_bias": torch.zeros(3)}), r"is \[3\] and should be \[\]"),
-    "nan": (_tensors(**{"router.stem_bias": torch.tensor(float("nan"))}), "NaN"),
+    "misshapen": (_tensors(**{"router.stem_bias": torch.zeros(3)}), r"is \[3\] and should be \[1\]"),
+    "nan": (_tensors(**{"router.stem_bias": torch.full((1,), float("nan"))}), "NaN"),
     "no config": (
         lambda folder: (folder / CONFIG_NAME).unlink(),
         r"folder that experts\.save_pretrained wrote",

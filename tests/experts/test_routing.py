@@ -144,7 +144,7 @@ def test_the_router_is_its_formula(name):
         mean = tokens.mean(0)
         normed = (mean - mean.mean()) / (mean.var(unbiased=False) + 1e-5).sqrt()
         logits = [torch.zeros((), dtype=torch.double)]
-        logits += [router[f"{n}/weight"].double() @ normed + router[f"{n}/bias"].double() for n in ("stem", "maps")]
+        logits += [router[f"{n}/weight"].double() @ normed + router[f"{n}/bias"].double()[0] for n in ("stem", "maps")]
         want = torch.stack(logits).softmax(0)
         torch.testing.assert_close(torch.tensor(list(image.probabilities.values())).double(), want, atol=1e-5, rtol=0)
         best = max(("stem", "maps"), key=image.probabilities.__getitem__)
