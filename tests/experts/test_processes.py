@@ -18,20 +18,10 @@ from tests.experts.two_processes import STEPS, loss_of, optimizer_of, prepared
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
 def test_two_processes_train_what_one_does(tmp_path, wrapper):
     script = Path(__file__).with_name("two_processes.py")
-    command = [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        str(script),
-        str(tmp_path),
-        wrapper,
-    ]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, *launch, str(script), str(tmp_path), wrapper]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    subprocess.run(
-        [sys.executable, *run, str(script), str(tmp_path), wrapper], check=True, env=environment, timeout=300
-    )
+    subprocess.run(command, check=True, env=environment, timeout=300)
     experts = prepared(sharded=wrapper == "fsdp")
     optimizer = optimizer_of(experts)
     for step in range(STEPS):
