@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from .experts.attaching import add_vision_expert
     from .experts.handle import EmmaVisionExperts
     from .experts.loading import load_vision_experts
+    from .experts.scopes import RoutedImage, RoutingReport
     from .instructions.cache import CacheInfo
     from .instructions.encoders import InstructionEncoder
     from .models.families import MediaLayout, ModelFamily, ProjectorCall, register_family, share_evenly
@@ -71,7 +72,9 @@ __all__ = [
     "Packing",
     "PatchError",
     "ProjectorCall",
+    "RoutedImage",
     "RoutingError",
+    "RoutingReport",
     "ShapeError",
     "UnifiedConfig",
     "UnsupportedModelError",
@@ -105,6 +108,8 @@ _HOMES = {
     "ModelFamily": "models.families",
     "Packing": "alignment.fusion.packed_images",
     "ProjectorCall": "models.families",
+    "RoutedImage": "experts.scopes",
+    "RoutingReport": "experts.scopes",
     "UnifiedConfig": "unified.config",
     "add_vision_expert": "experts.attaching",
     "get_adapter": "adapter.handle",

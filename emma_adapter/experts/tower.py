@@ -108,7 +108,7 @@ def base_parameters(mlp: nn.Module) -> dict[str, Tensor]:
                 raise UnsupportedModelError(
                     f"{'.'.join((*path, name))} of the vision tower is quantized ({type(module).__name__}), and an "
                     "expert needs a copy that can be trained: leave the tower in 16 bits, as "
-                    'BitsAndBytesConfig(llm_int8_skip_modules=["lm_head", "visual"]) does with the part so named'
+                    'BitsAndBytesConfig(llm_int8_skip_modules=["lm_head", "model.visual"]) does with the part so named'
                 )
             found[SEPARATOR.join((*path, name))] = value
     return found
