@@ -95,7 +95,7 @@ def attach(model: nn.Module, config: VisionExpertsConfig) -> ExpertsState:
         state.module.add(name, mlps, width)
     model.__dict__[STATE_ATTRIBUTE] = state
     model.add_module(MODULE_NAME, state.module)
-    hooks.install(state, model, inner, routed_blocks(model, inner, config.layers))
+    hooks.install(state, inner, routed_blocks(model, inner, config.layers))
     base_saves.install(model)
     private.answer_trainer(model, MODULE_NAME, functools.partial(_is_trained, model))
     private.forget_compiled_code()

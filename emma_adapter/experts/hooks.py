@@ -66,12 +66,9 @@ class _Running(threading.local):
 _RUNNING = _Running()
 
 
-def install(state: ExpertsState, model: Any, inner: nn.Module, blocks: Sequence[tuple[nn.Module, nn.Module]]) -> None:
-    embeddings = model.get_input_embeddings()
-    for module in (inner, embeddings):
-        module.__dict__[STATE_ATTRIBUTE] = state
+def install(state: ExpertsState, inner: nn.Module, blocks: Sequence[tuple[nn.Module, nn.Module]]) -> None:
+    inner.__dict__[STATE_ATTRIBUTE] = state
     inner.register_forward_pre_hook(_before_inner, with_kwargs=True)
-    embeddings.register_forward_hook(_after_embeddings)
     for modality, method in state.feature_methods(inner).items():
         MethodGuard.install(inner, method, functools.partial(_guard_features, modality), STATE_ATTRIBUTE)
     for place, (block, mlp) in enumerate(blocks):
@@ -247,7 +244,7 @@ def _must_tie() -> bool:
     return torch.is_grad_enabled() and are_many_processes()
 
 
-def _before_inner(inner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _before_inner(inner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     _RUNNING.ties = False
     state = inner.__dict__.get(STATE_ATTRIBUTE)
     if not isinstance(state, ExpertsState) or not _must_tie():
@@ -259,6 +256,12 @@ def _before_inner(inner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     if isinstance(call.get("inputs_embeds"), Tensor):
         call["inputs_embeds"] = with_zero_gradient(call["inputs_embeds"], _trainable(state))
         return (), call
+    embeddings = inner.get_input_embeddings()
+    # Each time: other embeddings may have taken their place. After all other hooks: FSDP's must not see the tie.
+    if not private.is_last_hook(embeddings, _after_embeddings):
+        private.remove_hooks(embeddings, [_after_embeddings])
+        embeddings.register_forward_hook(_after_embeddings)
+    embeddings.__dict__[STATE_ATTRIBUTE] = state
     _RUNNING.ties = True
     return None
 

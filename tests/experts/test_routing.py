@@ -296,3 +296,17 @@ def test_an_expert_has_no_module_that_peft_could_wrap():
     experts = with_expert("qwen3_vl")
     kinds = {type(module) for module in experts.model.emma_experts.modules()}
     assert kinds == {VisionExperts, nn.ParameterDict}
+
+
+@pytest.mark.filterwarnings("ignore")
+@torch.no_grad()
+def test_a_compiled_model_routes_as_it_would():
+    name = "qwen3_vl"
+    batch = ZOO[name].batch(ROWS)
+    experts = with_expert(name)
+    with torch.enable_grad():
+        learn_router(experts, labelled(len(ROWS)), pixels_of(batch))
+    compiled = torch.compile(experts.model, backend="eager")
+    for choice in (None, "stem", "original"):
+        with experts.routed(choice):
+            assert torch.equal(compiled(**batch).logits, experts.model(**batch).logits)
