@@ -298,6 +298,7 @@ def test_an_expert_has_no_module_that_peft_could_wrap():
     assert kinds == {VisionExperts, nn.ParameterDict}
 
 
+@pytest.mark.nightly
 @pytest.mark.filterwarnings("ignore")
 @torch.no_grad()
 def test_a_compiled_model_routes_as_it_would():
