@@ -221,7 +221,11 @@ def _is_last(state: ExpertsState, block: nn.Module) -> bool:
 
 def _after_mlp(mlp: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     state, route = mlp.__dict__.get(STATE_ATTRIBUTE), _RUNNING.route
-    if not isinstance(state, ExpertsState) or route is None:
+    if not isinstance(state, ExpertsState):
+        return None
+    if route is None:
+        if is_recomputing():
+            require_call(route)
         return None
     if _RUNNING.recalled:
         # What follows a block that is computed again by itself is another call.

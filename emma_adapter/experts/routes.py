@@ -99,9 +99,9 @@ def require_call(running: object) -> None:
     """
     if running is None:
         raise RoutingError(
-            "the vision tower was called by itself, and it can't be told which tokens are of which image: call the "
-            "model, model.generate or model.get_image_features, or choose for all images: "
-            'with experts.routed("original"): …'
+            "the vision tower was called by itself, or a part of it is computed again for a call that ended long ago, "
+            "and it can't be told which tokens are of which image: call the model, model.generate or "
+            'model.get_image_features, or choose for all images: with experts.routed("original"): …'
         )
 
 
