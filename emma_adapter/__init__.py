@@ -35,6 +35,10 @@ if TYPE_CHECKING:
     from .alignment.fusion.packed_images import Packing
     from .alignment.module import EmmaAlignment
     from .data.collation import InstructionCollator
+    from .experts.attaching import add_vision_expert
+    from .experts.handle import EmmaVisionExperts
+    from .experts.loading import load_vision_experts
+    from .experts.scopes import RoutedImage, RoutingReport
     from .instructions.cache import CacheInfo
     from .instructions.encoders import InstructionEncoder
     from .models.families import MediaLayout, ModelFamily, ProjectorCall, register_family, share_evenly
@@ -55,6 +59,7 @@ __all__ = [
     "EmmaConfig",
     "EmmaError",
     "EmmaUnified",
+    "EmmaVisionExperts",
     "EncoderError",
     "Fusion",
     "InstructionCollator",
@@ -67,14 +72,18 @@ __all__ = [
     "Packing",
     "PatchError",
     "ProjectorCall",
+    "RoutedImage",
     "RoutingError",
+    "RoutingReport",
     "ShapeError",
     "UnifiedConfig",
     "UnsupportedModelError",
     "__version__",
+    "add_vision_expert",
     "get_adapter",
     "load_adapter",
     "load_unified",
+    "load_vision_experts",
     "patch_model",
     "register_family",
     "register_fusion",
@@ -90,6 +99,7 @@ _HOMES = {
     "EmmaAlignment": "alignment.module",
     "EmmaConfig": "alignment.config",
     "EmmaUnified": "unified.handle",
+    "EmmaVisionExperts": "experts.handle",
     "Fusion": "alignment.fusion",
     "InstructionCollator": "data.collation",
     "InstructionEncoder": "instructions.encoders",
@@ -98,10 +108,14 @@ _HOMES = {
     "ModelFamily": "models.families",
     "Packing": "alignment.fusion.packed_images",
     "ProjectorCall": "models.families",
+    "RoutedImage": "experts.scopes",
+    "RoutingReport": "experts.scopes",
     "UnifiedConfig": "unified.config",
+    "add_vision_expert": "experts.attaching",
     "get_adapter": "adapter.handle",
     "load_adapter": "adapter.loading",
     "load_unified": "unified.loading",
+    "load_vision_experts": "experts.loading",
     "patch_model": "adapter.patch",
     "register_family": "models.families",
     "register_fusion": "alignment.fusion",

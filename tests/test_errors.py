@@ -22,6 +22,7 @@ FOREIGN = {
     },  # as any error of a folder is
     "emma_adapter/checkpoints/base_model.py": {"_would_replace_a_model"},  # a FileExistsError: likewise
     "emma_adapter/files/tensor_file.py": {"ValueError"},  # caught there: what is wrong with a header
+    "emma_adapter/experts/hooks.py": {"_EnoughError"},  # caught there: nothing more is to be computed
     "emma_adapter/cli/finetune.py": {"click.UsageError"},  # printed with the command's usage
     "emma_adapter/cli/report.py": {"click.UsageError"},  # likewise
     "emma_adapter/cli/options.py": {"click.UsageError"},  # likewise

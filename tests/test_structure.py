@@ -25,7 +25,7 @@ LAYERS = """
 errors version
 messages
 files modules models kernels
-alignment unified
+alignment unified experts
 instructions
 patching
 checkpoints

@@ -13,6 +13,7 @@ from ..alignment.config import EmmaConfig
 from ..alignment.module import EmmaAlignment
 from ..checkpoints import base_model, pushing
 from ..errors import PatchError
+from ..experts import detaching as experts
 from ..models.families import find_family, require_model
 from ..modules import private, sharding, wrappers
 from ..modules.method_guard import STATE_ATTRIBUTE, MethodGuard
@@ -22,7 +23,7 @@ from ..patching import precision, sites, trainable_parameters
 from ..patching.guards import guard_features, guard_generate, guard_replication
 from ..patching.hooks import install_call_hooks, remove_hooks
 from ..patching.state import DEFAULT, AdapterState, state_of
-from ..unified.detaching import is_unified, take_off
+from ..unified import detaching as unified
 from . import named_adapters, peft, training_start
 from .config_from_model import make_pipeline, make_reader, resolve_encoder, resolve_sizes
 from .handle import EmmaAdapter
@@ -114,17 +115,18 @@ def install(
 
 @undisturbed()
 def unpatch_model(model: nn.Module) -> None:
-    """Take off again what ``patch_model`` and ``unify_model`` put on; what is left is the original model, bit for bit.
+    """Take off again what ``patch_model``, ``unify_model`` and ``add_vision_expert`` put on; what is left is the
+    original model, bit for bit.
 
     Raises:
         PatchError: if the model is not patched, or was sharded since.
     """
     around, model = wrappers.around(model), base_of(model)
-    unified = is_unified(model)
-    if hasattr(model, STATE_ATTRIBUTE) or not unified:
+    others = [part for part in (unified, experts) if part.is_on(model)]
+    if hasattr(model, STATE_ATTRIBUTE) or not others:
         take_off_adapters(model, around)
-    if unified:
-        take_off(model)
+    for part in others:
+        part.take_off(model)
 
 
 def take_off_adapters(model: nn.Module, around: Sequence[nn.Module] = ()) -> None:
@@ -137,16 +139,14 @@ def take_off_adapters(model: nn.Module, around: Sequence[nn.Module] = ()) -> Non
         )
     trainable_parameters.undo_train_only(model)
     private.expect_whole_saves(model)
-    private.stop_answering_trainer(model)
+    private.stop_answering_trainer(model, STATE_ATTRIBUTE)
     # Every module, not just the patched ones: other tools copy projectors, hooks and all.
     modules = set(model.modules())
     with contextlib.suppress(PatchError):
         # A shallow copy (copy.copy) shares all that the model which it was made of has, but not its attributes.
         modules.add(state.model)
     for module in [module for module in modules if module.__dict__.get(STATE_ATTRIBUTE) is state]:
-        for guard in [value for value in module.__dict__.values() if isinstance(value, MethodGuard)]:
-            if guard.switch == STATE_ATTRIBUTE:
-                guard.remove(module)
+        MethodGuard.remove_all(module, STATE_ATTRIBUTE)
         remove_hooks(module)
         sites.detach(module)
     peft.release_wrappers(around)

@@ -14,7 +14,7 @@ from torch import nn
 from ..checkpoints import base_model
 from ..errors import PatchError
 from ..modules import private
-from ..modules.method_guard import arguments_by_name
+from ..modules.method_guard import STATE_ATTRIBUTE, arguments_by_name
 from ..patching import precision, sites
 from ..patching.state import AdapterState, state_of
 from . import reference_model_checks
@@ -51,7 +51,7 @@ def _begin(model: nn.Module) -> None:
 
 def expect_trainer(model: nn.Module) -> None:
     """Have a Trainer, when it is made of a quantized model, learn whether there is an adapter to train."""
-    private.answer_trainer(model, functools.partial(_meet_trainer, state_of(model)))
+    private.answer_trainer(model, STATE_ATTRIBUTE, functools.partial(_meet_trainer, state_of(model)))
 
 
 def _meet_trainer(state: AdapterState) -> bool:

@@ -36,8 +36,8 @@ from . import hub, reading, writing
 from .format import SUBFOLDER
 
 _TRAINER_WEIGHTS = "model.safetensors"
-#: What ``unify_model`` adds, which is saved by itself.
-_GENERATION = "emma_unified."
+#: What ``unify_model`` and ``add_vision_expert`` add, which is saved by itself.
+_OTHER_PARTS = ("emma_unified.", "emma_experts.")
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _log = logging.getLogger(__name__)
 
@@ -165,7 +165,7 @@ def _base_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return {
         name: originals.get(id(value), value.detach())
         for name, value in model.state_dict(keep_vars=True).items()
-        if id(value) not in adapters and not name.startswith(_GENERATION)
+        if id(value) not in adapters and not name.startswith(_OTHER_PARTS)
     }
 
 

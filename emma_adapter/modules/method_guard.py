@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 #: Attribute of the outer model, the inner model and the projectors of a patched model.
 STATE_ATTRIBUTE = "_emma"
@@ -44,13 +44,25 @@ class MethodGuard:
         if hasattr(type(model), name) and not (isinstance(present, cls) and present.guard is guard):
             cls.install(model, name, guard)
 
+    @classmethod
+    def remove_all(cls, model: nn.Module, switch: str) -> None:
+        """Remove every guard of a model that has this switch."""
+        for value in list(vars(model).values()):
+            for guard in [guard for guard in _chain(value) if guard.switch == switch]:
+                guard.remove(model)
+
     def remove(self, model: nn.Module) -> None:
-        if model.__dict__.get(self.name) is not self:
-            return  # another tool wrapped us since; without state, the guard only passes calls on
-        if self.previous is None:
-            del model.__dict__[self.name]
-        else:
-            model.__dict__[self.name] = self.previous
+        """Take the guard out, also from behind other guards that were installed since."""
+        present = model.__dict__.get(self.name)
+        if present is self:
+            if self.previous is None:
+                del model.__dict__[self.name]
+            else:
+                model.__dict__[self.name] = self.previous
+        # Another tool may have wrapped us: without state, the guard only passes calls on.
+        for other in _chain(present):
+            if other.previous is self:
+                other.previous = self.previous
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model = self._model_or_twin()
@@ -115,6 +127,25 @@ class MethodGuard:
         self._bind(state["model"])
 
 
+def _chain(value: object) -> list[MethodGuard]:
+    """A guard, and those that were installed before it."""
+    found = []
+    while isinstance(value, MethodGuard):
+        found.append(value)
+        value = value.previous
+    return found
+
+
 def arguments_by_name(method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a call of a bound method, those given by position too."""
     return {**dict(zip(inspect.signature(method).parameters, args, strict=False)), **kwargs}
+
+
+def first_argument(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, Callable[[Tensor], tuple[tuple[Any, ...], dict[str, Any]]]]:
+    """Return the first argument of a call, and a function that returns all of them with another in its place."""
+    if args:
+        return args[0], lambda value: ((value, *args[1:]), kwargs)
+    name = next(iter(kwargs))
+    return kwargs[name], lambda value: ((), {**kwargs, name: value})

@@ -251,29 +251,40 @@ class HasTrainableAdapters:
     """What stands in ``_hf_peft_config_loaded`` of a patched model whose base is quantized.
 
     transformers reads that attribute for two questions. ``Trainer`` asks when it is made: are there trainable adapters
-    on top of the quantized weights? The answer is ``answer()``. All others ask: is there an adapter of PEFT? There is
-    none; where there is one, ``add_adapter`` has replaced this by True. Without it, ``Trainer`` refuses the model.
+    on top of the quantized weights? There are if one of ``answers`` says so. All others ask: is there an adapter of
+    PEFT? There is none; where there is one, ``add_adapter`` has replaced this by True. Without it, ``Trainer`` refuses
+    the model.
 
     Held by ``patching/test_quantized.py::test_trainer_takes_the_adapter_alone``.
     """
 
-    def __init__(self, answer: Callable[[], bool]) -> None:
-        self.answer = answer
+    def __init__(self) -> None:
+        #: By what they are about.
+        self.answers: dict[str, Callable[[], bool]] = {}
 
     def __bool__(self) -> bool:
-        return sys._getframe(1).f_globals.get("__name__") in _TRAINER_MODULES and self.answer()
+        if sys._getframe(1).f_globals.get("__name__") not in _TRAINER_MODULES:
+            return False
+        # All are asked: it is how an adapter meets its Trainer.
+        return True in [answer() for answer in self.answers.values()]
 
 
-def answer_trainer(model: nn.Module, answer: Callable[[], bool]) -> None:
-    """Have ``answer()`` tell ``Trainer`` whether the quantized model has trainable adapters."""
+def answer_trainer(model: nn.Module, about: str, answer: Callable[[], bool]) -> None:
+    """Have ``answer()`` tell ``Trainer`` whether the quantized model has trainable adapters of one kind."""
     if getattr(model, "is_quantized", False) and not has_peft_adapters(model):
-        model.__dict__[_HAS_PEFT_ADAPTERS] = HasTrainableAdapters(answer)
+        present = model.__dict__.get(_HAS_PEFT_ADAPTERS)
+        if not isinstance(present, HasTrainableAdapters):
+            present = model.__dict__[_HAS_PEFT_ADAPTERS] = HasTrainableAdapters()
+        present.answers[about] = answer
 
 
-def stop_answering_trainer(model: nn.Module) -> None:
+def stop_answering_trainer(model: nn.Module, about: str) -> None:
     """Undo :func:`answer_trainer`."""
-    if isinstance(model.__dict__.get(_HAS_PEFT_ADAPTERS), HasTrainableAdapters):
-        del model.__dict__[_HAS_PEFT_ADAPTERS]
+    present = model.__dict__.get(_HAS_PEFT_ADAPTERS)
+    if isinstance(present, HasTrainableAdapters):
+        present.answers.pop(about, None)
+        if not present.answers:
+            del model.__dict__[_HAS_PEFT_ADAPTERS]
 
 
 def may_be_trained_through(model: Any) -> bool:

@@ -105,14 +105,15 @@ def _full(tensor: Tensor) -> Tensor:
 
 def is_main_process() -> bool:
     """True on rank 0, and where there is one process only."""
-    return not _many() or torch.distributed.get_rank() == 0
+    return not are_many_processes() or torch.distributed.get_rank() == 0
 
 
 def wait_for_everyone() -> None:
-    if _many():
+    if are_many_processes():
         torch.distributed.barrier()
 
 
-def _many() -> bool:
+def are_many_processes() -> bool:
+    """Return whether this process trains together with others."""
     distributed = torch.distributed
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1

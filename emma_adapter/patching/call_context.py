@@ -7,8 +7,9 @@ from collections.abc import Callable
 
 from torch import nn
 
+from ..models.feature_calls import FeatureCall
 from ..modules.gradient_checkpointing import RecomputationMemory
-from .call_plan import Bypass, CallPlan, FeatureCall, GivenPrompt, OuterCall, PinnedPrompt, same_plan
+from .call_plan import Bypass, CallPlan, GivenPrompt, OuterCall, PinnedPrompt, same_plan
 from .context_managers import Scope
 from .original_projector import OriginalProjector
 from .routing import ObservedAlignment, RoutedInstruction, same_route

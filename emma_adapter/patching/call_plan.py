@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..instructions.pipeline import Instruction, InstructionTokens
-from ..models.families import ModelFamily
+from ..models.feature_calls import FeatureCall
 
 
 @dataclass(frozen=True)
@@ -44,26 +44,6 @@ class GivenPrompt:
             return ids.shape == self.input_ids.shape
         rows, length = self.input_ids.shape
         return isinstance(embeds, Tensor) and embeds.shape[0] == rows and embeds.shape[1] >= length
-
-
-@dataclass(frozen=True)
-class FeatureCall:
-    """What is known of the images that are being encoded. Sizes only: pixels must not be kept alive."""
-
-    modality: str
-    sizes: Mapping[str, Any]
-    pixel_shape: tuple[Any, ...] | None
-
-    @classmethod
-    def of(cls, family: ModelFamily, modality: str, pixels: Any, arguments: Mapping[str, Any]) -> FeatureCall:
-        sizes = {name: arguments.get(name) for name in family.size_arguments}
-        return cls(modality, sizes, _shape_of(pixels))
-
-
-def _shape_of(pixels: Any) -> tuple[Any, ...] | None:
-    if isinstance(pixels, (list, tuple)):
-        return tuple(tuple(part.shape) for part in pixels)
-    return tuple(pixels.shape) if isinstance(pixels, Tensor) else None
 
 
 @dataclass(frozen=True)

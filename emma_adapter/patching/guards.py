@@ -10,9 +10,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..models.feature_calls import FeatureCall
 from ..modules.gradient_checkpointing import is_recomputing, may_be_recomputed
 from ..modules.method_guard import STATE_ATTRIBUTE, MethodGuard, arguments_by_name
-from .call_plan import CallPlan, FeatureCall
+from .call_plan import CallPlan
 from .hooks import pop_outer_call
 from .planning import cached_length, has_pixels, plan_call
 from .state import AdapterState, state_of

@@ -9,22 +9,22 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import InstructionError
+from ..models.feature_calls import FeatureCall, projector_call
 from ..modules import private
 from ..modules.gradient_checkpointing import is_recomputing, may_be_recomputed, with_own_memory
-from ..modules.method_guard import STATE_ATTRIBUTE
+from ..modules.method_guard import STATE_ATTRIBUTE, first_argument
 from ..modules.sharding import execution_device
 from .call_context import CallContext
-from .call_plan import Bypass, CallPlan, FeatureCall, GivenPrompt, OuterCall
+from .call_plan import Bypass, CallPlan, GivenPrompt, OuterCall
 from .original_projector import OriginalProjector
 from .planning import has_pixels, pinned_plan, plan_call
-from .routing import ObservedAlignment, RoutedInstruction, check_tokens, projector_call, route, route_without_prompt
+from .routing import ObservedAlignment, RoutedInstruction, check_tokens, route, route_without_prompt
 from .setup_checks import check_wrapped_once_patched, warn_if_left_out
 from .sites import PLACE_ATTRIBUTE, alignment_at, is_aligned, projector_parameters
 from .state import AdapterState, state_of
@@ -187,7 +187,7 @@ def _prompt_name(kwargs: dict[str, Any]) -> str | None:
 def before_projector(projector: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
     """Replace the projector's input, the visual tokens, by aligned ones."""
     state = state_of(projector)
-    visual_tokens, put_back = _first_argument(args, kwargs)
+    visual_tokens, put_back = first_argument(args, kwargs)
     route = _route(state, projector, visual_tokens)
     state.context.stand_in = _stand_in(state, projector, route)
     state.context.unchecked_tokens = None if isinstance(route, Bypass) else route.unchecked_tokens
@@ -293,13 +293,6 @@ def _new_route(state: AdapterState, visual_tokens: Tensor) -> RoutedInstruction 
         'model.generate(**inputs), or say which instruction: with adapter.instruction("…"): …, or want none: '
         "with adapter.disabled(): …"
     )
-
-
-def _first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Callable[[Tensor], Arguments]]:
-    if args:
-        return args[0], lambda value: ((value, *args[1:]), kwargs)
-    name = next(iter(kwargs))
-    return kwargs[name], lambda value: ((), {**kwargs, name: value})
 
 
 def _by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -13,8 +13,9 @@ from ..instructions.packed_samples import Samples, find_samples
 from ..instructions.pipeline import InstructionTokens, embedded, embedder
 from ..instructions.prompt import Prompt
 from ..models.families import ModelFamily
+from ..models.feature_calls import FeatureCall
 from ..modules.private import is_cache
-from .call_plan import CallPlan, FeatureCall, OuterCall, PinnedPrompt
+from .call_plan import CallPlan, OuterCall, PinnedPrompt
 from .setup_checks import check_in_place
 from .state import AdapterState
 

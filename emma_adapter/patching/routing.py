@@ -13,7 +13,8 @@ from ..alignment.module import EmmaAlignment
 from ..errors import RoutingError
 from ..instructions.pipeline import InstructionTokens
 from ..models.families import MediaLayout, ModelFamily, ProjectorCall, mismatch
-from .call_plan import Bypass, CallPlan, FeatureCall
+from ..models.feature_calls import FeatureCall, checked_layout, projector_call
+from .call_plan import Bypass, CallPlan
 
 
 def rows_of_media(
@@ -130,7 +131,7 @@ def route(
     assert plan.inner is not None
     running = plan.feature_call if feature_call is None else feature_call
     placeholders = plan.placeholders[running.modality]
-    layout = _checked_layout(family, projector_call(plan.inner, running, visual_tokens, placeholders))
+    layout = checked_layout(family, projector_call(plan.inner, running, visual_tokens, placeholders))
     rows = rows_of_media(placeholders, layout.tokens, repeats=plan.repeats, modality=running.modality)
     return RoutedInstruction(layout, rows, plan.adapter, plan.instruction, running.modality)
 
@@ -145,24 +146,11 @@ def route_without_prompt(
 ) -> RoutedInstruction:
     """One instruction for all images, or one for each, outside of any call."""
     running = feature_call or FeatureCall.of(family, family.modalities[0], None, {})
-    layout = _checked_layout(family, projector_call(inner, running, visual_tokens, None))
+    layout = checked_layout(family, projector_call(inner, running, visual_tokens, None))
     media = len(layout.tokens)
     rows = torch.arange(media, device=visual_tokens.device)
     return RoutedInstruction(
         layout, rows, adapter, instruction.for_each(media, f"{running.modality}s"), running.modality
-    )
-
-
-def projector_call(
-    inner: nn.Module, running: FeatureCall, visual_tokens: Tensor, placeholders: Tensor | None
-) -> ProjectorCall:
-    return ProjectorCall(
-        inner=inner,
-        modality=running.modality,
-        visual_tokens=visual_tokens,
-        sizes=running.sizes,
-        pixel_shape=running.pixel_shape,
-        placeholders=placeholders,
     )
 
 
@@ -185,20 +173,3 @@ def check_tokens(modality: str, placeholders: int, projected: Tensor) -> None:
             "and let nothing cut them off (max_length, truncation). If a cache holds earlier turns of the prompt, pass "
             "it to generate as an argument of its own"
         )
-
-
-def _checked_layout(family: ModelFamily, call: ProjectorCall) -> MediaLayout:
-    layout = family.layout(call)
-    shape = call.visual_tokens.shape
-    grids = layout.grids
-    announced, found = sum(layout.entries), shape[0]
-    if layout.packed:
-        if grids is None or len(grids) != announced:
-            raise RoutingError(f"the layout of {type(family).__name__} is packed and must name the grid of each entry")
-        announced, found = sum(height * width for height, width in grids), shape[:-1].numel()
-    if announced != found:
-        raise RoutingError(
-            f"the call announces {announced} {'visual tokens' if layout.packed else 'images, tiles or frames'}, but "
-            f"the projector got {found}: pass on everything that the model's processor returns"
-        )
-    return layout

@@ -15,11 +15,12 @@ from ..alignment.config import EmmaConfig
 from ..errors import InstructionError, PatchError
 from ..instructions.pipeline import InstructionPipeline, InstructionTokens
 from ..models.families import ModelFamily
+from ..models.feature_calls import FeatureCall
 from ..modules.gradient_checkpointing import is_recomputing
 from ..modules.method_guard import STATE_ATTRIBUTE
 from ..modules.private import cache_names_to_bridge
 from .call_context import CallContext, Memories
-from .call_plan import Bypass, CallPlan, FeatureCall, PinnedPrompt
+from .call_plan import Bypass, CallPlan, PinnedPrompt
 from .context_managers import Block, BlockOwner, Scope, current_scope, entered
 from .original_projector import OriginalProjector
 from .routing import ObservedAlignment

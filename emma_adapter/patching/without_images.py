@@ -21,24 +21,11 @@ from torch import Tensor, nn
 
 from ..instructions.pipeline import embedded, embedder
 from ..modules import private
+from ..modules.gradients import with_zero_gradient
 from ..modules.method_guard import STATE_ATTRIBUTE
 from ..modules.sharding import is_partitioned, is_sharded
 from . import sites
 from .state import AdapterState, state_of
-
-
-class _ZeroGradient(torch.autograd.Function):
-    """The first argument as it is; the others get a gradient of zero."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, *parameters: Tensor) -> Tensor:
-        # As attributes: nothing reads their values, which FSDP frees before backward.
-        ctx.parameters = parameters
-        return values.view_as(values)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        return (*gradients, *(torch.zeros_like(parameter) for parameter in ctx.parameters))
 
 
 def tie(state: AdapterState, values: Tensor) -> Tensor:
@@ -49,7 +36,7 @@ def tie(state: AdapterState, values: Tensor) -> Tensor:
         for parameter in projector.parameters()
         if parameter.requires_grad and not is_partitioned(parameter)
     ]
-    return _ZeroGradient.apply(values, *parameters) if parameters else values
+    return with_zero_gradient(values, parameters)
 
 
 def before_call_without_images(state: AdapterState, inner: nn.Module, arguments: dict[str, Any]) -> None:

@@ -116,5 +116,5 @@ def install(model: nn.Module, state: UnifiedState) -> None:
     fusion.install(inner, projector)
     calls.install(model, inner)
     base_saves.install(model)
-    private.answer_trainer(model, functools.partial(_is_trained, model))
+    private.answer_trainer(model, MODULE_NAME, functools.partial(_is_trained, model))
     private.forget_compiled_code()

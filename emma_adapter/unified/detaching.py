@@ -5,13 +5,12 @@ from __future__ import annotations
 from torch import nn
 
 from ..modules import private
-from ..modules.method_guard import STATE_ATTRIBUTE as ALIGNED
 from . import base_saves, calls, fusion
 from .state import MODULE_NAME, STATE_ATTRIBUTE, unified_state
 from .training import unfreeze
 
 
-def is_unified(model: nn.Module) -> bool:
+def is_on(model: nn.Module) -> bool:
     """Return whether a model was made to draw."""
     return STATE_ATTRIBUTE in model.__dict__
 
@@ -25,7 +24,6 @@ def take_off(model: nn.Module) -> None:
         calls.remove(module)
         del module.__dict__[STATE_ATTRIBUTE]
     base_saves.remove(model)
-    if not hasattr(model, ALIGNED):
-        private.stop_answering_trainer(model)
+    private.stop_answering_trainer(model, MODULE_NAME)
     delattr(model, MODULE_NAME)
     private.forget_compiled_code()

@@ -7,7 +7,7 @@ each loss or drawing; the base is never changed, and other threads may run it me
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,11 +17,10 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
 from ..modules import private
+from ..modules.views import SEPARATOR, base_parts, is_linear, is_quantized, unwrapped
 
 #: What the first layers share with the base, by name in the attention module.
 SHARED_NAMES = ("q_proj", "k_proj", "q_norm", "k_norm")
-#: Between the names of modules in the name of a parameter: a ParameterDict's names can't have dots.
-SEPARATOR = "/"
 _DOWN, _UP = "down", "up"
 _KNOWN_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 
@@ -68,25 +67,6 @@ def _attention_names(layer: nn.Module) -> set[str]:
     }
 
 
-def _unwrapped(module: nn.Module) -> nn.Module:
-    """The base's own module inside what PEFT has put around it: copies have nothing of a LoRA."""
-    while isinstance(inside := module._modules.get("base_layer"), nn.Module):
-        module = inside
-    return module
-
-
-def _parts(module: nn.Module, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], nn.Module]]:
-    module = _unwrapped(module)
-    yield path, module
-    for name, child in module.named_children():
-        yield from _parts(child, (*path, name))
-
-
-def _is_linear(module: nn.Module) -> bool:
-    sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
-    return all(isinstance(size, int) for size in sizes)
-
-
 def decoupled_parameters(
     layer: nn.Module, decoupling: Literal["full"] | int, *, shares_queries: bool
 ) -> dict[str, nn.Parameter]:
@@ -101,16 +81,16 @@ def decoupled_parameters(
     """
     attention = _attention_names(layer)
     found: dict[str, nn.Parameter] = {}
-    for path, module in _parts(layer):
+    for path, module in base_parts(layer):
         if shares_queries and len(path) > 1 and path[0] in attention and path[1] in SHARED_NAMES:
             continue
         for name, value in module.named_parameters(recurse=False):
             key = SEPARATOR.join((*path, name))
-            is_weight = _is_linear(module) and name == "weight"
+            is_weight = is_linear(module) and name == "weight"
             if decoupling != "full" and is_weight:
                 found |= _low_rank(SEPARATOR.join(path), module, decoupling, value.device)
             elif decoupling == "full" or value.ndim < 2:
-                if not value.is_floating_point() or value.itemsize == 1 or _is_packed(module, value):
+                if is_quantized(module, value):
                     raise UnsupportedModelError(
                         f"{'.'.join((*path, name))} is quantized ({type(module).__name__}) and has no full copy: use "
                         "low-rank ones, UnifiedConfig(decoupling=64), or load the model in bfloat16"
@@ -118,14 +98,6 @@ def decoupled_parameters(
                 dtype = value.dtype if decoupling == "full" else wide(value.dtype)
                 found[key] = nn.Parameter(value.detach().clone().to(dtype), requires_grad=True)
     return found
-
-
-def _is_packed(module: Any, value: Tensor) -> bool:
-    """Whether a weight is a stand-in for others, as quantizers' subclasses of tensors are, or of another shape than its
-    layer's sizes say."""
-    if type(value) is not nn.Parameter:
-        return True
-    return _is_linear(module) and value.ndim == 2 and tuple(value.shape) != (module.out_features, module.in_features)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -165,7 +137,7 @@ def view(module: nn.Module, parameters: Parameters, dtype: torch.dtype, **attrib
         dtype: that the base computes in.
         attributes: of the view itself.
     """
-    module = _unwrapped(module)
+    module = unwrapped(module)
     own = {name: value.to(dtype) for name, value in parameters.items() if SEPARATOR not in name}
     down, up = own.pop(_DOWN, None), own.pop(_UP, None)
     below: dict[str, dict[str, Tensor]] = {}

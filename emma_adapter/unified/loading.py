@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import AutoencoderError, CheckpointError
+from ..errors import AutoencoderError
+from ..files import tensor_folder
 from ..files.hub import is_hub_id, is_local, local_folder
 from ..messages import shown
 from ..models.families import require_model
@@ -64,29 +65,25 @@ def load_unified(
     saved, file = checkpoint.describe(folder)
     with file:
         base: Any = base_of(model)
-        model_type = getattr(getattr(base, "config", None), "model_type", None)
-        if model_type != saved.model_type:
-            raise CheckpointError(
-                f"{saved.source} was made for a model of type {saved.model_type!r}, and this one is {model_type!r}: "
-                "load it into the model it was made for"
-            )
+        tensor_folder.check_model_type(saved.folder, getattr(getattr(base, "config", None), "model_type", None))
         if autoencoder is None:
             autoencoder = _autoencoder_of(saved, downloaded=not is_local(source))
         had = STATE_ATTRIBUTE in base.__dict__
         try:
             unified = unify_model(model, saved.config, processor=processor, autoencoder=autoencoder)
             own = unified_state(base).module.state_dict(keep_vars=True)
-            checkpoint.check_fits(saved, own)
-            checkpoint.read_into(saved, file, own)
+            tensor_folder.check_fits(saved.folder, own)
+            tensor_folder.read_into(saved.folder, file, own)
         except BaseException:
             if not had and STATE_ATTRIBUTE in base.__dict__:
                 take_off(base)
             raise
     found = unified_state(base).coder.fingerprint()
     if found != saved.autoencoder:
+        trained = saved.autoencoder_source or "a module"
         warnings.warn(
-            f"{saved.source} was trained with another autoencoder ({saved.autoencoder_source or 'a module'}) than the "
-            "one given, by its config: pictures will not be what it learned, unless only names differ",
+            f"{saved.folder.source} was trained with another autoencoder ({trained}) than the one given, by its "
+            "config: pictures will not be what it learned, unless only names differ",
             stacklevel=3,
         )
     return unified
@@ -101,13 +98,13 @@ def _autoencoder_of(saved: checkpoint.SavedUnified, *, downloaded: bool) -> str:
     name = saved.autoencoder_source
     if name is None:
         raise AutoencoderError(
-            f"{saved.source} was trained with an autoencoder that was a module: give it, load_unified(model, …, "
-            "autoencoder=…)"
+            f"{saved.folder.source} was trained with an autoencoder that was a module: give it, "
+            "load_unified(model, …, autoencoder=…)"
         )
     if downloaded and not is_hub_id(name):
         raise AutoencoderError(
-            f"{saved.source} comes from the hub, and names the path {shown(name)} as its autoencoder. Only a folder "
-            "that lies on this machine may lead to a path on it: say where the autoencoder is, "
+            f"{saved.folder.source} comes from the hub, and names the path {shown(name)} as its autoencoder. Only a "
+            "folder that lies on this machine may lead to a path on it: say where the autoencoder is, "
             "load_unified(model, …, autoencoder=…)"
         )
     return name

@@ -29,7 +29,7 @@ from emma_adapter import (
     load_unified,
     patch_model,
 )
-from emma_adapter.unified import checkpoint
+from emma_adapter.files import tensor_folder
 from emma_adapter.unified.checkpoint import CONFIG_NAME, WEIGHTS_NAME
 from tests.support import fake_hub, tiny
 from tests.support.zoo import ZOO
@@ -225,7 +225,7 @@ def test_a_killed_save_leaves_the_old_file(copied):
                 save_file(tensors, path, metadata)
                 os.kill(os.getpid(), signal.SIGKILL)
 
-            checkpoint.save_file = killed
+            tensor_folder.save_file = killed
             adapter.save_pretrained(copied)
         finally:
             os._exit(1)
@@ -258,7 +258,7 @@ def test_weights_are_read_one_after_another(copied, monkeypatch):
         return tensor
 
     watched = types.SimpleNamespace(**{**vars(torch), "empty": empty})
-    monkeypatch.setattr(checkpoint, "torch", watched)
+    monkeypatch.setattr(tensor_folder, "torch", watched)
     load(copied)
     assert 0 < max(made) <= largest
 

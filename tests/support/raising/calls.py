@@ -138,14 +138,14 @@ class AnnouncesTooFewGrids(Announces):
     packed = True
 
 
-@raises(RoutingError, "patching/routing.py:_checked_layout", "pass on everything that the model's processor returns")
+@raises(RoutingError, "models/feature_calls.py:checked_layout", "pass on everything that the model's processor returns")
 def a_family_that_announces_more_images(bench: Bench) -> None:
     bench.monkeypatch.setattr(families, "_FAMILIES", {})
     register_family(Announces())
     bench.adapter().model(**question())
 
 
-@raises(RoutingError, "patching/routing.py:_checked_layout", "must name the grid of each entry")
+@raises(RoutingError, "models/feature_calls.py:checked_layout", "must name the grid of each entry")
 def a_family_that_announces_too_few_grids(bench: Bench) -> None:
     bench.monkeypatch.setattr(families, "_FAMILIES", {})
     register_family(AnnouncesTooFewGrids())

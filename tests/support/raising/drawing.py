@@ -32,6 +32,7 @@ from emma_adapter import (
     load_unified,
     unify_model,
 )
+from emma_adapter.files import tensor_folder
 from emma_adapter.unified import checkpoint
 from emma_adapter.unified.losses import latent_loss
 from emma_adapter.unified.pixels import entry_pictures
@@ -460,69 +461,69 @@ def changed(folder: Path, *, values: dict[str, torch.Tensor] | None = None, **fi
     return folder
 
 
-@raises(CheckpointError, "unified/checkpoint.py:save", "the training diverged")
+@raises(CheckpointError, "files/tensor_folder.py:save", "the training diverged")
 def saving_a_branch_that_diverged(bench: Bench) -> None:
     adapter = unify()
     adapter.model.emma_unified.velocity["bias"].data[0] = torch.nan
     adapter.save_pretrained(bench.folder)
 
 
-@raises(CheckpointError, "unified/checkpoint.py:describe", "copy the whole folder")
+@raises(CheckpointError, "files/tensor_folder.py:open_folder", "copy the whole folder")
 def a_branch_without_weights(bench: Bench) -> None:
     (saved(bench) / checkpoint.WEIGHTS_NAME).unlink()
     load(bench.folder)
 
 
-@raises(CheckpointError, "unified/checkpoint.py:describe", "its metadata lacks")
+@raises(CheckpointError, "files/tensor_folder.py:open_folder", "its metadata lacks")
 def weights_that_another_tool_wrote(bench: Bench) -> None:
     weights = saved(bench) / checkpoint.WEIGHTS_NAME
     save_file(load_file(weights), weights)
     load(bench.folder)
 
 
-@raises(CheckpointError, "unified/checkpoint.py:describe", "was changed since it was saved")
+@raises(CheckpointError, "files/tensor_folder.py:open_folder", "was changed since it was saved")
 def a_branch_whose_config_was_edited(bench: Bench) -> None:
     config = saved(bench) / checkpoint.CONFIG_NAME
     config.write_text(config.read_text().replace('"decoupling": 2', '"decoupling": 3'))
     load(bench.folder)
 
 
-@raises(CheckpointError, "unified/checkpoint.py:_described", "{path}: {error}")
+@raises(CheckpointError, "unified/checkpoint.py:_described", "{saved.config_path}: {error}")
 def a_branch_with_an_unknown_field(bench: Bench) -> None:
     load(changed(saved(bench), config={"magic": 1}))
 
 
-@raises(CheckpointError, "unified/checkpoint.py:_described", "should be a text")
+@raises(CheckpointError, "files/tensor_folder.py:SavedFolder.text", "should be a text")
 def a_branch_without_a_digest(bench: Bench) -> None:
     load(changed(saved(bench), sha256=None))
 
 
-@raises(CheckpointError, "unified/checkpoint.py:check_fits", "doesn't fit its config")
+@raises(CheckpointError, "files/tensor_folder.py:check_fits", "doesn't fit its config")
 def a_branch_for_a_wider_model(bench: Bench) -> None:
     load(changed(saved(bench), values={"velocity.weight": torch.zeros(8, 64)}))
 
 
-@raises(CheckpointError, "unified/checkpoint.py:read_into", "NaN or infinite")
+@raises(CheckpointError, "files/tensor_folder.py:read_into", "NaN or infinite")
 def a_branch_with_nan(bench: Bench) -> None:
     load(changed(saved(bench), values={"velocity.bias": torch.full((8,), torch.nan)}))
 
 
-@raises(CheckpointError, "unified/checkpoint.py:read_into", "SHA-256")
+@raises(CheckpointError, "files/tensor_folder.py:read_into", "SHA-256")
 def a_branch_with_other_values(bench: Bench) -> None:
     load(changed(saved(bench), values={"velocity.bias": torch.ones(8)}))
 
 
-@raises(CheckpointError, "unified/checkpoint.py:read_into", "became shorter")
+@raises(CheckpointError, "files/tensor_folder.py:read_into", "became shorter")
 def a_branch_that_is_cut_while_it_is_read(bench: Bench) -> None:
-    real = checkpoint.check_fits
+    real = tensor_folder.check_fits
 
     def cut(described: Any, expected: Any) -> None:
         real(described, expected)
         os.truncate(bench.folder / checkpoint.WEIGHTS_NAME, 6000)
 
     saved(bench)
-    bench.monkeypatch.setattr(checkpoint, "check_fits", cut)
-    bench.monkeypatch.setattr(checkpoint, "_offsets", lambda file, path: dict.fromkeys(load_names(path), 8000))
+    bench.monkeypatch.setattr(tensor_folder, "check_fits", cut)
+    bench.monkeypatch.setattr(tensor_folder, "_offsets", lambda file, path: dict.fromkeys(load_names(path), 8000))
     names = load_file(bench.folder / checkpoint.WEIGHTS_NAME)
 
     def load_names(path: Path) -> list[str]:
@@ -531,7 +532,7 @@ def a_branch_that_is_cut_while_it_is_read(bench: Bench) -> None:
     load(bench.folder)
 
 
-@raises(CheckpointError, "unified/checkpoint.py:_offsets", "overlap or leave gaps")
+@raises(CheckpointError, "files/tensor_folder.py:_offsets", "overlap or leave gaps")
 def a_branch_whose_tensors_overlap(bench: Bench) -> None:
     weights = saved(bench) / checkpoint.WEIGHTS_NAME
     content = weights.read_bytes()
@@ -569,7 +570,7 @@ def a_branch_whose_config_is_no_json(bench: Bench) -> None:
     load(bench.folder)
 
 
-@raises(CheckpointError, "unified/checkpoint.py:_parse", "doesn't describe")
+@raises(CheckpointError, "files/tensor_folder.py:_parse", "doesn't describe")
 def a_config_of_something_else(bench: Bench) -> None:
     (saved(bench) / checkpoint.CONFIG_NAME).write_text("{}")
     load(bench.folder)
@@ -585,7 +586,7 @@ def a_branch_of_a_newer_release(bench: Bench) -> None:
     load(changed(saved(bench), format_version=99))
 
 
-@raises(CheckpointError, "unified/loading.py:load_unified", "was made for a model of type")
+@raises(CheckpointError, "files/tensor_folder.py:check_model_type", "was made for a model of type")
 def a_branch_of_another_family(bench: Bench) -> None:
     load(saved(bench), ZOO["qwen3_vl"].model())
 

@@ -1,0 +1,203 @@
+"""The EmmaVisionExperts handle: what a user does with a model's vision experts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from os import PathLike
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..modules.wrappers import base_of
+from . import checkpoint, detaching, scopes, training
+from .config import ORIGINAL
+from .scopes import RoutingReport
+from .state import ExpertsState, experts_state
+
+
+class EmmaVisionExperts:
+    """Handle on the vision experts of one model. It holds no state of its own: any number may exist.
+
+    Args:
+        model: that ``add_vision_expert`` or ``load_vision_experts`` was called on, or what is around it.
+
+    Raises:
+        PatchError: if it has no experts.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        model = base_of(model)
+        experts_state(model)
+        self.model = model
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The experts, in the order they were added."""
+        return self._state.config.experts
+
+    @property
+    def layers(self) -> int:
+        """How many blocks of the vision tower they are in: the last ones that the model uses."""
+        return self._state.config.layers
+
+    @property
+    def margin(self) -> float:
+        """By how much an expert's probability must exceed the original's for it to take an image; can be set."""
+        return self._state.config.margin
+
+    @margin.setter
+    def margin(self, value: float) -> None:
+        self._state.config = self._state.config.replace(margin=value)
+
+    def routed(self, expert: str | None) -> AbstractContextManager[None]:
+        """``with experts.routed("stem"): …``: every image goes to that expert, in this thread or asynchronous task;
+        with ``"original"`` to none; with None where the router sends it, also while an expert is trained.
+
+        Raises:
+            ConfigError: if there is no such expert.
+        """
+        if expert not in (None, ORIGINAL):
+            training.require_expert(self._state, expert)
+        return scopes.routed(self._state.owner, expert)
+
+    def watched(self) -> AbstractContextManager[RoutingReport]:
+        """``with experts.watched() as report: …``: ``report.images`` tells of each image of the block's calls, in this
+        thread or asynchronous task, where it went and the router's probabilities; ``report.counts`` how many went
+        where. Outside of such blocks nothing is noted."""
+        return scopes.watched(self._state.owner)
+
+    def train_only(self, expert: str | None = None, *, router: bool = False) -> EmmaVisionExperts:
+        """Freeze everything but one expert, or but the router.
+
+        An expert is trained by the model's own loss, and every image goes to it, in training and evaluation, until
+        the router is trained or :meth:`unfreeze` is called. The router is trained by :meth:`router_loss`.
+
+        Raises:
+            ConfigError: if it is neither or both, or there is no such expert.
+        """
+        training.train_only(self.model, expert, router=router)
+        return self
+
+    def unfreeze(self) -> EmmaVisionExperts:
+        """Make trainable again what :meth:`train_only` has frozen, and send images where the router says."""
+        training.unfreeze(self.model)
+        return self
+
+    def router_loss(self, *, labels: Sequence[str], **inputs: Any) -> Tensor:
+        """Return the cross-entropy of where images should go, a scalar in float32. Its gradients reach the router
+        alone, and only what comes before the experts is computed.
+
+        Args:
+            labels: for each image, then for each video, the name of an expert or ``"original"``.
+            inputs: what the model's processor makes; only pixels and their sizes are used.
+
+        Raises:
+            ConfigError: if a label is neither.
+            DataError: if there are no pixels, or as many labels as images.
+            PatchError: in a process that trains together with others.
+            UnsupportedModelError: if the model has no method that encodes images.
+        """
+        return training.router_loss(self.model, labels, inputs)
+
+    def parameter_groups(
+        self, lr: float, *, router_lr: float | None = None, weight_decay: float = 0.0
+    ) -> list[dict[str, Any]]:
+        """Return groups for an optimizer of what is trainable: the experts' matrices, their vectors, and the router.
+
+        Args:
+            lr: the paper's are 4e-6 for an expert and 1e-4 for the router.
+            router_lr: default: ``lr``.
+            weight_decay: of the matrices.
+
+        Raises:
+            ConfigError: if a rate is no number or negative.
+        """
+        return training.parameter_groups(self.model, lr, lr if router_lr is None else router_lr, weight_decay)
+
+    def save_pretrained(self, directory: str | PathLike[str], *, is_main_process: bool | None = None) -> None:
+        """Write ``vision_experts_config.json``, ``vision_experts.safetensors`` and, if there is none, a card,
+        atomically.
+
+        Whenever it is killed, ``load_vision_experts`` finds the experts that were there before, or the new ones. The
+        folder may hold other things: a model, a LoRA, or this library's other parts.
+
+        Args:
+            directory: the folder, made if it isn't there.
+            is_main_process: whether this process writes; default: on rank 0.
+
+        Raises:
+            OSError: if the folder can't be written; what it held is intact.
+            CheckpointError: if weights are NaN or infinite.
+        """
+        checkpoint.save(self.model, directory, is_main_process=is_main_process)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload EMMA vision experts",
+        token: str | bool | None = None,
+        create_pr: bool = False,
+    ) -> str:
+        """Upload what ``save_pretrained`` writes to ``repo_id`` on the hub, which is made if there is none. It may hold
+        other things, whose card stays.
+
+        Args:
+            repo_id: ``"user/name"``.
+            private: whether a repository that is made now is private; default: as the user's or organisation's is.
+            revision: branch, made if there is none.
+            commit_message: of the upload.
+            token: of the hub; default, and with True: the one that ``hf auth login`` stored, or ``HF_TOKEN``.
+            create_pr: open a pull request instead of committing.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            CheckpointError: if weights are NaN or infinite.
+            huggingface_hub.errors.HfHubHTTPError: if the hub refuses.
+        """
+        return checkpoint.push(
+            self.model,
+            repo_id,
+            private=private,
+            revision=revision,
+            commit_message=commit_message,
+            token=token,
+            create_pr=create_pr,
+        )
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The experts' and the router's parameters."""
+        return self._state.module.parameters()
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Parameters by their names."""
+        return self._state.module.named_parameters()
+
+    def num_parameters(self) -> int:
+        """How many numbers the experts and the router have learned or can learn."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def remove(self) -> None:
+        """Take all experts off, and leave what ``patch_model`` and ``unify_model`` put on; ``unpatch_model`` takes off
+        everything.
+
+        The handle is of no use any more.
+        """
+        detaching.take_off(self.model)
+
+    @property
+    def _state(self) -> ExpertsState:
+        return experts_state(self.model)
+
+    def __repr__(self) -> str:
+        config: Any = self.model.config
+        own, total = self.num_parameters(), sum(parameter.numel() for parameter in self.model.parameters())
+        return (
+            f"EmmaVisionExperts(family={config.model_type!r}, names={list(self.names)}, layers={self.layers}, "
+            f"margin={self.margin:g}, parameters={own:,} ({own / total:.3%} of the model))"
+        )

@@ -1,0 +1,130 @@
+"""What is trained of vision experts: one expert by the language model's loss, or the router by labels."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import ConfigError, DataError, PatchError, UnsupportedModelError
+from ..messages import listed, shown
+from ..modules import sharding
+from .config import ORIGINAL
+from .hooks import pooled_features
+from .state import ExpertsState, experts_state
+
+
+def train_only(model: nn.Module, expert: str | None, *, router: bool) -> None:
+    """Freeze everything but one expert, to which all images then go, or but the router.
+
+    Raises:
+        ConfigError: if it is neither or both, or there is no such expert.
+    """
+    state = experts_state(model)
+    if (expert is None) != router:
+        raise ConfigError('train one thing at a time: train_only("…") an expert, or train_only(router=True)')
+    if expert is not None:
+        require_expert(state, expert)
+    if state.trainable_before is None:
+        state.trainable_before = {name: p.requires_grad for name, p in model.named_parameters()}
+    model.requires_grad_(False)
+    own = state.module.router.values() if expert is None else state.module.of(expert)
+    for parameter in own:
+        parameter.requires_grad_(True)
+    state.trained = expert
+
+
+def unfreeze(model: nn.Module) -> None:
+    """Make trainable again what :func:`train_only` has frozen, and ask the router again."""
+    state = experts_state(model)
+    for name, parameter in model.named_parameters():
+        if (state.trainable_before or {}).get(name):
+            parameter.requires_grad_(True)
+    state.trainable_before = state.trained = None
+
+
+def require_expert(state: ExpertsState, name: object) -> None:
+    """Check that there is an expert of this name.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    if name not in state.config.experts:
+        raise ConfigError(f"there is no expert {shown(name)}; there are {listed(state.config.experts)}")
+
+
+def router_loss(model: nn.Module, labels: Sequence[str], inputs: Mapping[str, Any]) -> Tensor:
+    """Return the cross-entropy of where images should go, a scalar in float32.
+
+    Args:
+        model: with experts.
+        labels: for each image, then for each video, the name of an expert or ``"original"``.
+        inputs: what the processor makes; only pixels and their sizes are used.
+
+    Raises:
+        ConfigError: if a label is neither.
+        DataError: if there are no pixels, or as many labels as images.
+        PatchError: in a process that trains together with others.
+        UnsupportedModelError: if the model has no method that encodes images.
+    """
+    state = experts_state(model)
+    if sharding.are_many_processes():
+        raise PatchError(
+            "the router's loss is computed outside of the call whose gradients processes average: train the router in "
+            "one process, which is fast, for it computes only what comes before the experts"
+        )
+    names = (ORIGINAL, *state.config.experts)
+    if unknown := sorted({shown(label) for label in labels if label not in names}):
+        raise ConfigError(f"labels are names of {list(names)}; got {', '.join(unknown[:5])}")
+    inner = state.family.inner(model)
+    methods, arguments = state.feature_methods(inner), state.family.pixel_arguments
+    given = [modality for modality in state.family.modalities if inputs.get(arguments[modality]) is not None]
+    if given and not methods:
+        raise UnsupportedModelError(
+            f"{type(inner).__name__} has no get_image_features, which the router's loss is computed with: use a model "
+            "of transformers' own classes"
+        )
+    pooled = []
+    for modality in given:
+        method = getattr(inner, methods[modality])
+        taken = _taken(method, state) & set(inputs) - set(arguments.values())
+        pooled.append(pooled_features(method, inputs[arguments[modality]], **{name: inputs[name] for name in taken}))
+    found = sum(map(len, pooled))
+    if not found or found != len(labels):
+        raise DataError(
+            f"there are {len(labels)} labels for {found} images and videos: pass pixel_values and all else that the "
+            "model's processor returns, and a label for each, those of images first"
+        )
+    logits = state.module.logits(state.config.experts, torch.cat(pooled))
+    target = torch.tensor([names.index(label) for label in labels], device=logits.device)
+    return F.cross_entropy(logits, target)
+
+
+def _taken(method: Callable[..., Any], state: ExpertsState) -> set[str]:
+    """The arguments of a method that encodes images, sizes among them, which some releases take without a name."""
+    names, sizes = set(inspect.signature(method).parameters), set(state.family.size_arguments)
+    return names if names & sizes else names | sizes
+
+
+def parameter_groups(model: nn.Module, lr: float, router_lr: float, weight_decay: float) -> list[dict[str, Any]]:
+    """Return groups for an optimizer of what is trainable: the experts' matrices, their vectors, and the router; only
+    the matrices decay.
+
+    Raises:
+        ConfigError: if a rate is no number or negative.
+    """
+    for name, value in (("lr", lr), ("router_lr", router_lr), ("weight_decay", weight_decay)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+            raise ConfigError(f"{name} must be a number >= 0; got {value!r}")
+    module = experts_state(model).module
+    own = [p for p in module.experts.values() if p.requires_grad]
+    groups = [
+        {"params": [p for p in own if p.ndim > 1], "lr": lr, "weight_decay": weight_decay},
+        {"params": [p for p in own if p.ndim <= 1], "lr": lr, "weight_decay": 0.0},
+        {"params": [p for p in module.router.values() if p.requires_grad], "lr": router_lr, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]

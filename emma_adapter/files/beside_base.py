@@ -1,0 +1,81 @@
+"""What ``model.save_pretrained`` and Trainer's checkpoints hold of a part that this library has put on a model.
+
+- ``model.save_pretrained(folder)`` writes the model without the part, so that it reloads as the model it was, and the
+  part's own files beside it.
+- Trainer calls ``model.save_pretrained(folder, state_dict=…)`` and resumes from the ``model.safetensors`` it finds: the
+  part's tensors alone, if nothing else is trained, and else the whole model's; and the part's own files.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .atomic import replace_files
+
+_TRAINER_WEIGHTS = "model.safetensors"
+
+
+def save_pretrained(
+    model: nn.Module,
+    original: Callable[..., Any],
+    arguments: dict[str, Any],
+    *,
+    prefix: str,
+    save: Callable[..., None],
+) -> Any:
+    """Do what ``model.save_pretrained`` should, with a part of the model.
+
+    Args:
+        model: that has the part.
+        original: its ``save_pretrained`` without us.
+        arguments: of the call, by name.
+        prefix: of the part's names in the model's ``state_dict``.
+        save: as ``save(model, folder, is_main_process=…)``, what writes the part's own files.
+    """
+    if "save_directory" not in arguments:
+        # It knows best what to say.
+        return original(**arguments)
+    folder, is_main_process = Path(arguments["save_directory"]), arguments.get("is_main_process", True)
+    # Trainer's calls name it, if only to say None.
+    by_trainer = "state_dict" in arguments
+    gathered = arguments.get("state_dict")
+    gathered = model.state_dict() if by_trainer and gathered is None else gathered
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    result = None
+    if gathered is None or not any(name.startswith(prefix) for name in gathered):
+        # Not Trainer's.
+        with _left_out(model, prefix):
+            result = original(**arguments)
+    elif all(name.startswith(prefix) for name in trained):
+        own = {name: value.detach().cpu().contiguous() for name, value in gathered.items() if name.startswith(prefix)}
+        # A model's own weights stay where a model is.
+        if is_main_process and not (folder / "config.json").exists():
+            replace_files(folder, {_TRAINER_WEIGHTS: lambda path: save_file(own, path, {"format": "pt"})})
+    else:
+        result = original(**arguments)
+    save(model, folder, is_main_process=is_main_process)
+    return result
+
+
+@contextmanager
+def _left_out(model: nn.Module, prefix: str) -> Iterator[None]:
+    """In the block, and in this thread, the model's ``state_dict`` lacks the part."""
+    thread = threading.get_ident()
+
+    def leave_out(_: nn.Module, state_dict: dict[str, Tensor], before: str, __: Any) -> None:
+        if threading.get_ident() == thread:
+            for name in [name for name in state_dict if name.startswith(before + prefix)]:
+                del state_dict[name]
+
+    handle = model.register_state_dict_post_hook(leave_out)
+    try:
+        yield
+    finally:
+        handle.remove()

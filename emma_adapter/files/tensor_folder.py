@@ -1,0 +1,312 @@
+"""Folders of one config file, one tensor file and a card: what models that draw and vision experts are saved in.
+
+The tensor file alone is complete, because its metadata repeats the config: replacing it is the moment at which a save
+takes effect. Where the config file has another ``save_id``, a save was interrupted after that moment, and the metadata
+is right.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import CheckpointError
+from ..messages import listed, shown
+from ..version import __version__
+from . import description
+from .atomic import replace_files
+from .hub import is_hub_id
+from .tensor_file import digest, read_header
+from .untrusted import open_regular
+
+CARD_NAME = "README.md"
+
+
+@dataclass(frozen=True)
+class FolderFormat:
+    """What one kind of such folders is called."""
+
+    #: What the config file calls the format, and the metadata of the tensor file the config's key.
+    name: str
+    #: The newest that this library reads and writes.
+    version: int
+    config_name: str
+    weights_name: str
+    #: What writes such folders, for messages.
+    writer: str
+    #: Config fields that may be edited in a saved folder: they don't change what the weights compute.
+    editable: frozenset[str]
+
+
+@dataclass(frozen=True)
+class SavedFolder:
+    """What the files of a folder say, before a weight is read."""
+
+    kind: FolderFormat
+    source: Path
+    #: The whole description, whose ``config`` nobody has checked yet.
+    written: Mapping[str, Any]
+    sha256: str
+    model_type: str
+    #: On the meta device.
+    tensors: dict[str, Tensor]
+
+    @property
+    def weights_path(self) -> Path:
+        return self.source / self.kind.weights_name
+
+    @property
+    def config_path(self) -> Path:
+        return self.source / self.kind.config_name
+
+    def text(self, name: str, value: object) -> str:
+        """Return a value of the description that should be a text.
+
+        Raises:
+            CheckpointError: if it isn't.
+        """
+        if not isinstance(value, str):
+            raise CheckpointError(
+                f"{self.config_path}: {name} should be a text and is {shown(value)}; take another copy"
+            )
+        return value
+
+
+def save(
+    kind: FolderFormat,
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    base: Any,
+    told: Mapping[str, Any],
+    card: Callable[[Mapping[str, Any]], str],
+) -> None:
+    """Write a folder, atomically.
+
+    Args:
+        kind: of folder.
+        folder: made if it isn't there.
+        tensors: contiguous, on the CPU.
+        base: config of the model that they are for.
+        told: what else the description says, ``config`` among it.
+        card: makes the card of the description, for one that isn't there yet.
+
+    Raises:
+        OSError: if the folder can't be written; what it held is intact.
+        CheckpointError: if weights are NaN or infinite.
+    """
+    if broken := sorted(name for name, value in tensors.items() if not bool(torch.isfinite(value).all())):
+        raise CheckpointError(
+            f"{listed(broken)} hold NaN or infinite values, so that {folder} was left as it is: the training diverged; "
+            "go on from an earlier checkpoint, with a lower learning rate, or in float32 or bfloat16"
+        )
+    told = {
+        "format": kind.name,
+        "format_version": kind.version,
+        "library_version": __version__,
+        "save_id": uuid.uuid4().hex,
+        "sha256": digest(tensors),
+        "base_model_name_or_path": getattr(base, "name_or_path", "") or None,
+        "model_type": base.model_type,
+        **told,
+    }
+    metadata = {"format": "pt", kind.name: json.dumps(told, sort_keys=True)}
+    files: dict[str, Any] = {
+        kind.weights_name: lambda path: save_file(dict(tensors), path, metadata),
+        kind.config_name: (json.dumps(told, indent=2, sort_keys=True) + "\n").encode(),
+    }
+    if not os.path.lexists(folder / CARD_NAME):
+        files[CARD_NAME] = card(told).encode()
+    replace_files(folder, files)
+
+
+def make_card(told: Mapping[str, Any], tags: str, what: str, code: str, more: str = "") -> str:
+    """Return a card for the hub.
+
+    Args:
+        told: the description.
+        tags: of the hub, with commas between.
+        what: the adapter is, before the name of its base.
+        code: that loads and uses it.
+        more: sentences behind that.
+    """
+    base = told["base_model_name_or_path"] or "the model that it was trained on"
+    # The hub takes no other name than one of its own.
+    base_line = f"base_model: {base}\nbase_model_relation: adapter\n" if is_hub_id(base) else ""
+    return (
+        f"---\nlibrary_name: emma_adapter\n{base_line}tags: [{tags}]\n---\n\n"
+        f"{what} `{base}` ({told['model_type']}):\n\n```python\n{code}\n```\n" + (more and f"\n{more}\n")
+    )
+
+
+def push(
+    kind: FolderFormat,
+    write: Callable[[Path], None],
+    repo_id: str,
+    *,
+    private: bool | None,
+    revision: str | None,
+    **upload: Any,
+) -> str:
+    """Upload what ``write`` writes to a folder, and return the address of the commit. Whatever else is there stays,
+    the card too."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=upload.pop("token", None))
+    with tempfile.TemporaryDirectory() as folder:
+        write(Path(folder))
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        own = [] if api.file_exists(repo_id, CARD_NAME, revision=revision) else [CARD_NAME]
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            revision=revision,
+            allow_patterns=[kind.config_name, kind.weights_name, *own],
+            **upload,
+        )
+    return str(commit.commit_url)
+
+
+def open_folder(kind: FolderFormat, folder: Path) -> tuple[SavedFolder, BinaryIO]:
+    """Return what a folder says, and its tensor file, open for :func:`read_into`.
+
+    Raises:
+        CheckpointError: naming what is wrong with which file.
+    """
+    config_path, path = folder / kind.config_name, folder / kind.weights_name
+    written = _parse(kind, description.read_text(config_path, folder, writer=kind.writer), config_path)
+    try:
+        file = open_regular(path, folder)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"there is no {path.name} in {folder}: copy the whole folder") from error
+    try:
+        tensors, metadata = read_header(file, path)
+        if not isinstance(metadata.get(kind.name), str):
+            raise CheckpointError(
+                f"{path} was not written by {kind.writer}: its metadata lacks {kind.name!r}; take another copy"
+            )
+        embedded = _parse(kind, metadata[kind.name], path)
+        if embedded.get("save_id") != written.get("save_id"):
+            # Interrupted between the two replacements: the tensor file is the newer one.
+            written = embedded
+        if edited := description.edited_fields(written.get("config"), embedded.get("config"), kind.editable):
+            raise CheckpointError(
+                f"{config_path} was changed since it was saved, in {listed(edited)}: the weights were made "
+                "for the config they were saved with; undo the changes, or train anew"
+            )
+        description.check_version(written, config_path, kind.version)
+        saved = SavedFolder(kind, folder, written, "", "", tensors)
+        told = {name: saved.text(name, written.get(name)) for name in ("sha256", "model_type")}
+        return SavedFolder(kind, folder, written, told["sha256"], told["model_type"], tensors), file
+    except BaseException:
+        file.close()
+        raise
+
+
+def _parse(kind: FolderFormat, text: str, path: Path) -> dict[str, Any]:
+    described = description.parse(text, path)
+    if not isinstance(described, dict) or described.get("format") != kind.name:
+        raise CheckpointError(f"{path} doesn't describe what {kind.writer} writes: load it with the tool that wrote it")
+    return described
+
+
+def check_model_type(saved: SavedFolder, model_type: object) -> None:
+    """Check that a folder was made for a model of this type.
+
+    Raises:
+        CheckpointError: if it wasn't.
+    """
+    if model_type != saved.model_type:
+        raise CheckpointError(
+            f"{saved.source} was made for a model of type {saved.model_type!r}, and this one is {model_type!r}: "
+            "load it into the model it was made for"
+        )
+
+
+def check_fits(saved: SavedFolder, expected: Mapping[str, Tensor]) -> None:
+    """Check that saved tensors are those that are expected, by names, shapes and kinds, before any is read.
+
+    Raises:
+        CheckpointError: naming those that aren't.
+    """
+    found = saved.tensors
+    problems = []
+    if missing := sorted(set(expected) - set(found)):
+        problems.append(f"missing tensor(s) {listed(missing)}")
+    if unexpected := sorted(set(found) - set(expected)):
+        problems.append(f"unexpected tensor(s) {listed(unexpected)}")
+    for name in sorted(set(found) & set(expected)):
+        if found[name].shape != expected[name].shape:
+            problems.append(f"{name} is {list(found[name].shape)} and should be {list(expected[name].shape)}")
+        elif not found[name].is_floating_point() or found[name].itemsize == 1:
+            problems.append(f"{name} is {found[name].dtype} and should be a float of 16 bits or more")
+    if problems:
+        raise CheckpointError(
+            f"{saved.weights_path} doesn't fit its config or the model: {'; '.join(problems[:4])}. Load it "
+            "into the model it was made for, or take another copy"
+        )
+
+
+def read_into(saved: SavedFolder, file: BinaryIO, expected: Mapping[str, Tensor]) -> None:
+    """Give tensors the values of a file, one after another, so that no second copy of all is in memory.
+
+    Args:
+        saved: what :func:`open_folder` returned.
+        file: likewise.
+        expected: the tensors, by name.
+
+    Raises:
+        CheckpointError: if values aren't finite, or not those that were saved.
+    """
+    path = saved.weights_path
+    offsets = _offsets(file, path)
+    found = hashlib.sha256()
+    for name in sorted(saved.tensors):
+        described = saved.tensors[name]
+        content = torch.empty(described.shape, dtype=described.dtype)
+        file.seek(offsets[name])
+        if content.numel():
+            buffer = content.view(-1).view(torch.uint8).numpy()
+            if file.readinto(buffer) != len(buffer):  # type: ignore[attr-defined]
+                raise CheckpointError(f"{path} became shorter while it was read: take another copy")
+            found.update(f"{name} {content.dtype} {list(content.shape)};".encode())
+            found.update(buffer.data)
+        if not bool(torch.isfinite(content.to(expected[name].dtype)).all()):
+            raise CheckpointError(
+                f"{path}: {name} holds NaN or infinite values, in {expected[name].dtype}; take another copy, or load "
+                "it into a model in the dtype it was trained in"
+            )
+        with torch.no_grad():
+            expected[name].copy_(content)
+    if found.hexdigest() != saved.sha256:
+        raise CheckpointError(
+            f"the tensors in {path} are not those that were saved (their SHA-256 differs): take another copy"
+        )
+
+
+def _offsets(file: BinaryIO, path: Path) -> dict[str, int]:
+    """Where each tensor begins. The header was checked by ``read_header``, but for tensors that overlap."""
+    file.seek(0)
+    length = int.from_bytes(file.read(8), "little")
+    header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    end = 0
+    for start, stop in sorted(tuple(entry["data_offsets"]) for entry in header.values()):
+        if start != end:
+            raise CheckpointError(
+                f"{path} is not a valid safetensors file: tensors overlap or leave gaps; take another copy"
+            )
+        end = stop
+    return {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items()}

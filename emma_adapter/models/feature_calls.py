@@ -1,0 +1,62 @@
+"""One call of a method that encodes images or videos, and how what it encodes divides into them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import RoutingError
+from .families import MediaLayout, ModelFamily, ProjectorCall
+
+
+@dataclass(frozen=True)
+class FeatureCall:
+    """What is known of the images that are being encoded. Sizes only: pixels must not be kept alive."""
+
+    modality: str
+    sizes: Mapping[str, Any]
+    pixel_shape: tuple[Any, ...] | None
+
+    @classmethod
+    def of(cls, family: ModelFamily, modality: str, pixels: Any, arguments: Mapping[str, Any]) -> FeatureCall:
+        sizes = {name: arguments.get(name) for name in family.size_arguments}
+        return cls(modality, sizes, _shape_of(pixels))
+
+
+def _shape_of(pixels: Any) -> tuple[Any, ...] | None:
+    if isinstance(pixels, (list, tuple)):
+        return tuple(tuple(part.shape) for part in pixels)
+    return tuple(pixels.shape) if isinstance(pixels, Tensor) else None
+
+
+def projector_call(
+    inner: nn.Module, running: FeatureCall, visual_tokens: Tensor, placeholders: Tensor | None
+) -> ProjectorCall:
+    return ProjectorCall(
+        inner=inner,
+        modality=running.modality,
+        visual_tokens=visual_tokens,
+        sizes=running.sizes,
+        pixel_shape=running.pixel_shape,
+        placeholders=placeholders,
+    )
+
+
+def checked_layout(family: ModelFamily, call: ProjectorCall) -> MediaLayout:
+    layout = family.layout(call)
+    shape = call.visual_tokens.shape
+    grids = layout.grids
+    announced, found = sum(layout.entries), shape[0]
+    if layout.packed:
+        if grids is None or len(grids) != announced:
+            raise RoutingError(f"the layout of {type(family).__name__} is packed and must name the grid of each entry")
+        announced, found = sum(height * width for height, width in grids), shape[:-1].numel()
+    if announced != found:
+        raise RoutingError(
+            f"the call announces {announced} {'visual tokens' if layout.packed else 'images, tiles or frames'}, but "
+            f"the projector got {found}: pass on everything that the model's processor returns"
+        )
+    return layout

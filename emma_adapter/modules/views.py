@@ -1,0 +1,65 @@
+"""Parts of a module as they are in the base, whatever PEFT has put around them; and second instances with other
+parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from . import private
+
+#: Between the names of modules in the name of a parameter: a ParameterDict's names can't have dots.
+SEPARATOR = "/"
+_WRAPPED = "base_layer"
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """Return the base's own module inside what PEFT has put around it."""
+    while isinstance(inside := module._modules.get(_WRAPPED), nn.Module):
+        module = inside
+    return module
+
+
+def base_parts(module: nn.Module, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], nn.Module]]:
+    """Return a module and all below it that are the base's, with their paths."""
+    module = unwrapped(module)
+    yield path, module
+    for name, child in module.named_children():
+        yield from base_parts(child, (*path, name))
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Return whether a module has the sizes of a linear layer, whatever its class."""
+    sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
+    return all(isinstance(size, int) for size in sizes)
+
+
+def is_quantized(module: Any, value: Tensor) -> bool:
+    """Return whether a parameter of a module is not a plain float: one of 8 bits or less, a stand-in for others, as
+    quantizers' subclasses of tensors are, or of another shape than its layer's sizes say."""
+    if not value.is_floating_point() or value.itemsize == 1 or type(value) is not nn.Parameter:
+        return True
+    return is_linear(module) and value.ndim == 2 and tuple(value.shape) != (module.out_features, module.in_features)
+
+
+def with_parameters(module: nn.Module, parameters: Mapping[str, Tensor]) -> nn.Module:
+    """Return a second instance of a module, which shares everything with it but the parameters that are given, by
+    path, in the dtypes of its own. What PEFT has put around its layers adds to these, too; it has no hooks.
+
+    Nothing is swapped meanwhile in the module itself, so that other threads may run it.
+    """
+    inside = module._modules.get(_WRAPPED)
+    if isinstance(inside, nn.Module):
+        return private.view_of(module, {_WRAPPED: with_parameters(inside, parameters)}, {})
+    below: dict[str, dict[str, Tensor]] = {}
+    own: dict[str, Tensor] = {}
+    for path, value in parameters.items():
+        name, _, rest = path.partition(SEPARATOR)
+        if rest:
+            below.setdefault(name, {})[rest] = value
+        else:
+            own[name] = value.to(module.get_parameter(name).dtype)
+    children = {name: with_parameters(module.get_submodule(name), values) for name, values in below.items()}
+    return private.view_of(module, children, own)
