@@ -156,7 +156,7 @@ def table(records: list[dict[str, Any]]) -> str:
     first = records[0]
     asked = len(first["right"]["stock, digits"])
     told = [
-        f"{len(records)} seeds, {asked} questions of each kind, {first['steps']} steps of {BATCH} charts.",
+        f"{len(records)} {'seed' if len(records) == 1 else 'seeds'}, {asked} questions of each kind, {first['steps']} steps of {BATCH} charts.",
         f"The expert and the router have {first['parameters']:,} parameters, the tower {first['tower']:,}.",
     ]
     return "\n".join([*lines, "", *told, ""])
