@@ -155,8 +155,9 @@ def table(records: list[dict[str, Any]]) -> str:
     lines.append(f"| visual tokens with the stock's bits, in a batch of both | {same:.3f} | |")
     first = records[0]
     asked = len(first["right"]["stock, digits"])
+    seeds = "seed" if len(records) == 1 else "seeds"
     told = [
-        f"{len(records)} seeds, {asked} questions of each kind, {first['steps']} steps of {BATCH} charts.",
+        f"{len(records)} {seeds}, {asked} questions of each kind, {first['steps']} steps of {BATCH} charts.",
         f"The expert and the router have {first['parameters']:,} parameters, the tower {first['tower']:,}.",
     ]
     return "\n".join([*lines, "", *told, ""])

@@ -63,9 +63,10 @@ def add_vision_expert(
             f"so that layers={layers} is not possible: leave it out, or EmmaVisionExperts(model).remove() first"
         )
     assert isinstance(state, ExpertsState)
-    state.config = known.replace(experts=(*known.experts, name), margin=known.margin if margin is None else margin)
+    config = known.replace(experts=(*known.experts, name), margin=known.margin if margin is None else margin)
     mlps, width = copied(model, state)
     state.module.add(name, mlps, width)
+    state.config = config
     return EmmaVisionExperts(model)
 
 

@@ -60,8 +60,8 @@ class Media:
 
     def pooled(self, hidden: Tensor) -> Tensor:
         """Return the mean of each image's tokens ``[images, D]``, float32."""
-        rows = hidden.reshape(-1, hidden.shape[-1]).float() if self.packed else hidden.float().mean(1)
-        return torch.stack([part.mean(0) for part in rows.split(list(self.lengths))])
+        rows = hidden.reshape(-1, hidden.shape[-1]) if self.packed else hidden.mean(1, dtype=torch.float32)
+        return torch.stack([part.mean(0, dtype=torch.float32) for part in rows.split(list(self.lengths))])
 
     def route(self, chosen: Sequence[str], hidden: Tensor) -> Route:
         """Return the route of images to the experts of these names, one for each."""
