@@ -95,10 +95,12 @@ def test_every_weight_comes_back(tmp_path, name, dtype):
     assert all(own[key].dtype == other[key].dtype and torch.equal(own[key], other[key]) for key in own)
 
 
-def test_loaded_from_the_hub(saved, tmp_path):
+def test_the_hub(saved, tmp_path):
+    """Experts are loaded from there without what else is there, and uploaded beside it."""
     with fake_hub.for_scripts(tmp_path) as (run, hub):
         wanted = {name: (saved / name).read_bytes() for name in (CONFIG_NAME, WEIGHTS_NAME)}
         hub.branches["someone/stem"] = {"main": [{**wanted, "model.safetensors": b"of the base"}]}
+        hub.branches["someone/model"] = {"main": [{"README.md": b"a model", "model.safetensors": b"of the base"}]}
         said = run(
             f"""{script(saved)}
 for options in ({{}}, {{"local_files_only": True}}):
@@ -108,10 +110,19 @@ for options in ({{"revision": "other"}}, {{"subfolder": "../.."}}):
         load_vision_experts(entry.model(), "someone/stem", **options)
     except CheckpointError as error:
         print(error)
+experts = load_vision_experts(entry.model(), "someone/stem")
+for repository in ("someone/model", "someone/new"):
+    print("at", experts.push_to_hub(repository))
 """
         )
     assert "neither a folder here nor an adapter that the hub gives" in said and "leads out" in said
+    assert said.count("at http") == 2
     assert not list(tmp_path.rglob("model.safetensors")), "more was downloaded than the experts"
+    beside, alone = (hub.branches[f"someone/{name}"]["main"][-1] for name in ("model", "new"))
+    assert set(beside) == {"README.md", "model.safetensors", CONFIG_NAME, WEIGHTS_NAME}
+    assert beside["README.md"] == b"a model"
+    assert set(alone) == {"README.md", CONFIG_NAME, WEIGHTS_NAME}
+    assert 'load_vision_experts(model, "someone/new")' in alone["README.md"].decode()
 
 
 def test_what_is_written(saved):
