@@ -109,11 +109,7 @@ MUTANTS = (
         "emma_adapter/files/tensor_file.py",
         "if 8 + length + end != size:",
         "if 8 + length + end > size:",
-        (
-            "tests/fuzz/test_hostile_folders.py",
-            "tests/fuzz/test_coverage_guided.py",
-            "tests/checkpoints/test_checkpoint.py",
-        ),
+        ("tests/files/test_tensor_file.py",),
     ),
     Mutant(
         "JSON of any depth",
