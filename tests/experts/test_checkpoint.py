@@ -95,6 +95,8 @@ def test_every_weight_comes_back(tmp_path, name, dtype):
     assert all(own[key].dtype == other[key].dtype and torch.equal(own[key], other[key]) for key in own)
 
 
+@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_hub(saved, tmp_path):
     """Experts are loaded from there without what else is there, and uploaded beside it."""
     with fake_hub.for_scripts(tmp_path) as (run, hub):

@@ -12,10 +12,11 @@ import torch
 from safetensors.torch import load_file
 
 from tests.experts.two_processes import STEPS, loss_of, optimizer_of, prepared
+from tests.support.budget import budget
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
+@pytest.mark.parametrize("wrapper", budget(["fsdp"], ["ddp", "fsdp"]))
 def test_two_processes_train_what_one_does(tmp_path, wrapper):
     script = Path(__file__).with_name("two_processes.py")
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
