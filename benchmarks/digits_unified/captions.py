@@ -19,7 +19,7 @@ WORDS = (
     *COLOURS,
     *dict.fromkeys(word for names in (ROWS, COLUMNS) for grid in names.values() for word in grid),
     *("empty", ",", "?", "what", "digit", "digits", "colour", "is", "are", "at", "the", "a", "how", "many", "there"),
-    *("yes", "no", DRAW, DESCRIBE, "then", "make", "replace", "with", "remove", "add", "move", "to"),
+    *("yes", "no", "an", DRAW, DESCRIBE, "then", "make", "replace", "with", "remove", "add", "move", "to"),
 )
 
 
@@ -97,7 +97,8 @@ def sample_edits(scenes: Scenes, split: str, rng: np.random.Generator) -> Edits:
             instructions.append(f"make the {name} {COLOURS[colours[i, cell]]}")
         elif kind == "replace":
             digits[i, cell] = rng.choice(np.flatnonzero(SEEN[:, colour] & (np.arange(len(DIGITS)) != digit)))
-            instructions.append(f"replace the {name} with a {DIGITS[digits[i, cell]]}")
+            thing = DIGITS[digits[i, cell]]
+            instructions.append(f"replace the {name} with {'an' if thing == 'eight' else 'a'} {thing}")
             scans[i, cell] = pick_scans(digits[i, [cell]], split, rng)[0]
         elif kind == "remove":
             digits[i, cell] = colours[i, cell] = EMPTY

@@ -19,7 +19,7 @@ from .config import UnifiedConfig
 from .handle import EmmaUnified
 from .layers import text_model_of
 from .module import UnifiedModule
-from .prompts import check_processor, has_planes
+from .prompts import check_processor
 from .state import MODULE_NAME, STATE_ATTRIBUTE, UnifiedState
 
 
@@ -78,7 +78,7 @@ def unify_model(
         )
     coder = LatentCoder(autoencoder)
     config = coder.completed(config)
-    module = UnifiedModule(config, inner, two_dimensional=has_planes(inner)).train(model.training)
+    module = UnifiedModule(config, inner).train(model.training)
     install(model, UnifiedState(family, config, module, processor, coder))
     return EmmaUnified(model)
 

@@ -24,10 +24,9 @@ class UnifiedModule(nn.Module):
     Args:
         config: with all sizes.
         inner: the base's module whose ``forward`` takes pixels and token ids.
-        two_dimensional: whether the base's own positions tell row and column, as M-RoPE does.
     """
 
-    def __init__(self, config: UnifiedConfig, inner: nn.Module, *, two_dimensional: bool) -> None:
+    def __init__(self, config: UnifiedConfig, inner: nn.Module) -> None:
         super().__init__()
         text: Any = text_model_of(inner)
         layers = list(text.layers)
@@ -57,7 +56,8 @@ class UnifiedModule(nn.Module):
         )
         #: u → u + dW·u + W_g·g at reference pictures, zeros at the start.
         self.fusion = nn.ParameterDict(_fusion(config, width, channels, settings))
-        self.position = nn.ParameterDict({} if two_dimensional else {"scale": nn.Parameter(torch.ones((), **settings))})
+        # Also beside M-RoPE, which tells keys apart by their place, but not a token what its own place is.
+        self.position = nn.ParameterDict({"scale": nn.Parameter(torch.ones((), **settings))})
 
     def stack(self, text: nn.Module, dtype: torch.dtype, *, training: bool | None = None) -> nn.Module:
         """Return the decoder stack of this branch; see :func:`~.layers.generation_view`."""
@@ -78,10 +78,8 @@ class UnifiedModule(nn.Module):
         time = F.linear(angles, parameters["in_weight"], parameters["in_bias"])
         time = F.linear(F.silu(time), parameters["out_weight"], parameters["out_bias"])
         tokens = F.linear(x.to(dtype), self.latents["weight"], self.latents["bias"]) + time[:, :, None]
-        if "scale" in self.position:
-            places = _sinusoid_2d(grid, tokens.shape[-1]).to(tokens.dtype)
-            tokens = tokens + self.position["scale"] * places[:, None]
-        return tokens
+        places = _sinusoid_2d(grid, tokens.shape[-1]).to(tokens.dtype)
+        return tokens + self.position["scale"] * places[:, None]
 
     def read_velocity(self, hidden: Tensor) -> Tensor:
         """Return the velocities ``[..., C]`` that hidden states ``[..., D]`` tell."""
