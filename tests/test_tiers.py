@@ -23,7 +23,8 @@ def test_in_the_everyday_tier_every_two_values_meet():
     assert {mode for _, mode in modes} == set("abcde") and {name for name, _ in modes} == set(ZOO)
 
 
-@pytest.mark.parametrize("full", budget.budget(["full"], ["", "full"]))
+@pytest.mark.nightly
+@pytest.mark.parametrize("full", ["", "full"])
 def test_what_is_for_the_night_is_left_out_by_day(full):
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
     tests = ["tests/models/test_zoo.py", "tests/benchmarks/test_digits_vqa.py"]

@@ -100,6 +100,7 @@ for repository in ("someone/model", "someone/lora"):
     assert not [request for request in fetched if request.endswith("/model.safetensors")]
 
 
+@pytest.mark.nightly
 def test_a_private_repository_and_a_folder_in_it(run, tmp_path):
     run, hub = run
     adapter = patch_model(tiny.llava())
@@ -164,6 +165,7 @@ NOT_THERE = {
 }
 
 
+@pytest.mark.nightly
 def test_what_the_hub_does_not_have(run):
     run, _ = run
     told = run(

@@ -15,6 +15,7 @@ from tests.unified.two_processes import STEPS, loss_of, optimizer_of, prepared
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_two_processes_train_what_one_does(tmp_path):
     script = Path(__file__).with_name("two_processes.py")
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), str(tmp_path)]
