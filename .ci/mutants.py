@@ -95,6 +95,7 @@ MUTANTS = (
         "        torch.compiler.reset()",
         "        pass",
         ("tests/patching/test_wrapped.py", "-k", "ran_compiled"),
+        night=True,
     ),
     # A tenth of the damaged folders, a twentieth of the guided runs, fewer kills.
     Mutant(

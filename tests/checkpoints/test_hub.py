@@ -36,6 +36,7 @@ def run(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_uploaded_and_loaded_again(run, tmp_path):
     run, hub = run
     said = run(

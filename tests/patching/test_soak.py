@@ -113,6 +113,7 @@ class EndlessCache(cache.LRUCache):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_a_cache_without_bound_is_noticed(monkeypatch):
     monkeypatch.setattr(encoders, "LRUCache", EndlessCache)
     found, failures = soaked()

@@ -18,7 +18,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from emma_adapter import EmmaConfig, PatchError, get_adapter, load_adapter, patch_model, unpatch_model
 from emma_adapter.integrations.qwen_vl import block_order, window_order
 from tests.support import tiny
-from tests.support.budget import budget
 from tests.support.life import leftovers
 from tests.support.zoo import ZOO
 from tests.support.zoo.rows import Row
@@ -121,7 +120,8 @@ REGIONS = {
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("_compiler")
-@pytest.mark.parametrize("how", budget(["the whole"], ["the whole", "regions"]))
+@pytest.mark.nightly
+@pytest.mark.parametrize("how", ["the whole", "regions"])
 def test_a_model_that_ran_compiled_sees_what_comes_after(how, tmp_path):
     model, twin = tiny.llava(), tiny.llava()
     if how == "regions":
