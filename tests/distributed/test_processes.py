@@ -97,7 +97,8 @@ def test_wrappers_of_pytorch(references):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", budget([SHARDED], list(CONFIGS)))
+@pytest.mark.nightly
+@pytest.mark.parametrize("engine", list(CONFIGS))
 def test_accelerate(engine, references, tmp_path):
     (tmp_path / "projector-True.pt").symlink_to(references / "projector-True.pt")
     (tmp_path / "config.yaml").write_text(CONFIGS[engine])

@@ -123,6 +123,7 @@ def test_a_cache_without_bound_is_noticed(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_a_leak_drift_and_failures_are_noticed(monkeypatch):
     kept = []
 
