@@ -25,7 +25,7 @@ from emma_adapter import EmmaVisionExperts, add_vision_expert
 from ..digits_vqa.scenes import EMPTY
 from .captions import question
 from .figures import interval, load_records
-from .make_base import IMAGE, _turn, make_batch, say
+from .make_base import asking, make_batch, say
 from .scenes import CELL, Scenes, from_cells, render, sample_scenes
 from .training import WORK, Optimizer, train
 from .vlm import load_base, to_pixel_values
@@ -34,7 +34,7 @@ RESULTS = Path(__file__).parents[1] / "results" / "digits-experts.jsonl"
 EXPERT = "charts"
 SEEDS = (0, 1, 2)
 STEPS, ROUTER_STEPS = 400, 60
-BATCH, QUESTIONS = 32, 4
+BATCH = 32
 SCENES = 300
 
 _RGB = torch.tensor([[1.0, 0.15, 0.15], [0.15, 0.9, 0.2], [0.25, 0.4, 1.0], [1.0, 0.95, 0.15]])
@@ -68,13 +68,7 @@ def train_expert(experts: EmmaVisionExperts, *, seed: int, steps: int, work: Pat
 
     def loss(step: int, rng: np.random.Generator) -> Tensor:
         scenes = sample_scenes(BATCH, "train", rng)
-        talks = []
-        for digits, colours in zip(scenes.digits, scenes.colours, strict=True):
-            talk: list[dict[str, object]] = []
-            for number in range(QUESTIONS):
-                asked, answer = question(digits, colours, rng)
-                talk += [_turn("user", *([] if number else [IMAGE]), asked), _turn("assistant", answer)]
-            talks.append(talk)
+        talks = [asking(scenes, i, rng, shown=True) for i in range(len(scenes))]
         value: Tensor = model(**make_batch(talks, [True] * len(talks), render_charts(scenes))).loss
         return value
 

@@ -94,7 +94,7 @@ class EmmaVisionExperts:
 
         Raises:
             ConfigError: if a label is neither.
-            DataError: if there are no pixels, or as many labels as images.
+            DataError: if there are no pixels, or not as many labels as images.
             PatchError: in a process that trains together with others.
             UnsupportedModelError: if the model has no method that encodes images.
         """

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import PatchError
 from ..modules import sharding
-from ..modules.views import SEPARATOR, with_parameters
+from ..modules.views import SEPARATOR, wide, with_parameters
 
 #: The router's logit of an expert at the start, that of the original being 0: so low that no image is taken.
 START = -2.0
@@ -99,11 +99,6 @@ def expected_tensors(names: Sequence[str], mlps: Sequence[Mapping[str, Tensor]],
         **{f"experts.{key}": value for name in names for key, value in expert_tensors(name, mlps).items()},
         **{f"router.{name}{SEPARATOR}{part}": value for name in names for part, value in router.items()},
     }
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype that copies of weights in ``dtype`` are trained in: float32 or wider."""
-    return torch.promote_types(torch.float32, dtype)
 
 
 def _require_here(parameters: Any) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from . import private
@@ -63,3 +64,8 @@ def with_parameters(module: nn.Module, parameters: Mapping[str, Tensor]) -> nn.M
             own[name] = value.to(module.get_parameter(name).dtype)
     children = {name: with_parameters(module.get_submodule(name), values) for name, values in below.items()}
     return private.view_of(module, children, own)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype that small weights are trained in beside a base in ``dtype``: float32 or wider."""
+    return torch.promote_types(torch.float32, dtype) if dtype.is_floating_point else torch.float32

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
 from ..modules import private
-from ..modules.views import SEPARATOR, base_parts, is_linear, is_quantized, unwrapped
+from ..modules.views import SEPARATOR, base_parts, is_linear, is_quantized, unwrapped, wide
 
 #: What the first layers share with the base, by name in the attention module.
 SHARED_NAMES = ("q_proj", "k_proj", "q_norm", "k_norm")
@@ -98,11 +98,6 @@ def decoupled_parameters(
                 dtype = value.dtype if decoupling == "full" else wide(value.dtype)
                 found[key] = nn.Parameter(value.detach().clone().to(dtype), requires_grad=True)
     return found
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype that small weights are trained in beside a base in ``dtype``: float32 or wider."""
-    return torch.promote_types(torch.float32, dtype) if dtype.is_floating_point else torch.float32
 
 
 def _low_rank(path: str, module: Any, rank: int, device: torch.device) -> dict[str, nn.Parameter]:

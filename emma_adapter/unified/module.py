@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..modules.views import wide
 from .config import UnifiedConfig
-from .layers import decoupled_parameters, generation_view, text_model_of, wide
+from .layers import decoupled_parameters, generation_view, text_model_of
 
 _TIME_CHANNELS = 256
 
