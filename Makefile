@@ -34,12 +34,14 @@ test-mutants: $(VENV)/.installed
 	$(BIN)/python .ci/mutants.py
 
 # What depends on the releases of others, on the oldest transformers, torch, PEFT and Triton that are supported.
+OLDEST = tests/patching/test_families.py tests/patching/test_original_classes.py tests/patching/test_packing.py \
+	tests/adapter/test_peft.py tests/modules/test_private.py tests/kernels/test_launches.py \
+	tests/kernels/test_direct_launches.py \
+	"tests/kernels/test_interpreter.py::test_kernels_in_tritons_interpreter[test_cross_attention_interpreted]"
+OLDEST_AT_NIGHT = tests/patching/test_qwen_vl.py tests/patching/test_llava.py tests/models/test_zoo.py \
+	tests/adapter/test_peft_methods.py tests/unified tests/experts
 test-oldest: $(OLDEST_VENV)/.installed
-	$(OLDEST_VENV)/bin/python $(PYTEST) tests/patching/test_families.py tests/patching/test_original_classes.py \
-		tests/patching/test_qwen_vl.py tests/patching/test_packing.py tests/patching/test_llava.py tests/models/test_zoo.py \
-		tests/adapter/test_peft.py tests/adapter/test_peft_methods.py tests/modules/test_private.py \
-		tests/kernels/test_launches.py tests/kernels/test_direct_launches.py \
-		"tests/kernels/test_interpreter.py::test_kernels_in_tritons_interpreter[test_cross_attention_interpreted]"
+	$(OLDEST_VENV)/bin/python $(PYTEST) $(OLDEST) $(if $(filter full,$(TEST_BUDGET)),$(OLDEST_AT_NIGHT))
 
 # All tests on the newest releases, of these packages the pre-releases too: tells early what others are about to change.
 # tests/modules/test_private.py fails first where it is something that emma_adapter/modules/private.py relies on. Installed anew each time.

@@ -15,7 +15,7 @@ from emma_adapter import ConfigError, EmmaAlignment, EmmaConfig, Fusion, Packing
 from emma_adapter.alignment.fusion import fusion_class, fusion_names, resampling
 from emma_adapter.alignment.fusion.resampling import resample
 from tests.support import tiny
-from tests.support.budget import budget
+from tests.support.budget import budget, some
 
 B, GRID, D, T, DT = 3, (2, 3), 8, 5, 6
 N = GRID[0] * GRID[1]
@@ -858,8 +858,7 @@ def test_packed_images_are_aligned_as_if_each_were_alone(fusion, data):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("strict", [True, False])
-@pytest.mark.parametrize("fusion", ["attention", "linear"])
+@pytest.mark.parametrize(("fusion", "strict"), some(1, ["attention", "linear"], [True, False]))
 def test_export_leaves_nothing_behind(fusion, strict, monkeypatch):
     """Tracing runs this code on tensors without numbers, which must not turn up in a later call."""
     monkeypatch.setattr(resampling, "_WEIGHTS", {})

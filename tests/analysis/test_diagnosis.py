@@ -160,6 +160,7 @@ class Pooled(nn.Module):
         return image_features.mean(1, keepdim=True).expand_as(image_features)
 
 
+@pytest.mark.nightly
 def test_two_questions_under_one_name_are_told_apart():
     """Which half is bright can be read off the tokens once it is known which is asked, and not off their mean."""
     batches, answers, _ = painted_batches(160)
@@ -217,6 +218,7 @@ def test_an_answer_that_no_token_shows_is_lost_to_any_adapter():
     assert found.verdict == "not linear in the visual tokens"
 
 
+@pytest.mark.nightly
 def test_an_instruction_that_does_not_tell_what_is_asked():
     batches, answers, asked = painted_batches()
     for batch in batches:

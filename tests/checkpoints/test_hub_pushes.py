@@ -43,6 +43,22 @@ for repository in ("someone/two", "someone/saved"):
     load_adapter(base, repository, subfolder="emma_adapter/other", name="other")
     assert found.set_active("other").config.fusion == "attention"
 """
+    )
+    for repository in ("someone/two", "someone/saved"):
+        # One commit, as of an unpatched model.
+        _, files = hub.branches[repository]["main"]
+        assert {"model.safetensors", "emma_adapter/adapter_config.json", "emma_adapter/other/README.md"} <= set(files)
+        card = files["README.md"].decode()
+        assert f'load_adapter(model, "{repository}", processor=processor)' in card
+        assert "PeftModel" not in card
+    assert len(hub.branches["someone/two"]["later"]) == 2
+
+
+@pytest.mark.nightly
+def test_pushed_by_a_lora(run):  # noqa: F811
+    run, hub = run
+    run(
+        _COMMON
         + _LORA
         + """
 both = lora(trained(1))
@@ -58,14 +74,6 @@ patch_model(base)
 same(PeftModel.from_pretrained(base, "someone/both"), expected)
 """
     )
-    for repository in ("someone/two", "someone/saved"):
-        # One commit, as of an unpatched model.
-        _, files = hub.branches[repository]["main"]
-        assert {"model.safetensors", "emma_adapter/adapter_config.json", "emma_adapter/other/README.md"} <= set(files)
-        card = files["README.md"].decode()
-        assert f'load_adapter(model, "{repository}", processor=processor)' in card
-        assert "PeftModel" not in card
-    assert len(hub.branches["someone/two"]["later"]) == 2
     files = hub.branches["someone/both"]["main"][-1]
     assert {"adapter_config.json", "adapter_model.safetensors", "emma_adapter/default/adapter_config.json"} <= set(
         files

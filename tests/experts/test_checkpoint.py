@@ -78,6 +78,7 @@ def script(saved: Path) -> str:
     return SAME.format(root=root, threads=threads, features=str(saved / "features.pt"))
 
 
+@pytest.mark.nightly
 def test_a_fresh_process_computes_the_same(saved):
     code = f"{script(saved)}\ncheck(load_vision_experts(entry.model(), {str(saved)!r}))"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])

@@ -24,7 +24,7 @@ def fuzz(folder: Path, target: str, *options: str) -> subprocess.CompletedProces
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("target", "runs"), [("config", budget(1_500, 50_000)), ("header", budget(500, 4_000))])
+@pytest.mark.parametrize(("target", "runs"), [("config", budget(1_000, 50_000)), ("header", budget(300, 4_000))])
 def test_no_run_ends_in_anything_but_a_typed_error(target, runs, tmp_path):
     done = fuzz(tmp_path, target, f"-runs={runs}")
     assert done.returncode == 0, done.stderr[-3000:]

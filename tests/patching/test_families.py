@@ -379,8 +379,7 @@ def test_chunked_prefill(entry):
     )
 
 
-@entries
-@pytest.mark.parametrize("new_ids_only", [False, True])
+@pytest.mark.parametrize(("entry", "new_ids_only"), some(1, ZOO.values(), [False, True]), ids=_name)
 @pytest.mark.parametrize("cache_name", ["past_key_values", "cache"])
 def test_a_continued_chat_with_a_cache_and_a_new_image(entry, cache_name, new_ids_only):
     model, adapter = trained(entry)

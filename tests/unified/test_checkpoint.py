@@ -88,6 +88,7 @@ def test_every_weight_comes_back(tmp_path, config, dtype):
     assert all(own[name].dtype == other[name].dtype and torch.equal(own[name], other[name]) for name in own)
 
 
+@pytest.mark.nightly
 def test_the_hub(saved, tmp_path):
     """A branch is loaded from there without what else is there, and uploaded beside it; a card is left as it is."""
     with fake_hub.for_scripts(tmp_path) as (run, hub):
