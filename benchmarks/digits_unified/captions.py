@@ -77,8 +77,11 @@ class Edits:
         return len(self.before)
 
 
-def sample_edits(scenes: Scenes, split: str, rng: np.random.Generator) -> Edits:
-    """One instruction for each scene. Makes no combination of digit and colour that is held out."""
+def sample_edits(scenes: Scenes, split: str, rng: np.random.Generator, *, moves: float | None = None) -> Edits:
+    """One instruction for each scene. Makes no combination of digit and colour that is held out.
+
+    ``moves``: the share of moves where a cell is empty; None: as often as any other kind.
+    """
     grid = scenes.grid
     digits, colours, scans, hands, inks = (
         getattr(scenes, name).copy() for name in ("digits", "colours", "scans", "hands", "inks")
@@ -92,6 +95,8 @@ def sample_edits(scenes: Scenes, split: str, rng: np.random.Generator) -> Edits:
         digit, colour = digits[i, cell], colours[i, cell]
         name = DIGITS[digit] if named else f"digit at the {position(cell, grid)}"
         kind = EDITS[rng.integers(len(EDITS) if len(empty) else 3)]
+        if moves is not None and len(empty):
+            kind = "move" if rng.random() < moves else EDITS[rng.integers(4)]
         if kind == "recolour":
             colours[i, cell] = rng.choice(np.flatnonzero(SEEN[digit] & (np.arange(len(COLOURS)) != colour)))
             instructions.append(f"make the {name} {COLOURS[colours[i, cell]]}")

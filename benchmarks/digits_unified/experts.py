@@ -8,7 +8,6 @@ command goes on where it stopped. At the end it writes the table. About ten minu
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,8 +23,8 @@ from emma_adapter import EmmaVisionExperts, add_vision_expert
 
 from ..digits_vqa.scenes import EMPTY
 from .captions import question
-from .figures import interval, load_records
 from .make_base import asking, make_batch, say
+from .records import add_record, load_records, mean_and_interval
 from .scenes import CELL, Scenes, from_cells, render, sample_scenes
 from .training import WORK, Optimizer, train
 from .vlm import load_base, to_pixel_values
@@ -140,8 +139,7 @@ def table(records: list[dict[str, Any]]) -> str:
         cells = []
         for kind in KINDS:
             values = np.array([record["right"][f"{name}, {kind}"] for record in records], dtype=float)
-            average, low, high = interval(values)
-            cells.append(f"{average:.3f} ({low:.3f} to {high:.3f})")
+            cells.append(mean_and_interval(values))
         lines.append(f"| {text} | {' | '.join(cells)} |")
     shares = [np.mean([record["to the expert"][kind] for record in records]) for kind in KINDS]
     lines.append(f"| routed to the expert | {shares[0]:.3f} | {shares[1]:.3f} |")
@@ -182,8 +180,7 @@ def main(results: Path, steps: int, scenes: int, work: Path) -> None:
             "seconds": round(seconds),
             **measure(experts, scenes),
         }
-        with results.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        add_record(results, record)
     text = table(load_records(results))
     results.with_suffix(".md").write_text(text)
     click.echo(text)

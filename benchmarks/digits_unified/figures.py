@@ -7,7 +7,6 @@ stopped. At the end it writes the table. About two hours on a free core.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,8 @@ import click
 import numpy as np
 import torch
 
-from .judge import Scores
+from .judge import listed
+from .records import add_record, load_records, mean_and_interval
 from .runs import STEPS, Drawn, Painter, draw, edit, fit, make_painter
 
 RESULTS = Path(__file__).parents[1] / "results" / "digits-unified.jsonl"
@@ -66,30 +66,10 @@ def name_of(copies: Any) -> str:
 
 def measure(painter: Painter, n: int, seed: int) -> dict[str, dict[str, Any]]:
     return {
-        task: {"scores": _listed(drawn.scores), "ceiling": _listed(drawn.ceiling)}
+        task: {"scores": listed(drawn.scores), "ceiling": listed(drawn.ceiling)}
         for task, run in TASKS.items()
         for drawn in [run(painter, n, seed)]
     }
-
-
-def _listed(scores: Scores) -> dict[str, list[float | None]]:
-    return {
-        name: [None if np.isnan(value) else round(float(value), 4) for value in values]
-        for name, values in scores.items()
-    }
-
-
-def load_records(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def interval(values: np.ndarray, draws: int = 2000) -> tuple[float, float, float]:
-    """Mean and 95 % interval of ``[seeds, n]``, by a bootstrap over seeds and, apart from them, over scenes."""
-    rng = np.random.default_rng(0)
-    seeds, n = values.shape
-    means = [np.nanmean(values[rng.integers(0, seeds, seeds)][:, rng.integers(0, n, n)]) for _ in range(draws)]
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(np.nanmean(values)), float(low), float(high)
 
 
 def table(records: list[dict[str, Any]]) -> str:
@@ -103,8 +83,7 @@ def table(records: list[dict[str, Any]]) -> str:
         cells, ceiling = [], None
         for kind in kinds:
             found = [record["figures"][task] for record in records if record["copies"] == kind]
-            average, low, high = interval(np.array([one["scores"][figure] for one in found], dtype=float))
-            cells.append(f"{average:.3f} ({low:.3f} to {high:.3f})")
+            cells.append(mean_and_interval(np.array([one["scores"][figure] for one in found], dtype=float)))
             ceiling = np.nanmean(np.array([one["ceiling"][figure] for one in found], dtype=float))
         rows.append([task, figure, *cells, f"{ceiling:.3f}"])
     for text, values in (
@@ -147,8 +126,7 @@ def main(results: Path, steps: int, scenes: int, only: tuple[str, ...]) -> None:
                 "seconds": round(seconds),
                 "figures": measure(painter, scenes, seed),
             }
-            with results.open("a") as file:
-                file.write(json.dumps(record) + "\n")
+            add_record(results, record)
     text = table(load_records(results))
     results.with_suffix(".md").write_text(text)
     click.echo(text)

@@ -129,6 +129,14 @@ def mean(scores: Scores) -> dict[str, float]:
     return {name: float(np.nanmean(values)) for name, values in scores.items() if not np.isnan(values).all()}
 
 
+def listed(scores: Scores) -> dict[str, list[float | None]]:
+    """As JSON holds them."""
+    return {
+        name: [None if np.isnan(value) else round(float(value), 4) for value in values]
+        for name, values in scores.items()
+    }
+
+
 def _where(values: np.ndarray, there: np.ndarray) -> np.ndarray:
     """The mean over the cells that are there, of each picture."""
     values, there = (array.reshape(len(array), -1) for array in (values, there))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from hashlib import blake2b
@@ -39,6 +40,8 @@ class Phase:
     editing: float
     #: The share of 3x3 scenes, by steps.
     large: float
+    #: The share of moves among instructions on scenes with an empty cell; None: a fifth, as in the tests.
+    moves: float | None = None
 
 
 PHASES = (
@@ -91,30 +94,36 @@ class Painter:
     model: Qwen3VLForConditionalGeneration
     processor: Any
     unified: EmmaUnified
+    #: How often each reference picture is in the prompt.
+    repeats: int = 1
+
+    def references(self, pictures: Tensor) -> list[list[Image.Image]]:
+        """Of each of the pictures ``[n, 3, H, W]`` in [0, 1], what its prompt shows."""
+        return [[picture] * self.repeats for picture in to_pil(pictures)]
 
     @property
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
 
 
-def make_config(decoupling: Any) -> UnifiedConfig:
+def make_config(decoupling: Any, **changes: Any) -> UnifiedConfig:
     latents = json.loads((AUTOENCODER_DIR / LATENTS_FILE).read_text())
-    return UnifiedConfig(
-        decoupling=decoupling,
-        latent_mean=tuple(latents["mean"]),
-        latent_std=tuple(latents["std"]),
-        noise_draws=DRAWS,
-        timestep_density="uniform",
-        time_shift=1.0,
-    )
+    settings = {
+        "latent_mean": tuple(latents["mean"]),
+        "latent_std": tuple(latents["std"]),
+        "noise_draws": DRAWS,
+        "timestep_density": "uniform",
+        "time_shift": 1.0,
+    }
+    return UnifiedConfig(decoupling=decoupling, **{**settings, **changes})
 
 
-def make_painter(decoupling: Any, seed: int) -> Painter:
-    """A branch at its start."""
+def make_painter(decoupling: Any, seed: int, **changes: Any) -> Painter:
+    """A branch at its start; ``changes``: of its config."""
     torch.manual_seed(seed)
     model, processor = load_base(), AutoProcessor.from_pretrained(BASE_DIR)
     autoencoder = Remembering(load_autoencoder())
-    unified = unify_model(model, make_config(decoupling), processor=processor, autoencoder=autoencoder)
+    unified = unify_model(model, make_config(decoupling, **changes), processor=processor, autoencoder=autoencoder)
     unified.set_progress_bar_config(disable=True)
     unified.train_only()
     return Painter(model, processor, unified)
@@ -133,32 +142,40 @@ def drawing_prompts(scenes: Scenes, rng: np.random.Generator, *, without_places:
 
 
 @cache
-def training_edits(grid: int, hand: Hand) -> Edits:
-    """Training scenes, an instruction for each, and what becomes of them."""
-    rng = np.random.default_rng((400, grid, len(hand)))
-    return sample_edits(sample_scenes(POOL, "train", rng, grid=grid, hand=hand), "train", rng)
+def edits_of(split: str, grid: int, hand: Hand, moves: float | None) -> Edits:
+    """Scenes, an instruction for each, and what becomes of them."""
+    rng = np.random.default_rng((400 if moves is None else 403, grid, len(hand)))
+    return sample_edits(sample_scenes(POOL, split, rng, grid=grid, hand=hand), split, rng, moves=moves)
 
 
-def loss(painter: Painter, phase: Phase, step: int, rng: np.random.Generator) -> Tensor:
+def loss(painter: Painter, phase: Phase, step: int, rng: np.random.Generator, split: str = "train") -> Tensor:
     grid = 3 if rng.random() < phase.large else 2
     hand: Hand = "varied" if rng.random() < VARIED else "natural"
-    edits, rows = training_edits(grid, hand), rng.integers(0, POOL, BATCH[grid])
+    edits, rows = edits_of(split, grid, hand, phase.moves), rng.integers(0, POOL, BATCH[grid])
     before = edits.before[rows]
     if step < phase.drawing_only * phase.steps or rng.random() >= phase.editing:
         prompts = drawing_prompts(before, rng, without_places=WITHOUT_PLACES)
         return painter.unified.loss(prompts, render(before))
     instructions = [edits.instructions[row] for row in rows]
-    return painter.unified.loss(instructions, render(edits.after[rows]), images=to_pil(render(before)))
+    return painter.unified.loss(instructions, render(edits.after[rows]), images=painter.references(render(before)))
 
 
 def fit(
-    painter: Painter, name: str, *, seed: int, first: int = 0, until: int = STEPS, work: Path | None = WORK
+    painter: Painter,
+    name: str,
+    *,
+    seed: int,
+    phases: Sequence[Phase] = PHASES,
+    first: int = 0,
+    until: int | None = None,
+    work: Path | None = WORK,
 ) -> None:
-    """Train all that is trainable, from step ``first`` of ``STEPS`` up to step ``until``."""
+    """Train all that is trainable, from step ``first`` of all phases' up to step ``until``, or to the end."""
+    until = sum(phase.steps for phase in phases) if until is None else until
     trained = [(name, p) for name, p in painter.model.named_parameters() if p.requires_grad]
     edges = [p for name, p in trained if "layers" not in name]
     before = 0
-    for number, phase in enumerate(PHASES):
+    for number, phase in enumerate(phases):
         if first < before + phase.steps and until > before:
             optimizer = Optimizer((p for _, p in trained), phase.rate, phase.horizon, edges=edges)
             train(
@@ -187,12 +204,34 @@ class Drawn:
     edits: Edits | None = None
 
 
-def _generators(n: int, seed: int) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(1_000_003 * seed + i) for i in range(n)]
-
-
-def _batches(n: int, size: int = 50) -> list[slice]:
-    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
+def generate(
+    painter: Painter,
+    prompts: list[str],
+    references: list[list[Image.Image]] | None = None,
+    *,
+    grid: int,
+    seed: int,
+    steps: int = SAMPLING_STEPS,
+    batch: int = 50,
+    **scales: Any,
+) -> Tensor:
+    """Pictures ``[n, 3, H, W]``, each of its own generator."""
+    scales = {"guidance_scale": GUIDANCE, **scales}
+    made = []
+    for start in range(0, len(prompts), batch):
+        rows = slice(start, min(start + batch, len(prompts)))
+        drawn = painter.unified.generate_images(
+            prompts[rows],
+            image=None if references is None else references[rows],
+            height=grid * CELL,
+            width=grid * CELL,
+            num_inference_steps=steps,
+            generator=[torch.Generator().manual_seed(1_000_003 * seed + i) for i in range(rows.start, rows.stop)],
+            output_type="pt",
+            **scales,
+        )
+        made.append(drawn.images)
+    return torch.cat(made)
 
 
 def draw(
@@ -211,21 +250,7 @@ def draw(
     rng = np.random.default_rng(401)
     scenes = sample_scenes(n, split, rng, grid=grid, combinations=combinations)
     prompts = drawing_prompts(scenes, rng, without_places=float(not places))
-    generators = _generators(n, seed)
-    pictures = torch.cat(
-        [
-            painter.unified.generate_images(
-                prompts[rows],
-                height=grid * CELL,
-                width=grid * CELL,
-                num_inference_steps=steps,
-                guidance_scale=guidance,
-                generator=generators[rows],
-                output_type="pt",
-            ).images
-            for rows in _batches(n)
-        ]
-    )
+    pictures = generate(painter, prompts, grid=grid, seed=seed, steps=steps, guidance_scale=guidance)
     judge, ideal = load_judge(), reconstruct(render(scenes))
     scores, ceiling = (score_drawings(judge.read(seen), scenes) for seen in (pictures, ideal))
     return Drawn(prompts, scenes, pictures, ideal, scores, ceiling)
@@ -245,22 +270,15 @@ def edit(
     """Edit pictures in unseen handwriting by one instruction each."""
     rng = np.random.default_rng(402)
     edits = sample_edits(sample_scenes(n, split, rng, grid=grid), split, rng)
-    sources, generators = to_pil(render(edits.before)), _generators(n, seed)
-    pictures = torch.cat(
-        [
-            painter.unified.generate_images(
-                edits.instructions[rows],
-                image=sources[rows],
-                height=grid * CELL,
-                width=grid * CELL,
-                num_inference_steps=steps,
-                guidance_scale=guidance,
-                image_guidance_scale=image_guidance,
-                generator=generators[rows],
-                output_type="pt",
-            ).images
-            for rows in _batches(n)
-        ]
+    pictures = generate(
+        painter,
+        edits.instructions,
+        painter.references(render(edits.before)),
+        grid=grid,
+        seed=seed,
+        steps=steps,
+        guidance_scale=guidance,
+        image_guidance_scale=image_guidance,
     )
     judge, ideal = load_judge(), reconstruct(render(edits.after))
     scores, ceiling = (score_edits(judge.read(seen), edits, seen, ideal) for seen in (pictures, ideal))

@@ -15,12 +15,13 @@ from transformers import AutoProcessor
 
 from benchmarks.digits_unified import (
     captions,
+    comparisons,
     demo,
-    figures,
     judge,
     make_adapter,
     make_autoencoder,
     make_base,
+    records,
     runs,
     training,
     vlm,
@@ -283,7 +284,7 @@ def test_training_uses_what_a_step_draws(painter):
 
 def test_intervals_hold_the_mean_of_known_values():
     values = np.random.default_rng(0).binomial(1, 0.8, (3, 400)).astype(float)
-    average, low, high = figures.interval(values)
+    average, low, high = records.interval(values)
     assert low < 0.8 < high and low < average < high and high - low < 0.1
 
 
@@ -301,3 +302,46 @@ def test_the_demo_tells_the_whole_story(tmp_path):
     for name in ("drawings.png", "edits.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "adapter" / "unified_model.safetensors").is_file()
+
+
+def test_comparisons_sweep_rates_and_then_seeds(tmp_path):
+    """A run that is on record isn't done again, and the best rate of the first seed trains the others."""
+    arm = next(arm for arm in comparisons.ARMS if arm.name == "reference by token")
+    path = tmp_path / "records.jsonl"
+    record = {"arm": arm.name, "steps": 2, "parameters": 1}
+    for rate, loss in zip(comparisons.RATES, (0.3, 0.1, 0.2), strict=True):
+        assert (arm, rate, 0) in comparisons.pending(records.load_records(path), [arm])
+        records.add_record(path, {**record, "rate": rate, "seed": 0, "validation loss": loss, "figures": {}})
+    assert comparisons.best_rate(records.load_records(path), arm) == comparisons.RATES[1]
+    wanted = [(arm, comparisons.RATES[1], seed) for seed in (1, 2)]
+    assert comparisons.pending(records.load_records(path), [arm]) == wanted
+
+
+def test_each_way_of_showing_a_reference_is_what_it_says():
+    rows, visual, latents = 4 * 4, torch.randn(16, 128), torch.randn(16, 32)
+    for arm in comparisons.ARMS[:4]:
+        made = comparisons.make(arm, 0)
+        module = made.model.emma_unified
+        torch.nn.init.normal_(module.fusion["latents"])
+        own = latents @ module.fusion["latents"].mT
+        fused = module.fuse(visual, latents)
+        as_latents, as_seen = ((fused - wanted).abs().amax(1) < 1e-4 for wanted in (own, visual))
+        assert as_latents.sum() == {"latents only": rows, "by token": rows / 2}.get(arm.reference, 0)
+        assert as_seen.sum() == {"visual tokens only": rows, "by token": rows / 2}.get(arm.reference, 0)
+        if arm.reference == "by channel":
+            torch.testing.assert_close(fused, visual + own)
+
+
+def test_the_comparisons_run_and_are_told(tmp_path):
+    results = tmp_path / "records.jsonl"
+    options = ["--workers", "1", "--steps", "1", "--scenes", "4", "--work", str(tmp_path / "work")]
+    asked = [*options, "--results", str(results), "--only", "default", "--only", "reference by token"]
+    done = CliRunner().invoke(comparisons.main, asked, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    found = records.load_records(results)
+    assert len(found) == 2 * 5
+    assert {record["picture tokens"] for record in found} == {4, 8}
+    text = results.with_suffix(".md").read_text()
+    assert text.count("| reference by token |") == 1 and "| describe, then draw |" in text
+    # The same command has nothing left to do.
+    assert "runs" not in CliRunner().invoke(comparisons.main, asked).output.split("|")[0]
