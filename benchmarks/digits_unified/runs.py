@@ -77,7 +77,8 @@ class Remembering(nn.Module):
         self._latents: dict[bytes, Tensor] = {}
 
     def encode(self, x: Tensor) -> SimpleNamespace:
-        keys = [blake2b(one.tobytes()).digest() for one in (x * 127.5).round().short().numpy()]
+        # As steps of 1/255: a picture and what a processor made of it differ by roundings.
+        keys = [blake2b(one.tobytes()).digest() for one in ((x + 1) * 127.5).round().byte().numpy()]
         new = {key: row for row, key in enumerate(keys) if key not in self._latents}
         if new:
             self._latents.update(zip(new, self.autoencoder.encode(x[list(new.values())]).latent, strict=True))

@@ -282,6 +282,18 @@ def test_training_uses_what_a_step_draws(painter):
     assert losses[0] == losses[3] and len(set(losses)) == 3 and max(losses) < 1.5
 
 
+def test_a_picture_is_encoded_once_also_where_a_prompt_shows_it(painter, monkeypatch):
+    """Its pixels there are what the processor made of them."""
+    coder, encoded = painter.unified.autoencoder, []
+    coder._latents.clear()
+    encode = coder.autoencoder.encode
+    monkeypatch.setattr(coder.autoencoder, "encode", lambda x: encoded.append(len(x)) or encode(x))
+    editing = replace(runs.PHASES[-1], editing=1.0, large=0.0)
+    with torch.no_grad():
+        runs.loss(painter, editing, 0, np.random.default_rng(0))
+    assert sum(encoded) == 2 * runs.BATCH[2]
+
+
 def test_intervals_hold_the_mean_of_known_values():
     values = np.random.default_rng(0).binomial(1, 0.8, (3, 400)).astype(float)
     average, low, high = records.interval(values)
