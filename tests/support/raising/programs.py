@@ -111,17 +111,17 @@ def talk(*messages: object, images: object = (IMAGE,)) -> dict[str, Any]:
     return {"images": list(images) if isinstance(images, tuple) else images, "messages": list(messages)}
 
 
-@raises(DataError, "data/rows.py:FileRows.__init__", "is not UTF-8")
+@raises(DataError, "data/tables.py:FileTable.__init__", "is not UTF-8")
 def data_in_another_encoding(bench: Bench) -> None:
     finetune(bench, '{"messages": "für"}'.encode("latin-1"))
 
 
-@raises(DataError, "data/rows.py:FileRows.__init__", "must hold a list of rows")
+@raises(DataError, "data/tables.py:FileTable.__init__", "must hold a list of rows")
 def one_row_where_a_list_is_expected(bench: Bench) -> None:
     finetune(bench, talk(USER, ANSWER), "data.json")
 
 
-@raises(DataError, "data/rows.py:FileRows._row", "should be a JSON object")
+@raises(DataError, "data/tables.py:FileTable.row", "should be a JSON object")
 def a_row_that_is_a_list(bench: Bench) -> None:
     finetune(bench, "[1, 2]")
 
@@ -179,12 +179,12 @@ def a_question_about_an_image_of_floats(bench: Bench) -> None:
     Question.about(Image.open(floats(bench)), "is there a cat?")
 
 
-@raises(DataError, "data/rows.py:_parse", "is not valid JSON")
+@raises(DataError, "data/tables.py:_parse", "is not valid JSON")
 def a_row_that_is_cut_off(bench: Bench) -> None:
     finetune(bench, '{"images": [')
 
 
-@raises(DataError, "data/rows.py:DatasetRows.__init__", "has the columns")
+@raises(DataError, "data/rows.py:_check_columns", "has the columns")
 def a_dataset_with_other_columns(bench: Bench) -> None:
     from datasets import Dataset
 
@@ -194,7 +194,7 @@ def a_dataset_with_other_columns(bench: Bench) -> None:
     command("finetune", "--model", MODEL_ID, "--data", "questions", "--output", "out")
 
 
-@raises(DataError, "data/rows.py:_load_dataset", "can't be loaded with split")
+@raises(DataError, "data/tables.py:_load_dataset", "can't be loaded with split")
 def a_split_that_does_not_exist(bench: Bench) -> None:
     from datasets import Dataset, DatasetDict
 
@@ -344,7 +344,7 @@ def a_row_that_the_template_refuses(bench: Bench) -> None:
     finetune(bench, talk(USER, ANSWER))
 
 
-@raises(DataError, "data/rows.py:_load_dataset", "is no .jsonl file")
+@raises(DataError, "data/tables.py:_load_dataset", "is no .jsonl file")
 def a_dataset_without_the_package(bench: Bench) -> None:
     bench.monkeypatch.setitem(sys.modules, "datasets", None)
     open_rows("somewhere", "train", None)
