@@ -214,7 +214,7 @@ def images_in_the_parts_and_others_beside_them(bench: Bench) -> None:
     finetune(bench, talk({**USER, "content": [{"type": "image", "path": "images/1.png"}, "a cat?"]}, ANSWER))
 
 
-@raises(DataError, "data/conversations.py:_named", "name different images")
+@raises(DataError, "data/conversations.py:named_images", "name different images")
 def two_columns_of_images(bench: Bench) -> None:
     finetune(bench, {**talk(USER, ANSWER), "image": "images/1.png"})
 
@@ -279,7 +279,7 @@ def a_part_without_a_type(bench: Bench) -> None:
     finetune(bench, talk({**USER, "content": [{"text": "is there a cat?"}]}, ANSWER))
 
 
-@raises(DataError, "data/conversations.py:_parts", "half a character")
+@raises(DataError, "data/conversations.py:check_characters", "half a character")
 def half_a_character(bench: Bench) -> None:
     finetune(bench, talk({**USER, "content": "\ud83d"}, ANSWER))
 
