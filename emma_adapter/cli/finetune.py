@@ -78,9 +78,7 @@ def finetune(unified: bool, **settings: Any) -> None:
     for name in _OF_ALIGNMENT if unified else _OF_UNIFIED:
         if (value := settings.pop(name)) is not None and value is not False:
             flag = f"--{name.replace('_', '-')}"
-            why = (
-                "is not of what draws: leave it or --unified out" if unified else "is of what draws: it needs --unified"
-            )
+            why = "has no say over what draws: leave it or --unified out" if unified else "needs --unified"
             raise click.UsageError(f"{flag} {why}")
     if settings["subfolder"] is not None and settings["adapter"] is None:
         raise click.UsageError("--subfolder says where an adapter is: name its folder or repository with --adapter")

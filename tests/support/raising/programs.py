@@ -13,13 +13,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from emma_adapter import AnalysisError, CheckpointError, ConfigError, DataError, UnsupportedModelError
+from emma_adapter import AnalysisError, CheckpointError, ConfigError, DataError, ShapeError, UnsupportedModelError
 from emma_adapter.cli import main
 from emma_adapter.data.rows import open_rows
 from emma_adapter.report import Question, make_report
 from tests.support import tiny
 from tests.support.workspace import MODEL_ID, make_workspace
 from tests.support.zoo import ZOO
+from tests.unified.small import autoencoder
 
 from .files import OFFICIAL
 from .triggers import Bench, raises
@@ -202,6 +203,52 @@ def a_split_that_does_not_exist(bench: Bench) -> None:
     make_workspace(bench.folder)
     bench.monkeypatch.chdir(bench.folder)
     command("finetune", "--model", MODEL_ID, "--data", "split", "--output", "out")
+
+
+def finetune_unified(bench: Bench, *rows: dict[str, Any], batch_size: int = 2) -> None:
+    """With these rows, beside the pictures ``images/0.png``, ..., and the config of an autoencoder."""
+    make_workspace(bench.folder)
+    autoencoder().save_config(bench.folder / "autoencoder")
+    (bench.folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    bench.monkeypatch.chdir(bench.folder)
+    own = ["--unified", "--autoencoder", "autoencoder", "--per_device_train_batch_size", batch_size]
+    command("finetune", "--model", MODEL_ID, "--data", "data.jsonl", "--output", "out", *own, "--use_cpu", "true")
+
+
+def target(bench: Bench, height: int, width: int) -> str:
+    tiny.picture(0).resize((width, height)).save(bench.folder / f"{height}x{width}.png")
+    return f"{height}x{width}.png"
+
+
+@raises(DataError, "data/drawings.py:Drawings.check", "has no rows")
+def nothing_to_draw(bench: Bench) -> None:
+    finetune_unified(bench)
+
+
+@raises(DataError, "data/drawings.py:Drawings._read", "lacks")
+def a_conversation_to_draw(bench: Bench) -> None:
+    finetune_unified(bench, talk(USER, ANSWER))
+
+
+@raises(DataError, "data/drawings.py:Drawings._read", "the prompt is")
+def a_drawing_without_a_prompt(bench: Bench) -> None:
+    finetune_unified(bench, {"prompt": " ", "target": IMAGE})
+
+
+@raises(DataError, "data/drawings.py:Drawings.check", "{error}")
+def a_row_with_a_placeholder(bench: Bench) -> None:
+    finetune_unified(bench, {"prompt": "an <image>", "target": IMAGE})
+
+
+@raises(ShapeError, "data/drawings.py:Drawings._size", "or give --size to all")
+def a_target_that_is_no_multiple(bench: Bench) -> None:
+    finetune_unified(bench, {"prompt": "a bird", "target": target(bench, 64, 65)}, batch_size=1)
+
+
+@raises(ShapeError, "data/drawings.py:Drawings.check", "a batch has one size")
+def targets_of_two_sizes(bench: Bench) -> None:
+    sizes = (64, 64), (64, 96)
+    finetune_unified(bench, *({"prompt": "a bird", "target": target(bench, *size)} for size in sizes))
 
 
 @raises(DataError, "data/conversations.py:_matched", "the turns show")
