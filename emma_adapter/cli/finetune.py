@@ -16,23 +16,21 @@ _OF_ALIGNMENT = ("fusion", "instruction_encoder", "instruction_policy", "project
 _OF_UNIFIED = ("autoencoder", "rank", "size")
 
 
-class _Size(click.ParamType[Any]):
-    name = "HEIGHTxWIDTH"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
-        if isinstance(value, tuple):
-            return value
-        found = re.fullmatch(r"(\d+)(?:x(\d+))?", value)
-        if found is None:
-            self.fail(f"{value!r} is no size in pixels, as 512x768 (height x width) or 512.", param, ctx)
-        return int(found[1]), int(found[2] or found[1])
+def _size(context: click.Context, option: click.Parameter, value: str | None) -> tuple[int, int] | None:
+    if value is None:
+        return None
+    found = re.fullmatch(r"(\d+)(?:x(\d+))?", value)
+    if found is None:
+        raise click.BadParameter(f"{value!r} is no size in pixels, as 512x768 (height x width) or 512.")
+    return int(found[1]), int(found[2] or found[1])
 
 
-class _Rank(click.ParamType[Any]):
-    name = "RANK"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        return value if value == "full" else click.IntRange(1).convert(value, param, ctx)
+def _rank(context: click.Context, option: click.Parameter, value: str | None) -> Any:
+    if value is None or value == "full":
+        return value
+    if not value.isdecimal() or int(value) < 1:
+        raise click.BadParameter(f'{value!r} is no rank, which is an integer >= 1, or "full".')
+    return int(value)
 
 
 @click.command(
@@ -61,8 +59,15 @@ class _Rank(click.ParamType[Any]):
     help="With --unified: a folder or a hub id. Default: that of the --adapter, or "
     "mit-han-lab/dc-ae-f32c32-sana-1.0-diffusers.",
 )
-@click.option("--size", type=_Size(), help="With --unified: resize targets. Default: they have one size already.")
-@click.option("--rank", type=_Rank(), help='With --unified: of the copies of layers, or "full". Default: 64.')
+@click.option(
+    "--size",
+    metavar="HEIGHTxWIDTH",
+    callback=_size,
+    help="With --unified: resize targets to so many pixels. Default: they have one size already.",
+)
+@click.option(
+    "--rank", metavar="RANK", callback=_rank, help='With --unified: of the copies of layers, or "full". Default: 64.'
+)
 @dtype_option
 @trust_option
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[TRAINER ARGUMENTS]")

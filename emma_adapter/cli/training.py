@@ -9,13 +9,6 @@ from typing import Any
 import click
 
 
-def bfloat16_by_default() -> bool:
-    """Whether there is a GPU that computes in bfloat16."""
-    import torch
-
-    return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-
-
 def training_arguments(
     kind: Any, arguments: Sequence[str], output: Path, decided: Mapping[str, str], **defaults: Any
 ) -> Any:
@@ -31,6 +24,7 @@ def training_arguments(
     Raises:
         click.UsageError: naming an argument that is unknown, has an impossible value, or is decided here.
     """
+    import torch
     from transformers import HfArgumentParser
 
     class Parser(HfArgumentParser):
@@ -43,7 +37,7 @@ def training_arguments(
         if argument.startswith("--") and name in decided:
             raise click.UsageError(f"--{name} can't be given: {decided[name]}")
     parser = Parser(kind, allow_abbrev=False)
-    parser.set_defaults(bf16=bfloat16_by_default(), **defaults)
+    parser.set_defaults(bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(), **defaults)
     given = [*arguments, "--output_dir", str(output / "checkpoints")]
     try:
         settings, unknown = parser.parse_args_into_dataclasses(
