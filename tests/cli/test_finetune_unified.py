@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -258,3 +260,18 @@ def test_several_sizes_go_one_at_a_time(tmp_path):
     loss = float(said.split("mean loss ")[1].split()[0])
     assert math.isfinite(loss)
     assert told_by(tmp_path / "out")["config"]["decoupling"] == "full"
+
+
+@pytest.mark.slow
+@pytest.mark.nightly
+def test_two_processes_share_the_pictures_and_save_once(tmp_path):
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "emma_adapter.cli"]
+    command += ["finetune", *map(str, COMMON), "--data", "drawings.jsonl", "--output", str(tmp_path), "--rank", "2"]
+    done = subprocess.run(
+        [sys.executable, *command, "--num_train_epochs", "1"], check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Saved to") == 1
+    assert json.loads((tmp_path / "checkpoints" / "checkpoint-2" / "trainer_state.json").read_text())["epoch"] == 1
+    model, processor = base()
+    load_unified(model, tmp_path, processor=processor)
