@@ -23,7 +23,10 @@ FOREIGN = {
     "emma_adapter/checkpoints/base_model.py": {"_would_replace_a_model"},  # a FileExistsError: likewise
     "emma_adapter/files/tensor_file.py": {"ValueError"},  # caught there: what is wrong with a header
     "emma_adapter/experts/hooks.py": {"_EnoughError"},  # caught there: nothing more is to be computed
-    "emma_adapter/cli/finetune.py": {"click.UsageError"},  # printed with the command's usage
+    "emma_adapter/cli/finetune.py": {"click.UsageError", "click.BadParameter"},  # printed with the command's usage
+    "emma_adapter/cli/training.py": {"click.UsageError"},  # likewise
+    "emma_adapter/cli/train_alignment.py": {"click.UsageError"},  # likewise
+    "emma_adapter/cli/train_unified.py": {"click.UsageError"},  # likewise
     "emma_adapter/cli/report.py": {"click.UsageError"},  # likewise
     "emma_adapter/cli/options.py": {"click.UsageError"},  # likewise
     "emma_adapter/alignment/official_weights.py": {"_ForeignPickleError"},  # caught there: what is wrong with a pickle

@@ -65,7 +65,7 @@ def read_conversation(row: Mapping[str, Any], where: str, *, answered: bool = Tr
     for column, kind in _OTHER_MEDIA.items():
         if row.get(column):
             raise DataError(_unsupported(kind, where))
-    named = _named(row, where)
+    named = named_images(row, where)
     messages: list[Message] = []
     shown: list[Any] = []
     for number, turn in enumerate(_turns(row, where), 1):
@@ -94,13 +94,27 @@ def trainable_turns(messages: list[Message]) -> list[int]:
     ]
 
 
-def _named(row: Mapping[str, Any], where: str) -> list[Any]:
-    """The images of a row's own columns."""
+def named_images(row: Mapping[str, Any], where: str) -> list[Any]:
+    """Return the images of a row's own columns.
+
+    Raises:
+        DataError: if two columns name different ones.
+    """
     given = [row[column] for column in SHOWN if row.get(column) is not None]
     lists = [list(one) if isinstance(one, (list, tuple)) else [one] for one in given]
     if len(lists) == 2 and lists[0] != lists[1]:
         raise DataError(f'{where}: "images" and "image" name different images: leave one of them out')
     return lists[0] if lists else []
+
+
+def check_characters(text: str, where: str) -> None:
+    """Check that a tokenizer can read a text.
+
+    Raises:
+        DataError: if it holds half a character.
+    """
+    if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise DataError(f"{where}: the text holds half a character (a lone surrogate): repair its encoding")
 
 
 def _matched(shown: list[Any], named: list[Any], where: str) -> list[Any]:
@@ -197,8 +211,7 @@ def _parts(item: Any, where: str) -> tuple[list[dict[str, str]], Any]:
     text = item.get("text") if kind in _TEXT_PARTS else None
     if not isinstance(text, str):
         raise DataError(f"{where}: a part of the content is {shortened(item)}; the content must be {_CONTENT}")
-    if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise DataError(f"{where}: the text holds half a character (a lone surrogate): repair its encoding")
+    check_characters(text, where)
     first, *rest = text.split(_PLACEHOLDER)
     parts = [_text(first, stripped=bool(rest))]
     for piece in rest:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from os import PathLike
 from typing import Any, Protocol
 
@@ -125,7 +125,7 @@ class LatentCoder:
         return (pictures.float() / 2 + 0.5).clamp(0, 1).to(device)
 
     @torch.no_grad()
-    def measure(self, pictures: Sequence[Tensor]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    def measure(self, pictures: Iterable[Tensor]) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Return mean and standard deviation of each channel of the latents of pictures ``[3, H, W]`` in [0, 1].
 
         Raises:
@@ -174,7 +174,17 @@ def _kind(value: Any) -> str:
     return f"{list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
-def _load(source: str) -> nn.Module:
+def compression_of(source: str) -> int:
+    """Return the compression of a hub id or folder, of which only the config is read.
+
+    Raises:
+        AutoencoderError: if there is no autoencoder.
+    """
+    return int(_load(source, weights=False).spatial_compression_ratio)
+
+
+def _load(source: str, *, weights: bool = True) -> Any:
+    """The autoencoder; on the meta device if without weights."""
     try:
         from diffusers import AutoencoderDC
     except ImportError as error:
@@ -182,13 +192,15 @@ def _load(source: str) -> nn.Module:
             "an autoencoder by hub id or folder needs diffusers: pip install emma_adapter[unified], or pass a module"
         ) from error
     try:
-        loaded: nn.Module = AutoencoderDC.from_pretrained(source, use_safetensors=True)
+        if weights:
+            return AutoencoderDC.from_pretrained(source, use_safetensors=True)
+        with torch.device("meta"):
+            return AutoencoderDC.from_config(AutoencoderDC.load_config(source))
     except Exception as error:
         raise AutoencoderError(
             f"the autoencoder {source!r} can't be loaded ({type(error).__name__}: {plain(str(error), 300)}): give the "
             "hub id or the folder of an AutoencoderDC of diffusers, or a module"
         ) from error
-    return loaded
 
 
 def _check_protocol(module: Any) -> None:

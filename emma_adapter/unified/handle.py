@@ -145,15 +145,16 @@ class EmmaUnified:
         Before training: what is trained on other latents doesn't fit any more. They are saved with the config.
 
         Args:
-            pictures: as ``targets`` of :meth:`loss`.
+            pictures: as ``targets`` of :meth:`loss`; or an iterator of PIL images, of which one is in memory at a time.
 
         Raises:
             AutoencoderError: if a channel is the same everywhere.
         """
         state = self._state
-        tensors = target_tensors(pictures, state.coder.compression)
         device = next(state.module.parameters()).device
-        mean, std = state.coder.measure([tensor.to(device) for tensor in tensors])
+        parts = pictures if isinstance(pictures, Iterator) else [pictures]
+        tensors = (tensor for part in parts for tensor in target_tensors(part, state.coder.compression))
+        mean, std = state.coder.measure(tensor.to(device) for tensor in tensors)
         state.config = state.config.replace(latent_mean=mean, latent_std=std)
         return self
 

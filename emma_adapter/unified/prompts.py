@@ -37,12 +37,8 @@ def encode_prompts(processor: Any, prompts: Sequence[str], images: Sequence[Sequ
         [{"role": "user", "content": [*({"type": "image"} for _ in own), {"type": "text", "text": text}]}]
         for text, own in zip(prompts, images, strict=True)
     ]
-    for token in filter(None, (getattr(processor, name, None) for name in ("image_token", "video_token"))):
-        if any(token in text for text in prompts):
-            raise DataError(
-                f"a prompt holds {token!r}, which stands for a picture in the model's input: leave it out; reference "
-                "pictures are passed as image="
-            )
+    for text in prompts:
+        check_placeholders(processor, text)
     maker = Prompts(processor)
     texts = [maker.prompt(talk) for talk in conversations]
     pictures = {"images": [list(own) for own in images]} if any(images) else {}
@@ -61,6 +57,20 @@ def encode_prompts(processor: Any, prompts: Sequence[str], images: Sequence[Sequ
             f"{plain(str(error), 300)}): change what it names"
         ) from error
     return dict(made)
+
+
+def check_placeholders(processor: Any, prompt: str) -> None:
+    """Check that a prompt holds no token that stands for a picture.
+
+    Raises:
+        DataError: if it does.
+    """
+    for token in filter(None, (getattr(processor, name, None) for name in ("image_token", "video_token"))):
+        if token in prompt:
+            raise DataError(
+                f"a prompt holds {token!r}, which stands for a picture in the model's input: leave it out; reference "
+                "pictures are passed as image="
+            )
 
 
 def read_prompts(model: nn.Module, state: UnifiedState, inputs: Mapping[str, Any]) -> Prefix:

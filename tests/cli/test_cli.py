@@ -12,7 +12,7 @@ import torch
 from click.testing import CliRunner
 from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPTextModel
 
-from emma_adapter import EmmaAlignment, EmmaConfig, load_adapter, patch_model
+from emma_adapter import EmmaAlignment, EmmaConfig, UnifiedConfig, load_adapter, patch_model
 from emma_adapter.cli import info as info_command
 from emma_adapter.cli import main
 from tests.alignment.test_official_weights import paper, stored, write
@@ -99,6 +99,7 @@ def test_help_names_the_defaults_of_the_config():
     told = {option.name: option.help for option in main.commands["finetune"].params if hasattr(option, "help")}
     for name in ("fusion", "instruction_encoder", "instruction_policy"):
         assert f'Default: "{getattr(EmmaConfig(), name)}"' in told[name]
+    assert f"Default: {UnifiedConfig().decoupling}" in told["rank"]
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)

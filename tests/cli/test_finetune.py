@@ -16,7 +16,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from emma_adapter import load_adapter
 from emma_adapter.cli import main
 from emma_adapter.data.examples import Examples
-from emma_adapter.data.rows import FileRows, open_rows
+from emma_adapter.data.rows import open_rows
 from emma_adapter.errors import DataError
 from tests.support import tiny
 from tests.support.budget import budget
@@ -232,11 +232,11 @@ def test_bad_rows_are_named(tmp_path, workspace, row, words):
 def test_rows_without_images_are_left_out_and_counted(tmp_path, capsys):
     path = rows_of(tmp_path, GOOD, {"messages": GOOD["messages"]})
     examples = Examples(tiny.processor(), [2])
-    assert len(examples.add(FileRows(path, tmp_path.cwd()), "data", progress=True)) == 1
+    assert len(examples.add(open_rows(str(path), "train", tmp_path.cwd()), "data", progress=True)) == 1
     assert "1 rows of data show no image" in capsys.readouterr().out
     path = rows_of(tmp_path, {"messages": GOOD["messages"]})
     with pytest.raises(DataError, match="nothing to learn"):
-        examples.add(FileRows(path, None), "data", progress=False)
+        examples.add(open_rows(str(path), "train", None), "data", progress=False)
 
 
 json_values = st.recursive(
@@ -263,7 +263,7 @@ def test_mangled_rows_raise_nothing_else(tmp_path_factory, data):
         place = place[key]
     path = tmp_path_factory.getbasetemp() / "mangled.jsonl"
     path.write_text(json.dumps(row), encoding="utf-8")
-    rows = FileRows(path, path.cwd())
+    rows = open_rows(str(path), "train", path.cwd())
     try:
         messages = rows.messages(0)
     except DataError:

@@ -229,7 +229,7 @@ def test_damaged_images_of_a_dataset_are_named(tmp_path, monkeypatch, feature):
     if feature != "name":
         table = table.cast_column("images", datasets.List(datasets.Image()))
     # Written as it is: save_to_disk would look at the images.
-    monkeypatch.setattr("emma_adapter.data.rows._load_dataset", lambda source, split: table)
+    monkeypatch.setattr("emma_adapter.data.tables._load_dataset", lambda source, split: table)
     rows = open_rows("saved", "train", None)
     rows.check(0)
     assert pixels(rows.images(0)[0]) == pixels(load_image("photo.jpg"))

@@ -45,7 +45,8 @@ _QUESTIONS = [
 
 
 def make_workspace(folder: Path, text: str = MODEL_ID) -> Path:
-    """The models that ``text`` names, with their processors; ``train.jsonl``, with pictures in ``images/``; ``birds/``,
+    """The models that ``text`` names, with their processors; ``train.jsonl`` and ``drawings.jsonl``, with
+    pictures in ``images/``; ``birds/``,
     pictures with ``questions.jsonl``; ``wide.png``, ``tall.png``, and ``clip.npy``, the frames of a video."""
     for name, save in _saves().items():
         if name in text:
@@ -57,6 +58,9 @@ def make_workspace(folder: Path, text: str = MODEL_ID) -> Path:
         messages = [tiny.user(question), tiny.assistant(answer)]
         rows.append({"images": [f"images/{number}.png"], "messages": messages})
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    drawings = [{"prompt": f"a {number}", "target": f"images/{number}.png"} for number in range(4)]
+    drawings.append({"prompt": "make it a 1", "image": "images/0.png", "target": "images/1.png"})
+    (folder / "drawings.jsonl").write_text("".join(json.dumps(row) + "\n" for row in drawings))
     tiny.picture(0).resize((84, 28)).save(folder / "wide.png")
     tiny.picture(1).resize((28, 56)).save(folder / "tall.png")
     np.save(folder / "clip.npy", np.stack([np.asarray(tiny.picture(number).resize((84, 56))) for number in range(4)]))

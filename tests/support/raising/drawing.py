@@ -274,7 +274,7 @@ def drawing_an_empty_prompt(bench: Bench) -> None:
     draw(prompt=" ")
 
 
-@raises(DataError, "unified/prompts.py:encode_prompts", "which stands for a picture")
+@raises(DataError, "unified/prompts.py:check_placeholders", "which stands for a picture")
 def a_prompt_with_a_placeholder(bench: Bench) -> None:
     draw("qwen3_vl", prompt="what is <|image_pad|>?")
 

@@ -13,13 +13,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from emma_adapter import AnalysisError, CheckpointError, ConfigError, DataError, UnsupportedModelError
+from emma_adapter import AnalysisError, CheckpointError, ConfigError, DataError, ShapeError, UnsupportedModelError
 from emma_adapter.cli import main
 from emma_adapter.data.rows import open_rows
 from emma_adapter.report import Question, make_report
 from tests.support import tiny
 from tests.support.workspace import MODEL_ID, make_workspace
 from tests.support.zoo import ZOO
+from tests.unified.small import autoencoder
 
 from .files import OFFICIAL
 from .triggers import Bench, raises
@@ -111,17 +112,17 @@ def talk(*messages: object, images: object = (IMAGE,)) -> dict[str, Any]:
     return {"images": list(images) if isinstance(images, tuple) else images, "messages": list(messages)}
 
 
-@raises(DataError, "data/rows.py:FileRows.__init__", "is not UTF-8")
+@raises(DataError, "data/tables.py:FileTable.__init__", "is not UTF-8")
 def data_in_another_encoding(bench: Bench) -> None:
     finetune(bench, '{"messages": "für"}'.encode("latin-1"))
 
 
-@raises(DataError, "data/rows.py:FileRows.__init__", "must hold a list of rows")
+@raises(DataError, "data/tables.py:FileTable.__init__", "must hold a list of rows")
 def one_row_where_a_list_is_expected(bench: Bench) -> None:
     finetune(bench, talk(USER, ANSWER), "data.json")
 
 
-@raises(DataError, "data/rows.py:FileRows._row", "should be a JSON object")
+@raises(DataError, "data/tables.py:FileTable.row", "should be a JSON object")
 def a_row_that_is_a_list(bench: Bench) -> None:
     finetune(bench, "[1, 2]")
 
@@ -179,12 +180,12 @@ def a_question_about_an_image_of_floats(bench: Bench) -> None:
     Question.about(Image.open(floats(bench)), "is there a cat?")
 
 
-@raises(DataError, "data/rows.py:_parse", "is not valid JSON")
+@raises(DataError, "data/tables.py:_parse", "is not valid JSON")
 def a_row_that_is_cut_off(bench: Bench) -> None:
     finetune(bench, '{"images": [')
 
 
-@raises(DataError, "data/rows.py:DatasetRows.__init__", "has the columns")
+@raises(DataError, "data/rows.py:_check_columns", "has the columns")
 def a_dataset_with_other_columns(bench: Bench) -> None:
     from datasets import Dataset
 
@@ -194,7 +195,7 @@ def a_dataset_with_other_columns(bench: Bench) -> None:
     command("finetune", "--model", MODEL_ID, "--data", "questions", "--output", "out")
 
 
-@raises(DataError, "data/rows.py:_load_dataset", "can't be loaded with split")
+@raises(DataError, "data/tables.py:_load_dataset", "can't be loaded with split")
 def a_split_that_does_not_exist(bench: Bench) -> None:
     from datasets import Dataset, DatasetDict
 
@@ -202,6 +203,52 @@ def a_split_that_does_not_exist(bench: Bench) -> None:
     make_workspace(bench.folder)
     bench.monkeypatch.chdir(bench.folder)
     command("finetune", "--model", MODEL_ID, "--data", "split", "--output", "out")
+
+
+def finetune_unified(bench: Bench, *rows: dict[str, Any], batch_size: int = 2) -> None:
+    """With these rows, beside the pictures ``images/0.png``, ..., and the config of an autoencoder."""
+    make_workspace(bench.folder)
+    autoencoder().save_config(bench.folder / "autoencoder")
+    (bench.folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    bench.monkeypatch.chdir(bench.folder)
+    own = ["--unified", "--autoencoder", "autoencoder", "--per_device_train_batch_size", batch_size]
+    command("finetune", "--model", MODEL_ID, "--data", "data.jsonl", "--output", "out", *own, "--use_cpu", "true")
+
+
+def target(bench: Bench, height: int, width: int) -> str:
+    tiny.picture(0).resize((width, height)).save(bench.folder / f"{height}x{width}.png")
+    return f"{height}x{width}.png"
+
+
+@raises(DataError, "data/drawings.py:Drawings.check", "has no rows")
+def nothing_to_draw(bench: Bench) -> None:
+    finetune_unified(bench)
+
+
+@raises(DataError, "data/drawings.py:Drawings._read", "lacks")
+def a_conversation_to_draw(bench: Bench) -> None:
+    finetune_unified(bench, talk(USER, ANSWER))
+
+
+@raises(DataError, "data/drawings.py:Drawings._read", "the prompt is")
+def a_drawing_without_a_prompt(bench: Bench) -> None:
+    finetune_unified(bench, {"prompt": " ", "target": IMAGE})
+
+
+@raises(DataError, "data/drawings.py:Drawings.check", "{error}")
+def a_row_with_a_placeholder(bench: Bench) -> None:
+    finetune_unified(bench, {"prompt": "an <image>", "target": IMAGE})
+
+
+@raises(ShapeError, "data/drawings.py:Drawings._size", "or give --size to all")
+def a_target_that_is_no_multiple(bench: Bench) -> None:
+    finetune_unified(bench, {"prompt": "a bird", "target": target(bench, 64, 65)}, batch_size=1)
+
+
+@raises(ShapeError, "data/drawings.py:Drawings.check", "a batch has one size")
+def targets_of_two_sizes(bench: Bench) -> None:
+    sizes = (64, 64), (64, 96)
+    finetune_unified(bench, *({"prompt": "a bird", "target": target(bench, *size)} for size in sizes))
 
 
 @raises(DataError, "data/conversations.py:_matched", "the turns show")
@@ -214,7 +261,7 @@ def images_in_the_parts_and_others_beside_them(bench: Bench) -> None:
     finetune(bench, talk({**USER, "content": [{"type": "image", "path": "images/1.png"}, "a cat?"]}, ANSWER))
 
 
-@raises(DataError, "data/conversations.py:_named", "name different images")
+@raises(DataError, "data/conversations.py:named_images", "name different images")
 def two_columns_of_images(bench: Bench) -> None:
     finetune(bench, {**talk(USER, ANSWER), "image": "images/1.png"})
 
@@ -279,7 +326,7 @@ def a_part_without_a_type(bench: Bench) -> None:
     finetune(bench, talk({**USER, "content": [{"text": "is there a cat?"}]}, ANSWER))
 
 
-@raises(DataError, "data/conversations.py:_parts", "half a character")
+@raises(DataError, "data/conversations.py:check_characters", "half a character")
 def half_a_character(bench: Bench) -> None:
     finetune(bench, talk({**USER, "content": "\ud83d"}, ANSWER))
 
@@ -344,7 +391,7 @@ def a_row_that_the_template_refuses(bench: Bench) -> None:
     finetune(bench, talk(USER, ANSWER))
 
 
-@raises(DataError, "data/rows.py:_load_dataset", "is no .jsonl file")
+@raises(DataError, "data/tables.py:_load_dataset", "is no .jsonl file")
 def a_dataset_without_the_package(bench: Bench) -> None:
     bench.monkeypatch.setitem(sys.modules, "datasets", None)
     open_rows("somewhere", "train", None)

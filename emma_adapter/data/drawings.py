@@ -1,0 +1,110 @@
+"""Rows of prompts and pictures, from which a model learns to draw and to edit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..errors import DataError, ShapeError
+from ..unified.pictures import check_size
+from ..unified.prompts import check_placeholders
+from .conversations import SHOWN, check_characters, named_images
+from .images import shortened
+from .tables import Table, open_table
+
+_COLUMNS = ("prompt", "target", *SHOWN)
+_FORM = '{"prompt": "…", "target": "PATH"}, and "image": "PATH" or a list of them where there is something to edit'
+
+
+class Drawings:
+    """Rows of a table, ``{"prompt": …, "image"?: …, "target": …}``, as :meth:`EmmaUnified.collator` takes them.
+
+    Images are named or held as :func:`~.images.open_image` takes them, and ``"image"`` may be a list.
+    """
+
+    def __init__(self, table: Table) -> None:
+        self._table = table
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        """Return the row with its pictures as PIL images, upright and in RGB.
+
+        Raises:
+            DataError: naming the row, if it can't be used.
+        """
+        prompt, target, references = self._read(number)
+        images = [self._table.open_image(number, source) for source in references]
+        return {"prompt": prompt, "image": images, "target": self._table.open_image(number, target)}
+
+    def check(
+        self, name: str, processor: Any, compression: int, *, resized: bool, mixed: bool, progress: bool = False
+    ) -> None:
+        """Check every row and every picture.
+
+        Args:
+            name: of the data, for messages.
+            processor: the model's.
+            compression: the autoencoder's, of which the sides of targets must be multiples unless they are resized.
+            resized: whether targets are resized to one size.
+            mixed: whether they may have several sizes otherwise.
+            progress: show how far it is.
+
+        Raises:
+            DataError: naming the first row that can't be used.
+            ShapeError: naming the first row whose target has a size that can't.
+        """
+        if not len(self):
+            raise DataError(f"{name} has no rows: there is nothing to learn from; a row is {_FORM}")
+        first: tuple[int, int] | None = None
+        with click.progressbar(range(len(self)), label=f"Checking {name}", hidden=not progress) as numbers:
+            for number in numbers:
+                prompt, target, references = self._read(number)
+                try:
+                    check_placeholders(processor, prompt)
+                except DataError as error:
+                    raise DataError(f"{self._table.where(number)}: {error}") from error
+                for source in references:
+                    self._table.check_image(number, source)
+                if resized:
+                    self._table.check_image(number, target)
+                    continue
+                size = self._size(number, target, compression)
+                first = first or size
+                if size != first and not mixed:
+                    raise ShapeError(
+                        f"{self._table.where(number)}: the target is {size[0]} x {size[1]} (height x width), and the "
+                        f"first one {first[0]} x {first[1]}; a batch has one size: give --size {first[0]}x{first[1]}, "
+                        "or a batch size of 1"
+                    )
+
+    def _size(self, number: int, target: Any, compression: int) -> tuple[int, int]:
+        picture = self._table.open_image(number, target)
+        try:
+            check_size(picture.height, picture.width, compression)
+        except ShapeError as error:
+            raise ShapeError(f"{self._table.where(number)}, target: {error}, or give --size to all") from error
+        return picture.height, picture.width
+
+    def _read(self, number: int) -> tuple[str, Any, list[Any]]:
+        """Prompt, target and reference pictures of a row."""
+        row, where = self._table.row(number), self._table.where(number)
+        if row.get("prompt") is None or row.get("target") is None:
+            raise DataError(f'{where} lacks "prompt" or "target", and has {sorted(map(str, row))}; a row is {_FORM}')
+        prompt = row["prompt"]
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise DataError(f"{where}: the prompt is {shortened(prompt)}; it must be a text that says what to draw")
+        check_characters(prompt, where)
+        return prompt, row["target"], named_images(row, where)
+
+
+def open_drawings(source: str, split: str, image_folder: Path | None) -> Drawings:
+    """Return the rows of what :func:`~.tables.open_table` opens.
+
+    Raises:
+        DataError: if there is nothing of this kind.
+    """
+    return Drawings(open_table(source, split, image_folder, _COLUMNS))
