@@ -27,7 +27,8 @@ def guard_generate(model: nn.Module, original: Callable[..., Any], *args: Any, *
     # What it is given holds no answer, also in the midst of training.
     own = dataclasses.replace(pop_outer_call(kwargs), records_gradients=False)
     arguments = arguments_by_name(original, args, kwargs)
-    if state.scope.disabled:
+    if state.scope.disabled or arguments.get("generation_mode") not in (None, "text"):
+        # What draws reads the prompt, and others, in calls of forward.
         return original(*args, **kwargs)
     if arguments.get("inputs") is not None:
         arguments["input_ids"] = arguments["inputs"]

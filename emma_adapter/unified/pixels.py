@@ -50,6 +50,30 @@ def entry_pictures(processor: Any, arguments: Mapping[str, Any], layout: MediaLa
     return [_denormalized(processor.image_processor, picture) for picture in pictures]
 
 
+def plain_pictures(processor: Any, arguments: Mapping[str, Any]) -> list[Tensor] | None:
+    """Return the pictures ``[3, H, W]`` in [0, 1] of a call that no vision tower has seen yet, if each is one piece.
+
+    Args:
+        processor: that made the call's pixels.
+        arguments: of the call, as for :func:`entry_pictures`.
+    """
+    pixels = arguments["pixel_values"]
+    if not isinstance(pixels, Tensor):
+        return None
+    if pixels.ndim == 2 and arguments.get("image_grid_thw") is not None:
+        pictures = _from_patches(processor.image_processor, pixels, arguments["image_grid_thw"])
+    elif pixels.ndim in (4, 5):
+        # Those that fill up a row are zeros.
+        pictures = list(pixels) if pixels.ndim == 4 else [one for one in pixels.flatten(0, 1) if bool(one.any())]
+    else:
+        return None
+    sizes = arguments.get("image_sizes")
+    if sizes is not None and len(sizes) == len(pictures):
+        pairs = torch.as_tensor(sizes).tolist()
+        pictures = [picture[:, :height, :width] for picture, (height, width) in zip(pictures, pairs, strict=True)]
+    return [_denormalized(processor.image_processor, picture) for picture in pictures]
+
+
 def _from_patches(image_processor: Any, patches: Tensor, grids: Any) -> list[Tensor]:
     """Undo Qwen-VL's order: patches in blocks of merge², blocks row by row; each patch ``[3, T, p, p]``, flat."""
     merge, patch, frames = (

@@ -14,6 +14,7 @@ from ..errors import ConfigError, DataError, ShapeError
 from ..messages import shown
 from .drawing import VelocityField, grid_of
 from .flow import Solver, guide, sampling_times, step
+from .layers import Prefix
 from .losses import random_normal
 from .pictures import check_output_type, converted, output_size, reference_lists
 from .prompts import check_length, check_prompts
@@ -124,15 +125,20 @@ def draw(
     latents: Tensor | None,
     callback: Callback | None,
     handle: Any,
+    read: Callable[[list[list[Row]]], Prefix] | None = None,
 ) -> GeneratedImages:
-    """Return the pictures that a request asks for."""
+    """Return the pictures that a request asks for.
+
+    ``read`` reads the rows of all branches, one branch after the other; default: :func:`~.reading.read_rows`.
+    """
     inner = state.family.inner(model)
     device = device_of(inner)
     grid = (request.height // state.coder.compression, request.width // state.coder.compression)
     count = len(request.prompts) * request.images_per_prompt
     x = _noise((state.coder.channels, *grid), count, generator, latents, device)
     branches = _branches(request)
-    prefix = read_rows(model, state, [row for branch in branches for row in branch])
+    rows_of = read or (lambda parts: read_rows(model, state, [row for part in parts for row in part]))
+    prefix = rows_of(branches)
     check_length(inner, prefix, grid[0] * grid[1])
     prefix = prefix.rows(
         torch.arange(len(prefix.mask), device=prefix.mask.device).repeat_interleave(request.images_per_prompt)

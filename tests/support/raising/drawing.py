@@ -38,7 +38,7 @@ from emma_adapter.unified.losses import latent_loss
 from emma_adapter.unified.pixels import entry_pictures
 from emma_adapter.unified.reading import read_rows
 from tests.support import tiny
-from tests.support.zoo import ZOO
+from tests.support.zoo import ZOO, Row
 from tests.unified.small import autoencoder, unified
 
 from .triggers import Bench, raises
@@ -601,3 +601,20 @@ def a_branch_from_the_hub_that_names_a_path(bench: Bench) -> None:
     folder = changed(saved(bench), autoencoder={"source": "/somewhere/else", "config_sha256": "0"})
     bench.monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *args, **settings: str(folder))
     load_unified(tiny.llava(), "someone/drawing", processor=tiny.processor())
+
+
+@raises(ConfigError, "unified/generation.py:guard_generate", "generation_mode must be")
+def a_mode_that_is_none(bench: Bench) -> None:
+    unified("llava", SMALL).model.generate(torch.ones(1, 3, dtype=torch.long), generation_mode="audio")
+
+
+@raises(DataError, "unified/generation.py:_draw", "give it what the processor makes")
+def an_option_that_is_none(bench: Bench) -> None:
+    unified("llava", SMALL).model.generate(torch.ones(1, 3, dtype=torch.long), generation_mode="image", heigth=64)
+
+
+@raises(DataError, "unified/generation.py:_Pictures.of_rows", "can't be told from the pixels")
+def guidance_of_tiles(bench: Bench) -> None:
+    entry = ZOO["llava_next"]
+    inputs = entry.batch([Row("a dog", ((56, 84),))])
+    unified("llava_next", SMALL).model.generate(**inputs, generation_mode="image", height=64, width=64)
