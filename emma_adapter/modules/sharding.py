@@ -48,6 +48,12 @@ def execution_device(module: nn.Module) -> torch.device | None:
     return None
 
 
+def computing_device(module: nn.Module) -> torch.device:
+    """Return where a module computes: where its first parameter is, or where accelerate brings it."""
+    own = next(module.parameters()).device
+    return own if own.type != "meta" else execution_device(module) or own
+
+
 def gather(
     model: nn.Module, tensors: Mapping[str, Tensor], given: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
