@@ -88,8 +88,8 @@ def _check_whole(text: nn.Module) -> None:
     devices = set()
     for module in text.modules():
         offloaded = private.offloaded_values(module)
-        for name, parameter in module.named_parameters(recurse=False):
-            parameter = offloaded.get(name, parameter)
+        for name, own in module.named_parameters(recurse=False):
+            parameter = offloaded.get(name, own)
             if sharding.is_elsewhere(parameter):
                 raise PatchError(
                     "weights of the language model are sharded (tensor parallel, FSDP, ZeRO-3), or offloaded by other "

@@ -81,9 +81,10 @@ def test_a_training_call_that_is_cut_off_leaves_nothing(qwen, monkeypatch, where
         return qwen.model(**batch).loss, qwen.model(**plain)
 
     want, answer = both()
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         stopping(patch, qwen, where, KeyboardInterrupt)
-        qwen.model(**batch)
+        with pytest.raises(KeyboardInterrupt):
+            qwen.model(**batch)
     # The next call has no targets: none of those that were cut off may be added to it.
     assert qwen.model(**plain).loss is None
     again, after = both()
@@ -215,7 +216,7 @@ def test_a_save_that_is_killed_at_any_moment_is_the_old_one_or_the_new_one(tmp_p
         os.waitpid(child, 0)
         model = ZOO["qwen3_vl"].model()
         found = load_unified(model, tmp_path, processor=processor, autoencoder=autoencoder())
-        firsts = {float(p.flatten()[0]) for p in found.parameters()}
+        firsts = {float(p.detach().flatten()[0]) for p in found.parameters()}
         whole = all(bool((p == p.flatten()[0]).all()) for p in found.parameters())
         if value_after in firsts:
             value = value_after

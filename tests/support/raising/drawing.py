@@ -154,6 +154,13 @@ def unifying_an_offloaded_model(bench: Bench) -> None:
     unify(model=cpu_offload(tiny.llava(), preload_module_classes=["LlamaDecoderLayer"]))
 
 
+@raises(PatchError, "unified/prompts.py:_require_here", "before unify_model or load_unified")
+def drawing_with_a_branch_that_was_offloaded(bench: Bench) -> None:
+    adapter = unify()
+    cpu_offload(adapter.model)
+    adapter.generate_images("a dog", height=64, width=64, num_inference_steps=1)
+
+
 @raises(PatchError, "unified/attaching.py:_check_whole", "is spread over")
 def unifying_a_model_on_several_devices(bench: Bench) -> None:
     from emma_adapter.unified import attaching
