@@ -45,7 +45,8 @@ def unify_model(
 
     Raises:
         UnsupportedModelError: for an unknown family, or a model that has no cache of keys and values to draw against.
-        PatchError: if the model was made to draw already, is wrapped for several processes, sharded, or offloaded.
+        PatchError: if the model was made to draw already, is wrapped for several processes, sharded, or on several
+            devices.
         ConfigError: if a size in ``config`` contradicts the model or the autoencoder, or there is no processor.
         AutoencoderError: if the autoencoder can't be loaded or doesn't follow the protocol.
     """
