@@ -86,7 +86,8 @@ class EmmaVisionExperts:
 
     def router_loss(self, *, labels: Sequence[str], **inputs: Any) -> Tensor:
         """Return the cross-entropy of where images should go, a scalar in float32. Its gradients reach the router
-        alone, and only what comes before the experts is computed.
+        alone, and only what comes before the experts is computed. Of several processes, all call this and
+        ``backward`` equally often, each with images of its own; backward averages their gradients.
 
         Args:
             labels: for each image, then for each video, the name of an expert or ``"original"``.
@@ -95,7 +96,7 @@ class EmmaVisionExperts:
         Raises:
             ConfigError: if a label is neither.
             DataError: if there are no pixels, or not as many labels as images.
-            PatchError: in a process that trains together with others.
+            PatchError: if the router is sharded or offloaded.
             UnsupportedModelError: if the model has no method that encodes images.
         """
         return training.router_loss(self.model, labels, inputs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -50,17 +50,17 @@ class VisionExperts(nn.Module):
         """Return the parameters of one expert, without the router's."""
         return [value for key, value in self.experts.items() if key.startswith(name + SEPARATOR)]
 
-    def logits(self, names: Sequence[str], pooled: Tensor) -> Tensor:
+    def logits(self, names: Sequence[str], pooled: Tensor, router: Mapping[str, Tensor] | None = None) -> Tensor:
         """Return ``[images, 1 + experts]``, float32: first that of the original, which is 0.
 
         Args:
             names: of the experts.
             pooled: the mean of each image's tokens ``[images, D]``, float32.
+            router: what stands for the router's parameters; default: they themselves.
         """
-        weights, biases = (
-            [self.router[f"{name}{SEPARATOR}{part}"].float() for name in names] for part in (_WEIGHT, _BIAS)
-        )
-        _require_here(weights)
+        own: Any = self.router if router is None else router
+        weights, biases = ([own[f"{name}{SEPARATOR}{part}"].float() for name in names] for part in (_WEIGHT, _BIAS))
+        require_here(weights)
         with torch.autocast(pooled.device.type, enabled=False):
             features = F.layer_norm(pooled.to(weights[0].device), pooled.shape[-1:])
             found = features @ torch.stack(weights).mT + torch.cat(biases)
@@ -77,7 +77,7 @@ class VisionExperts(nn.Module):
         """
         before = f"{name}{SEPARATOR}{place}{SEPARATOR}"
         own = {key.removeprefix(before): value for key, value in self.experts.items() if key.startswith(before)}
-        _require_here(own.values())
+        require_here(own.values())
         device = next(iter(own.values())).device
         made: Tensor = with_parameters(mlp, own)(tokens.to(device))
         return made
@@ -101,7 +101,12 @@ def expected_tensors(names: Sequence[str], mlps: Sequence[Mapping[str, Tensor]],
     }
 
 
-def _require_here(parameters: Any) -> None:
+def require_here(parameters: Iterable[Tensor]) -> None:
+    """Check that parameters of experts or the router are whole in this process.
+
+    Raises:
+        PatchError: if they are sharded or offloaded.
+    """
     if any(sharding.is_elsewhere(parameter) for parameter in parameters):
         raise PatchError(
             "weights of vision experts are sharded (FSDP, ZeRO-3) or offloaded, and are used outside of the calls that "

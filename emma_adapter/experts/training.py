@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import ConfigError, DataError, PatchError, UnsupportedModelError
+from ..errors import ConfigError, DataError, UnsupportedModelError
 from ..messages import listed, shown
 from ..modules import sharding
 from .config import ORIGINAL
 from .hooks import pooled_features
+from .module import require_here
 from .state import ExpertsState, experts_state
 
 
@@ -68,15 +69,10 @@ def router_loss(model: nn.Module, labels: Sequence[str], inputs: Mapping[str, An
     Raises:
         ConfigError: if a label is neither.
         DataError: if there are no pixels, or not as many labels as images.
-        PatchError: in a process that trains together with others.
+        PatchError: if the router is sharded or offloaded.
         UnsupportedModelError: if the model has no method that encodes images.
     """
     state = experts_state(model)
-    if sharding.are_many_processes():
-        raise PatchError(
-            "the router's loss is computed outside of the call whose gradients processes average: train the router in "
-            "one process, which is fast, for it computes only what comes before the experts"
-        )
     names = (ORIGINAL, *state.config.experts)
     if unknown := sorted({shown(label) for label in labels if label not in names}):
         raise ConfigError(f"labels are names of {list(names)}; got {', '.join(unknown[:5])}")
@@ -88,6 +84,9 @@ def router_loss(model: nn.Module, labels: Sequence[str], inputs: Mapping[str, An
             f"{type(inner).__name__} has no get_image_features, which the router's loss is computed with: use a model "
             "of transformers' own classes"
         )
+    router = dict(state.module.router.items())
+    # Now, for a tower that is sharded with it couldn't be run.
+    require_here(router.values())
     pooled = []
     for modality in given:
         method = getattr(inner, methods[modality])
@@ -99,7 +98,9 @@ def router_loss(model: nn.Module, labels: Sequence[str], inputs: Mapping[str, An
             f"there are {len(labels)} labels for {found} images and videos: pass pixel_values and all else that the "
             "model's processor returns, and a label for each, those of images first"
         )
-    logits = state.module.logits(state.config.experts, torch.cat(pooled))
+    if sharding.are_many_processes():
+        router = sharding.averaged_over_processes(router)
+    logits = state.module.logits(state.config.experts, torch.cat(pooled), router)
     target = torch.tensor([names.index(label) for label in labels], device=logits.device)
     return F.cross_entropy(logits, target)
 

@@ -118,6 +118,21 @@ def accelerate_hooks(module: nn.Module) -> list[Any]:
     return list(getattr(hook, "hooks", [] if hook is None else [hook]))
 
 
+def offloaded_values(module: nn.Module) -> dict[str, Tensor]:
+    """Return what accelerate has offloaded of a module's own parameters, from where it lies to where the module runs.
+
+    Its hooks keep the values in ``weights_map``. Held by
+    ``modules/test_private.py::test_what_accelerate_has_offloaded_is_found_where_it_keeps_it``.
+    """
+    lacking = [name for name, value in module.named_parameters(recurse=False) if value.is_meta]
+    found: dict[str, Tensor] = {}
+    for hook in accelerate_hooks(module) if lacking else ():
+        kept = getattr(hook, "weights_map", None)
+        if kept is not None and getattr(hook, "offload", False):
+            found |= {name: kept[name].to(hook.execution_device) for name in lacking if name in kept}
+    return found
+
+
 def is_cache(value: Any) -> bool:
     """Return whether an argument of a call is a cache of transformers, whatever it is called.
 

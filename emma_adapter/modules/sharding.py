@@ -48,6 +48,12 @@ def execution_device(module: nn.Module) -> torch.device | None:
     return None
 
 
+def computing_device(module: nn.Module) -> torch.device:
+    """Return where a module computes: where its first parameter is, or where accelerate brings it."""
+    own = next(module.parameters()).device
+    return own if own.type != "meta" else execution_device(module) or own
+
+
 def gather(
     model: nn.Module, tensors: Mapping[str, Tensor], given: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
@@ -101,6 +107,28 @@ def _offloaded(model: nn.Module, wanted: set[int]) -> dict[int, Tensor]:
 def _full(tensor: Tensor) -> Tensor:
     sharded: Any = tensor
     return sharded.full_tensor() if is_sharded(tensor) else tensor
+
+
+def averaged_over_processes(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors with the parameters' values, whose gradients reach the parameters averaged over all processes.
+
+    For losses outside of the call that DistributedDataParallel wraps, which averages nothing else. Every process must
+    run as many backward passes.
+    """
+    return dict(zip(parameters, _Averaged.apply(*parameters.values()), strict=True))
+
+
+class _Averaged(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *values: Tensor) -> tuple[Tensor, ...]:
+        return tuple(value.view_as(value) for value in values)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        torch.distributed.all_reduce(flat)
+        parts = (flat / torch.distributed.get_world_size()).split([gradient.numel() for gradient in gradients])
+        return tuple(part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True))
 
 
 def is_main_process() -> bool:

@@ -6,7 +6,7 @@ import functools
 from os import PathLike
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import ConfigError, PatchError, UnsupportedModelError
 from ..models.families import find_family, require_model
@@ -45,7 +45,8 @@ def unify_model(
 
     Raises:
         UnsupportedModelError: for an unknown family, or a model that has no cache of keys and values to draw against.
-        PatchError: if the model was made to draw already, is wrapped for several processes, sharded, or offloaded.
+        PatchError: if the model was made to draw already, is wrapped for several processes, sharded, or on several
+            devices.
         ConfigError: if a size in ``config`` contradicts the model or the autoencoder, or there is no processor.
         AutoencoderError: if the autoencoder can't be loaded or doesn't follow the protocol.
     """
@@ -84,14 +85,21 @@ def unify_model(
 
 
 def _check_whole(text: nn.Module) -> None:
-    """That every weight of the decoder is in this process, on one device."""
-    parameters = list(text.parameters())
-    if any(sharding.is_elsewhere(parameter) for parameter in parameters):
-        raise PatchError(
-            "weights of the language model are sharded (tensor parallel, FSDP, ZeRO-3) or offloaded, and what draws "
-            "uses them outside of the calls that gather them: load the model whole on one device"
-        )
-    if len(devices := {_device_of(parameter) for parameter in parameters}) > 1:
+    """That every weight of the decoder is in this process or offloaded from it, and computes on one device."""
+    devices = set()
+    for module in text.modules():
+        offloaded = private.offloaded_values(module)
+        for name, own in module.named_parameters(recurse=False):
+            parameter = offloaded.get(name, own)
+            if sharding.is_elsewhere(parameter):
+                raise PatchError(
+                    "weights of the language model are sharded (tensor parallel, FSDP, ZeRO-3), or offloaded by other "
+                    "hooks than those that accelerate puts on each layer's own modules, and what draws uses them "
+                    "outside of the calls that gather them: load the model whole on one device, or offloaded by "
+                    "device_map, cpu_offload or disk_offload without preload_module_classes"
+                )
+            devices.add(_device_of(parameter))
+    if len(devices) > 1:
         raise PatchError(
             f"the language model is spread over {sorted(devices)}, and what draws needs it on one device: load "
             "it without device_map, or with all of the language model on one"
@@ -102,7 +110,7 @@ def _is_trained(model: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in model.parameters())
 
 
-def _device_of(parameter: nn.Parameter) -> str:
+def _device_of(parameter: Tensor) -> str:
     return str(parameter.device)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -84,11 +85,13 @@ def decoupled_parameters(
     for path, module in base_parts(layer):
         if shares_queries and len(path) > 1 and path[0] in attention and path[1] in SHARED_NAMES:
             continue
+        offloaded = private.offloaded_values(module)
         for name, value in module.named_parameters(recurse=False):
+            here = offloaded.get(name, value)
             key = SEPARATOR.join((*path, name))
             is_weight = is_linear(module) and name == "weight"
             if decoupling != "full" and is_weight:
-                found |= _low_rank(SEPARATOR.join(path), module, decoupling, value.device)
+                found |= _low_rank(SEPARATOR.join(path), module, decoupling, here.device)
             elif decoupling == "full" or value.ndim < 2:
                 if is_quantized(module, value):
                     raise UnsupportedModelError(
@@ -96,7 +99,7 @@ def decoupled_parameters(
                         "low-rank ones, UnifiedConfig(decoupling=64), or load the model in bfloat16"
                     )
                 dtype = value.dtype if decoupling == "full" else wide(value.dtype)
-                found[key] = nn.Parameter(value.detach().clone().to(dtype), requires_grad=True)
+                found[key] = nn.Parameter(here.detach().clone().to(dtype), requires_grad=True)
     return found
 
 
@@ -142,7 +145,22 @@ def view(module: nn.Module, parameters: Parameters, dtype: torch.dtype, **attrib
             below.setdefault(child, {})[rest] = value
     children = {name: view(module.get_submodule(name), values, dtype) for name, values in below.items()}
     made = private.view_of(module, children, own, **attributes)
+    if any(value.is_meta for value in made._parameters.values() if value is not None):
+        made.__dict__["forward"] = partial(_run_offloaded, module, children, own, attributes)
     return made if down is None or up is None else _LowRank(made, down, up)
+
+
+def _run_offloaded(
+    module: nn.Module,
+    children: dict[str, nn.Module],
+    parameters: dict[str, Tensor],
+    attributes: dict[str, Any],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Run a view of a module whose own parameters accelerate's hooks bring for its own calls only."""
+    whole = private.view_of(module, children, private.offloaded_values(module) | parameters, **attributes)
+    return whole(*args, **kwargs)
 
 
 def generation_view(

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..modules import sharding
 from ..modules.views import wide
 from .config import UnifiedConfig
 from .layers import decoupled_parameters, generation_view, text_model_of
@@ -40,7 +41,7 @@ class UnifiedModule(nn.Module):
         embedding: Tensor = text.embed_tokens.weight
         width, channels = text.embed_tokens.embedding_dim, config.latent_channels
         assert channels is not None
-        device = _last_device(text)
+        device = sharding.computing_device(text.norm)
         settings: dict[str, Any] = {"device": device, "dtype": wide(embedding.dtype)}
         #: C → D: noisy latents as tokens.
         self.latents = _linear(channels, width, settings)
@@ -120,11 +121,6 @@ def _sinusoid_2d(grid: Tensor, channels: int) -> Tensor:
     quarter = channels // 4 * 2
     rows, columns = (sinusoid(grid[..., axis].float(), quarter) for axis in (0, 1))
     return F.pad(torch.cat([rows, columns], -1), (0, channels - 2 * quarter))
-
-
-def _last_device(text: Any) -> torch.device:
-    parameter: Tensor = next(text.norm.parameters())
-    return parameter.device
 
 
 def _linear(into: int, out: int, settings: dict[str, Any]) -> nn.ParameterDict:

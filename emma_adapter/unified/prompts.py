@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, DataError, UnsupportedModelError
+from ..errors import ConfigError, DataError, PatchError, UnsupportedModelError
 from ..messages import plain, shown
 from ..models.prompts import Prompts
-from ..modules import private
+from ..modules import private, sharding
 from .fusion import fusing
 from .layers import Prefix, text_model_of
 from .state import UnifiedState
@@ -73,16 +73,28 @@ def check_placeholders(processor: Any, prompt: str) -> None:
             )
 
 
+def _require_here(text: nn.Module, branch: nn.Module) -> None:
+    sharded = any(sharding.is_sharded(value) or sharding.is_partitioned(value) for value in text.parameters())
+    if sharded or any(map(sharding.is_elsewhere, branch.parameters())):
+        raise PatchError(
+            "weights are sharded (FSDP, ZeRO-3, tensor parallel), or those of the branch that draws are offloaded, and "
+            "are used outside of the calls that gather them: wrap the model in DistributedDataParallel or DeepSpeed "
+            "ZeRO-1 or 2; call cpu_offload, disk_offload or dispatch_model before unify_model or load_unified"
+        )
+
+
 def read_prompts(model: nn.Module, state: UnifiedState, inputs: Mapping[str, Any]) -> Prefix:
     """Return what the base makes of prompts; its weights, hooks and stored positions are as before.
 
     Gradients reach what is trainable of the base, and the fusion at reference pictures, if the caller records any.
 
     Raises:
+        PatchError: if the model was sharded, or the branch offloaded, since it can draw.
         UnsupportedModelError: if its cache doesn't hold keys and values of every token.
     """
     inner: Any = state.family.inner(model)
     text: Any = text_model_of(inner)
+    _require_here(text, state.module)
     ids: Tensor = inputs["input_ids"]
     mask = inputs.get("attention_mask")
     mask = torch.ones_like(ids) if mask is None else mask

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..modules import sharding
 from .layers import Prefix, text_model_of
 from .prompts import encode_prompts, on_device, read_prompts
 from .state import MODULE_NAME, UnifiedState
@@ -19,8 +20,7 @@ Row = tuple[str, tuple[Any, ...]]
 
 def device_of(inner: Any) -> torch.device:
     """Return where the model takes its inputs."""
-    device: torch.device = text_model_of(inner).embed_tokens.weight.device
-    return device
+    return sharding.computing_device(text_model_of(inner).embed_tokens)
 
 
 def read_rows(model: nn.Module, state: UnifiedState, rows: Sequence[Row]) -> Prefix:

@@ -46,6 +46,23 @@ def loss_of(module: nn.Module, experts: EmmaVisionExperts, step: int, rank: int)
     return loss
 
 
+def router_loss(experts: EmmaVisionExperts, step: int, rank: int) -> Tensor:
+    """Of one process's pictures, of which the processes have different numbers."""
+    labels = ["stem", "original", "maps"][: 1 + 2 * rank]
+    rows = [Row(images=((56, 56),), seed=100 * step + 10 * rank + number) for number in range(len(labels))]
+    return experts.router_loss(labels=labels, **ZOO[NAME].batch(rows))
+
+
+def train_router(experts: EmmaVisionExperts, ranks: list[int]) -> None:
+    experts.train_only(router=True)
+    optimizer = torch.optim.SGD(experts.parameter_groups(lr=0.5))
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        for rank in ranks:
+            (router_loss(experts, step, rank) / len(ranks)).backward()
+        optimizer.step()
+
+
 def optimizer_of(experts: EmmaVisionExperts) -> torch.optim.Optimizer:
     return torch.optim.SGD([p for p in experts.model.parameters() if p.requires_grad], lr=0.1)
 
@@ -66,9 +83,12 @@ def main(folder: str, wrapper: str) -> None:
         optimizer.zero_grad()
         loss_of(module, experts, step, rank).backward()
         optimizer.step()
+    if wrapper == "fsdp":
+        with pytest.raises(PatchError, match="sharded"):
+            router_loss(experts, 0, rank)
+    else:
+        train_router(experts, [rank])
     experts.save_pretrained(folder)
-    with pytest.raises(PatchError, match="in one process"):
-        experts.router_loss(labels=["stem"], **ZOO[NAME].batch([Row(images=((56, 56),))]))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from accelerate import cpu_offload
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from transformers import DynamicCache, EncoderDecoderCache, LlamaForCausalLM, StaticCache
 
@@ -125,6 +126,17 @@ def test_accelerates_hooks_are_found():
     assert private.accelerate_hooks(module) == [one]
     add_hook_to_module(module, other, append=True)
     assert private.accelerate_hooks(module) == [one, other]
+
+
+def test_what_accelerate_has_offloaded_is_found_where_it_keeps_it():
+    module = torch.nn.Linear(2, 2)
+    values = {name: value.detach().clone() for name, value in module.named_parameters()}
+    assert private.offloaded_values(module) == {}
+    cpu_offload(module, execution_device=torch.device("cpu"))
+    assert module.weight.is_meta
+    found = private.offloaded_values(module)
+    assert found.keys() == values.keys() and all(torch.equal(found[name], values[name]) for name in values)
+    assert module.weight.is_meta
 
 
 def test_replicas_are_made_by_a_method_of_the_module():

@@ -150,7 +150,15 @@ def full_copies_of_weights_that_were_quantized_by_hand(bench: Bench) -> None:
 
 @raises(PatchError, "unified/attaching.py:_check_whole", "sharded (tensor parallel")
 def unifying_an_offloaded_model(bench: Bench) -> None:
-    unify(model=cpu_offload(tiny.llava()))
+    # The hook that brings a layer's weights is the layer's, not those of the modules that hold them.
+    unify(model=cpu_offload(tiny.llava(), preload_module_classes=["LlamaDecoderLayer"]))
+
+
+@raises(PatchError, "unified/prompts.py:_require_here", "before unify_model or load_unified")
+def drawing_with_a_branch_that_was_offloaded(bench: Bench) -> None:
+    adapter = unify()
+    cpu_offload(adapter.model)
+    adapter.generate_images("a dog", height=64, width=64, num_inference_steps=1)
 
 
 @raises(PatchError, "unified/attaching.py:_check_whole", "is spread over")

@@ -25,7 +25,6 @@ from emma_adapter import (
 )
 from emma_adapter.experts import checkpoint
 from emma_adapter.experts.config import VisionExpertsConfig
-from emma_adapter.modules import sharding
 from tests.support import tiny
 from tests.support.remote_internvl import internvl_chat
 
@@ -120,7 +119,7 @@ def a_vision_tower_with_experts_called_by_itself(bench: Bench) -> None:
     with_expert().model.model.vision_tower(question()["pixel_values"])
 
 
-@raises(PatchError, "experts/module.py:_require_here", "weights of vision experts are sharded")
+@raises(PatchError, "experts/module.py:require_here", "weights of vision experts are sharded")
 def experts_that_are_offloaded(bench: Bench) -> None:
     cpu_offload(with_expert().model)(**question())
 
@@ -146,12 +145,6 @@ def a_label_that_no_expert_has(bench: Bench) -> None:
 @raises(DataError, f"{_TRAINING}:router_loss", "labels for")
 def more_labels_than_images(bench: Bench) -> None:
     with_expert().router_loss(labels=["stem", "stem"], **question())
-
-
-@raises(PatchError, f"{_TRAINING}:router_loss", "train the router in one process")
-def a_router_trained_by_several_processes(bench: Bench) -> None:
-    bench.monkeypatch.setattr(sharding, "are_many_processes", lambda: True)
-    with_expert().router_loss(labels=["stem"], **question())
 
 
 @raises(UnsupportedModelError, f"{_TRAINING}:router_loss", "has no get_image_features")
