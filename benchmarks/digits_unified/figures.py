@@ -2,7 +2,7 @@
 
 Full and low-rank copies, three seeds each, trained from nothing and tested on unseen captions and unseen handwriting. A
 finished run is one JSON line of ``results/digits-unified.jsonl``; interrupted, the same command goes on where it
-stopped. At the end it writes the table. About two hours on a free core.
+stopped. At the end it writes the table. About three hours on a free core.
 """
 
 from __future__ import annotations
