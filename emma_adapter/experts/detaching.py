@@ -15,6 +15,15 @@ def is_on(model: nn.Module) -> bool:
     return STATE_ATTRIBUTE in model.__dict__
 
 
+def take_one_off(model: nn.Module, name: str) -> None:
+    """Take one of several experts off."""
+    state = experts_state(model)
+    if state.trained == name:
+        unfreeze(model)
+    state.config = state.config.replace(experts=tuple(other for other in state.config.experts if other != name))
+    state.module.remove(name)
+
+
 def take_off(model: nn.Module) -> None:
     """Take all experts off: what is left is the model as it was."""
     state = experts_state(model)

@@ -183,13 +183,21 @@ class EmmaVisionExperts:
         """How many numbers the experts and the router have learned or can learn."""
         return sum(parameter.numel() for parameter in self.parameters())
 
-    def remove(self) -> None:
-        """Take all experts off, and leave what ``patch_model`` and ``unify_model`` put on; ``unpatch_model`` takes off
-        everything.
+    def remove(self, expert: str | None = None) -> None:
+        """Take one expert off, whose images then go where the router says of the others; or all, and leave what
+        ``patch_model`` and ``unify_model`` put on. ``unpatch_model`` takes off everything.
 
-        The handle is of no use any more.
+        Without an expert left, the handle is of no use any more.
+
+        Raises:
+            ConfigError: if there is no such expert.
         """
-        detaching.take_off(self.model)
+        if expert is not None:
+            training.require_expert(self._state, expert)
+        if expert is None or self.names == (expert,):
+            detaching.take_off(self.model)
+        else:
+            detaching.take_one_off(self.model, expert)
 
     @property
     def _state(self) -> ExpertsState:

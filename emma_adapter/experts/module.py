@@ -46,6 +46,12 @@ class VisionExperts(nn.Module):
         self.router[f"{name}{SEPARATOR}{_WEIGHT}"] = nn.Parameter(torch.zeros(width, device=device))
         self.router[f"{name}{SEPARATOR}{_BIAS}"] = nn.Parameter(torch.full((1,), START, device=device))
 
+    def remove(self, name: str) -> None:
+        """Remove an expert, and what the router knows of it."""
+        for parameters in (self.experts, self.router):
+            for key in [key for key in parameters if key.startswith(name + SEPARATOR)]:
+                del parameters[key]
+
     def of(self, name: str) -> list[nn.Parameter]:
         """Return the parameters of one expert, without the router's."""
         return [value for key, value in self.experts.items() if key.startswith(name + SEPARATOR)]

@@ -21,6 +21,7 @@ from emma_adapter import (
     UnsupportedModelError,
     add_vision_expert,
     get_adapter,
+    load_vision_experts,
     patch_model,
     unify_model,
     unpatch_model,
@@ -60,6 +61,27 @@ def traces(model) -> set[str]:
         found |= {f"{name}: {hook}" for hook in hooks if "emma" in getattr(hook, "__module__", "")}
         found |= {f"{name}.{key}" for key, value in vars(module).items() if type(value).__name__ == "MethodGuard"}
     return found
+
+
+def test_one_of_several_is_removed(batch, tmp_path):
+    """The others compute and route as without it, in a saved folder too; its own images go where they say."""
+    experts, model = routed(), ZOO[NAME].model()
+    original, other = features(model, batch), features(stock_with(experts), batch)
+    add_vision_expert(experts.model, "second")
+    with torch.no_grad():
+        experts.model.emma_experts.router["second/bias"].fill_(9.0)
+    experts.train_only("second")
+    assert experts.model.emma_experts.of("second")
+    experts.remove("second")
+    assert experts.names == ("stem",) and not experts.model.emma_experts.of("second")
+    assert all(parameter.requires_grad for parameter in experts.model.parameters()), "frozen for an expert that is gone"
+    check(experts, batch, original, other)
+    experts.save_pretrained(tmp_path)
+    check(load_vision_experts(model, tmp_path), batch, original, other)
+    with pytest.raises(ConfigError, match="there is no expert 'second'"):
+        experts.remove("second")
+    experts.remove("stem")
+    assert not traces(experts.model)
 
 
 @pytest.mark.parametrize("take_off", [EmmaVisionExperts.remove, lambda experts: unpatch_model(experts.model)])
