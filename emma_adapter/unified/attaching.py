@@ -13,7 +13,7 @@ from ..models.families import find_family, require_model
 from ..modules import private, sharding, wrappers
 from ..modules.torch_modes import undisturbed
 from ..modules.wrappers import base_of
-from . import base_saves, calls, fusion, generation
+from . import base_saves, calls, fusion, generation_mode
 from .autoencoder import LatentCoder
 from .config import UnifiedConfig
 from .handle import EmmaUnified
@@ -124,6 +124,6 @@ def install(model: nn.Module, state: UnifiedState) -> None:
     fusion.install(inner, projector)
     calls.install(model, inner)
     base_saves.install(model)
-    generation.install(model, EmmaUnified)
+    generation_mode.install(model, EmmaUnified)
     private.answer_trainer(model, MODULE_NAME, functools.partial(_is_trained, model))
     private.forget_compiled_code()

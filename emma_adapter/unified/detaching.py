@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from ..modules import private
-from . import base_saves, calls, fusion, generation
+from . import base_saves, calls, fusion, generation_mode
 from .state import MODULE_NAME, STATE_ATTRIBUTE, unified_state
 from .training import unfreeze
 
@@ -24,7 +24,7 @@ def take_off(model: nn.Module) -> None:
         calls.remove(module)
         del module.__dict__[STATE_ATTRIBUTE]
     base_saves.remove(model)
-    generation.remove(model, state)
+    generation_mode.remove(model, state)
     private.stop_answering_trainer(model, MODULE_NAME)
     delattr(model, MODULE_NAME)
     private.forget_compiled_code()

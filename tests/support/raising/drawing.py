@@ -611,17 +611,17 @@ def a_branch_from_the_hub_that_names_a_path(bench: Bench) -> None:
     load_unified(tiny.llava(), "someone/drawing", processor=tiny.processor())
 
 
-@raises(ConfigError, "unified/generation.py:guard_generate", "generation_mode must be")
+@raises(ConfigError, "unified/generation_mode.py:guard_generate", "generation_mode must be")
 def a_mode_that_is_none(bench: Bench) -> None:
     unified("llava", SMALL).model.generate(torch.ones(1, 3, dtype=torch.long), generation_mode="audio")
 
 
-@raises(DataError, "unified/generation.py:_draw", "give it what the processor makes")
+@raises(DataError, "unified/generation_mode.py:_draw", "give it what the processor makes")
 def an_option_that_is_none(bench: Bench) -> None:
     unified("llava", SMALL).model.generate(torch.ones(1, 3, dtype=torch.long), generation_mode="image", heigth=64)
 
 
-@raises(DataError, "unified/generation.py:_Pictures.of_rows", "can't be told from the pixels")
+@raises(DataError, "unified/generation_mode.py:_Pictures.of_rows", "can't be told from the pixels")
 def guidance_of_tiles(bench: Bench) -> None:
     entry = ZOO["llava_next"]
     inputs = entry.batch([Row("a dog", ((56, 84),))])
