@@ -14,6 +14,7 @@ from torch import nn
 from emma_adapter import AnalysisError, EmmaConfig, patch_model
 from emma_adapter.analysis import diagnose, probe
 from tests.support import tiny
+from tests.support.budget import budget
 from tests.support.zoo import ZOO, Row
 
 
@@ -58,6 +59,7 @@ def test_rare_labels_are_left_out():
     assert not found.right[:3].any()
 
 
+@pytest.mark.nightly
 def test_groups_are_probed_apart():
     """Each by itself, as if there were no other."""
     parts = [blobs(60, 8, 2.0, seed) for seed in range(3)]
@@ -230,7 +232,9 @@ def test_an_instruction_that_does_not_tell_what_is_asked():
     assert one.instruction is None and one.attributes[0].name == "all"
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "llava_next", "internvl", "mistral3", "gemma3"])
+@pytest.mark.parametrize(
+    "name", budget(["qwen2_5_vl", "llava_next"], ["qwen2_5_vl", "llava_next", "internvl", "mistral3", "gemma3"])
+)
 def test_images_of_any_size(name):
     entry = ZOO[name]
     model = entry.model()

@@ -15,6 +15,7 @@ from emma_adapter import get_adapter, load_adapter
 from tests.adapter.test_trainer import PROCESSOR, base_model, copied, logits, patched, same_values, trainer_for
 from tests.checkpoints.test_hub import run  # noqa: F401 - a fixture
 from tests.support import tiny
+from tests.support.budget import some
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -153,8 +154,7 @@ def refused(trainer, match):
     assert same_values(trainer.model.state_dict(), before)
 
 
-@pytest.mark.parametrize("place", [".", "checkpoint-3", "checkpoint-6"])
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("place", "compiled"), some(1, [".", "checkpoint-3", "checkpoint-6"], [False, True]))
 def test_a_run_into_the_folder_of_a_lora_is_refused_before_its_first_step(place, compiled, lora_folder, tmp_path):
     shutil.copytree(lora_folder, tmp_path / "run" / place)
     before = contents(tmp_path / "run")

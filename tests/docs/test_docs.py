@@ -64,8 +64,8 @@ def run(code: str) -> tuple[int, str]:
     return max(result.exit_code for result in results), "\n".join(result.output for result in results)
 
 
-#: What starts other programs takes half a minute. What distributed.md starts, tests/distributed does each time.
-NIGHTLY = {"evaluation.md", "distributed.md"}
+#: What takes longest, and other tests do each time: several processes, lmms-eval and training on the command line.
+NIGHTLY = {"evaluation.md", "distributed.md", "command-line.md"}
 WITH_EXAMPLES = [
     pytest.param(page, id=name_of(page), marks=[pytest.mark.nightly] if name_of(page) in NIGHTLY else [])
     for page in PAGES
