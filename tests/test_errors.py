@@ -24,6 +24,7 @@ FOREIGN = {
     "emma_adapter/files/tensor_file.py": {"ValueError"},  # caught there: what is wrong with a header
     "emma_adapter/experts/hooks.py": {"_EnoughError"},  # caught there: nothing more is to be computed
     "emma_adapter/cli/finetune.py": {"click.UsageError"},  # printed with the command's usage
+    "emma_adapter/cli/evaluate_drawing.py": {"click.UsageError"},  # likewise
     "emma_adapter/cli/report.py": {"click.UsageError"},  # likewise
     "emma_adapter/cli/options.py": {"click.UsageError"},  # likewise
     "emma_adapter/alignment/official_weights.py": {"_ForeignPickleError"},  # caught there: what is wrong with a pickle

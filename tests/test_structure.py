@@ -32,7 +32,7 @@ checkpoints
 adapter
 __init__
 data analysis
-report
+report evaluation
 cli
 """
 LAYER_OF = {name: number for number, line in enumerate(LAYERS.split("\n")) for name in line.split()}
