@@ -1,1 +1,1 @@
-"""How well a model draws and edits: pictures of prompts, what judges say of them, and how far they are from real ones."""
+"""How well a model draws and edits: pictures of prompts, judges of them, and their distance from real ones."""

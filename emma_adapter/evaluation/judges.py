@@ -104,7 +104,7 @@ class VisionLanguageJudge:
         self._yes, self._no = yes - no, no - yes
         if not self._yes or not self._no:
             raise ConfigError(
-                f"{source} can't answer with yes or no, which its tokenizer begins with the same token: use another judge"
+                f"{source} can't answer yes or no, which its tokenizer begins with the same token: use another judge"
             )
 
     def says_yes(self, picture: Any, question: str) -> bool:

@@ -74,8 +74,8 @@ def judge_objects(
     """Return what is wrong with a picture; it is right if there is nothing.
 
     Every clause of ``include`` must hold of its ``count`` most confident objects: so many are there, all of the
-    colour, and each in the relation to each of those of the clause that its position names. Of a class of ``exclude`` there
-    must be fewer than its ``count``.
+    colour, and each in the relation to each of those of the clause that its position names. Of a class of ``exclude``
+    there must be fewer than its ``count``.
 
     Args:
         row: GenEval's metadata.

@@ -55,14 +55,17 @@ def test_yes_and_no_are_those_of_the_models_logits(tmp_path):
         text = processor.apply_chat_template(
             [tiny.user(f"{question} Answer yes or no.")], tokenize=False, add_generation_prompt=True
         )
-        inputs = processor(images=[picture], text=[text], return_tensors="pt")
+        inputs = processor(images=[picture], text=[text], add_special_tokens="<s>" not in text, return_tensors="pt")
         probabilities = model(**inputs).logits[0, -1].softmax(0).detach()
         words = processor.tokenizer.get_vocab()
         ids = {
-            word: {words[processor.tokenizer.tokenize(text)[0]] for text in (word, word.capitalize())}
+            word: {
+                words[processor.tokenizer.tokenize(text)[0]]
+                for text in (word, word.capitalize(), f" {word}", f" {word.capitalize()}")
+            }
             for word in ("yes", "no")
         }
-        yes, no = (probabilities[list(ids[word])].sum() for word in ("yes", "no"))
+        yes, no = (probabilities[list(ids[word] - ids[other])].sum() for word, other in (("yes", "no"), ("no", "yes")))
         assert judge.says_yes(picture, question) == bool(yes > no)
         found.add(bool(yes > no))
     assert isinstance(judge.consistency([tiny.picture(1)], tiny.picture(2), "make it {blue}"), str)
