@@ -48,7 +48,7 @@ class CheckpointError(EmmaError, ValueError):
 
 
 class DataError(EmmaError, ValueError):
-    """A dataset, or a row of one, can't be trained on."""
+    """A dataset, or a row of one, can't be trained on, drawn from, or judged."""
 
 
 class AnalysisError(EmmaError, ValueError):

@@ -27,6 +27,7 @@ FOREIGN = {
     "emma_adapter/cli/training.py": {"click.UsageError"},  # likewise
     "emma_adapter/cli/train_alignment.py": {"click.UsageError"},  # likewise
     "emma_adapter/cli/train_unified.py": {"click.UsageError"},  # likewise
+    "emma_adapter/cli/evaluate_drawing.py": {"click.UsageError"},  # likewise
     "emma_adapter/cli/report.py": {"click.UsageError"},  # likewise
     "emma_adapter/cli/options.py": {"click.UsageError"},  # likewise
     "emma_adapter/alignment/official_weights.py": {"_ForeignPickleError"},  # caught there: what is wrong with a pickle

@@ -32,7 +32,7 @@ checkpoints
 adapter
 __init__
 data analysis
-report
+report evaluation
 cli
 """
 LAYER_OF = {name: number for number, line in enumerate(LAYERS.split("\n")) for name in line.split()}
@@ -123,6 +123,14 @@ def test_importing_the_package_imports_no_heavy_third_party():
     code = f"import sys, emma_adapter; print(sorted({set(heavy)} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_wheel_holds_every_folder():
+    tomllib = pytest.importorskip("tomllib")
+    told = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "emma_adapter").rglob("__init__.py")}
+    names = {".".join(folder.parts) for folder in folders}
+    assert set(told) == names | {"emma_adapter.integrations", "emma_adapter_lmms_eval"}
 
 
 def test_public_names_exist_and_are_documented():

@@ -17,6 +17,7 @@ from .convert import convert
 from .diff import diff
 from .draw import draw
 from .edit import edit
+from .evaluate_drawing import evaluate_drawing
 from .finetune import finetune
 from .info import info
 from .report import report
@@ -86,5 +87,5 @@ def main() -> None:
     """EMMA for vision-language models: look at adapters, convert them, train them, show what they do; draw and edit."""
 
 
-for command in (info, convert, finetune, report, diff, draw, edit):
+for command in (info, convert, finetune, report, diff, draw, edit, evaluate_drawing):
     main.add_command(command)
