@@ -93,8 +93,8 @@ def make_drawing_report(
     for name, value, least in (("show", show, 1), ("previews", previews, 0), ("seed", seed, 0)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ConfigError(f"{name} must be an integer >= {least}; got {shown(value)}")
-    if isinstance(amplification, bool) or not isinstance(amplification, (int, float)) or not amplification >= 1:
-        raise ConfigError(f"amplification must be a number >= 1; got {shown(amplification)}")
+    if isinstance(amplification, bool) or not isinstance(amplification, (int, float)) or not 1 <= amplification <= 255:
+        raise ConfigError(f"amplification must be a number from 1 to 255; got {shown(amplification)}")
     if not len(rows):
         raise DataError('there are no rows to draw: give at least one {"prompt": "…"}')
     settings = {
