@@ -56,15 +56,18 @@ def page(report: DrawingReport) -> dict[str, Any]:
 def _card(own: Drawn, report: DrawingReport) -> dict[str, Any]:
     row = f"row {own.number}"
     pictures = [
-        shown_picture(source, f"Reference picture {number} of {row}", "source" if number == 1 else f"source {number}")
+        shown_picture(
+            source, f"Reference picture {number} of {row}", "source" if len(own.sources) == 1 else f"source {number}"
+        )
         for number, source in enumerate(own.sources[:MAX_SHOWN], 1)
     ]
     if own.wanted is not None:
         pictures.append(shown_picture(own.wanted, f"The picture that is wanted of {row}", "wanted, as in the data"))
     made = "edited" if own.sources else "drawn"
-    pictures.append(shown_picture(own.picture, f"The picture {made} of {row}", made))
+    size = f"{own.picture.width} × {own.picture.height} pixels"
+    pictures.append(shown_picture(own.picture, f"The picture {made} of {row}", f"{made}, {size}"))
     if own.difference is not None:
-        words = f"difference from the source{' 1' if len(own.sources) > 1 else ''}, times {report.amplification:g}"
+        words = f"difference from {names[0]}, times {report.amplification:g}"
         words += f"; its mean is {own.difference.mean:.1%} of the range"
         words += ", of the source resized to the edited picture" if own.difference.resized else ""
         pictures.append(

@@ -10,7 +10,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from emma_adapter import UnifiedConfig, add_vision_expert, unify_model
 from emma_adapter.cli import main
-from tests.support import tiny
+from tests.support import browser, tiny
 from tests.support.workspace import AUTOENCODER_ID, make_workspace
 
 MODEL = "Qwen/Qwen3-VL-8B-Instruct"
@@ -26,7 +26,10 @@ def workspace(tmp_path_factory):
         tiny.train_randomly(model.emma_unified, 0.05)
         made.save_pretrained("drawing")
         add_vision_expert(model, "stem", layers=1).save_pretrained("experts")
-        rows = [{"prompt": "a bird"}, {"prompt": "make it blue", "image": "images/0.png", "target": "images/1.png"}]
+        rows = [
+            {"prompt": f"a bird {'w' * 500}"},
+            {"prompt": "make it blue", "image": "images/0.png", "target": "images/1.png"},
+        ]
         (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return folder
 
@@ -43,13 +46,31 @@ def report(*arguments, code=0, data="prompts.jsonl"):
     return result
 
 
-def test_a_page(tmp_path):
+@pytest.fixture(scope="module")
+def file(workspace):
+    """With a word that is longer than a phone is wide."""
     settings = ["--height", 64, "--width", 64, "--steps", 2, "--previews", 1, "--seed", 3, "--experts", "experts"]
-    said = report("--unified", "--output", tmp_path / "page.html", *settings).stdout
-    assert "2 of 2 rows drawn" in said
-    page = (tmp_path / "page.html").read_text()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(workspace)
+        assert "2 of 2 rows drawn" in report("--unified", "--output", "page.html", *settings).stdout
+    return workspace / "page.html"
+
+
+def test_a_page(file):
+    page = file.read_text()
     assert "make it blue" in page and "Row 2 of the data, seed 4" in page and AUTOENCODER_ID in page
     assert page.count("<img ") == 2 + 5 and "stem; margin 0.2" in page
+
+
+@pytest.mark.skipif(browser.found() is None, reason="needs Chromium and its driver")
+def test_it_reads_well(file):
+    with browser.chromium() as chromium:
+        for width, dark in ((390, False), (1280, True)):
+            chromium.open(file, width=width, height=800, dark=dark)
+            assert chromium.run("return document.documentElement.scrollWidth") <= width
+            assert chromium.run(browser.TOO_WIDE) == [] and chromium.run(browser.CONTRAST) >= 4.5
+            assert chromium.complaints() == []
+            assert [url for url in chromium.requests() if not url.startswith(("data:image/", file.as_uri()))] == []
 
 
 @pytest.mark.parametrize(
