@@ -55,11 +55,10 @@ def page(report: DrawingReport) -> dict[str, Any]:
 
 def _card(own: Drawn, report: DrawingReport) -> dict[str, Any]:
     row = f"row {own.number}"
+    names = ["source"] if len(own.sources) == 1 else [f"source {number}" for number in range(1, len(own.sources) + 1)]
     pictures = [
-        shown_picture(
-            source, f"Reference picture {number} of {row}", "source" if len(own.sources) == 1 else f"source {number}"
-        )
-        for number, source in enumerate(own.sources[:MAX_SHOWN], 1)
+        shown_picture(source, f"Reference picture of {row}: {name}", name)
+        for source, name in list(zip(own.sources, names, strict=True))[:MAX_SHOWN]
     ]
     if own.wanted is not None:
         pictures.append(shown_picture(own.wanted, f"The picture that is wanted of {row}", "wanted, as in the data"))
