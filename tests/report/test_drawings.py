@@ -126,6 +126,20 @@ def test_where_experts_took_the_pictures(drawer, report):
     assert [len(own.routed) for own in report_of(made, guidance_scale=1, image_guidance_scale=1).drawn] == [0, 1, 2]
 
 
+@pytest.mark.parametrize(("name", "kind"), [("llava_next", "Source"), ("internvl", "Tile")])
+def test_what_guidance_reads_again_is_told_once(name, kind):
+    """InternVL's model isn't told which tiles are of one picture."""
+    made = unified(name, UnifiedConfig(decoupling=2))
+    tiny.train_randomly(add_vision_expert(made.model, "stem", layers=1).model.emma_experts)
+    quick = {"num_inference_steps": 1, "previews": 0}
+    plain = report_of(made, ROWS[2:], guidance_scale=1, image_guidance_scale=1, **quick)
+    guided = report_of(made, ROWS[2:], **quick)
+    assert len(plain.drawn[0].routed) == len(guided.drawn[0].routed) == (2 if kind == "Source" else 4)
+    for one, other in zip(plain.drawn[0].routed, guided.drawn[0].routed, strict=True):
+        assert one.probabilities == pytest.approx(other.probabilities, abs=1e-5)
+    assert f"{kind} 2</bdi></th>" in render(guided)
+
+
 def test_the_page_is_sound_whatever_the_prompts_are(drawer):
     rows = [{"prompt": prompt, "image": picture(number, 64, 64)} for number, prompt in enumerate(HOSTILE[:5])]
     rows[0]["target"] = picture(9, 200, 120)
