@@ -1,4 +1,4 @@
-"""Rows of prompts and pictures, from which a model learns to draw and to edit."""
+"""Rows of prompts and pictures, from which a model learns to draw and to edit, or which it draws."""
 
 from __future__ import annotations
 
@@ -15,30 +15,37 @@ from .images import shortened
 from .tables import Table, open_table
 
 _COLUMNS = ("prompt", "target", *SHOWN)
-_FORM = '{"prompt": "…", "target": "PATH"}, and "image": "PATH" or a list of them where there is something to edit'
+_EDITED = 'and "image": "PATH" or a list of them where there is something to edit'
+_FORM = f'{{"prompt": "…", "target": "PATH"}}, {_EDITED}'
+_DRAWN_FORM = f'{{"prompt": "…"}}, {_EDITED}'
 
 
 class Drawings:
     """Rows of a table, ``{"prompt": …, "image"?: …, "target": …}``, as :meth:`EmmaUnified.collator` takes them.
 
     Images are named or held as :func:`~.images.open_image` takes them, and ``"image"`` may be a list.
+
+    Args:
+        table: the rows.
+        learned: whether each must have a target, as for training.
     """
 
-    def __init__(self, table: Table) -> None:
-        self._table = table
+    def __init__(self, table: Table, *, learned: bool = True) -> None:
+        self._table, self._learned = table, learned
 
     def __len__(self) -> int:
         return len(self._table)
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        """Return the row with its pictures as PIL images, upright and in RGB.
+        """Return the row with its pictures as PIL images, upright and in RGB; the target is None if it has none.
 
         Raises:
             DataError: naming the row, if it can't be used.
         """
         prompt, target, references = self._read(number)
         images = [self._table.open_image(number, source) for source in references]
-        return {"prompt": prompt, "image": images, "target": self._table.open_image(number, target)}
+        wanted = None if target is None else self._table.open_image(number, target)
+        return {"prompt": prompt, "image": images, "target": wanted}
 
     def check(
         self, name: str, processor: Any, compression: int, *, resized: bool, mixed: bool, progress: bool = False
@@ -92,19 +99,20 @@ class Drawings:
     def _read(self, number: int) -> tuple[str, Any, list[Any]]:
         """Prompt, target and reference pictures of a row."""
         row, where = self._table.row(number), self._table.where(number)
-        if row.get("prompt") is None or row.get("target") is None:
-            raise DataError(f'{where} lacks "prompt" or "target", and has {sorted(map(str, row))}; a row is {_FORM}')
+        if row.get("prompt") is None or (self._learned and row.get("target") is None):
+            needed, form = ('"prompt" or "target"', _FORM) if self._learned else ('"prompt"', _DRAWN_FORM)
+            raise DataError(f"{where} lacks {needed}, and has {sorted(map(str, row))}; a row is {form}")
         prompt = row["prompt"]
         if not isinstance(prompt, str) or not prompt.strip():
             raise DataError(f"{where}: the prompt is {shortened(prompt)}; it must be a text that says what to draw")
         check_characters(prompt, where)
-        return prompt, row["target"], named_images(row, where)
+        return prompt, row.get("target"), named_images(row, where)
 
 
-def open_drawings(source: str, split: str, image_folder: Path | None) -> Drawings:
-    """Return the rows of what :func:`~.tables.open_table` opens.
+def open_drawings(source: str, split: str, image_folder: Path | None, *, learned: bool = True) -> Drawings:
+    """Return the rows of what :func:`~.tables.open_table` opens; unless they are ``learned``, targets may be missing.
 
     Raises:
         DataError: if there is nothing of this kind.
     """
-    return Drawings(open_table(source, split, image_folder, _COLUMNS))
+    return Drawings(open_table(source, split, image_folder, _COLUMNS), learned=learned)

@@ -55,7 +55,7 @@ def make_report(
             "processor.chat_template, or take a model that has one"
         )
     prompts = Prompts(processor)
-    watch = _unwatched if watch is None else watch
+    watch = unwatched if watch is None else watch
     with watch("Reading the questions", range(len(questions))) as numbers:
         read = [entry_of(questions[number], number) for number in numbers]
     entries = [entry for entry in read if entry is not None]
@@ -120,5 +120,5 @@ class _Batches:
             yield self._prompts.batch([one.messages for one in own], [one.images for one in own])
 
 
-def _unwatched(label: str, items: Sequence[T]) -> AbstractContextManager[Sequence[T]]:
+def unwatched(label: str, items: Sequence[T]) -> AbstractContextManager[Sequence[T]]:
     return nullcontext(items)

@@ -6,8 +6,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from . import page_text
+from . import page_drawings, page_text
 from .contents import Report
+from .drawing_contents import DrawingReport
 from .figures import Figures
 
 _HERE = Path(__file__).parent
@@ -16,10 +17,10 @@ _UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\uff
 _LONGEST = 1500
 
 
-def render(report: Report) -> str:
+def render(report: Report | DrawingReport) -> str:
     """The page. The same report gives the same text, with the same versions of matplotlib and Pillow.
 
-    Questions, answers and names are shown as text, whatever they contain.
+    Questions, answers, prompts and names are shown as text, whatever they contain.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
@@ -33,10 +34,12 @@ def render(report: Report) -> str:
         finalize=lambda value: value if isinstance(value, Markup) else _clean(str(value)),
     )
     environment.filters["short"] = _shortened
+    style = Markup((_HERE / "style.css").read_text(encoding="utf-8"))
+    if isinstance(report, DrawingReport):
+        return environment.get_template("drawings.html").render(page=page_drawings.page(report), style=style)
     figures = Figures()
     page = page_text.page(report, lambda draw, description: Markup(figures.inline(draw, _clean(description))))
-    style = Markup((_HERE / "style.css").read_text(encoding="utf-8"))
-    return environment.get_template("template.html").render(page=page, style=style)
+    return environment.get_template("adapter.html").render(page=page, style=style)
 
 
 def _clean(text: str) -> str:

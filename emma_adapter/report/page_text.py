@@ -15,7 +15,7 @@ from .pictures import data_uri, is_tiny
 from .questions import normalised
 
 #: Images and maps of one question; more would be a page of their own.
-_MAX_SHOWN = 6
+MAX_SHOWN = 6
 
 _COLOURS = {
     "gain": "The map is |V'| / |V|, how much longer the adapter made a visual token: red was amplified, blue "
@@ -101,11 +101,11 @@ def _chosen(report: Report) -> str:
 
 def _card(example: Example, field: str, limits: Any, draw: Draw) -> dict[str, Any]:
     images = [
-        _picture(image, f"Image {number} of question {example.number}", "as in the data")
-        for number, image in enumerate(example.images[:_MAX_SHOWN], 1)
+        shown_picture(image, f"Image {number} of question {example.number}", "as in the data")
+        for number, image in enumerate(example.images[:MAX_SHOWN], 1)
     ]
-    maps = [_map(view, field, limits, draw) for view in example.views[:_MAX_SHOWN]]
-    left = max(len(example.images) - _MAX_SHOWN, 0), max(len(example.views) - _MAX_SHOWN, 0)
+    maps = [_map(view, field, limits, draw) for view in example.views[:MAX_SHOWN]]
+    left = max(len(example.images) - MAX_SHOWN, 0), max(len(example.views) - MAX_SHOWN, 0)
     return {
         "number": example.number,
         "question": example.question,
@@ -116,7 +116,8 @@ def _card(example: Example, field: str, limits: Any, draw: Draw) -> dict[str, An
     }
 
 
-def _picture(image: Any, alt: str, caption: str) -> dict[str, Any]:
+def shown_picture(image: Any, alt: str, caption: str) -> dict[str, Any]:
+    """A PIL image for the template."""
     return {
         "src": data_uri(image),
         "alt": f"{alt}, {image.width} × {image.height} pixels",

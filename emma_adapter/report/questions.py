@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from ..data.images import to_rgb
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,18 +69,23 @@ def entry_of(question: Question, place: int) -> Entry | None:
     return Entry(place, question.text, question.answer, question.attribute, question.pair, digest.hexdigest())
 
 
+def spread(entries: Sequence[T], count: int) -> list[T]:
+    """So many of them, in order, spread evenly from the first to the last."""
+    if len(entries) <= count or count < 2:
+        return list(entries[:count])
+    return [entries[round(number * (len(entries) - 1) / (count - 1))] for number in range(count)]
+
+
 def choose(entries: Sequence[Entry], count: int) -> list[Entry]:
     """The questions to show, in order: as many of each attribute as of the others, else spread evenly. What the model
     answers has no say."""
-    if len(entries) <= count:
-        return list(entries)
-    if count < 2:
-        return list(entries[:count])
+    if len(entries) <= count or count < 2:
+        return spread(entries, count)
     groups: dict[str, list[Entry]] = {}
     for entry in entries:
         groups.setdefault(entry.attribute or "", []).append(entry)
     if len(groups) == 1:
-        return [entries[round(number * (len(entries) - 1) / (count - 1))] for number in range(count)]
+        return spread(entries, count)
     # In turn from each attribute, with images that aren't shown yet where there are any.
     chosen: list[Entry] = []
     seen: set[str] = set()

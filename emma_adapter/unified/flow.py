@@ -46,6 +46,18 @@ def interpolate(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     return (1 - t) * x0 + t * noise
 
 
+def clean_estimate(before: Tensor, after: Tensor, time: float, following: float) -> Tensor:
+    """Return x0 = x_t - t·v, what a step of Euler's rule takes the picture to be, of the same shape as ``before``.
+
+    Args:
+        before: x_t, the latents at ``time``.
+        after: x_t + (following - time)·v, the latents that the step led to.
+        time: t.
+        following: the time of ``after``, which is another.
+    """
+    return before - time * (after - before) / (following - time)
+
+
 def velocity_loss(velocity: Tensor, x0: Tensor, noise: Tensor, weights: Tensor) -> Tensor:
     """Return the mean over pictures of each one's mean squared error, so that large pictures don't count for more.
 

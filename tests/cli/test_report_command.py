@@ -175,41 +175,14 @@ def chromium():
         yield started
 
 
-_CONTRAST = """
-const parse = text => text.match(/[\\d.]+/g).map(Number);
-const light = ([r, g, b]) => [r, g, b].map(v => v / 255)
-    .map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
-    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
-const paper = element => {
-    for (let e = element; e; e = e.parentElement) {
-        const colour = parse(getComputedStyle(e).backgroundColor);
-        if (colour.length < 4 || colour[3] > 0) return colour;
-    }
-};
-let worst = 99;
-for (const element of document.querySelectorAll("body, body *")) {
-    const own = [...element.childNodes].some(node => node.nodeType === 3 && node.textContent.trim());
-    if (!own || element.closest("svg")) continue;
-    const [a, b] = [light(parse(getComputedStyle(element).color)), light(paper(element))];
-    worst = Math.min(worst, (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05));
-}
-return worst;
-"""
-_TOO_WIDE = """
-const width = document.documentElement.clientWidth;
-return [...document.querySelectorAll("body *")].filter(element => !element.closest(".scroll") && !element.closest("svg")
-    && element.getBoundingClientRect().right > width + 0.5).map(element => element.outerHTML.slice(0, 200));
-"""
-
-
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("size", [PHONE, DESK], ids=["phone", "desk"])
 def test_it_reads_well(chromium, page, size, dark):
     chromium.open(page, width=size[0], height=size[1], dark=dark)
     assert chromium.run("return innerWidth") == size[0]
     assert chromium.run("return document.documentElement.scrollWidth") <= size[0]
-    assert chromium.run(_TOO_WIDE) == []
-    assert chromium.run(_CONTRAST) >= 4.5
+    assert chromium.run(browser.TOO_WIDE) == []
+    assert chromium.run(browser.CONTRAST) >= 4.5
     brightness = chromium.run("return getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)")
     assert (max(brightness) < 64) is dark
     assert chromium.complaints() == []
@@ -227,7 +200,7 @@ def test_it_prints_on_white(chromium, page):
     dark = [{"name": "prefers-color-scheme", "value": "dark"}]
     chromium.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print", "features": dark})
     assert chromium.run("return getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
-    assert chromium.run(_CONTRAST) >= 7
+    assert chromium.run(browser.CONTRAST) >= 7
 
 
 def test_the_browser_would_tell(chromium, tmp_path):
@@ -244,5 +217,5 @@ def test_the_browser_would_tell(chromium, tmp_path):
     )
     chromium.open(tmp_path / "worse.html", width=360, height=800, dark=False)
     assert chromium.run("return document.documentElement.scrollWidth") >= 900
-    assert chromium.run(_TOO_WIDE) and chromium.run(_CONTRAST) < 4.5
+    assert chromium.run(browser.TOO_WIDE) and chromium.run(browser.CONTRAST) < 4.5
     assert "http://127.0.0.1:9/x.png" in chromium.requests()

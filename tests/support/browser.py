@@ -15,6 +15,33 @@ from selenium import webdriver
 from selenium.webdriver.chrome.options import Options
 from selenium.webdriver.chrome.service import Service
 
+#: The least contrast of words and what is behind them, as WCAG 2 has it.
+CONTRAST = """
+const parse = text => text.match(/[\\d.]+/g).map(Number);
+const light = ([r, g, b]) => [r, g, b].map(v => v / 255)
+    .map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+const paper = element => {
+    for (let e = element; e; e = e.parentElement) {
+        const colour = parse(getComputedStyle(e).backgroundColor);
+        if (colour.length < 4 || colour[3] > 0) return colour;
+    }
+};
+let worst = 99;
+for (const element of document.querySelectorAll("body, body *")) {
+    const own = [...element.childNodes].some(node => node.nodeType === 3 && node.textContent.trim());
+    if (!own || element.closest("svg")) continue;
+    const [a, b] = [light(parse(getComputedStyle(element).color)), light(paper(element))];
+    worst = Math.min(worst, (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05));
+}
+return worst;
+"""
+#: What reaches beyond the window, but for what scrolls.
+TOO_WIDE = """
+const width = document.documentElement.clientWidth;
+return [...document.querySelectorAll("body *")].filter(element => !element.closest(".scroll") && !element.closest("svg")
+    && element.getBoundingClientRect().right > width + 0.5).map(element => element.outerHTML.slice(0, 200));
+"""
 _NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 

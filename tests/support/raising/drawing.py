@@ -33,6 +33,7 @@ from emma_adapter import (
     unify_model,
 )
 from emma_adapter.files import tensor_folder
+from emma_adapter.report import make_drawing_report
 from emma_adapter.unified import checkpoint
 from emma_adapter.unified.losses import latent_loss
 from emma_adapter.unified.pixels import entry_pictures
@@ -626,3 +627,37 @@ def guidance_of_tiles(bench: Bench) -> None:
     entry = ZOO["llava_next"]
     inputs = entry.batch([Row("a dog", ((56, 84),))])
     unified("llava_next", SMALL).model.generate(**inputs, generation_mode="image", height=64, width=64)
+
+
+# --------------------------------------------------------------------------------------- the report
+
+_REPORT = "report/compute_drawings.py"
+
+
+def report(rows: Any = ({"prompt": "a dog"},), **settings: Any) -> None:
+    make_drawing_report(unify(), rows, **settings)
+
+
+@raises(ConfigError, f"{_REPORT}:make_drawing_report", "must be an integer >=")
+def half_a_preview(bench: Bench) -> None:
+    report(previews=0.5)
+
+
+@raises(ConfigError, f"{_REPORT}:make_drawing_report", "amplification")
+def differences_that_are_made_smaller(bench: Bench) -> None:
+    report(amplification=0)
+
+
+@raises(DataError, f"{_REPORT}:make_drawing_report", "there are no rows")
+def a_report_of_no_row(bench: Bench) -> None:
+    report([])
+
+
+@raises(DataError, f"{_REPORT}:_read", "a row is")
+def a_report_of_texts(bench: Bench) -> None:
+    report(["a dog"])
+
+
+@raises(DataError, f"{_REPORT}:_read", "can't be drawn")
+def a_report_of_a_row_without_a_prompt(bench: Bench) -> None:
+    report([{"target": PICTURE}])

@@ -1,0 +1,56 @@
+"""``emma-adapter report --unified``: what a model draws."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .options import chosen_device
+
+
+def report_unified(
+    *,
+    model: str,
+    adapter: str,
+    subfolder: str | None,
+    data: str,
+    output: Path,
+    images: Path | None,
+    split: str,
+    experts: str | None,
+    autoencoder: str | None,
+    steps: int,
+    device: str | None,
+    dtype: str,
+    trust_remote_code: bool,
+    **settings: Any,
+) -> None:
+    """Write the page about a model that draws; the arguments are the options of the command."""
+    from ..data.drawings import open_drawings
+    from ..experts.loading import load_vision_experts
+    from ..models.loading import load_model, load_processor
+    from ..report import make_drawing_report, render
+    from ..unified.loading import load_unified
+
+    place = chosen_device(device)
+    rows = open_drawings(data, split, images, learned=False)
+    processor = load_processor(model, trust_remote_code=trust_remote_code)
+    base = load_model(model, dtype, trust_remote_code=trust_remote_code).to(place).eval()
+    unified = load_unified(base, adapter, subfolder=subfolder, processor=processor, autoencoder=autoencoder)
+    if experts is not None:
+        load_vision_experts(base, experts)
+    # There is a bar for all pictures.
+    unified.set_progress_bar_config(disable=True)
+    found = make_drawing_report(
+        unified,
+        rows,
+        model_name=model,
+        adapter_name=adapter,
+        num_inference_steps=steps,
+        watch=lambda label, items: click.progressbar(items, label=label),
+        **settings,
+    )
+    output.write_text(render(found), encoding="utf-8")
+    click.echo(f"Saved to {output}: {len(found.drawn):,} of {found.rows:,} rows drawn")
