@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import budget
+
 pytest.importorskip("triton")
 
 HERE = Path(__file__).parent
@@ -24,8 +26,9 @@ FILES = [
 @pytest.mark.parametrize("path", FILES)
 def test_kernels_in_tritons_interpreter(path):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    draws = [f"--hypothesis-seed={budget.SEED}"] if budget.FULL else []
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(path)],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *draws, str(path)],
         env={**environment, "TRITON_INTERPRET": "1"},
         cwd=HERE.parents[1],
         capture_output=True,

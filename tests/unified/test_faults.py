@@ -162,7 +162,7 @@ def test_threads_that_draw_edit_and_train_do_not_meet(qwen):
     batch = qwen.collator()([{"prompt": "x", "target": picture(1, 64, 64), "image": picture(2)}])
 
     def loss_of(number):
-        return qwen.loss("x", torch.full((1, 3, 64, 64), number / 5), picture(number), generator=seeded(number))
+        return qwen.loss("x", torch.full((1, 3, 64, 64), number / 12), picture(number), generator=seeded(number))
 
     def answer(_):
         output = qwen.model(**plain)
