@@ -177,9 +177,10 @@ class _Pictures:
         return same and apart and torch.equal(counts, self._placeholders.sum(1))
 
 
-def _read(model: nn.Module, state: UnifiedState, inputs: dict[str, Any], branches: list[list[Row]]) -> Prefix:
+def _read(model: nn.Module, state: UnifiedState, inputs: dict[str, Any], rows: list[Row]) -> Prefix:
     """The rows of all branches, the first of which are the given inputs."""
-    rows = [row for branch in branches[1:] for row in branch]
+    count = len(inputs["input_ids"])
+    rows = rows[count:]
     pixels = [name for name in inputs if name in state.family.pixel_arguments.values()]
     if not rows or pixels or any(pictures for _, pictures in rows):
         given = read_prompts(model, state, inputs)
@@ -188,7 +189,6 @@ def _read(model: nn.Module, state: UnifiedState, inputs: dict[str, Any], branche
     texts = list(dict.fromkeys(text for text, _ in rows))
     others = on_device(encode_prompts(state.processor, texts, [[] for _ in texts]), inputs["input_ids"].device)
     together = read_prompts(model, state, _stacked(inputs, others, state.processor.tokenizer.pad_token_id or 0))
-    count = len(inputs["input_ids"])
     places = [*range(count), *(count + texts.index(text) for text, _ in rows)]
     return together.rows(torch.tensor(places, device=together.mask.device))
 

@@ -44,9 +44,7 @@ def entry_pictures(processor: Any, arguments: Mapping[str, Any], layout: MediaLa
         )
     sizes = arguments.get("image_sizes")
     if layout.packed and sizes is not None:
-        # Pixtral pads all pictures to the largest.
-        pairs = torch.as_tensor(sizes).tolist()
-        pictures = [picture[:, :height, :width] for picture, (height, width) in zip(pictures, pairs, strict=True)]
+        pictures = _cropped(pictures, sizes)
     return [_denormalized(processor.image_processor, picture) for picture in pictures]
 
 
@@ -69,9 +67,14 @@ def plain_pictures(processor: Any, arguments: Mapping[str, Any]) -> list[Tensor]
         return None
     sizes = arguments.get("image_sizes")
     if sizes is not None and len(sizes) == len(pictures):
-        pairs = torch.as_tensor(sizes).tolist()
-        pictures = [picture[:, :height, :width] for picture, (height, width) in zip(pictures, pairs, strict=True)]
+        pictures = _cropped(pictures, sizes)
     return [_denormalized(processor.image_processor, picture) for picture in pictures]
+
+
+def _cropped(pictures: Sequence[Tensor], sizes: Any) -> list[Tensor]:
+    """Pictures of their own (height, width): Pixtral pads all to the largest."""
+    pairs = torch.as_tensor(sizes).tolist()
+    return [picture[:, :height, :width] for picture, (height, width) in zip(pictures, pairs, strict=True)]
 
 
 def _from_patches(image_processor: Any, patches: Tensor, grids: Any) -> list[Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any, get_args
 
@@ -125,7 +126,7 @@ def draw(
     latents: Tensor | None,
     callback: Callback | None,
     handle: Any,
-    read: Callable[[list[list[Row]]], Prefix] | None = None,
+    read: Callable[[list[Row]], Prefix] | None = None,
 ) -> GeneratedImages:
     """Return the pictures that a request asks for.
 
@@ -137,8 +138,8 @@ def draw(
     count = len(request.prompts) * request.images_per_prompt
     x = _noise((state.coder.channels, *grid), count, generator, latents, device)
     branches = _branches(request)
-    rows_of = read or (lambda parts: read_rows(model, state, [row for part in parts for row in part]))
-    prefix = rows_of(branches)
+    read = read or partial(read_rows, model, state)
+    prefix = read([row for branch in branches for row in branch])
     check_length(inner, prefix, grid[0] * grid[1])
     prefix = prefix.rows(
         torch.arange(len(prefix.mask), device=prefix.mask.device).repeat_interleave(request.images_per_prompt)
