@@ -8,6 +8,9 @@ BIN = $(VENV)/bin
 # Of the random draws of test-all; `make test-all SEED=…` draws the same again.
 SEED := $(shell $(PYTHON) -c 'import random; print(random.randrange(2**31))')
 
+# Tests start many interpreters; each would compile the package again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-all test-benchmarks test-mutants test-oldest test-newest lint types docs bench-gpu clean
 
 demo: $(VENV)/.installed

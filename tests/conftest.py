@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import gc
 import os
+import sys
 
 # Nothing in the tests may look for a model on the hub, or be slowed down by looking.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -17,6 +19,10 @@ from emma_adapter.alignment.fusion.registry import FUSIONS
 from tests.support import budget, tiny
 
 torch.set_num_threads(1)
+# Of no use here, and what open_clip imports: it asks every module of transformers for its source, which takes seconds.
+sys.modules["wandb"] = None  # type: ignore[assignment]
+# They hold the benchmarks, not the library: ``make test-benchmarks`` and ``make test-all`` run them.
+collect_ignore = budget.budget(["benchmarks"], [])
 
 _HYPOTHESIS = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("everyday", **_HYPOTHESIS, derandomize=True)
@@ -34,10 +40,15 @@ def pytest_report_header():
 def pytest_collection_modifyitems(config, items):
     """Leave out what is for the night, and begin with what takes longest, so that no worker ends with it alone."""
     if not budget.FULL:
-        left_out = [item for item in items if item.get_closest_marker("nightly")]
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in set(left_out)]
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("nightly")])
+        items[:] = [item for item in items if not item.get_closest_marker("nightly")]
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+def pytest_collection_finish():
+    """Let no garbage collection look at a million things that stay: some tests collect again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,7 @@ from transformers import Trainer, TrainingArguments
 
 from emma_adapter import patch_model
 from tests.support import tiny
+from tests.support.budget import budget
 
 
 def losses(folder, model, **options) -> list[float]:
@@ -27,7 +28,7 @@ def losses(folder, model, **options) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-@pytest.mark.parametrize("with_lora", [False, True])
+@pytest.mark.parametrize("with_lora", budget([True], [False, True]))
 def test_neftune_gives_the_losses_of_the_plain_model(tmp_path, with_lora):
     """Bit for bit: the untrained adapter takes no random numbers of the prompt's."""
 

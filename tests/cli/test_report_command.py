@@ -14,6 +14,7 @@ from emma_adapter.cli import main
 from emma_adapter.data.rows import open_rows
 from emma_adapter.errors import DataError
 from tests.support import browser, tiny
+from tests.support.budget import some
 from tests.support.workspace import MODEL_ID, make_workspace
 
 #: CSS pixels.
@@ -175,8 +176,7 @@ def chromium():
         yield started
 
 
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-@pytest.mark.parametrize("size", [PHONE, DESK], ids=["phone", "desk"])
+@pytest.mark.parametrize(("size", "dark"), some(1, [PHONE, DESK], [False, True]), ids=str)
 def test_it_reads_well(chromium, page, size, dark):
     chromium.open(page, width=size[0], height=size[1], dark=dark)
     assert chromium.run("return innerWidth") == size[0]

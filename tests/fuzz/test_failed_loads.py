@@ -23,6 +23,7 @@ from emma_adapter.alignment.fusion import registry
 from emma_adapter.patching import projectors, sites
 from tests.fuzz.victims import FUSIONS, fingerprint, logits, patched
 from tests.support import tiny
+from tests.support.budget import some
 
 ATTENTION = FUSIONS["attention"]
 
@@ -92,11 +93,13 @@ CASES = [("unpatched", None), ("patched", None), ("patched", "new"), ("trained",
 CASES += [("several", None), ("several", "third"), ("several", "new")]
 
 
-@pytest.mark.parametrize(("holder", "function"), STEPS, ids=lambda value: getattr(value, "__name__", value))
-@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-def test_interrupted_at_any_step(holder, function, after, folder, monkeypatch):
+@pytest.mark.parametrize(
+    ("step", "after"), some(1, STEPS, [False, True]), ids=lambda value: value if isinstance(value, bool) else value[1]
+)
+def test_interrupted_at_any_step(step, after, folder, monkeypatch):
     """At each step of loading, before it is done the first time, and after; where it is done several times, that is in
     the middle."""
+    holder, function = step
     original, stopped = getattr(holder, function), 0
 
     def failing(*args, **kwargs):

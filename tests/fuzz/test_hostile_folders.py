@@ -22,7 +22,7 @@ from tests.fuzz.victims import FUSIONS, Patched, fingerprint, logits, patched, s
 from tests.support import tiny
 from tests.support.budget import SEED, budget
 
-CHUNKS, FOLDERS_IN_ONE = budget((3, 200), (24, 430))  # 600, and 10,320
+CHUNKS, FOLDERS_IN_ONE = budget((2, 200), (24, 430))  # 400, and 10,320
 LOOKED_AT_EVERY = 5
 #: Of a load. Generous: a machine may be slow, but nothing here is waited for.
 _SECONDS = 60

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -21,7 +22,7 @@ from emma_adapter.instructions.prompt import Prompt
 from emma_adapter.instructions.reader import InstructionReader
 from emma_adapter.instructions.templates import read_markers
 from tests.support import tiny
-from tests.support.budget import budget
+from tests.support.budget import budget, some
 from tests.support.zoo import ZOO
 
 # --- Chat templates in the formats of well-known models -----------------------------------------------------------
@@ -328,9 +329,14 @@ def squeezed(text: str) -> str:
     return "".join(text.split())
 
 
-every_style = pytest.mark.parametrize("name", STYLES)
-every_style_with_images = pytest.mark.parametrize("name", [name for name, style in STYLES.items() if style.image])
+WITH_IMAGES = [name for name, style in STYLES.items() if style.image]
 every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def of_kinds(kinds: list[str], names: Iterable[str] = STYLES):
+    """Each style with each kind of tokenizer; in the everyday tier, with one or two of them."""
+    return pytest.mark.parametrize(("name", "kind"), some(2 if len(kinds) > 3 else 1, names, kinds))
+
 
 # Text as people write it, short of the templates' own markers.
 SNIPPETS = [
@@ -356,8 +362,7 @@ SPECIAL = ("<unk>", "<s>", "</s>", "<pad>")
 QUESTIONS = WORDS.filter(lambda text: not any(squeezed(marker) in squeezed(text) for marker in {*MARKERS, *SPECIAL}))
 
 
-@every_style
-@every_kind
+@of_kinds(KINDS)
 @settings(max_examples=budget(5, 15))
 @given(
     turns=st.lists(QUESTIONS, min_size=1, max_size=3),
@@ -386,8 +391,7 @@ def test_user_turns_are_read_exactly(name, kind, turns, answer, images, instruct
             assert first in expected
 
 
-@every_style_with_images
-@every_kind
+@of_kinds(KINDS, WITH_IMAGES)
 def test_words_before_and_after_an_image_are_one_instruction(name, kind):
     talk = [user("why?"), message("assistant", "so"), user("is", None, "like\n", None, None, "or not?")]
     prompt = prompt_of(name, kind, talk)
@@ -410,8 +414,7 @@ def test_videos_are_dropped(name, kind):
     assert InstructionReader(words, {1, 2, 3, video}, "last_turn").texts(Prompt(ids)) == ["what happens?"]
 
 
-@every_style_with_images
-@every_kind
+@of_kinds(KINDS, WITH_IMAGES)
 def test_an_image_without_words_is_an_empty_instruction(name, kind):
     talk = [user(None, "what is it?"), message("assistant", "a bird"), user(None)]
     for earlier, expected in ((0, ["", "", ""]), (2, ["", "what is it?", "what is it?"])):
@@ -489,8 +492,7 @@ def pieces(name: str, kind: str, turns: list[str], answers: list[str], closing: 
     return [*found, (rest, False)]
 
 
-@every_style
-@pytest.mark.parametrize("kind", ["bpe-special", "bpe-plain", "unigram-plain"])
+@of_kinds(["bpe-special", "bpe-plain", "unigram-plain"])
 @settings(max_examples=budget(4, 10))
 @given(
     turns=st.lists(QUESTIONS, min_size=1, max_size=3),
@@ -516,8 +518,7 @@ def test_nothing_an_answer_says_changes_the_instruction(name, kind, turns, answe
     assert squeezed(words.decode(chosen["all_turns"][0])) == squeezed("".join(turns))
 
 
-@every_style
-@pytest.mark.parametrize("kind", ["bpe-special", "unigram-plain"])
+@of_kinds(["bpe-special", "unigram-plain"])
 @settings(max_examples=budget(5, 15))
 @given(data=st.data())
 def test_other_answer_tokens_give_the_same_instruction(name, kind, data):
@@ -557,8 +558,7 @@ def test_a_prompt_written_by_hand_may_not_close_its_answers():
 # --- Odd prompts --------------------------------------------------------------------------------------------------
 
 
-@every_style
-@every_kind
+@of_kinds(KINDS)
 def test_a_conversation_may_be_cut_inside_a_question(name, kind):
     text = render(name, kind, [user("is it a bird or a plane?")])
     cut = text.index("a bird")
@@ -566,8 +566,7 @@ def test_a_conversation_may_be_cut_inside_a_question(name, kind):
     assert reader(name, kind).texts(encode(name, kind, text[cut:])) == ["a bird or a plane?"]
 
 
-@every_style
-@every_kind
+@of_kinds(KINDS)
 def test_a_conversation_may_go_on_from_a_cached_one(name, kind):
     talk = [user("what?"), message("assistant", "a bird"), user("why?")]
     text = render(name, kind, talk)
@@ -658,8 +657,7 @@ def test_what_has_no_template_has_no_markers(processor):
     assert read_markers(processor) is None
 
 
-@every_style
-@every_kind
+@of_kinds(KINDS)
 def test_every_template_is_understood(name, kind):
     assert read_markers(tokenizer(name, kind)) == read_markers(copy.deepcopy(tokenizer(name, kind))) is not None
 
@@ -834,8 +832,7 @@ def supervised(words, prompt: Prompt, masks: str) -> Prompt:
 
 
 @quiet
-@pytest.mark.parametrize("name", HEADED)
-@pytest.mark.parametrize("kind", ["bpe-special", "bpe-plain", "unigram-plain"])
+@of_kinds(["bpe-special", "bpe-plain", "unigram-plain"], HEADED)
 @settings(max_examples=budget(4, 10))
 @given(data=st.data(), masks=st.sampled_from(["padding", "special"]), policy=st.sampled_from(POLICIES))
 def test_labels_of_everything_leave_the_question_before_the_first_answer(name, kind, data, masks, policy):

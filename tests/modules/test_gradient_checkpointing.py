@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from emma_adapter import EmmaConfig, InstructionError, get_adapter, patch_model
 from tests.support import tiny
-from tests.support.budget import budget
+from tests.support.budget import budget, some
 
 MODES = pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
 INSTRUCTIONS = torch.tensor([[31, 41, 5], [32, 42, 6], [33, 43, 7]])
@@ -100,7 +100,9 @@ REGIONS: dict[str, Callable[[Any, bool], None]] = {
     "outer model's forward": checkpoint_forward(lambda model: model),
     "language model": checkpoint_forward(lambda model: model.model.language_model),
 }
-ALL = pytest.mark.parametrize("region", [*REGIONS, "whole call", "nothing"])
+ALL = pytest.mark.parametrize(
+    ("region", "reentrant"), some(1, [*REGIONS, "whole call", "nothing"], [True, False]), ids=str
+)
 FILTERS = [
     pytest.mark.filterwarnings("ignore:.gradient_checkpointing:FutureWarning"),
     pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad"),
@@ -174,7 +176,6 @@ def both(scenario: Callable[[Calls], None], region: str, reentrant: bool, **opti
     assert_same(*gradients)
 
 
-@MODES
 @ALL
 @pytest.mark.parametrize("fusion", budget(["attention"], ["attention", "linear"]))
 def test_two_forwards_before_one_backward_in_another_thread(fusion, region, reentrant):
@@ -185,7 +186,6 @@ def test_two_forwards_before_one_backward_in_another_thread(fusion, region, reen
     both(scenario, region, reentrant, fusion=fusion)
 
 
-@MODES
 @ALL
 def test_one_batch_with_two_instructions(region, reentrant):
     def scenario(calls):
@@ -196,7 +196,6 @@ def test_one_batch_with_two_instructions(region, reentrant):
     both(scenario, region, reentrant)
 
 
-@MODES
 @ALL
 def test_backward_outside_of_the_blocks_that_the_calls_were_in(region, reentrant):
     def scenario(calls):
@@ -210,7 +209,6 @@ def test_backward_outside_of_the_blocks_that_the_calls_were_in(region, reentrant
     both(scenario, region, reentrant)
 
 
-@MODES
 @ALL
 def test_backward_inside_of_a_block_that_the_call_was_not_in(region, reentrant):
     gradients = []

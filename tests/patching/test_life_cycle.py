@@ -27,7 +27,7 @@ from tests.support.budget import budget
 from tests.support.life import COPIES, DTYPES, KINDS, TARGETS, Kind, Life, leftovers
 
 NAMES = ("default", "other", "third")
-BUDGET = settings(stateful_step_count=budget(8, 16), max_examples=budget(4, 25))
+BUDGET = settings(stateful_step_count=budget(8, 16), max_examples=budget(3, 25))
 
 
 class Lives(RuleBasedStateMachine):
