@@ -81,7 +81,8 @@ def phase(rate: float, steps: int) -> Phase:
 def make(arm: Arm, seed: int) -> Painter:
     """The arm's branch at its start."""
     painter = make_painter(arm.copies, seed, **arm.changes)
-    module: Any = painter.model.emma_unified
+    branches: Any = painter.model.emma_unified
+    module = branches.default
     weights: dict[str, Tensor] = dict(module.fusion.items())
     if arm.reference == "by token":
         # Each picture is in the prompt twice: as visual tokens, and as latents.

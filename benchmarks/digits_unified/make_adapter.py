@@ -6,6 +6,7 @@ It is trained partly: the demo does the rest of the same schedule. About half an
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -29,9 +30,10 @@ def main(output: Path, until: int, seed: int) -> None:
     fit(painter, f"full-{seed}", seed=seed, until=until)
     # The file says which base it is for: not where this checkout is. Half precision halves it.
     painter.model.config._name_or_path = "benchmarks/digits_unified/base"
-    painter.model.emma_unified.half()
+    branch: Any = painter.model.emma_unified
+    branch.half()
     painter.unified.save_pretrained(output)
-    painter.model.emma_unified.float()
+    branch.float()
     for grid in GRIDS:
         for name, task in (("draws", draw), ("edits", edit)):
             print(f"{name}, grid {grid}, validation:", mean(task(painter, 100, grid=grid, split="validation").scores))

@@ -24,4 +24,4 @@ def remove(model: nn.Module) -> None:
 
 def guard_save_pretrained(model: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     arguments = arguments_by_name(original, args, kwargs)
-    return beside_base.save_pretrained(model, original, arguments, prefix=f"{MODULE_NAME}.", save=checkpoint.save)
+    return beside_base.save_pretrained(model, original, arguments, prefix=f"{MODULE_NAME}.", save=checkpoint.save_all)

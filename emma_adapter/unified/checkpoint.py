@@ -20,7 +20,7 @@ from ..files.hub import is_hub_id
 from ..files.tensor_folder import FolderFormat, SavedFolder
 from ..modules import sharding
 from .config import UnifiedConfig
-from .state import unified_state
+from .state import MODULE_NAME, unified_state
 
 CONFIG_NAME = "unified_config.json"
 WEIGHTS_NAME = "unified_model.safetensors"
@@ -51,8 +51,9 @@ def save(
     *,
     is_main_process: bool | None = None,
     location: str = "path/to/this/folder",
+    name: str | None = None,
 ) -> None:
-    """Write a generation branch, on rank 0 or where ``is_main_process`` says so.
+    """Write a generation branch, on rank 0 or where ``is_main_process`` says so. Default: the active one.
 
     Tensors go from where they are to the file; only what is on another device than the CPU is in memory once more.
     ``location`` is what the card tells to load.
@@ -64,12 +65,21 @@ def save(
     if not (sharding.is_main_process() if is_main_process is None else is_main_process):
         return
     state = unified_state(model)
-    tensors = sharding.gather(model, state.module.state_dict(keep_vars=True))
+    branch = state.branches[state.active if name is None else name]
+    tensors = sharding.gather(model, branch.module.state_dict(keep_vars=True))
     told = {
-        "autoencoder": {"source": state.coder.source, "config_sha256": state.coder.fingerprint()},
-        "config": state.config.to_dict(),
+        "autoencoder": {"source": branch.coder.source, "config_sha256": branch.coder.fingerprint()},
+        "config": branch.config.to_dict(),
     }
     tensor_folder.save(FORMAT, Path(directory), tensors, model.config, told, partial(_card, location=location))
+
+
+def save_all(model: nn.Module, directory: str | PathLike[str], *, is_main_process: bool | None = None) -> None:
+    """Write the active branch to a folder, and each other one to ``emma_unified/<name>`` in it; see :func:`save`."""
+    save(model, directory, is_main_process=is_main_process)
+    state = unified_state(model)
+    for name in set(state.branches) - {state.active}:
+        save(model, Path(directory) / MODULE_NAME / name, is_main_process=is_main_process, name=name)
 
 
 def _card(told: Mapping[str, Any], location: str) -> str:

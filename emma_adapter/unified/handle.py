@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint, detaching, training
+from . import branches, checkpoint, detaching, training
 from .collation import UnifiedCollator
 from .config import UnifiedConfig
 from .fusion import encode_grouped, fusing
@@ -23,11 +23,51 @@ from .state import UnifiedState, unified_state
 
 
 class EmmaUnified:
-    """Handle on the generation branch of one model. It holds no state of its own: any number may exist."""
+    """Handle on the generation branches of one model. It holds no state of its own: any number may exist."""
 
     def __init__(self, model: nn.Module) -> None:
         unified_state(model)
         self.model = model
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the branches on the model; the first is called ``"default"``."""
+        return tuple(self._state.branches)
+
+    @property
+    def active(self) -> str:
+        """The name of the branch that draws, and is trained and saved: all else here is about that one."""
+        return self._state.active
+
+    def add(
+        self,
+        name: str,
+        config: UnifiedConfig | None = None,
+        *,
+        autoencoder: str | PathLike[str] | nn.Module | None = None,
+    ) -> EmmaUnified:
+        """Put another branch on the model, frozen until ``set_active(name)``.
+
+        Args:
+            name: letters, digits and underscores.
+            config: default: that of the active branch.
+            autoencoder: as for :func:`unify_model`; default: that of the active branch.
+
+        Raises:
+            PatchError: if the name is taken or can't be one.
+        """
+        branches.add(self.model, name, self.config if config is None else config, autoencoder)
+        return self
+
+    def set_active(self, name: str) -> EmmaUnified:
+        """Have another branch draw, between calls of the model. It is trainable if the one before was, which is frozen;
+        make a new optimizer.
+
+        Raises:
+            PatchError: if there is no branch of that name.
+        """
+        branches.activate(self.model, name)
+        return self
 
     @property
     def config(self) -> UnifiedConfig:
@@ -155,7 +195,7 @@ class EmmaUnified:
         parts = pictures if isinstance(pictures, Iterator) else [pictures]
         tensors = (tensor for part in parts for tensor in target_tensors(part, state.coder.compression))
         mean, std = state.coder.measure(tensor.to(device) for tensor in tensors)
-        state.config = state.config.replace(latent_mean=mean, latent_std=std)
+        state.branch.config = state.config.replace(latent_mean=mean, latent_std=std)
         return self
 
     def set_progress_bar_config(self, **settings: Any) -> EmmaUnified:
@@ -275,12 +315,19 @@ class EmmaUnified:
         """
         return training.parameter_groups(self.model, lr, weight_decay)
 
-    def remove(self) -> None:
-        """Take the branch off, and leave an adapter of ``patch_model`` where it is; ``unpatch_model`` takes off both.
+    def remove(self, name: str | None = None) -> None:
+        """Take one branch off; or all, and leave an adapter of ``patch_model`` where it is, which ``unpatch_model``
+        takes off, too.
 
-        The handle is of no use any more.
+        Without a branch left, the handle is of no use any more.
+
+        Raises:
+            PatchError: if there is no branch of that name, or it is the active one.
         """
-        detaching.take_off(self.model)
+        if name is None:
+            detaching.take_off(self.model)
+        else:
+            branches.remove(self.model, name)
 
     @property
     def _state(self) -> UnifiedState:
@@ -291,8 +338,9 @@ class EmmaUnified:
         base: Any = self.model.config
         layers = len(state.module.layers)
         own, total = self.num_parameters(), sum(parameter.numel() for parameter in self.model.parameters())
+        names = "" if len(self.names) == 1 else f"active={self.active!r} of {list(self.names)}, "
         return (
-            f"EmmaUnified(family={base.model_type!r}, decoupling={self.config.decoupling!r}, "
+            f"EmmaUnified({names}family={base.model_type!r}, decoupling={self.config.decoupling!r}, "
             f"shared_layers={shared_layers(self.config, layers)} of {layers}, "
             f"autoencoder={state.coder.source or type(state.coder.module).__name__!r} "
             f"({state.coder.compression}x, {state.coder.channels} channels), parameters={own:,} "

@@ -8,18 +8,18 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import AutoencoderError
+from ..errors import AutoencoderError, PatchError
 from ..files import tensor_folder
 from ..files.hub import is_hub_id, is_local, local_folder
 from ..messages import shown
 from ..models.families import require_model
 from ..modules.torch_modes import undisturbed
 from ..modules.wrappers import base_of
-from . import checkpoint
+from . import branches, checkpoint
 from .attaching import unify_model
 from .detaching import take_off
 from .handle import EmmaUnified
-from .state import STATE_ATTRIBUTE, unified_state
+from .state import DEFAULT, STATE_ATTRIBUTE, unified_state
 
 
 @undisturbed()
@@ -29,6 +29,7 @@ def load_unified(
     *,
     processor: Any = None,
     autoencoder: str | PathLike[str] | nn.Module | None = None,
+    name: str | None = None,
     revision: str | None = None,
     subfolder: str | None = None,
     token: str | bool | None = None,
@@ -41,10 +42,11 @@ def load_unified(
     machine.
 
     Args:
-        model: as for :func:`unify_model`; it must not draw yet.
+        model: as for :func:`unify_model`; it must not draw yet, or ``name`` must be given.
         source: the folder, or a hub id.
-        processor: as for :func:`unify_model`.
+        processor: as for :func:`unify_model`. A model that draws already has one, and keeps it.
         autoencoder: as for :func:`unify_model`: the one that the branch was trained with. Default: what the file names.
+        name: of a further branch on a model that draws already. It is not made the active one: ``set_active(name)``.
         revision: branch, tag or commit on the hub.
         subfolder: where in the folder or repository the branch is; it can't lead out of it.
         token: of the hub, for a private repository; default, and with True: the one that ``hf auth login`` stored, or
@@ -55,7 +57,7 @@ def load_unified(
         AutoencoderError: if none is given, and the file names none, or comes from the hub and names a path.
         CheckpointError: if the files are incomplete, damaged, of a newer format, or made for another model.
         ConfigError: if the autoencoder has another compression or other channels.
-        PatchError: if the model draws already.
+        PatchError: if the model draws already, and no new name is given.
     """
     require_model(model)
     names = (checkpoint.CONFIG_NAME, checkpoint.WEIGHTS_NAME)
@@ -66,20 +68,24 @@ def load_unified(
     with file:
         base: Any = base_of(model)
         tensor_folder.check_model_type(saved.folder, getattr(getattr(base, "config", None), "model_type", None))
-        if autoencoder is None:
+        known = set(unified_state(base).branches) if STATE_ATTRIBUTE in base.__dict__ else set()
+        _check_name(known, name)
+        if autoencoder is None and not (known and unified_state(base).coder.fingerprint() == saved.autoencoder):
             autoencoder = _autoencoder_of(saved, downloaded=not is_local(source))
-        had = STATE_ATTRIBUTE in base.__dict__
         try:
-            unified = unify_model(model, saved.config, processor=processor, autoencoder=autoencoder)
-            own = unified_state(base).module.state_dict(keep_vars=True)
+            if known:
+                unified = EmmaUnified(base).add(str(name), saved.config, autoencoder=autoencoder)
+            else:
+                assert autoencoder is not None
+                unified = unify_model(model, saved.config, processor=processor, autoencoder=autoencoder)
+            branch = unified_state(base).branches[name or DEFAULT]
+            own = branch.module.state_dict(keep_vars=True)
             tensor_folder.check_fits(saved.folder, own)
             tensor_folder.read_into(saved.folder, file, own)
         except BaseException:
-            if not had and STATE_ATTRIBUTE in base.__dict__:
-                take_off(base)
+            _undo(base, known)
             raise
-    found = unified_state(base).coder.fingerprint()
-    if found != saved.autoencoder:
+    if branch.coder.fingerprint() != saved.autoencoder:
         trained = saved.autoencoder_source or "a module"
         warnings.warn(
             f"{saved.folder.source} was trained with another autoencoder ({trained}) than the one given, by its "
@@ -87,6 +93,30 @@ def load_unified(
             stacklevel=3,
         )
     return unified
+
+
+def _check_name(known: set[str], name: str | None) -> None:
+    """Check that a branch of this name can be loaded beside those that there are.
+
+    Raises:
+        PatchError: if it can't.
+    """
+    if known and name is None:
+        raise PatchError(
+            "this model was made to draw already: load_unified(model, …, name=…) puts another branch beside it, and "
+            "unpatch_model(model) takes all off"
+        )
+    if not known and name not in (None, DEFAULT):
+        raise PatchError(f"the first branch of a model is called {DEFAULT!r}: load without name=")
+
+
+def _undo(base: nn.Module, known: set[str]) -> None:
+    """Take off the branches that were not there before."""
+    if not known and STATE_ATTRIBUTE in base.__dict__:
+        take_off(base)
+    elif known:
+        for name in set(unified_state(base).branches) - known:
+            branches.remove(base, name)
 
 
 def _autoencoder_of(saved: checkpoint.SavedUnified, *, downloaded: bool) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,32 +16,60 @@ from .config import UnifiedConfig
 from .module import UnifiedModule
 
 STATE_ATTRIBUTE = "_emma_unified_state"
-#: Of the outer model: the submodule that is trained.
+#: Of the outer model: the submodule that holds what is trained, by name of the branch.
 MODULE_NAME = "emma_unified"
+#: The name of a model's first branch.
+DEFAULT = "default"
+
+
+@dataclass
+class Branch:
+    """What draws: trained parameters, and the config and autoencoder that they are for."""
+
+    config: UnifiedConfig
+    module: UnifiedModule
+    coder: LatentCoder
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Branch:
+        return Branch(self.config, copy.deepcopy(self.module, memo), self.coder)
 
 
 class UnifiedState:
-    """Copies of the model share the processor and the frozen autoencoder, and have all else of their own."""
+    """Copies of the model share the processor and the frozen autoencoders, and have all else of their own."""
 
-    def __init__(
-        self, family: ModelFamily, config: UnifiedConfig, module: UnifiedModule, processor: Any, coder: LatentCoder
-    ) -> None:
+    def __init__(self, family: ModelFamily, branch: Branch, processor: Any) -> None:
         self.family = family
-        self.config = config
-        self.module = module
         self.processor = processor
-        self.coder = coder
+        #: By name; their modules are those below ``MODULE_NAME`` of the model.
+        self.branches = {DEFAULT: branch}
+        #: The name of the one that draws, and is trained and saved.
+        self.active = DEFAULT
         #: For :class:`tqdm.auto.tqdm`.
         self.progress_bar: dict[str, Any] = {}
         #: Which parameters ``train_only`` has frozen, None before.
         self.trainable_before: dict[str, bool] | None = None
 
+    @property
+    def branch(self) -> Branch:
+        return self.branches[self.active]
+
+    @property
+    def config(self) -> UnifiedConfig:
+        return self.branch.config
+
+    @property
+    def module(self) -> UnifiedModule:
+        return self.branch.module
+
+    @property
+    def coder(self) -> LatentCoder:
+        return self.branch.coder
+
     def __deepcopy__(self, memo: dict[int, Any]) -> UnifiedState:
         twin = object.__new__(type(self))
         memo[id(self)] = twin
-        shared = {"family", "processor", "coder", "config"}
         for name, value in vars(self).items():
-            setattr(twin, name, value if name in shared else copy.deepcopy(value, memo))
+            setattr(twin, name, value if name in {"family", "processor"} else copy.deepcopy(value, memo))
         return twin
 
 

@@ -11,7 +11,7 @@ from .state import unified_state
 
 
 def train_only(model: nn.Module) -> None:
-    """Freeze everything but the generation branch."""
+    """Freeze everything but the active branch."""
     state = unified_state(model)
     if state.trainable_before is None:
         state.trainable_before = {name: p.requires_grad for name, p in model.named_parameters()}
@@ -25,11 +25,14 @@ def unfreeze(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if (state.trainable_before or {}).get(name):
             parameter.requires_grad_(True)
+    for name, branch in state.branches.items():
+        if name != state.active:
+            branch.module.requires_grad_(False)
     state.trainable_before = None
 
 
 def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-    """Return groups for an optimizer: the branch's matrices, and its vectors, which don't decay.
+    """Return groups for an optimizer: the active branch's matrices, and its vectors, which don't decay.
 
     Raises:
         ConfigError: if a rate is no number or negative.

@@ -333,7 +333,7 @@ def test_each_way_of_showing_a_reference_is_what_it_says():
     rows, visual, latents = 4 * 4, torch.randn(16, 128), torch.randn(16, 32)
     for arm in comparisons.ARMS[:4]:
         made = comparisons.make(arm, 0)
-        module = made.model.emma_unified
+        module = made.model.emma_unified.default
         torch.nn.init.normal_(module.fusion["latents"])
         own = latents @ module.fusion["latents"].mT
         fused = module.fuse(visual, latents)

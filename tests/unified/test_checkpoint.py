@@ -239,7 +239,7 @@ def test_a_killed_save_leaves_the_old_file(copied):
 def test_a_diverged_branch_is_not_saved(copied):
     adapter = load(copied)
     with torch.no_grad():
-        adapter.model.emma_unified.velocity["bias"][0] = float("nan")
+        adapter.model.emma_unified.default.velocity["bias"][0] = float("nan")
     before = (copied / WEIGHTS_NAME).read_bytes()
     with pytest.raises(CheckpointError, match=r"velocity\.bias.*diverged"):
         adapter.save_pretrained(copied)

@@ -45,7 +45,7 @@ def fused_colours(name: str, images: list[Image.Image], compression: int = 32) -
     settings = {"processor": entry.processor(), "autoencoder": Colours(compression)}
     adapter = unify_model(model, UnifiedConfig(decoupling=2, latent_std=(0.5,) * 3, latent_mean=(0.0,) * 3), **settings)
     with torch.no_grad():
-        model.emma_unified.fusion["latents"][:3] = torch.eye(3) / 2
+        model.emma_unified.default.fusion["latents"][:3] = torch.eye(3) / 2
     inner, family = model.model, adapter._state.family
     seen = []
     handle = family.projector(inner).register_forward_hook(

@@ -204,7 +204,7 @@ def test_reference_pictures_and_their_latents_take_part(qwen):
     noise = {"latents": torch.randn(1, 8, 2, 3, generator=seeded(5))}
     first, second = drawn(qwen, "x", picture(1), **noise), drawn(qwen, "x", picture(2), **noise)
     assert (first - second).abs().max() > 1e-3
-    weight = qwen.model.emma_unified.fusion["latents"]
+    weight = qwen.model.emma_unified.default.fusion["latents"]
     kept = weight.detach().clone()
     with torch.no_grad():
         weight.zero_()
@@ -347,7 +347,7 @@ def test_understanding_is_fused_where_it_is_asked_for():
         before = model(**inputs).logits
         adapter = unified("qwen3_vl", UnifiedConfig(decoupling=2, fuse_understanding=True), model=model, trained=False)
         assert torch.equal(model(**inputs).logits, before)
-        tiny.train_randomly(model.emma_unified.fusion, 0.1)
+        tiny.train_randomly(model.emma_unified.default.fusion, 0.1)
         fused = model(**inputs).logits
         with adapter.disabled():
             assert torch.equal(model(**inputs).logits, before)

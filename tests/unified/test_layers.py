@@ -38,7 +38,7 @@ def joint(model, tokens, positions, allowed, is_drawn):
 
     Written with deep copies and hooks of PyTorch, nothing of the library's own views.
     """
-    state = model.emma_unified
+    state = model.emma_unified.default
     text = text_model_of(model.model)
     base, other = copy.deepcopy(text), copy.deepcopy(text)
     load(other, state, text)
@@ -121,7 +121,7 @@ def test_two_passes_are_one_joint_forward(name, attention):
         field = VelocityField(model, state, prefix, grid, real, draws)
         x, t = torch.randn(3, draws, 6, 8, dtype=torch.float64), torch.rand(3, draws, dtype=torch.float64)
         got = field(x, t)
-        drawn = model.emma_unified.embed(x, t, grid).flatten(1, 2)
+        drawn = model.emma_unified.default.embed(x, t, grid).flatten(1, 2)
         passes = list(zip(seen["embeds"], seen["positions"], strict=True))
         for row in range(3):
             own, at = (passes[0], [0, 2].index(row)) if row != 1 else (passes[1], 0)
@@ -142,7 +142,7 @@ def test_two_passes_are_one_joint_forward(name, attention):
                 allowed[:length, :length] |= ids[:, None] & ids[None]
             is_drawn = (torch.arange(total) >= length)[None]
             hidden = joint(model, tokens, places, allowed[None], is_drawn)[0, length:]
-            want = model.emma_unified.read_velocity(hidden).view(draws, 6, 8)
+            want = model.emma_unified.default.read_velocity(hidden).view(draws, 6, 8)
             keep = real[row]
             # transformers' norms and rotations compute in float32, also in a model of float64.
             torch.testing.assert_close(got[row][:, keep], want[:, keep], atol=3e-7, rtol=0)
@@ -162,17 +162,17 @@ def prompt_ids(adapter, row):
 def test_what_is_decoupled():
     """The first layers share queries and keys and their norms; the others nothing."""
     adapter = unified("qwen3_vl", UnifiedConfig(decoupling="full", shared_layers=1), trained=False)
-    first, second = (set(parameters) for parameters in adapter.model.emma_unified.layers)
+    first, second = (set(parameters) for parameters in adapter.model.emma_unified.default.layers)
     assert second - first == {f"self_attn/{part}/weight" for part in ("q_proj", "k_proj", "q_norm", "k_norm")}
     base = text_model_of(adapter.model.model).layers[1]
     assert second == {name.replace(".", "/") for name, _ in base.named_parameters()}
-    assert torch.equal(adapter.model.emma_unified.layers[1]["mlp/up_proj/weight"], base.mlp.up_proj.weight)
+    assert torch.equal(adapter.model.emma_unified.default.layers[1]["mlp/up_proj/weight"], base.mlp.up_proj.weight)
 
 
 @pytest.mark.parametrize(("shared", "wanted"), [(None, 1), (0, 0), (2, 2)])
 def test_half_of_the_layers_share_by_default(shared, wanted):
     adapter = unified("llava", UnifiedConfig(decoupling=2, shared_layers=shared), trained=False)
-    owners = ["self_attn/q_proj/up" not in parameters for parameters in adapter.model.emma_unified.layers]
+    owners = ["self_attn/q_proj/up" not in parameters for parameters in adapter.model.emma_unified.default.layers]
     assert sum(owners) == wanted and owners == sorted(owners, reverse=True)
 
 
@@ -181,7 +181,7 @@ def test_full_and_low_rank_copies_begin_as_the_same():
     for decoupling in ("full", 3):
         torch.manual_seed(0)
         adapter = unified("llava", UnifiedConfig(decoupling=decoupling), trained=False)
-        module = adapter.model.emma_unified
+        module = adapter.model.emma_unified.default
         with torch.no_grad():
             for parameters in (module.latents, module.time, module.velocity):
                 for number, value in enumerate(parameters.values()):
@@ -217,7 +217,7 @@ def test_a_lora_of_the_base_is_no_part_of_the_copies():
     assert names == [name for name, _ in model.named_modules() if name.startswith("emma_unified")]
     del wrapped
     text = text_model_of(model.model)
-    stack = model.emma_unified.stack(text, torch.float32)
+    stack = model.emma_unified.default.stack(text, torch.float32)
     kinds = [type(layer.self_attn.q_proj).__module__.startswith("peft") for layer in stack.layers]
     assert kinds == [True, False]
     assert not any(type(layer.mlp.up_proj).__module__.startswith("peft") for layer in stack.layers)

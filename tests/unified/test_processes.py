@@ -29,6 +29,6 @@ def test_two_processes_train_what_one_does(tmp_path):
             (loss_of(adapter.model, adapter, step, rank) / 2).backward()
         optimizer.step()
     saved = load_file(tmp_path / "unified_model.safetensors")
-    own = adapter.model.emma_unified.state_dict()
+    own = adapter.model.emma_unified.default.state_dict()
     torch.testing.assert_close(saved, dict(own), atol=1e-6, rtol=1e-5)
-    assert (own["fusion.latents"] - prepared().model.emma_unified.fusion["latents"]).abs().max() > 1e-4
+    assert (own["fusion.latents"] - prepared().model.emma_unified.default.fusion["latents"]).abs().max() > 1e-4

@@ -130,7 +130,7 @@ def test_only_the_branch_is_trained_and_a_frozen_base_keeps_no_graph():
     assert graphs == [False, True]
     assert all(parameter.grad is not None for parameter in adapter.parameters())
     assert {name for name, p in model.named_parameters() if p.grad is not None} == {
-        f"emma_unified.{name}" for name, _ in adapter.named_parameters()
+        f"emma_unified.default.{name}" for name, _ in adapter.named_parameters()
     }
     adapter.unfreeze()
     adapter.loss(["a"], pictures(1)).backward()
@@ -186,7 +186,7 @@ def test_gradient_checkpointing_changes_no_gradient(name, reentrant):
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         model.requires_grad_(reentrant)
-        model.emma_unified.requires_grad_(True)
+        model.emma_unified.default.requires_grad_(True)
         loss = adapter.loss(["a dog", "two"], pictures(2), [picture(1), None], generator=seeded(0))
         loss.backward()
         gradients.append([loss.detach(), *(parameter.grad for parameter in adapter.parameters())])

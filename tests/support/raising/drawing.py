@@ -128,12 +128,44 @@ def unifying_twice(bench: Bench) -> None:
     unify(model=unify().model)
 
 
-@raises(ConfigError, "unified/attaching.py:unify_model", "shared_layers")
+@raises(PatchError, "unified/branches.py:add", "that nn.ModuleDict uses")
+def a_branch_that_is_called_as_a_method(bench: Bench) -> None:
+    unify().add("keys")
+
+
+@raises(PatchError, "unified/branches.py:add", "choose another name")
+def a_branch_of_a_name_that_is_taken(bench: Bench) -> None:
+    unify().add("default")
+
+
+@raises(PatchError, "unified/branches.py:remove", "set_active() another one first")
+def removing_the_active_branch(bench: Bench) -> None:
+    unify().remove("default")
+
+
+@raises(PatchError, "unified/branches.py:_require", "name one of these")
+def activating_a_branch_that_is_not_there(bench: Bench) -> None:
+    unify().set_active("comics")
+
+
+@raises(PatchError, "unified/loading.py:_check_name", "puts another branch beside it")
+def loading_a_second_branch_without_a_name(bench: Bench) -> None:
+    unify().save_pretrained(bench.folder)
+    load_unified(unify().model, bench.folder)
+
+
+@raises(PatchError, "unified/loading.py:_check_name", "load without name=")
+def loading_the_first_branch_with_a_name(bench: Bench) -> None:
+    unify().save_pretrained(bench.folder)
+    load_unified(tiny.llava(), bench.folder, name="comics")
+
+
+@raises(ConfigError, "unified/branches.py:make_branch", "shared_layers")
 def more_shared_layers_than_layers(bench: Bench) -> None:
     unify(UnifiedConfig(shared_layers=3))
 
 
-@raises(UnsupportedModelError, "unified/attaching.py:unify_model", "the model is quantized")
+@raises(UnsupportedModelError, "unified/branches.py:make_branch", "the model is quantized")
 def full_copies_of_a_quantized_model(bench: Bench) -> None:
     model = tiny.llava()
     model.is_quantized = True
@@ -149,7 +181,7 @@ def full_copies_of_weights_that_were_quantized_by_hand(bench: Bench) -> None:
     unify(UnifiedConfig(decoupling="full"), model)
 
 
-@raises(PatchError, "unified/attaching.py:_check_whole", "sharded (tensor parallel")
+@raises(PatchError, "unified/branches.py:_check_whole", "sharded (tensor parallel")
 def unifying_an_offloaded_model(bench: Bench) -> None:
     # The hook that brings a layer's weights is the layer's, not those of the modules that hold them.
     unify(model=cpu_offload(tiny.llava(), preload_module_classes=["LlamaDecoderLayer"]))
@@ -162,12 +194,12 @@ def drawing_with_a_branch_that_was_offloaded(bench: Bench) -> None:
     adapter.generate_images("a dog", height=64, width=64, num_inference_steps=1)
 
 
-@raises(PatchError, "unified/attaching.py:_check_whole", "is spread over")
+@raises(PatchError, "unified/branches.py:_check_whole", "is spread over")
 def unifying_a_model_on_several_devices(bench: Bench) -> None:
-    from emma_adapter.unified import attaching
+    from emma_adapter.unified import branches
 
     # Two devices, where there is one: one whose parameters say so.
-    bench.monkeypatch.setattr(attaching, "_device_of", lambda parameter: str(tuple(parameter.shape)))
+    bench.monkeypatch.setattr(branches, "_device_of", lambda parameter: str(tuple(parameter.shape)))
     unify()
 
 
@@ -473,7 +505,7 @@ def changed(folder: Path, *, values: dict[str, torch.Tensor] | None = None, **fi
 @raises(CheckpointError, "files/tensor_folder.py:save", "the training diverged")
 def saving_a_branch_that_diverged(bench: Bench) -> None:
     adapter = unify()
-    adapter.model.emma_unified.velocity["bias"].data[0] = torch.nan
+    adapter.model.emma_unified.default.velocity["bias"].data[0] = torch.nan
     adapter.save_pretrained(bench.folder)
 
 
