@@ -161,7 +161,7 @@ MUTANTS = (
         "emma_adapter/cli/report.py",
         '@click.option("--limit",',
         '@click.option("--at-most", "limit",',
-        ("tests/docs/test_docs.py", "-k", "command-line or report"),
+        ("tests/cli/test_report_command.py",),
     ),
     Mutant(
         "a cache without bounds",
