@@ -17,7 +17,7 @@ _SCALE, _SHARE = click.FloatRange(0), click.FloatRange(0, 1)
 
 
 @click.command(name="evaluate-drawing")
-@click.argument("prompts", type=click.Path(exists=True, path_type=Path, dir_okay=False), metavar="PROMPTS.JSONL")
+@click.argument("prompts", type=click.Path(exists=True, path_type=Path, dir_okay=False), metavar="PROMPTS")
 @click.option("--output", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder of pictures.")
 @click.option("--model", help="The base model that draws. Default: score the pictures that are there.")
 @click.option("--adapter", help="What unified.save_pretrained wrote: a folder or a hub id.")
@@ -66,11 +66,11 @@ def evaluate_drawing(
     trust_remote_code: bool,
     **settings: Any,
 ) -> None:
-    """Draw the pictures of PROMPTS.JSONL, have them judged, and compare them with real ones.
+    """Draw the pictures of PROMPTS, have them judged, and compare them with real ones.
 
-    Rows are GenEval's metadata, {"prompt": "...", "questions": [{"question": "...", "after": [1]}]}, or
-    {"prompt": "...", "image": "PATH"}. What is drawn already isn't drawn again. Pictures from elsewhere go to
-    OUTPUT/00000/samples/ and so on, a folder a row.
+    PROMPTS is a .jsonl file, or DPG-Bench's dpg_bench.csv. Rows are GenEval's metadata, {"prompt": "...", "questions":
+    [{"question": "...", "after": [1]}]}, or {"prompt": "...", "image": "PATH"}. What is drawn already isn't drawn
+    again. Pictures from elsewhere go to OUTPUT/00000/samples/ and so on, a folder a row.
     """
     if (model is None) != (adapter is None):
         raise click.UsageError("--model and --adapter go together: they draw. Leave out both to score what is there")

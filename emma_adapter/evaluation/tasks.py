@@ -1,9 +1,9 @@
-"""Prompts to draw, and what is to be seen in their pictures: a JSON object a line."""
+"""Prompts to draw, and what is to be seen in their pictures: a JSON object a line, or DPG-Bench's table."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from ..data.images import check_image
 from ..errors import DataError
 from ..messages import shown
+from .dpg import read_dpg
 
 #: The colours that GenEval asks for.
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
@@ -42,7 +43,7 @@ class Task:
 
 
 def read_tasks(path: Path, image_folder: Path | None = None) -> list[Task]:
-    """Return the rows of a ``.jsonl`` file, all of them checked, their images too.
+    """Return the rows of a ``.jsonl`` file, or of DPG-Bench's ``.csv``, all of them checked, their images too.
 
     Args:
         path: the file.
@@ -53,24 +54,30 @@ def read_tasks(path: Path, image_folder: Path | None = None) -> list[Task]:
     """
     folder = path.parent if image_folder is None else image_folder
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        placed = list(read_dpg(path) if path.suffix.lower() == ".csv" else _read_lines(path))
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8: save it as UTF-8 ({error})") from error
-    placed = [(f"{path}, line {number}", line) for number, line in enumerate(lines, 1) if line.strip()]
     if not placed:
         raise DataError(f"{path} holds no rows; {_HINT}")
-    tasks = [_task(number, where, line) for number, (where, line) in enumerate(placed)]
+    tasks = [_task(number, where, row) for number, (where, row) in enumerate(placed)]
     for task in tasks:
         for image in task.images:
             check_image(image, folder, task.where)
     return tasks
 
 
-def _task(number: int, where: str, line: str) -> Task:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where} is not valid JSON: {error}; one row a line") from error
+def _read_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """The place of each row, and what it says."""
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            try:
+                yield where, json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{where} is not valid JSON: {error}; one row a line") from error
+
+
+def _task(number: int, where: str, row: Any) -> Task:
     if not isinstance(row, dict):
         raise DataError(f"{where} is a {type(row).__name__} and should be a JSON object; {_HINT}")
     prompt = row.get("instruction", row.get("prompt"))

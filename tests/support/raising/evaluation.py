@@ -17,7 +17,7 @@ from tests.support import tiny
 
 from .triggers import Bench, raises
 
-TASKS = "evaluation/tasks.py"
+TASKS, DPG = "evaluation/tasks.py", "evaluation/dpg.py"
 
 
 def read(bench: Bench, row: Any) -> list[Task]:
@@ -40,9 +40,47 @@ def no_prompts(bench: Bench) -> None:
     read(bench, b"\n")
 
 
-@raises(DataError, f"{TASKS}:_task", "is not valid JSON")
+@raises(DataError, f"{TASKS}:_read_lines", "is not valid JSON")
 def a_prompt_that_is_no_json(bench: Bench) -> None:
     read(bench, b"a red bird")
+
+
+def dpg(
+    bench: Bench, *lines: str, columns: str = "item_id,text,proposition_id,dependency,question_natural_language"
+) -> None:
+    file = bench.folder / "dpg_bench.csv"
+    file.write_text("\n".join([columns, *lines]))
+    read_tasks(file)
+
+
+@raises(DataError, f"{DPG}:read_dpg", "as DPG-Bench's")
+def a_table_of_something_else(bench: Bench) -> None:
+    dpg(bench, "a dog", columns="caption")
+
+
+@raises(DataError, f"{DPG}:read_dpg", "is not valid CSV")
+def a_table_with_a_cell_that_is_too_long(bench: Bench) -> None:
+    dpg(bench, "a" * 200_000)
+
+
+@raises(DataError, f"{DPG}:_in_order", "number them apart")
+def two_questions_of_one_number(bench: Bench) -> None:
+    dpg(bench, "1,a dog,1,0,Is there a dog?", "1,a dog,1,0,Is it red?")
+
+
+@raises(DataError, f"{DPG}:_in_order", "in a circle")
+def questions_that_wait_for_each_other(bench: Bench) -> None:
+    dpg(bench, "1,a dog,1,2,Is there a dog?", "1,a dog,2,1,Is it red?")
+
+
+@raises(DataError, f"{DPG}:_parents", "0 is none")
+def a_question_that_waits_for_none_that_is_there(bench: Bench) -> None:
+    dpg(bench, "1,a dog,1,7,Is there a dog?")
+
+
+@raises(DataError, f"{DPG}:_number", "a whole number")
+def a_question_whose_number_is_a_word(bench: Bench) -> None:
+    dpg(bench, "1,a dog,one,0,Is there a dog?")
 
 
 @raises(DataError, f"{TASKS}:_task", "should be a JSON object")
