@@ -12,7 +12,7 @@ import json
 import os
 import tempfile
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, DataError
 from ..messages import listed, shown
 from ..version import __version__
 from . import description
@@ -90,6 +90,7 @@ def save(
     base: Any,
     told: Mapping[str, Any],
     card: Callable[[Mapping[str, Any]], str],
+    beside_card: Mapping[str, bytes] | None = None,
 ) -> None:
     """Write a folder, atomically.
 
@@ -100,6 +101,7 @@ def save(
         base: config of the model that they are for.
         told: what else the description says, ``config`` among it.
         card: makes the card of the description, for one that isn't there yet.
+        beside_card: files that it shows, by name.
 
     Raises:
         OSError: if the folder can't be written; what it held is intact.
@@ -126,11 +128,11 @@ def save(
         kind.config_name: (json.dumps(told, indent=2, sort_keys=True) + "\n").encode(),
     }
     if not os.path.lexists(folder / CARD_NAME):
-        files[CARD_NAME] = card(told).encode()
+        files |= {**(beside_card or {}), CARD_NAME: card(told).encode()}
     replace_files(folder, files)
 
 
-def make_card(told: Mapping[str, Any], tags: str, what: str, code: str, more: str = "") -> str:
+def make_card(told: Mapping[str, Any], tags: str, what: str, code: str, more: str = "", metadata: str = "") -> str:
     """Return a card for the hub.
 
     Args:
@@ -139,12 +141,13 @@ def make_card(told: Mapping[str, Any], tags: str, what: str, code: str, more: st
         what: the adapter is, before the name of its base.
         code: that loads and uses it.
         more: sentences behind that.
+        metadata: further lines of YAML.
     """
     base = told["base_model_name_or_path"] or "the model that it was trained on"
     # The hub takes no other name than one of its own.
     base_line = f"base_model: {base}\nbase_model_relation: adapter\n" if is_hub_id(base) else ""
     return (
-        f"---\nlibrary_name: emma_adapter\n{base_line}tags: [{tags}]\n---\n\n"
+        f"---\nlibrary_name: emma_adapter\n{base_line}tags: [{tags}]\n{metadata}---\n\n"
         f"{what} `{base}` ({told['model_type']}):\n\n```python\n{code}\n```\n" + (more and f"\n{more}\n")
     )
 
@@ -156,10 +159,15 @@ def push(
     *,
     private: bool | None,
     revision: str | None,
+    beside_card: Collection[str] = (),
     **upload: Any,
 ) -> str:
     """Upload what ``write`` writes to a folder, and return the address of the commit. Whatever else is there stays,
-    the card too."""
+    the card too, so that files that a new one would show are refused.
+
+    Raises:
+        DataError: if they are.
+    """
     from huggingface_hub import HfApi
 
     api = HfApi(token=upload.pop("token", None))
@@ -168,7 +176,13 @@ def push(
         api.create_repo(repo_id, private=private, exist_ok=True)
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        own = [] if api.file_exists(repo_id, CARD_NAME, revision=revision) else [CARD_NAME]
+        has_card = api.file_exists(repo_id, CARD_NAME, revision=revision)
+        if has_card and beside_card:
+            raise DataError(
+                f"{repo_id} has a card, which is left as it is and would not tell of samples: add them to it by hand, "
+                "or push without"
+            )
+        own = [] if has_card else [CARD_NAME, *beside_card]
         commit = api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,

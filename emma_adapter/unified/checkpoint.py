@@ -20,6 +20,7 @@ from ..files.hub import is_hub_id
 from ..files.tensor_folder import FolderFormat, SavedFolder
 from ..modules import sharding
 from .config import UnifiedConfig
+from .samples import Samples, card_metadata, sample_files
 from .state import MODULE_NAME, unified_state
 
 CONFIG_NAME = "unified_config.json"
@@ -52,26 +53,30 @@ def save(
     is_main_process: bool | None = None,
     location: str = "path/to/this/folder",
     name: str | None = None,
+    samples: Samples = (),
 ) -> None:
     """Write a generation branch, on rank 0 or where ``is_main_process`` says so. Default: the active one.
 
     Tensors go from where they are to the file; only what is on another device than the CPU is in memory once more.
-    ``location`` is what the card tells to load.
+    ``location`` is what the card tells to load, ``samples`` what it shows.
 
     Raises:
         OSError: if the folder can't be written; what it held is intact.
         CheckpointError: if weights are NaN or infinite.
+        DataError: if samples aren't prompts and pictures, or there is a card already.
     """
     if not (sharding.is_main_process() if is_main_process is None else is_main_process):
         return
     state = unified_state(model)
     branch = state.branches[state.active if name is None else name]
+    pictures = sample_files(samples, Path(directory))
     tensors = sharding.gather(model, branch.module.state_dict(keep_vars=True))
     told = {
         "autoencoder": {"source": branch.coder.source, "config_sha256": branch.coder.fingerprint()},
         "config": branch.config.to_dict(),
     }
-    tensor_folder.save(FORMAT, Path(directory), tensors, model.config, told, partial(_card, location=location))
+    card = partial(_card, location=location, samples=samples)
+    tensor_folder.save(FORMAT, Path(directory), tensors, model.config, told, card, pictures)
 
 
 def save_all(model: nn.Module, directory: str | PathLike[str], *, is_main_process: bool | None = None) -> None:
@@ -82,7 +87,7 @@ def save_all(model: nn.Module, directory: str | PathLike[str], *, is_main_proces
         save(model, Path(directory) / MODULE_NAME / name, is_main_process=is_main_process, name=name)
 
 
-def _card(told: Mapping[str, Any], location: str) -> str:
+def _card(told: Mapping[str, Any], location: str, samples: Samples) -> str:
     autoencoder = told["autoencoder"]["source"]
     given = "" if autoencoder is not None and is_hub_id(autoencoder) else ", autoencoder=autoencoder"
     return tensor_folder.make_card(
@@ -92,17 +97,19 @@ def _card(told: Mapping[str, Any], location: str) -> str:
         "from emma_adapter import load_unified\n\n"
         f'unified = load_unified(model, "{location}", processor=processor{given})\n'
         'unified.generate_images("a red five").images',
-        f"Trained with the autoencoder {f'`{autoencoder}`' if autoencoder else 'that its author gave as a module'}.",
+        f"Trained with the autoencoder {f'`{autoencoder}`' if autoencoder else 'that its author gave as a module'}."
+        + ("\n\n<Gallery />" if samples else ""),
+        card_metadata(samples),
     )
 
 
-def push(model: nn.Module, repo_id: str, **upload: Any) -> str:
+def push(model: nn.Module, repo_id: str, *, samples: Samples = (), **upload: Any) -> str:
     """Upload a generation branch, and return the address of the commit; see :func:`~..files.tensor_folder.push`."""
 
     def write(folder: Path) -> None:
-        save(model, folder, is_main_process=True, location=repo_id)
+        save(model, folder, is_main_process=True, location=repo_id, samples=samples)
 
-    return tensor_folder.push(FORMAT, write, repo_id, **upload)
+    return tensor_folder.push(FORMAT, write, repo_id, beside_card=list(sample_files(samples)), **upload)
 
 
 def describe(folder: Path) -> tuple[SavedUnified, BinaryIO]:

@@ -18,6 +18,7 @@ from .fusion import encode_grouped, fusing
 from .losses import prompted_loss
 from .module import shared_layers
 from .pictures import target_tensors
+from .samples import Samples
 from .sampling import Callback, GeneratedImages, Generators, check_request, draw
 from .state import UnifiedState, unified_state
 
@@ -230,7 +231,9 @@ class EmmaUnified:
         """
         return UnifiedCollator(self._state, size, Path(folder), dropout=dropout)
 
-    def save_pretrained(self, directory: str | PathLike[str], *, is_main_process: bool | None = None) -> None:
+    def save_pretrained(
+        self, directory: str | PathLike[str], *, is_main_process: bool | None = None, samples: Samples = ()
+    ) -> None:
         """Write ``unified_config.json``, ``unified_model.safetensors`` and, if there is none, a card, atomically.
 
         Whenever it is killed, ``load_unified`` finds the branch that was there before, or the new one. The folder may
@@ -240,12 +243,14 @@ class EmmaUnified:
         Args:
             directory: the folder, made if it isn't there.
             is_main_process: whether this process writes; default: on rank 0.
+            samples: prompts and PIL images that the card shows on the hub.
 
         Raises:
             OSError: if the folder can't be written; what it held is intact.
             CheckpointError: if weights are NaN or infinite.
+            DataError: if samples aren't prompts and pictures, or there is a card already.
         """
-        checkpoint.save(self.model, directory, is_main_process=is_main_process)
+        checkpoint.save(self.model, directory, is_main_process=is_main_process, samples=samples)
 
     def push_to_hub(
         self,
@@ -256,6 +261,7 @@ class EmmaUnified:
         commit_message: str = "Upload EMMA drawing branch",
         token: str | bool | None = None,
         create_pr: bool = False,
+        samples: Samples = (),
     ) -> str:
         """Upload what ``save_pretrained`` writes to ``repo_id`` on the hub, which is made if there is none. It may hold
         a model, an adapter of ``patch_model`` or a LoRA, whose card stays.
@@ -267,12 +273,14 @@ class EmmaUnified:
             commit_message: of the upload.
             token: of the hub; default, and with True: the one that ``hf auth login`` stored, or ``HF_TOKEN``.
             create_pr: open a pull request instead of committing.
+            samples: as for :meth:`save_pretrained`.
 
         Returns:
             The address of the commit.
 
         Raises:
             CheckpointError: if weights are NaN or infinite.
+            DataError: if samples aren't prompts and pictures, or the repository has a card already.
             huggingface_hub.errors.HfHubHTTPError: if the hub refuses.
         """
         return checkpoint.push(
@@ -283,6 +291,7 @@ class EmmaUnified:
             commit_message=commit_message,
             token=token,
             create_pr=create_pr,
+            samples=samples,
         )
 
     def parameters(self) -> Iterator[nn.Parameter]:

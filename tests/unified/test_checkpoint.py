@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
@@ -117,10 +119,12 @@ for options in ({{"revision": "other"}}, {{"subfolder": "../.."}}):
         print(error)
 for repository in ("someone/model", "someone/new"):
     print("at", adapter.push_to_hub(repository, commit_message="Draw"))
+print("at", adapter.push_to_hub("someone/shown", samples=[("a red five", picture(3))]))
 """
         )
     assert "neither a folder here nor an adapter that the hub gives" in said and "leads out" in said
-    assert said.count("at http") == 2
+    assert said.count("at http") == 3
+    assert {"README.md", "unified_sample_0.png"} < set(hub.branches["someone/shown"]["main"][-1])
     assert not list(tmp_path.rglob("model.safetensors")), "more was downloaded than the branch"
     beside, alone = (hub.branches[f"someone/{name}"]["main"][-1] for name in ("model", "new"))
     assert set(beside) == {"README.md", "model.safetensors", CONFIG_NAME, WEIGHTS_NAME}
@@ -139,6 +143,22 @@ def test_what_is_written(saved):
     assert "velocity.weight" in names and "layers.1.self_attn/v_proj/up" in names
     assert not any("autoencoder" in name or "emma" in name for name in names)
     assert "load_unified" in (saved / "README.md").read_text()
+
+
+@pytest.mark.parametrize("prompt", ["a red five", 'a "five": [no], #yes\n<b>&', "eine Fünf ❄", "---"])
+def test_samples_are_shown_by_the_card(tmp_path, prompt):
+    """The card is read by the hub's own library."""
+    adapter = unified("qwen3_vl", UnifiedConfig(decoupling=2))
+    samples = [(prompt, picture(1)), ("make it blue", picture(2).convert("L"))]
+    adapter.save_pretrained(tmp_path, samples=samples)
+    card = ModelCard.load(tmp_path / "README.md")
+    shown = card.data.to_dict()["widget"]
+    assert [one["text"] for one in shown] == [prompt, "make it blue"]
+    for (_, wanted), one in zip(samples, shown, strict=True):
+        with Image.open(tmp_path / one["output"]["url"]) as found:
+            assert found.convert("RGB").tobytes() == wanted.convert("RGB").tobytes()
+    assert "<Gallery />" in card.text and "load_unified" in card.text
+    load(tmp_path)
 
 
 def test_the_base_is_saved_without_the_branch_and_the_branch_beside_it(tmp_path):

@@ -128,6 +128,24 @@ def unifying_twice(bench: Bench) -> None:
     unify(model=unify().model)
 
 
+@raises(DataError, "unified/samples.py:sample_files", "pairs of a prompt and a PIL image")
+def samples_without_prompts(bench: Bench) -> None:
+    unify().save_pretrained(bench.folder, samples=[tiny.picture(0)])
+
+
+@raises(DataError, "unified/samples.py:sample_files", "samples go into a new")
+def samples_for_a_card_that_is_there(bench: Bench) -> None:
+    (bench.folder / "README.md").write_text("mine")
+    unify().save_pretrained(bench.folder, samples=[("a dog", tiny.picture(0))])
+
+
+@raises(DataError, "files/tensor_folder.py:push", "would not tell of samples")
+def samples_for_a_repository_with_a_card(bench: Bench) -> None:
+    hub = SimpleNamespace(create_repo=lambda *_, **__: None, file_exists=lambda *_, **__: True)
+    bench.monkeypatch.setattr("huggingface_hub.HfApi", lambda **_: hub)
+    unify().push_to_hub("someone/drawing", samples=[("a dog", tiny.picture(0))])
+
+
 @raises(PatchError, "unified/branches.py:add", "that nn.ModuleDict uses")
 def a_branch_that_is_called_as_a_method(bench: Bench) -> None:
     unify().add("keys")

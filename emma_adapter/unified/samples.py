@@ -1,0 +1,52 @@
+"""Sample pictures of a branch: files beside its own, and what the card says of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError
+from ..files.tensor_folder import CARD_NAME
+from ..messages import shown
+from .pictures import rgb
+
+#: Prompts, and what was drawn.
+Samples = Sequence[tuple[str, Any]]
+_FILE_NAME = "unified_sample_{}.png"
+
+
+def sample_files(samples: Samples, folder: Path | None = None) -> dict[str, bytes]:
+    """Return PNG files by name.
+
+    Args:
+        samples: prompts and PIL images.
+        folder: that they are for.
+
+    Raises:
+        DataError: if a sample isn't a prompt and a picture, or the folder has a card, which would not tell of them.
+    """
+    files = {}
+    for number, sample in enumerate(samples):
+        if not isinstance(sample, (tuple, list)) or len(sample) != 2 or not isinstance(sample[0], str):
+            raise DataError(f"samples[{number}] is {shown(type(sample))}; give pairs of a prompt and a PIL image")
+        file = BytesIO()
+        rgb(sample[1]).save(file, "PNG")
+        files[_FILE_NAME.format(number)] = file.getvalue()
+    if files and folder is not None and (folder / CARD_NAME).exists():
+        raise DataError(
+            f"{folder / CARD_NAME} is there already, and a card that is there is left as it is: samples go into a new "
+            "one. Remove it, or save elsewhere"
+        )
+    return files
+
+
+def card_metadata(samples: Samples) -> str:
+    """Return the lines with which the hub shows samples; see ``<Gallery />`` in its documentation of model cards."""
+    lines = []
+    for number, (prompt, _) in enumerate(samples):
+        # A JSON string is one of YAML.
+        lines += [f"- text: {json.dumps(prompt)}", "  output:", f"    url: {_FILE_NAME.format(number)}"]
+    return "\n".join(["widget:", *lines, ""]) if lines else ""
