@@ -36,6 +36,7 @@ GROUPS = {
         "floor": "the base's own layers, as many tokens, the same cache",
         "rank": f"low-rank copies, rank {RANK}",
         "full": "full copies",
+        "compiled": f"low-rank copies, rank {RANK}, by torch.compile",
     },
     "guidance": {"one batch": "both branches as one batch", "two calls": "one after the other"},
     f"a picture in {STEPS} steps": {
@@ -74,6 +75,11 @@ class Case:
     def step(self, kind: str, prefix: Prefix) -> Callable[[], object]:
         field, x, t = self.field(kind, prefix)
         return lambda: field(x, t)
+
+    def compiled_step(self) -> Callable[[], object]:
+        field, x, t = self.field("rank", self.prefix)
+        step = torch.compile(VelocityField.__call__)
+        return lambda: step(field, x, t)
 
     def floor(self) -> Callable[[], object]:
         field, _, _ = self.field("rank", self.prefix)
@@ -123,6 +129,7 @@ class Case:
                 "floor": self.floor(),
                 "rank": self.step("rank", self.prefix),
                 "full": self.step("full", self.prefix),
+                "compiled": self.compiled_step(),
             },
             guidance: {"one batch": self.step("rank", two), "two calls": lambda: (single(), single())},
             picture: {"once": self.picture(again=False), "each step": self.picture(again=True)},

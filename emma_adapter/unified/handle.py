@@ -199,6 +199,18 @@ class EmmaUnified:
         state.branch.config = state.config.replace(latent_mean=mean, latent_std=std)
         return self
 
+    def compile(self, **options: Any) -> EmmaUnified:
+        """Have the steps of drawing compiled by ``torch.compile``, the first time in the next drawing.
+
+        What is compiled serves other prompts, sizes and numbers of pictures too. Reading the prompt, training and the
+        autoencoder are not compiled.
+
+        Args:
+            options: of ``torch.compile``; ``disable=True`` undoes it.
+        """
+        self._state.compile_options = options
+        return self
+
     def set_progress_bar_config(self, **settings: Any) -> EmmaUnified:
         """Set how drawing shows its progress: ``disable=True``, or whatever else ``tqdm`` takes."""
         self._state.progress_bar = settings

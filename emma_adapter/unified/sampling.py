@@ -148,11 +148,14 @@ def draw(
     places = grid_of(*grid, device).expand(rows, -1, -1)
     real = torch.ones(places.shape[:2], dtype=torch.bool, device=device)
     field = VelocityField(model, state, prefix, places, real, training=False)
+    options = state.compile_options
+    # What was compiled for another drawing is found again: it is kept with the code, for the layers' structure.
+    evaluate = VelocityField.__call__ if options is None else torch.compile(VelocityField.__call__, **options)
 
     def velocity(x: Tensor, time: float) -> Tensor:
         tokens = x.flatten(2).mT[:, None].repeat(len(branches), 1, 1, 1)
         t = torch.full((rows, 1), time, device=device, dtype=x.dtype)
-        made = list(field(tokens, t).to(x.dtype)[:, 0].mT.unflatten(-1, grid).chunk(len(branches)))
+        made = list(evaluate(field, tokens, t).to(x.dtype)[:, 0].mT.unflatten(-1, grid).chunk(len(branches)))
         made += [None] * (3 - len(made))
         return guide(made[0], made[1], made[2], request.guidance_scale, request.image_guidance_scale)
 

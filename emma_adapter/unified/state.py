@@ -46,6 +46,8 @@ class UnifiedState:
         self.active = DEFAULT
         #: For :class:`tqdm.auto.tqdm`.
         self.progress_bar: dict[str, Any] = {}
+        #: For :func:`torch.compile`; None: a step is not compiled.
+        self.compile_options: dict[str, Any] | None = None
         #: Which parameters ``train_only`` has frozen, None before.
         self.trainable_before: dict[str, bool] | None = None
 
