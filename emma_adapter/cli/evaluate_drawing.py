@@ -108,16 +108,17 @@ def evaluate_drawing(
         lines = summarise(made)
         click.echo(table(lines))
         summary["scores"] = as_json(lines)
+    lines_of_scores = "".join(json.dumps(asdict(one)) + "\n" for one in made).encode()
+    replace_files(output, {"scores.jsonl": lines_of_scores, "summary.json": _encoded(summary)})
     if real is not None and features is not None:
+        # What was judged is saved: this may fail for want of pictures.
         summary["distances"] = _distances(features, place, tasks, output, real, kinds)
-    replace_files(
-        output,
-        {
-            "scores.jsonl": "".join(json.dumps(asdict(one)) + "\n" for one in made).encode(),
-            "summary.json": (json.dumps(summary, indent=1) + "\n").encode(),
-        },
-    )
+        replace_files(output, {"summary.json": _encoded(summary)})
     click.echo(f"Saved to {output / 'summary.json'}")
+
+
+def _encoded(summary: dict[str, Any]) -> bytes:
+    return (json.dumps(summary, indent=1) + "\n").encode()
 
 
 def _draw(tasks: Any, output: Path, folder: Path, settings: dict[str, Any], loading: dict[str, Any]) -> None:

@@ -69,6 +69,15 @@ def test_drawn_once_and_scored(tmp_path):
     assert means["questions", "all"]["pictures"] == means["objects", "colors"]["pictures"] == 2
     assert "95 % interval" in told and len((tmp_path / "scores.jsonl").read_text().splitlines()) == 10
 
+    # What was judged is there, though there are too few pictures to compare.
+    for name in ("scores.jsonl", "summary.json"):
+        (tmp_path / name).unlink()
+    (tmp_path / "real").mkdir()
+    tiny.picture(0).save(tmp_path / "real" / "0.png")
+    compared = ["--real", tmp_path / "real", "--features", "vit"]
+    assert "pictures" in run("prompts.jsonl", "--output", tmp_path, *judges, *compared, code=2)
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+
 
 def test_what_has_no_judge_is_told(tmp_path):
     for number in range(3):
