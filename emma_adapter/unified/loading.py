@@ -17,6 +17,7 @@ from ..modules.torch_modes import undisturbed
 from ..modules.wrappers import base_of
 from . import branches, checkpoint
 from .attaching import unify_model
+from .autoencoder import LatentCoder
 from .detaching import take_off
 from .handle import EmmaUnified
 from .state import DEFAULT, STATE_ATTRIBUTE, unified_state
@@ -70,7 +71,7 @@ def load_unified(
         tensor_folder.check_model_type(saved.folder, getattr(getattr(base, "config", None), "model_type", None))
         known = set(unified_state(base).branches) if STATE_ATTRIBUTE in base.__dict__ else set()
         _check_name(known, name)
-        if autoencoder is None and not (known and unified_state(base).coder.fingerprint() == saved.autoencoder):
+        if autoencoder is None and not (known and _is_of(unified_state(base).coder, saved)):
             autoencoder = _autoencoder_of(saved, downloaded=not is_local(source))
         try:
             if known:
@@ -108,6 +109,11 @@ def _check_name(known: set[str], name: str | None) -> None:
         )
     if not known and name not in (None, DEFAULT):
         raise PatchError(f"the first branch of a model is called {DEFAULT!r}: load without name=")
+
+
+def _is_of(coder: LatentCoder, saved: checkpoint.SavedUnified) -> bool:
+    """Whether an autoencoder is, as far as the file tells, the one that a branch was trained with."""
+    return coder.fingerprint() == saved.autoencoder and saved.autoencoder_source in (None, coder.source)
 
 
 def _undo(base: nn.Module, known: set[str]) -> None:

@@ -16,6 +16,7 @@ from emma_adapter import (
     get_adapter,
     load_unified,
     patch_model,
+    unify_model,
     unpatch_model,
 )
 from emma_adapter.unified.checkpoint import CONFIG_NAME, WEIGHTS_NAME
@@ -120,6 +121,22 @@ def test_saved_and_loaded_by_name(tmp_path, pictures):
     again.save_pretrained(tmp_path / "active")
     one = load_unified(ENTRY.model(), tmp_path / "active", processor=ENTRY.processor(), autoencoder=autoencoder())
     assert torch.equal(picture_of(one), pictures["comics"])
+
+
+def test_another_autoencoder_of_the_same_config_is_not_taken_for_its_own(tmp_path):
+    """Only weights may differ, of which the file tells nothing but where they are from."""
+    for name in ("one", "other"):
+        autoencoder().save_pretrained(tmp_path / name)
+        made = unify_model(
+            ENTRY.model(), CONFIGS["default"], processor=ENTRY.processor(), autoencoder=str(tmp_path / name)
+        )
+        made.save_pretrained(tmp_path / f"saved {name}")
+    adapter = load_unified(ENTRY.model(), tmp_path / "saved one", processor=ENTRY.processor())
+    own = adapter.autoencoder
+    for name in ("one", "other"):
+        load_unified(adapter.model, tmp_path / f"saved {name}", name=name)
+    assert adapter.set_active("one").autoencoder is own
+    assert adapter.set_active("other").autoencoder is not own
 
 
 def test_a_damaged_one_is_not_added(tmp_path, pictures):
