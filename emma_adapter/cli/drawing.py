@@ -47,6 +47,25 @@ def drawing_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def load_drawing_model(
+    model: str,
+    adapter: str,
+    *,
+    subfolder: str | None,
+    autoencoder: str | None,
+    device: Any,
+    dtype: str,
+    trust_remote_code: bool,
+) -> Any:
+    """Return the ``EmmaUnified`` of a base model and a saved branch, on a device, in evaluation mode."""
+    from ..models.loading import load_model, load_processor
+    from ..unified.loading import load_unified
+
+    processor = load_processor(model, trust_remote_code=trust_remote_code)
+    base = load_model(model, dtype, trust_remote_code=trust_remote_code).to(device).eval()
+    return load_unified(base, adapter, subfolder=subfolder, processor=processor, autoencoder=autoencoder)
+
+
 class Drawing:
     """A model that draws, and where its pictures go."""
 
@@ -68,13 +87,15 @@ class Drawing:
         # Before minutes of work.
         self._is_file = output.suffix.lower() == ".png"
         (output.parent if self._is_file else output).mkdir(parents=True, exist_ok=True)
-        from ..models.loading import load_model, load_processor
-        from ..unified.loading import load_unified
-
-        place = chosen_device(device)
-        processor = load_processor(model, trust_remote_code=trust_remote_code)
-        base = load_model(model, dtype, trust_remote_code=trust_remote_code).to(place).eval()
-        self._unified = load_unified(base, adapter, subfolder=subfolder, processor=processor, autoencoder=autoencoder)
+        self._unified = load_drawing_model(
+            model,
+            adapter,
+            subfolder=subfolder,
+            autoencoder=autoencoder,
+            device=chosen_device(device),
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+        )
         self._output, self._settings, self._count = output, settings, num_images
         self._seed = random.randrange(2**31) if seed is None else seed
         self._names = {"model": model, "adapter": adapter}

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from .drawing import side
+from .drawing import load_drawing_model, side
 from .options import chosen_device, device_option, dtype_option, images_option, subfolder_option, trust_option
 
 _SCALE, _SHARE = click.FloatRange(0), click.FloatRange(0, 1)
@@ -124,17 +124,12 @@ def _encoded(summary: dict[str, Any]) -> bytes:
 def _draw(tasks: Any, output: Path, folder: Path, settings: dict[str, Any], loading: dict[str, Any]) -> None:
     """Draw what is missing; the model is gone from memory afterwards."""
     from ..evaluation.pictures import begin, draw_missing
-    from ..models.loading import load_model, load_processor
-    from ..unified.loading import load_unified
 
     count = settings.pop("num_images")
     begin(output, {**settings, "dtype": loading["dtype"]})
-    where = {name: settings.pop(name) for name in ("adapter", "subfolder", "autoencoder")}
-    source, steps = settings.pop("model"), settings.pop("steps")
-    trust = loading["trust_remote_code"]
-    processor = load_processor(source, trust_remote_code=trust)
-    base = load_model(source, loading["dtype"], trust_remote_code=trust).to(loading["device"]).eval()
-    unified = load_unified(base, where.pop("adapter"), processor=processor, **where)
+    where = {name: settings.pop(name) for name in ("model", "adapter", "subfolder", "autoencoder")}
+    steps = settings.pop("steps")
+    unified = load_drawing_model(**where, **loading)
     unified.set_progress_bar_config(disable=True)
     with click.progressbar(tasks, label="Drawing") as shown:
         drawn = draw_missing(unified, shown, output, folder, count, num_inference_steps=steps, **settings)

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from .drawing import load_drawing_model
 from .options import chosen_device
 
 
@@ -30,17 +31,21 @@ def report_unified(
     """Write the page about a model that draws; the arguments are the options of the command."""
     from ..data.drawings import open_drawings
     from ..experts.loading import load_vision_experts
-    from ..models.loading import load_model, load_processor
     from ..report import make_drawing_report, render
-    from ..unified.loading import load_unified
 
     place = chosen_device(device)
     rows = open_drawings(data, split, images, learned=False)
-    processor = load_processor(model, trust_remote_code=trust_remote_code)
-    base = load_model(model, dtype, trust_remote_code=trust_remote_code).to(place).eval()
-    unified = load_unified(base, adapter, subfolder=subfolder, processor=processor, autoencoder=autoencoder)
+    unified = load_drawing_model(
+        model,
+        adapter,
+        subfolder=subfolder,
+        autoencoder=autoencoder,
+        device=place,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+    )
     if experts is not None:
-        load_vision_experts(base, experts)
+        load_vision_experts(unified.model, experts)
     # There is a bar for all pictures.
     unified.set_progress_bar_config(disable=True)
     found = make_drawing_report(
