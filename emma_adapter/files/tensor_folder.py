@@ -12,7 +12,7 @@ import json
 import os
 import tempfile
 import uuid
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -101,12 +101,19 @@ def save(
         base: config of the model that they are for.
         told: what else the description says, ``config`` among it.
         card: makes the card of the description, for one that isn't there yet.
-        beside_card: files that it shows, by name.
+        beside_card: files that it shows, by name. They are refused where there is a card, which would not tell of them.
 
     Raises:
         OSError: if the folder can't be written; what it held is intact.
         CheckpointError: if weights are NaN or infinite.
+        DataError: if files beside a card are refused.
     """
+    has_card = os.path.lexists(folder / CARD_NAME)
+    if has_card and beside_card:
+        raise DataError(
+            f"{folder / CARD_NAME} is there already, and a card that is there is left as it is: samples go into a new "
+            "one. Remove it, or save elsewhere"
+        )
     if broken := sorted(name for name, value in tensors.items() if not bool(torch.isfinite(value).all())):
         raise CheckpointError(
             f"{listed(broken)} hold NaN or infinite values, so that {folder} was left as it is: the training diverged; "
@@ -127,7 +134,7 @@ def save(
         kind.weights_name: lambda path: save_file(dict(tensors), path, metadata),
         kind.config_name: (json.dumps(told, indent=2, sort_keys=True) + "\n").encode(),
     }
-    if not os.path.lexists(folder / CARD_NAME):
+    if not has_card:
         files |= {**(beside_card or {}), CARD_NAME: card(told).encode()}
     replace_files(folder, files)
 
@@ -159,7 +166,6 @@ def push(
     *,
     private: bool | None,
     revision: str | None,
-    beside_card: Collection[str] = (),
     **upload: Any,
 ) -> str:
     """Upload what ``write`` writes to a folder, and return the address of the commit. Whatever else is there stays,
@@ -177,6 +183,7 @@ def push(
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         has_card = api.file_exists(repo_id, CARD_NAME, revision=revision)
+        beside_card = sorted({*os.listdir(folder)} - {kind.config_name, kind.weights_name, CARD_NAME})
         if has_card and beside_card:
             raise DataError(
                 f"{repo_id} has a card, which is left as it is and would not tell of samples: add them to it by hand, "

@@ -69,7 +69,7 @@ def save(
         return
     state = unified_state(model)
     branch = state.branches[state.active if name is None else name]
-    pictures = sample_files(samples, Path(directory))
+    pictures = sample_files(samples)
     tensors = sharding.gather(model, branch.module.state_dict(keep_vars=True))
     told = {
         "autoencoder": {"source": branch.coder.source, "config_sha256": branch.coder.fingerprint()},
@@ -109,7 +109,7 @@ def push(model: nn.Module, repo_id: str, *, samples: Samples = (), **upload: Any
     def write(folder: Path) -> None:
         save(model, folder, is_main_process=True, location=repo_id, samples=samples)
 
-    return tensor_folder.push(FORMAT, write, repo_id, beside_card=list(sample_files(samples)), **upload)
+    return tensor_folder.push(FORMAT, write, repo_id, **upload)
 
 
 def describe(folder: Path) -> tuple[SavedUnified, BinaryIO]:

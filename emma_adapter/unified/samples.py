@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from io import BytesIO
-from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from ..files.tensor_folder import CARD_NAME
 from ..messages import shown
 from .pictures import rgb
 
@@ -18,15 +16,11 @@ Samples = Sequence[tuple[str, Any]]
 _FILE_NAME = "unified_sample_{}.png"
 
 
-def sample_files(samples: Samples, folder: Path | None = None) -> dict[str, bytes]:
-    """Return PNG files by name.
-
-    Args:
-        samples: prompts and PIL images.
-        folder: that they are for.
+def sample_files(samples: Samples) -> dict[str, bytes]:
+    """Return PNG files, by name, of prompts and PIL images.
 
     Raises:
-        DataError: if a sample isn't a prompt and a picture, or the folder has a card, which would not tell of them.
+        DataError: if a sample isn't a prompt and a picture.
     """
     files = {}
     for number, sample in enumerate(samples):
@@ -35,11 +29,6 @@ def sample_files(samples: Samples, folder: Path | None = None) -> dict[str, byte
         file = BytesIO()
         rgb(sample[1]).save(file, "PNG")
         files[_FILE_NAME.format(number)] = file.getvalue()
-    if files and folder is not None and (folder / CARD_NAME).exists():
-        raise DataError(
-            f"{folder / CARD_NAME} is there already, and a card that is there is left as it is: samples go into a new "
-            "one. Remove it, or save elsewhere"
-        )
     return files
 
 

@@ -133,7 +133,7 @@ def samples_without_prompts(bench: Bench) -> None:
     unify().save_pretrained(bench.folder, samples=[tiny.picture(0)])
 
 
-@raises(DataError, "unified/samples.py:sample_files", "samples go into a new")
+@raises(DataError, "files/tensor_folder.py:save", "samples go into a new")
 def samples_for_a_card_that_is_there(bench: Bench) -> None:
     (bench.folder / "README.md").write_text("mine")
     unify().save_pretrained(bench.folder, samples=[("a dog", tiny.picture(0))])
