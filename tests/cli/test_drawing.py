@@ -7,10 +7,10 @@ from click.testing import CliRunner
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from emma_adapter import UnifiedConfig, load_unified, unify_model
+from emma_adapter import load_unified
 from emma_adapter.cli import main
 from tests.support import tiny
-from tests.support.workspace import AUTOENCODER_ID, make_workspace
+from tests.support.workspace import make_drawing_workspace
 
 MODEL = "Qwen/Qwen3-VL-8B-Instruct"
 COMMON = ["--model", MODEL, "--adapter", "drawing", "--steps", "2", "--seed", "7"]
@@ -19,15 +19,10 @@ COMMON = ["--model", MODEL, "--adapter", "drawing", "--steps", "2", "--seed", "7
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
     """With a branch that was trained with an autoencoder by name, and two pictures."""
-    folder = make_workspace(tmp_path_factory.mktemp("workspace"), f"{MODEL} {AUTOENCODER_ID}")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        model, processor = loaded()
-        made = unify_model(model, UnifiedConfig(decoupling=2), processor=processor, autoencoder=AUTOENCODER_ID)
-        tiny.train_randomly(model.emma_unified, 0.05)
-        made.save_pretrained("drawing")
-        for number in range(2):
-            tiny.picture(number).resize((64, 96)).save(f"{number}.png")
+    folder = tmp_path_factory.mktemp("workspace")
+    make_drawing_workspace(folder, MODEL)
+    for number in range(2):
+        tiny.picture(number).resize((64, 96)).save(folder / f"{number}.png")
     return folder
 
 

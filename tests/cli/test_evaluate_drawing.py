@@ -4,13 +4,11 @@ import json
 
 import pytest
 from click.testing import CliRunner
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from emma_adapter import UnifiedConfig, unify_model
 from emma_adapter.cli import main
 from tests.evaluation import judging
 from tests.support import tiny
-from tests.support.workspace import AUTOENCODER_ID, make_workspace
+from tests.support.workspace import make_drawing_workspace
 
 MODEL = "Qwen/Qwen3-VL-8B-Instruct"
 ROWS = [
@@ -22,13 +20,8 @@ ROWS = [
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
-    folder = make_workspace(tmp_path_factory.mktemp("workspace"), f"{MODEL} {AUTOENCODER_ID}")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        model, processor = AutoModelForImageTextToText.from_pretrained(MODEL), AutoProcessor.from_pretrained(MODEL)
-        made = unify_model(model, UnifiedConfig(decoupling=2), processor=processor, autoencoder=AUTOENCODER_ID)
-        tiny.train_randomly(model.emma_unified, 0.05)
-        made.save_pretrained("drawing")
+    folder = tmp_path_factory.mktemp("workspace")
+    make_drawing_workspace(folder, MODEL)
     tiny.picture(0).resize((64, 96)).save(folder / "0.png")
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     judging.detector(folder / "owl")

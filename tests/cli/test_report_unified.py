@@ -6,31 +6,25 @@ import json
 
 import pytest
 from click.testing import CliRunner
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from emma_adapter import UnifiedConfig, add_vision_expert, unify_model
+from emma_adapter import add_vision_expert
 from emma_adapter.cli import main
-from tests.support import browser, tiny
-from tests.support.workspace import AUTOENCODER_ID, make_workspace
+from tests.support import browser
+from tests.support.workspace import AUTOENCODER_ID, make_drawing_workspace
 
 MODEL = "Qwen/Qwen3-VL-8B-Instruct"
 
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
-    folder = make_workspace(tmp_path_factory.mktemp("workspace"), f"{MODEL} {AUTOENCODER_ID}")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        model, processor = AutoModelForImageTextToText.from_pretrained(MODEL), AutoProcessor.from_pretrained(MODEL)
-        made = unify_model(model, UnifiedConfig(decoupling=2), processor=processor, autoencoder=AUTOENCODER_ID)
-        tiny.train_randomly(model.emma_unified, 0.05)
-        made.save_pretrained("drawing")
-        add_vision_expert(model, "stem", layers=1).save_pretrained("experts")
-        rows = [
-            {"prompt": f"a bird {'w' * 500}"},
-            {"prompt": "make it blue", "image": "images/0.png", "target": "images/1.png"},
-        ]
-        (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    folder = tmp_path_factory.mktemp("workspace")
+    model = make_drawing_workspace(folder, MODEL)
+    add_vision_expert(model, "stem", layers=1).save_pretrained(folder / "experts")
+    rows = [
+        {"prompt": f"a bird {'w' * 500}"},
+        {"prompt": "make it blue", "image": "images/0.png", "target": "images/1.png"},
+    ]
+    (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return folder
 
 

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoModel, CLIPImageProcessor
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, CLIPImageProcessor
 
+from emma_adapter import UnifiedConfig, unify_model
 from tests.support import aya, remote_internvl, remote_llava, tiny
 from tests.support.zoo import ZOO
 
@@ -74,6 +76,19 @@ def make_workspace(folder: Path, text: str = MODEL_ID) -> Path:
             questions.append(row)
     (folder / "birds" / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
     return folder
+
+
+def make_drawing_workspace(folder: Path, model_id: str) -> Any:
+    """A workspace with ``drawing/``, a branch that was trained with an autoencoder by name; the model that has it."""
+    make_workspace(folder, f"{model_id} {AUTOENCODER_ID}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        model = AutoModelForImageTextToText.from_pretrained(model_id)
+        processor = AutoProcessor.from_pretrained(model_id)
+        made = unify_model(model, UnifiedConfig(decoupling=2), processor=processor, autoencoder=AUTOENCODER_ID)
+        tiny.train_randomly(model.emma_unified, 0.05)
+        made.save_pretrained("drawing")
+    return model
 
 
 def _saves() -> dict[str, Callable[[Path], None]]:

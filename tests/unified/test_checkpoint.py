@@ -24,6 +24,7 @@ from transformers import AutoModelForImageTextToText
 from emma_adapter import (
     CheckpointError,
     ConfigError,
+    DataError,
     EmmaError,
     PatchError,
     UnifiedConfig,
@@ -159,6 +160,13 @@ def test_samples_are_shown_by_the_card(tmp_path, prompt):
             assert found.convert("RGB").tobytes() == wanted.convert("RGB").tobytes()
     assert "<Gallery />" in card.text and "load_unified" in card.text
     load(tmp_path)
+
+
+def test_samples_are_not_lost_where_a_card_is_a_link_to_nothing(tmp_path):
+    (tmp_path / "README.md").symlink_to(tmp_path / "gone")
+    with pytest.raises(DataError, match="samples go into a new one"):
+        unified("qwen3_vl", UnifiedConfig(decoupling=2)).save_pretrained(tmp_path, samples=[("x", picture(1))])
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
 
 
 def test_the_base_is_saved_without_the_branch_and_the_branch_beside_it(tmp_path):
