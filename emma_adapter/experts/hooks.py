@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from ..modules import private
 from ..modules.gradient_checkpointing import is_recomputing, may_be_recomputed
 from ..modules.gradients import with_zero_gradient
 from ..modules.method_guard import MethodGuard, arguments_by_name, first_argument
+from ..modules.per_thread import PerThread
 from ..modules.sharding import are_many_processes
 from .routes import Media, Route, choose, require_call
 from .scopes import RoutedImage, choice_of, reports_of
@@ -48,7 +48,7 @@ class _EnoughError(Exception):
         self.pooled = pooled
 
 
-class _Running(threading.local):
+class _Running:
     """The call of a vision tower in this thread."""
 
     encoding: _Encoding | None = None
@@ -63,7 +63,7 @@ class _Running(threading.local):
     ties: bool = False
 
 
-_RUNNING = _Running()
+_RUNNING = PerThread(_Running)
 
 
 def install(state: ExpertsState, inner: nn.Module, blocks: Sequence[tuple[nn.Module, nn.Module]]) -> None:
@@ -102,21 +102,21 @@ def pooled_features(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Te
     """Return the router's input ``[images, D]`` for what ``get_image_features`` is given, and compute nothing after
     it."""
     pooled = None
-    _RUNNING.pools = True
+    _RUNNING.value.pools = True
     try:
         with torch.no_grad():
             method(*args, **kwargs)
     except _EnoughError as found:
         pooled = found.pooled
     finally:
-        _RUNNING.pools = False
+        _RUNNING.value.pools = False
     assert pooled is not None
     return pooled
 
 
 def _guard_features(modality: str, inner: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Note what is being encoded, in which sizes, and whether the router is asked."""
-    if _RUNNING.encoding is not None and _RUNNING.encoding.inner is inner:
+    if _RUNNING.value.encoding is not None and _RUNNING.value.encoding.inner is inner:
         # Videos are encoded by the method for images.
         return original(*args, **kwargs)
     state: ExpertsState = inner.__dict__[STATE_ATTRIBUTE]
@@ -143,11 +143,11 @@ def _forced(state: ExpertsState, inner: nn.Module, pixels: Any) -> str | None:
 
 @contextmanager
 def _encoding(encoding: _Encoding) -> Iterator[None]:
-    before, _RUNNING.encoding = _RUNNING.encoding, encoding
+    before, _RUNNING.value.encoding = _RUNNING.value.encoding, encoding
     try:
         yield
     finally:
-        _RUNNING.encoding = before
+        _RUNNING.value.encoding = before
 
 
 def _before_block(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -156,14 +156,14 @@ def _before_block(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         return None
     hidden, put_back = first_argument(args, kwargs)
     is_first = block.__dict__[PLACE_ATTRIBUTE] == 0
-    _RUNNING.inside, _RUNNING.recalled = True, False
+    _RUNNING.value.inside, _RUNNING.value.recalled = True, False
     if not _recall(state, hidden):
         if is_first:
-            _RUNNING.route = _new_route(state, hidden)
+            _RUNNING.value.route = _new_route(state, hidden)
         else:
-            require_call(_RUNNING.route)
-        if _RUNNING.route is not None and may_be_recomputed(block):
-            state.routes.remember(hidden, _RUNNING.route)
+            require_call(_RUNNING.value.route)
+        if _RUNNING.value.route is not None and may_be_recomputed(block):
+            state.routes.remember(hidden, _RUNNING.value.route)
     return put_back(with_zero_gradient(hidden, _trainable(state))) if is_first and _must_tie() else None
 
 
@@ -171,7 +171,7 @@ def _before_child(child: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     """Where a checkpointed block is computed again, its own hooks needn't run, for releases of transformers differ in
     what they checkpoint; but the first thing in it, a norm, is given what the block was given."""
     state = child.__dict__.get(STATE_ATTRIBUTE)
-    if isinstance(state, ExpertsState) and not _RUNNING.inside:
+    if isinstance(state, ExpertsState) and not _RUNNING.value.inside:
         _recall(state, first_argument(args, kwargs)[0])
 
 
@@ -179,14 +179,14 @@ def _recall(state: ExpertsState, hidden: Any) -> bool:
     """Whether a block is computed again whose input this is; if so, its route is set."""
     known = state.routes.recall(hidden) if is_recomputing() and isinstance(hidden, Tensor) else None
     if known is not None:
-        _RUNNING.route, _RUNNING.recalled = known, True
+        _RUNNING.value.route, _RUNNING.value.recalled = known, True
     return known is not None
 
 
 def _new_route(state: ExpertsState, hidden: Tensor) -> Route:
-    encoding, reports = _RUNNING.encoding, reports_of(state.owner)
+    encoding, reports = _RUNNING.value.encoding, reports_of(state.owner)
     forced = forced_choice(state) if encoding is None else encoding.forced
-    if forced is not None and not _RUNNING.pools and not reports:
+    if forced is not None and not _RUNNING.value.pools and not reports:
         return Route.to(forced)
     names, config = state.config.experts, state.config
     if encoding is None and not state.has_feature_methods and hidden.ndim == 3:
@@ -198,7 +198,7 @@ def _new_route(state: ExpertsState, hidden: Tensor) -> Route:
         modality, media = encoding.call.modality, Media.of(state.family, encoding.inner, encoding.call, hidden)
     with torch.no_grad():
         pooled = media.pooled(hidden)
-        if _RUNNING.pools:
+        if _RUNNING.value.pools:
             raise _EnoughError(pooled)
         chosen, probabilities = choose(state.module.logits(names, pooled), names, config.margin)
     chosen = chosen if forced is None else [forced] * len(chosen)
@@ -210,9 +210,9 @@ def _new_route(state: ExpertsState, hidden: Tensor) -> Route:
 
 def _after_block(block: nn.Module, args: Any, output: Any) -> None:
     state = block.__dict__.get(STATE_ATTRIBUTE)
-    _RUNNING.inside = False
+    _RUNNING.value.inside = False
     if not isinstance(state, ExpertsState) or _is_last(state, block):
-        _RUNNING.route = None
+        _RUNNING.value.route = None
 
 
 def _is_last(state: ExpertsState, block: nn.Module) -> bool:
@@ -220,16 +220,16 @@ def _is_last(state: ExpertsState, block: nn.Module) -> bool:
 
 
 def _after_mlp(mlp: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    state, route = mlp.__dict__.get(STATE_ATTRIBUTE), _RUNNING.route
+    state, route = mlp.__dict__.get(STATE_ATTRIBUTE), _RUNNING.value.route
     if not isinstance(state, ExpertsState):
         return None
     if route is None:
         if is_recomputing():
             require_call(route)
         return None
-    if _RUNNING.recalled:
+    if _RUNNING.value.recalled:
         # What follows a block that is computed again by itself is another call.
-        _RUNNING.route, _RUNNING.recalled = None, False
+        _RUNNING.value.route, _RUNNING.value.recalled = None, False
     tokens, _ = first_argument(args, kwargs)
     compute = functools.partial(state.module.compute, place=mlp.__dict__[PLACE_ATTRIBUTE], mlp=mlp, tokens=tokens)
     if route.whole is not None:
@@ -249,7 +249,7 @@ def _must_tie() -> bool:
 
 
 def _before_inner(inner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    _RUNNING.ties = False
+    _RUNNING.value.ties = False
     state = inner.__dict__.get(STATE_ATTRIBUTE)
     if not isinstance(state, ExpertsState) or not _must_tie():
         return None
@@ -266,13 +266,13 @@ def _before_inner(inner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         private.remove_hooks(embeddings, [_after_embeddings])
         embeddings.register_forward_hook(_after_embeddings)
     embeddings.__dict__[STATE_ATTRIBUTE] = state
-    _RUNNING.ties = True
+    _RUNNING.value.ties = True
     return None
 
 
 def _after_embeddings(embeddings: nn.Module, args: Any, output: Tensor) -> Tensor | None:
     state = embeddings.__dict__.get(STATE_ATTRIBUTE)
-    if not _RUNNING.ties or not isinstance(state, ExpertsState):
+    if not _RUNNING.value.ties or not isinstance(state, ExpertsState):
         return None
-    _RUNNING.ties = False
+    _RUNNING.value.ties = False
     return with_zero_gradient(output, _trainable(state))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 
 from torch import nn
@@ -15,7 +14,7 @@ from .original_projector import OriginalProjector
 from .routing import ObservedAlignment, RoutedInstruction, same_route
 
 
-class CallContext(threading.local):
+class CallContext:
     """Fields of the call that the current thread is in."""
 
     def __init__(self) -> None:
@@ -32,6 +31,8 @@ class CallContext(threading.local):
         self.recomputed: tuple[nn.Module, Scope] | None = None
         #: What computes in the place of a running projector, whose weights are those of another adapter.
         self.stand_in: OriginalProjector | None = None
+        #: Where the adapter aligns the output of a running projector: how.
+        self.aligns_output: RoutedInstruction | None = None
         #: Modality and number of the placeholders that the output of a running projector is to be checked against.
         self.unchecked_tokens: tuple[str, int] | None = None
         #: True until a call without images has its adapter parameters in its graph; see ``without_images``.

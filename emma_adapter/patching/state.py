@@ -18,6 +18,7 @@ from ..models.families import ModelFamily
 from ..models.feature_calls import FeatureCall
 from ..modules.gradient_checkpointing import is_recomputing
 from ..modules.method_guard import STATE_ATTRIBUTE
+from ..modules.per_thread import PerThread
 from ..modules.private import cache_names_to_bridge
 from .call_context import CallContext, Memories
 from .call_plan import Bypass, CallPlan, PinnedPrompt
@@ -70,7 +71,7 @@ class AdapterState:
         self.seen_training = False
         #: By which name the outer model takes an argument that transformers passes under another; see ``private``.
         self.bridged_arguments = cache_names_to_bridge(type(model))
-        self.context = CallContext()
+        self._contexts = PerThread(CallContext)
         self.memories = Memories()
         self._owner = BlockOwner()
         #: True once a block was entered. Until then calls needn't ask, which not every compiler can follow.
@@ -79,13 +80,19 @@ class AdapterState:
         self._inherited: Scope | None = None
         self._model = weakref.ref(model)
 
+    @property
+    def context(self) -> CallContext:
+        """Of the call that the current thread is in."""
+        return self._contexts.value
+
     def __getstate__(self) -> dict[str, Any]:
-        calls = ("context", "memories", "_owner", "_has_blocks", "_inherited", "in_reference")
+        calls = ("_contexts", "memories", "_owner", "_has_blocks", "_inherited", "in_reference")
         kept = {key: value for key, value in self.__dict__.items() if key not in calls}
         return kept | {"float32_weights": {}, "_model": self._model()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, context=CallContext(), memories=Memories(), _model=weakref.ref(state["_model"]))
+        self.__dict__.update(state, memories=Memories(), _model=weakref.ref(state["_model"]))
+        self._contexts = PerThread(CallContext)
         self._owner, self._has_blocks, self._inherited = BlockOwner(), False, None
         self.in_reference = False
 

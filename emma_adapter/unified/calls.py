@@ -7,7 +7,6 @@ what stands around the outer model's ``forward`` (accelerate's autocast, say). O
 from __future__ import annotations
 
 import inspect
-import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import DataError
 from ..modules import private
+from ..modules.per_thread import PerThread
 from .fusion import encode_grouped
 from .layers import Prefix
 from .losses import latent_loss
@@ -30,7 +30,7 @@ TARGET, SOURCE = "target_pixel_values", "source_pixel_values"
 WITHOUT_TEXT = "without_text_"
 
 
-class _Running(threading.local):
+class _Running:
     """The call of a model in this thread that has targets."""
 
     #: Targets, sources, the call's other arguments, and those without text, until their loss is computed.
@@ -38,7 +38,7 @@ class _Running(threading.local):
     loss: Tensor | None = None
 
 
-_RUNNING = _Running()
+_RUNNING = PerThread(_Running)
 
 
 def install(model: nn.Module, inner: nn.Module) -> None:
@@ -53,7 +53,7 @@ def remove(module: nn.Module) -> None:
 
 
 def _before_outer(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    _RUNNING.pending = _RUNNING.loss = None
+    _RUNNING.value.pending = _RUNNING.value.loss = None
     if not isinstance(model.__dict__.get(STATE_ATTRIBUTE), UnifiedState) or TARGET not in kwargs:
         return None
     names = list(inspect.signature(type(model).forward).parameters)[1:]
@@ -66,7 +66,7 @@ def _before_outer(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     if not isinstance(ids, Tensor) or ids.ndim != 2:
         raise DataError(f"{TARGET} needs the prompts as input_ids [B, P]: pass on all that the collator returns")
     without = {name.removeprefix(WITHOUT_TEXT): value for name, value in without.items()}
-    _RUNNING.pending = (model, targets, sources, dict(call), without)
+    _RUNNING.value.pending = (model, targets, sources, dict(call), without)
     return (), call if call.get("labels") is not None else _first_token(call, ids)
 
 
@@ -82,9 +82,9 @@ def _first_token(call: Mapping[str, Any], ids: Tensor) -> dict[str, Any]:
 
 
 def _before_inner(inner: nn.Module, args: Any, kwargs: Any) -> None:
-    if _RUNNING.pending is None:
+    if _RUNNING.value.pending is None:
         return
-    (model, targets, sources, call, without), _RUNNING.pending = _RUNNING.pending, None
+    (model, targets, sources, call, without), _RUNNING.value.pending = _RUNNING.value.pending, None
     state: UnifiedState = model.__dict__[STATE_ATTRIBUTE]
     compression = state.coder.compression
     latents = encode_grouped(state, target_tensors(targets, compression))
@@ -98,7 +98,7 @@ def _before_inner(inner: nn.Module, args: Any, kwargs: Any) -> None:
         nothing = read_rows(model, state, [("", ())])
         index = torch.where(gone, len(gone), torch.arange(len(gone)))
         prefix = Prefix.joined([prefix, nothing]).rows(index.to(prefix.mask.device))
-    _RUNNING.loss = latent_loss(model, state, prefix, latents, before, None)
+    _RUNNING.value.loss = latent_loss(model, state, prefix, latents, before, None)
 
 
 def _dropped(
@@ -124,7 +124,7 @@ def _dropped(
 
 
 def _after_outer(model: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-    loss, _RUNNING.loss, _RUNNING.pending = _RUNNING.loss, None, None
+    loss, _RUNNING.value.loss, _RUNNING.value.pending = _RUNNING.value.loss, None, None
     if loss is None or output is None:
         return None
     own = output[0] if isinstance(output, tuple) and kwargs.get("labels") is not None else None
