@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import isqrt
 from typing import Any
 
 from torch import nn
@@ -22,6 +23,11 @@ class GemmaFamily(ModelFamily):
         config: Any = inner.config
         side = config.vision_config.image_size // config.vision_config.patch_size
         return side * side, (side, side)
+
+    def projector_merge(self, inner: nn.Module) -> int:
+        number, _ = self.visual_size(inner)
+        assert number is not None
+        return isqrt(number // getattr(inner.config, "mm_tokens_per_image", number))
 
     def layout(self, call: ProjectorCall) -> MediaLayout:
         images, per_image = call.visual_tokens.shape[:2]

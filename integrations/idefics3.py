@@ -26,6 +26,10 @@ class Idefics3Family(ModelFamily):
         side = config.vision_config.image_size // config.vision_config.patch_size
         return side * side, (side, side)
 
+    def projector_merge(self, inner: nn.Module) -> int:
+        config: Any = inner.config
+        return int(config.scale_factor)
+
     def layout(self, call: ProjectorCall) -> MediaLayout:
         tiles, per_tile = call.visual_tokens.shape[:2]
         # Processors may make larger tiles than the vision tower was trained on; the pixel shuffle takes squares only.

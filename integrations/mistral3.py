@@ -19,6 +19,10 @@ class Mistral3Family(LlavaFamily):
     def has_fixed_size(self, inner: nn.Module) -> bool:
         return False
 
+    def projector_merge(self, inner: nn.Module) -> int:
+        config: Any = inner.config
+        return int(config.spatial_merge_size)
+
     def layout(self, call: ProjectorCall) -> MediaLayout:
         config: Any = call.inner.config
         return pixtral_layout(call, patch=config.vision_config.patch_size, merge=config.spatial_merge_size)

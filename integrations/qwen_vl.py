@@ -36,9 +36,13 @@ class Qwen2VLFamily(ModelFamily):
     def has_fixed_size(self, inner: nn.Module) -> bool:
         return False
 
+    def projector_merge(self, inner: nn.Module) -> int:
+        config: Any = inner.config
+        return int(config.vision_config.spatial_merge_size)
+
     def layout(self, call: ProjectorCall) -> MediaLayout:
         config: Any = call.inner.config
-        merge = int(config.vision_config.spatial_merge_size)
+        merge = self.projector_merge(call.inner)
         sizes = torch.as_tensor(call.size(f"{call.modality}_grid_thw")).tolist()
         grids = [(height, width) for frames, height, width in sizes for _ in range(frames)]
         return MediaLayout(

@@ -15,6 +15,7 @@ from ..instructions.encoders import names_a_path
 from ..instructions.pipeline import LLM
 from ..messages import listed, shown
 from ..models.families import find_family
+from ..models.projected_tokens import token_sizes
 from ..modules.method_guard import STATE_ATTRIBUTE
 from ..patching import precision, sites
 from .config_from_model import embedding_dim
@@ -32,12 +33,13 @@ def check_fit(model: nn.Module, saved: SavedAdapter) -> None:
             f"{saved.source} was made for model_type {shown(saved.model_type)}; this model is {config.model_type!r}: "
             f"{_REMEDY}"
         )
-    if saved.config.visual_dim != family.visual_dim(inner):
+    visual_dim, number, _ = token_sizes(family, inner, projected=saved.config.aligns_projected)
+    if saved.config.visual_dim != visual_dim:
+        trained_on = "language model" if saved.config.aligns_projected else "vision tower"
         raise CheckpointError(
             f"{saved.source} was made for visual tokens of {saved.config.visual_dim} channels; this model's have "
-            f"{family.visual_dim(inner)}: it was trained on another vision tower; {_REMEDY}"
+            f"{visual_dim}: it was trained on another {trained_on}; {_REMEDY}"
         )
-    number, _ = family.visual_size(inner)
     if family.has_fixed_size(inner) and saved.config.num_visual_tokens not in (None, number):
         raise CheckpointError(
             f"{saved.source} was made for {saved.config.num_visual_tokens} visual tokens an image; "

@@ -14,6 +14,7 @@ from ..instructions.pipeline import LLM, InstructionPipeline
 from ..instructions.reader import InstructionReader
 from ..messages import warn_caller
 from ..models.families import ModelFamily
+from ..models.projected_tokens import token_sizes
 
 _LLM_MAX_INSTRUCTION_TOKENS = 128
 
@@ -65,7 +66,7 @@ def resolve_sizes(config: EmmaConfig, family: ModelFamily, inner: nn.Module) -> 
             f"config must be an EmmaConfig; got a {type(config).__name__}: EmmaConfig(fusion=…), or "
             "EmmaConfig.from_dict(…) of a dict; a processor goes to processor=…"
         )
-    visual_dim = family.visual_dim(inner)
+    visual_dim, number, grid = token_sizes(family, inner, projected=config.aligns_projected)
     _require_agreement("visual_dim", config.visual_dim, visual_dim, f"this {type(inner).__name__}")
     fixed = family.has_fixed_size(inner)
     if fusion_class(config.fusion).fixed_num_visual_tokens and not fixed:
@@ -78,7 +79,6 @@ def resolve_sizes(config: EmmaConfig, family: ModelFamily, inner: nn.Module) -> 
             f"EmmaConfig.align_deepstack is True, but this {type(inner).__name__} has no deepstack projectors: leave "
             "it False"
         )
-    number, grid = family.visual_size(inner)
     if config.num_visual_tokens is None:
         return config.replace(visual_dim=visual_dim, num_visual_tokens=number, visual_grid=grid)
     if not fixed and config.visual_grid is None:

@@ -22,6 +22,7 @@ _MAX_OPTIONS_NESTING, _MAX_OPTIONS_LENGTH = 64, 2**19
 _MAX_ENCODER_LENGTH = 4096
 
 InstructionPolicy = Literal["last_turn", "shortest_turn", "all_turns"]
+Place = Literal["before_projector", "after_projector"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +35,11 @@ class EmmaConfig:
     Args:
         fusion: how the instruction enters the visual tokens: ``"modulation"`` (a channel mask), ``"attention"`` (an
             update that is added; both for any number of visual tokens), ``"linear"`` (the paper: a fixed number), or a
-            registered one.
-        visual_dim: D, channels of a visual token before the projector.
+            registered one; ``"moda"`` is :meth:`moda`'s.
+        place: which tokens are aligned: ``"before_projector"``, the vision encoder's (the paper), or
+            ``"after_projector"``, what the projector makes of them, in the space of the language model's embeddings
+            (MoDA).
+        visual_dim: D, channels of a visual token at that place.
         instruction_dim: Dt, channels of an instruction token.
         num_visual_tokens: N, visual tokens of an image. ``linear`` needs it; the others learn one query term
             per position if it is given, and are position-blind without it.
@@ -43,7 +47,8 @@ class EmmaConfig:
             num_visual_tokens``. With it, the learned positions are resampled to images on another grid.
         max_instruction_tokens: longest instruction; longer ones are cut (a text tower keeps the beginning, as
             its tokenizer does; ``"llm"`` keeps the end). ``linear`` has one weight column for each.
-        inner_dim: width of the cross-attention (``attention``, ``modulation``), all heads together.
+        inner_dim: width of the cross-attention (``attention``, ``modulation``), all heads together; of the
+            feed-forward layers of ``moda``.
         num_heads: heads of the cross-attention.
         rank: rank of the image-to-image update of ``linear``; ``None`` is a full matrix, as in the paper.
         instruction_encoder: ``"llm"`` (the language model's input embeddings), a hub id or local folder of a
@@ -62,13 +67,14 @@ class EmmaConfig:
             projectors of their own. True aligns these too, each with its own weights. By default they stay as they
             are: the paper aligns what *the* projector reads, lower layers have other statistics and would multiply the
             adapter's parameters, and what they carry is a path on which nothing an instruction hides is lost.
-        fusion_options: JSON values for a fusion you registered yourself.
+        fusion_options: JSON values for a fusion you registered yourself, or ``moda``.
 
     Raises:
         ConfigError: naming the field, the value and what is allowed.
     """
 
     fusion: str = "modulation"
+    place: Place = "before_projector"
     visual_dim: int | None = None
     instruction_dim: int | None = None
     num_visual_tokens: int | None = None
@@ -96,13 +102,15 @@ class EmmaConfig:
             self._require_int(name, minimum=1)
         self._require_int("cache_size", minimum=0, maximum=2**63 - 1)
         self._require_int("instruction_layer", minimum=-_MAX_SIZE)
-        if self.inner_dim % self.num_heads:
+        # The heads of moda divide the channels of its tokens.
+        if self.fusion != "moda" and self.inner_dim % self.num_heads:
             raise self._error("inner_dim", f"a multiple of num_heads={self.num_heads}")
         self._check_grid()
         if self.rank is not None and self.num_visual_tokens is not None and self.rank > self.num_visual_tokens:
             raise self._error("rank", f"at most num_visual_tokens={self.num_visual_tokens}")
         if not isinstance(self.align_deepstack, bool):
             raise self._error("align_deepstack", "True or False")
+        self._require_text("place", get_args(Place))
         self._require_text("instruction_policy", get_args(InstructionPolicy))
         self._require_text("kernel", get_args(Kernel))
         if not isinstance(self.instruction_encoder, str) or not self.instruction_encoder.strip():
@@ -125,6 +133,28 @@ class EmmaConfig:
             "instruction_policy": "shortest_turn",
         }
         return cls(**{**settings, **changes})
+
+    @classmethod
+    def moda(cls, **changes: Any) -> EmmaConfig:
+        """The set-up of MoDA (arXiv 2506.01850, and github.com/waybarrios/MoDA for what it leaves open): behind the
+        projector, a channel mask drawn by a decoder of two layers from the embeddings of all user turns.
+
+        Its mask is ``2 sigmoid`` of a projection that starts at zero, where MoDA's is ``sigmoid``: an untrained adapter
+        is the identity. ``fusion_options``: ``num_layers`` (2), ``dropout`` (0.1), ``mask_scale`` (2.0).
+        """
+        settings: dict[str, Any] = {
+            "fusion": "moda",
+            "place": "after_projector",
+            "inner_dim": 1024,
+            "num_heads": 16,
+            "instruction_policy": "all_turns",
+        }
+        return cls(**{**settings, **changes})
+
+    @property
+    def aligns_projected(self) -> bool:
+        """Whether what is aligned is the projector's output."""
+        return self.place == "after_projector"
 
     def replace(self, **changes: Any) -> EmmaConfig:
         """A copy with other values, validated again."""

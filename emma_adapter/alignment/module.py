@@ -7,11 +7,12 @@ from os import PathLike
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, ShapeError
+from ..errors import CheckpointError, ConfigError, ShapeError
 from .config import EmmaConfig
 from .fusion import fusion_class
 from .fusion.dispatch import Kernel, KernelUse
 from .fusion.packed_images import Grid, Packing
+from .moda_weights import read_moda
 from .official_weights import read_official
 
 
@@ -107,6 +108,27 @@ class EmmaAlignment(nn.Module):
         config, state_dict = read_official(path)
         alignment = cls(config)
         alignment.load_state_dict(state_dict)
+        return alignment
+
+    @classmethod
+    def from_moda(cls, source: str | PathLike[str], *, num_heads: int | None = None) -> EmmaAlignment:
+        """Return the trained module of a checkpoint of MoDA's (arXiv 2506.01850, github.com/waybarrios/MoDA).
+
+        Only the module is read; its checkpoints hold a language model that was trained with it.
+
+        Args:
+            source: a folder of safetensors, or one such file.
+            num_heads: heads of its attentions. Default: what ``config.json`` in the folder says, or 16.
+
+        Raises:
+            CheckpointError: if ``source`` has no such module.
+        """
+        config, state_dict = read_moda(source, num_heads)
+        try:
+            alignment = cls(config)
+            alignment.load_state_dict(state_dict)
+        except (ConfigError, RuntimeError) as error:
+            raise CheckpointError(f"{source}: the tensors of MoDA's module don't fit each other: {error}") from error
         return alignment
 
     def _check(

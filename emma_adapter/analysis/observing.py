@@ -18,6 +18,7 @@ from ..alignment.module import EmmaAlignment
 from ..errors import AnalysisError
 from ..instructions.pipeline import Instruction
 from ..models.families import Box, MediaLayout
+from ..models.projected_tokens import TokenSizes, token_sizes
 from ..modules.wrappers import base_of
 from ..patching.routing import ObservedAlignment
 from ..patching.sites import MAIN_PLACE, alignments
@@ -30,9 +31,9 @@ Model = nn.Module | EmmaAdapter
 class VisualEntry:
     """An image, a tile or a frame in one call. Tensors are float32 on the CPU, tokens row by row."""
 
-    #: ``[N, D]``, the vision encoder's output.
+    #: ``[N, D]``, what the adapter aligns: the vision encoder's output, or the projector's.
     before: Tensor
-    #: ``[N, D]``, what the projector reads instead.
+    #: ``[N, D]``, what the projector, or the language model, reads instead.
     after: Tensor
     #: ``(height, width)`` in visual tokens; None where the tokens form no grid, as with a class token among them.
     grid: Grid | None
@@ -94,7 +95,7 @@ def observe(
             with state.disabled(), _output_of(projector, originals):
                 model(**arguments)
     main = [one for one in seen if one.place == MAIN_PLACE]
-    native = state.family.visual_size(state.family.inner(base))
+    native = token_sizes(state.family, state.family.inner(base), projected=state.current.config.aligns_projected)
     entries: list[VisualEntry] = []
     media: dict[str, int] = {}
     for number, one in enumerate(main):
@@ -145,7 +146,7 @@ def alignment_of(model: Model | EmmaAlignment) -> EmmaAlignment:
 
 def _entries(
     one: ObservedAlignment,
-    native: tuple[int | None, Grid | None],
+    native: TokenSizes,
     boxes: Any,
     output: tuple[Tensor | None, Tensor | None],
     first_medium: int,
@@ -160,7 +161,7 @@ def _entries(
         for index in range(size):
             if layout.tokens[medium]:  # else nobody sees it
                 n = len(before[number])
-                grid = layout.grids[number] if layout.grids is not None else native[1] if n == native[0] else None
+                grid = layout.grids[number] if layout.grids is not None else native.grid if n == native.number else None
                 order = None if layout.orders is None or grid is None else layout.orders[grid].cpu().argsort()
                 yield VisualEntry(
                     before=before[number] if order is None else before[number][order],

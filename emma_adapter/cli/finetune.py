@@ -12,7 +12,7 @@ from .options import dtype_option, images_option, split_option, subfolder_option
 from .train_alignment import train_alignment
 from .train_unified import train_unified
 
-_OF_ALIGNMENT = ("fusion", "instruction_encoder", "instruction_policy", "projector", "projector_lr")
+_OF_ALIGNMENT = ("fusion", "place", "instruction_encoder", "instruction_policy", "projector", "projector_lr")
 _OF_UNIFIED = ("autoencoder", "rank", "size")
 
 
@@ -49,6 +49,11 @@ def _rank(context: click.Context, option: click.Parameter, value: str | None) ->
 @click.option("--adapter", help="An adapter to start from: a folder or a hub id.")
 @subfolder_option
 @click.option("--fusion", help='How the instruction enters the visual tokens. Default: "modulation".')
+@click.option(
+    "--place",
+    type=click.Choice(["before_projector", "after_projector"]),
+    help='Which tokens are aligned. Default: "before_projector"; of the fusion "moda", "after_projector".',
+)
 @click.option("--instruction-encoder", help='"llm", or a text tower. Default: "llm", or that of the --adapter.')
 @click.option("--instruction-policy", help='Which user turns are the instruction. Default: "last_turn".')
 @click.option("--projector", is_flag=True, help="Train the projector too.")

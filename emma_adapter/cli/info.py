@@ -60,6 +60,7 @@ def _adapter_facts(folder: Path) -> dict[str, Any]:
         "base_model": saved.base_model,
         "model_type": saved.model_type,
         "fusion": config.fusion,
+        "place": config.place,
         "instruction_encoder": config.instruction_encoder,
         "instruction_policy": config.instruction_policy,
         "reads_turns": saved.reads_turns,
@@ -80,7 +81,7 @@ def _model_facts(source: str, trust_remote_code: bool) -> dict[str, Any]:
     from ..adapter.patch import patch_model, unpatch_model
     from ..alignment.config import EmmaConfig
     from ..alignment.fusion import fusion_names
-    from ..errors import UnsupportedModelError
+    from ..errors import ConfigError, UnsupportedModelError
     from ..models.families import find_family
     from ..models.loading import model_without_weights
 
@@ -95,18 +96,20 @@ def _model_facts(source: str, trust_remote_code: bool) -> dict[str, Any]:
     }
     adapters: dict[str, Any] = {}
     for fusion in fusion_names():
+        config = EmmaConfig.moda() if fusion == "moda" else EmmaConfig(fusion=fusion)
         try:
-            adapter = patch_model(model, EmmaConfig(fusion=fusion))
-        except UnsupportedModelError as error:
+            adapter = patch_model(model, config)
+        except (ConfigError, UnsupportedModelError) as error:
             adapters[fusion] = str(error)
             continue
         config, own = adapter.config, adapter.num_parameters()
         unpatch_model(model)
-        facts |= {
-            "visual_tokens": config.num_visual_tokens,
-            "visual_grid": config.visual_grid,
-            "visual_dim": config.visual_dim,
-        }
+        if not config.aligns_projected:
+            facts |= {
+                "visual_tokens": config.num_visual_tokens,
+                "visual_grid": config.visual_grid,
+                "visual_dim": config.visual_dim,
+            }
         adapters[fusion] = {"parameters": own, "share": own / (own + facts["parameters"])}
     return {**facts, "adapters": adapters}
 

@@ -37,6 +37,7 @@ def train_alignment(
     adapter: str | None,
     subfolder: str | None,
     fusion: str | None,
+    place: str | None,
     instruction_encoder: str | None,
     instruction_policy: str | None,
     projector: bool,
@@ -52,7 +53,7 @@ def train_alignment(
     """
     chosen: dict[str, Any] = {
         name: value
-        for name, value in (("fusion", fusion), ("instruction_policy", instruction_policy))
+        for name, value in (("fusion", fusion), ("place", place), ("instruction_policy", instruction_policy))
         if value is not None
     }
     if adapter is not None and chosen:
@@ -75,7 +76,7 @@ def train_alignment(
 
     # Not after the training.
     check_not_foreign(output)
-    config = EmmaConfig(**chosen)
+    config = EmmaConfig.moda(**chosen) if fusion == "moda" else EmmaConfig(**chosen)
     processor = load_processor(model, trust_remote_code=trust_remote_code)
     if getattr(processor, "chat_template", None) is None:
         raise click.UsageError(f"the processor of {model} has no chat template, by which conversations become prompts")

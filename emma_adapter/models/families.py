@@ -133,6 +133,10 @@ class ModelFamily(ABC):
         """True if every entry has the same number of visual tokens."""
         return True
 
+    def projector_merge(self, inner: nn.Module) -> int:
+        """Side of the square of visual tokens that the projector makes one token of; 1 where it keeps their number."""
+        return 1
+
     def placeholder_id(self, inner: nn.Module, modality: str) -> int:
         """The token id that stands for visual tokens of this modality in ``input_ids``."""
         return int(getattr(inner.config, f"{modality}_token_id"))

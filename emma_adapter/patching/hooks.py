@@ -185,14 +185,23 @@ def _prompt_name(kwargs: dict[str, Any]) -> str | None:
 
 
 def before_projector(projector: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
-    """Replace the projector's input, the visual tokens, by aligned ones."""
+    """Replace the projector's input, the visual tokens, by aligned ones; or note that its output is to be aligned."""
     state = state_of(projector)
+    context = state.context
     visual_tokens, put_back = first_argument(args, kwargs)
     route = _route(state, projector, visual_tokens)
-    state.context.stand_in = _stand_in(state, projector, route)
-    state.context.unchecked_tokens = None if isinstance(route, Bypass) else route.unchecked_tokens
+    context.stand_in = _stand_in(state, projector, route)
+    context.unchecked_tokens = None if isinstance(route, Bypass) else route.unchecked_tokens
+    context.aligns_output = None
     if isinstance(route, Bypass) or not is_aligned(state, projector, route.adapter):
         return None
+    if state.adapters[route.adapter].config.aligns_projected:
+        context.aligns_output = route
+        return None
+    return put_back(_align(state, projector, route, visual_tokens))
+
+
+def _align(state: AdapterState, projector: nn.Module, route: RoutedInstruction, visual_tokens: Tensor) -> Tensor:
     device = execution_device(projector)
     if device is not None:
         # As accelerate does with the projector's input, but only after this hook.
@@ -203,7 +212,7 @@ def before_projector(projector: nn.Module, args: tuple[Any, ...], kwargs: dict[s
     aligned = route.align(alignment, visual_tokens)
     if state.context.observer is not None:
         _tell_observer(state, projector, route, visual_tokens, aligned)
-    return put_back(aligned)
+    return aligned
 
 
 def _tell_observer(
@@ -222,21 +231,30 @@ def _tell_observer(
 
 def after_projector(projector: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
     """Where the projector was trained with an adapter, and the call doesn't go through that one, another gives the
-    output.
+    output; and where an adapter aligns the output, do so.
 
     Raises:
-        RoutingError: if the images take other numbers of tokens than their rows were found with.
+        RoutingError: if the images take other numbers of tokens than their rows were found with, or the output that is
+            to be aligned can't be divided into them.
     """
     state = state_of(projector)
-    unchecked, state.context.unchecked_tokens = state.context.unchecked_tokens, None
+    context = state.context
+    unchecked, context.unchecked_tokens = context.unchecked_tokens, None
     if unchecked is not None and isinstance(output, Tensor):
         check_tokens(*unchecked, output)
-    kept, state.context.stand_in = state.context.stand_in, None
-    if kept is None:
-        return None
+    kept, context.stand_in = context.stand_in, None
+    route, context.aligns_output = context.aligns_output, None
+    if kept is not None:
+        output = _output_of(kept, projector, args, kwargs, output.device)
+    if route is None:
+        return None if kept is None else output
+    return _align(state, projector, route.of_projected(output), output).to(output.device)
+
+
+def _output_of(kept: OriginalProjector, projector: nn.Module, args: Any, kwargs: Any, device: torch.device) -> Any:
+    """What another projector makes of the same arguments."""
     trained = next(iter(projector_parameters(projector).values()), None)
     # Where the trained one ran, which may not be where its weights or its input lie.
-    device = output.device
     original = kept.at(device, None if trained is None else trained.dtype)
     args = tuple(value.to(device) if isinstance(value, Tensor) else value for value in args)
     kwargs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in kwargs.items()}

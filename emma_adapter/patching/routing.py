@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from ..errors import RoutingError
 from ..instructions.pipeline import InstructionTokens
 from ..models.families import MediaLayout, ModelFamily, ProjectorCall, mismatch
 from ..models.feature_calls import FeatureCall, checked_layout, projector_call
+from ..models.projected_tokens import projected_layout
 from .call_plan import Bypass, CallPlan
 
 
@@ -68,13 +69,23 @@ class RoutedInstruction:
     #: Name of the adapter that the instruction is encoded for.
     adapter: str
     instruction: InstructionTokens
-    modality: str = "image"
+    modality: str
+    #: Side of the square of visual tokens that the projector makes one of.
+    projector_merge: int
 
     @property
     def unchecked_tokens(self) -> tuple[str, int] | None:
         """Modality and placeholders that only the projector's output can be checked against; None where its input
         told how many tokens its media take."""
         return (self.modality, sum(self.layout.tokens)) if self.layout.tokens_from_prompt else None
+
+    def of_projected(self, projected: Tensor) -> RoutedInstruction:
+        """The same for what the projector made of its input.
+
+        Raises:
+            RoutingError: if that can't be divided as the input was.
+        """
+        return replace(self, layout=projected_layout(self.layout, self.projector_merge, projected))
 
     def align(self, alignment: EmmaAlignment, visual_tokens: Tensor) -> Tensor:
         layout = self.layout
@@ -91,7 +102,7 @@ class RoutedInstruction:
 
 @dataclass(frozen=True, eq=False)
 class ObservedAlignment:
-    """What an adapter did to the input of one projector, told to whoever observes the call."""
+    """What an adapter did to the input of one projector, or its output, told to whoever observes the call."""
 
     #: Which of the model's projectors it is; see ``sites``.
     place: str
@@ -133,7 +144,8 @@ def route(
     placeholders = plan.placeholders[running.modality]
     layout = checked_layout(family, projector_call(plan.inner, running, visual_tokens, placeholders))
     rows = rows_of_media(placeholders, layout.tokens, repeats=plan.repeats, modality=running.modality)
-    return RoutedInstruction(layout, rows, plan.adapter, plan.instruction, running.modality)
+    merge = family.projector_merge(plan.inner)
+    return RoutedInstruction(layout, rows, plan.adapter, plan.instruction, running.modality, merge)
 
 
 def route_without_prompt(
@@ -150,7 +162,12 @@ def route_without_prompt(
     media = len(layout.tokens)
     rows = torch.arange(media, device=visual_tokens.device)
     return RoutedInstruction(
-        layout, rows, adapter, instruction.for_each(media, f"{running.modality}s"), running.modality
+        layout,
+        rows,
+        adapter,
+        instruction.for_each(media, f"{running.modality}s"),
+        running.modality,
+        family.projector_merge(inner),
     )
 
 

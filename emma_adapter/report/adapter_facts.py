@@ -25,7 +25,7 @@ def facts_of(adapter: EmmaAdapter) -> dict[str, str]:
         size += f", {config.visual_grid[0]} × {config.visual_grid[1]}"
     return {
         "Model type": str(getattr(base.config, "model_type", "")),
-        "Fusion": config.fusion,
+        "Fusion": f"{config.fusion}, {config.place.replace('_', ' the ')}",
         "Instruction encoder": config.instruction_encoder,
         "Instruction": config.instruction_policy.replace("_", " "),
         "Visual tokens": f"{size}, of {config.visual_dim:,} channels",

@@ -24,7 +24,7 @@ NOT_POSITIVE_INTS = [0, -1, True, False, 4.0, NAN, "4", [4], (4,), {}]
 # (field, wrong value, what the message must say is allowed, the other fields)
 WRONG: list[tuple[str, Any, str, dict[str, Any]]] = [
     *[
-        ("fusion", value, "'attention', 'linear', 'modulation'", {})
+        ("fusion", value, "'attention', 'linear', 'moda', 'modulation'", {})
         for value in ("atention", "", None, 3, ["linear"], {})
     ],
     *[(name, value, POSITIVE, {}) for name in OPTIONAL_SIZES for value in NOT_POSITIVE_INTS],
@@ -42,6 +42,7 @@ WRONG: list[tuple[str, Any, str, dict[str, Any]]] = [
     ("visual_grid", (2, 3), "num_visual_tokens=7", {"num_visual_tokens": 7}),
     ("rank", 5, "at most num_visual_tokens=4", {"num_visual_tokens": 4}),
     ("rank", 5, "at most num_visual_tokens=4", {"visual_grid": (2, 2)}),
+    *[("place", value, "'before_projector', 'after_projector'", {}) for value in ("after", "", None, 1, ["moda"])],
     *[
         ("instruction_policy", value, "'last_turn', 'shortest_turn', 'all_turns'", {})
         for value in ("first_turn", "", None, 0, ["last_turn"])
@@ -138,6 +139,7 @@ def json_values() -> st.SearchStrategy[Any]:
 SIZES = st.none() | st.integers(1, 5000)
 VALID: dict[str, st.SearchStrategy[Any]] = {
     "fusion": st.sampled_from(FUSIONS),
+    "place": st.sampled_from(["before_projector", "after_projector"]),
     "visual_dim": SIZES,
     "instruction_dim": SIZES,
     "num_visual_tokens": SIZES,
@@ -282,6 +284,13 @@ def test_paper():
     assert config.instruction_policy == "shortest_turn"
     assert config.rank is None
     assert EmmaConfig.from_json(config.to_json()) == config
+
+
+def test_moda_is_behind_the_projector():
+    config = EmmaConfig.moda(visual_dim=64, instruction_dim=64)
+    assert (config.fusion, config.place, config.instruction_encoder) == ("moda", "after_projector", "llm")
+    # Heads divide the channels of the tokens, not the width of the feed-forward layers.
+    assert EmmaConfig.moda(num_heads=3, inner_dim=8).num_heads == 3
 
 
 def test_paper_with_changes():

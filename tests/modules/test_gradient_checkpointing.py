@@ -22,10 +22,10 @@ MODES = pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "n
 INSTRUCTIONS = torch.tensor([[31, 41, 5], [32, 42, 6], [33, 43, 7]])
 
 
-def trained(fusion: str = "attention", *, projector: bool = False):
+def trained(fusion: str = "attention", place: str = "before_projector", *, projector: bool = False):
     """A patched model in training, of which everything is trained."""
     model = tiny.llava()
-    config = EmmaConfig(fusion=fusion, max_instruction_tokens=8 if fusion == "linear" else None)
+    config = EmmaConfig(fusion=fusion, place=place, max_instruction_tokens=8 if fusion == "linear" else None)
     adapter = patch_model(model, config)
     tiny.train_randomly(adapter.alignment)
     if projector:
@@ -187,13 +187,14 @@ def test_two_forwards_before_one_backward_in_another_thread(fusion, region, reen
 
 
 @ALL
-def test_one_batch_with_two_instructions(region, reentrant):
+@pytest.mark.parametrize("place", ["before_projector", "after_projector"])
+def test_one_batch_with_two_instructions(place, region, reentrant):
     def scenario(calls):
         inputs = batches()[0]
         for told in (INSTRUCTIONS[:2], INSTRUCTIONS[1:]):
             calls(inputs, instruction=told)
 
-    both(scenario, region, reentrant)
+    both(scenario, region, reentrant, place=place)
 
 
 @ALL

@@ -21,6 +21,7 @@ FUSIONS = {
     "attention": CONFIG,
     "linear": EmmaConfig(fusion="linear", max_instruction_tokens=16),
     "modulation": EmmaConfig(fusion="modulation", inner_dim=8, num_heads=2),
+    "moda": EmmaConfig.moda(inner_dim=8, num_heads=2),
 }
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, CLIPImageProcessor
 
 from emma_adapter import UnifiedConfig, unify_model
@@ -96,6 +97,7 @@ def _saves() -> dict[str, Callable[[Path], None]]:
         MODEL_ID: _save_llava,
         CLIP_ID: tiny.clip_text_folder,
         AUTOENCODER_ID: _save_autoencoder,
+        "MoDA-LLaVA-MoRE-8B-CLIP": _save_moda,
         "CohereLabs/aya-vision-8b": _save_aya,
         "OpenGVLab/InternVL2_5-8B": _save_internvl_chat,
     }
@@ -107,6 +109,16 @@ def _saves() -> dict[str, Callable[[Path], None]]:
 def _save_llava(folder: Path) -> None:
     tiny.llava().save_pretrained(folder)
     tiny.processor().save_pretrained(folder)
+
+
+def _save_moda(folder: Path) -> None:
+    """A language model's checkpoint with MoDA's module in it, as its authors' LLaVA writes it."""
+    layer = torch.nn.TransformerDecoderLayer(tiny.WIDTH, 16, 8, activation="gelu", batch_first=True)
+    decoder = torch.nn.TransformerDecoder(layer, 2)
+    tensors = {f"model.moda.decoder.{name}": value for name, value in decoder.state_dict().items()}
+    tensors |= {"model.moda.mask_head.weight": torch.eye(tiny.WIDTH), "lm_head.weight": torch.zeros(2, tiny.WIDTH)}
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "model.safetensors")
 
 
 def _save_autoencoder(folder: Path) -> None:

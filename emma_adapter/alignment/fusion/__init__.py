@@ -3,6 +3,7 @@
 from .attention import AttentionFusion
 from .base import Fusion, fusion_class, register_fusion
 from .linear import LinearFusion
+from .moda import ModaFusion
 from .modulation import ModulationFusion
 from .registry import fusion_names
 
@@ -10,6 +11,7 @@ __all__ = [
     "AttentionFusion",
     "Fusion",
     "LinearFusion",
+    "ModaFusion",
     "ModulationFusion",
     "fusion_class",
     "fusion_names",

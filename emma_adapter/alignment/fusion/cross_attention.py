@@ -14,7 +14,7 @@ from ...errors import ShapeError
 from .base import Fusion
 from .dispatch import weights_elsewhere
 from .layers import CastingLayerNorm, CastingLinear
-from .nonfinite import broken_tokens
+from .nonfinite import untouched_tokens
 from .packed_images import Grid, Packing
 from .resampling import resample
 
@@ -192,7 +192,7 @@ class CrossAttentionFusion(Fusion):
             return attention.fused(
                 visual_tokens, instruction_tokens, instruction_mask, self.epilogue, position=positions
             )
-        untouched = _untouched(visual_tokens, instruction_mask)
+        untouched = untouched_tokens(visual_tokens, instruction_mask)
         if untouched is None:
             return self.apply_update(
                 visual_tokens, attention(visual_tokens, instruction_tokens, instruction_mask, grid)
@@ -234,16 +234,3 @@ class CrossAttentionFusion(Fusion):
         layout["position"] = torch.cat(tables)
         layout["position_start"] = packing.table_starts(device)
         return layout
-
-
-def _untouched(visual_tokens: Tensor, instruction_mask: Tensor | None) -> Tensor | None:
-    """Visual tokens that are returned as they are, true in ``[B, N, 1]`` or ``[B, 1, 1]``: those of rows whose
-    instruction has no valid token, and those that aren't finite; None if it is known that there are none."""
-    untouched = broken_tokens(visual_tokens)
-    if instruction_mask is None:
-        return untouched
-    uninstructed = ~instruction_mask.any(dim=1)[:, None, None]
-    if untouched is not None:
-        return untouched | uninstructed
-    # None of them broken: somebody has looked, and may look again.
-    return uninstructed if bool(uninstructed.any()) else None

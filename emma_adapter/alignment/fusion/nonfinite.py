@@ -23,6 +23,19 @@ def broken_tokens(visual_tokens: Tensor) -> Tensor | None:
     return ~tokens.sum(-1, keepdim=True, dtype=wide).isfinite()
 
 
+def untouched_tokens(visual_tokens: Tensor, instruction_mask: Tensor | None) -> Tensor | None:
+    """Visual tokens that are returned as they are, true in ``[B, N, 1]`` or ``[B, 1, 1]``: those of rows whose
+    instruction has no valid token, and those that aren't finite; None if it is known that there are none."""
+    untouched = broken_tokens(visual_tokens)
+    if instruction_mask is None:
+        return untouched
+    uninstructed = ~instruction_mask.any(dim=1)[:, None, None]
+    if untouched is not None:
+        return untouched | uninstructed
+    # None of them broken: somebody has looked, and may look again.
+    return uninstructed if bool(uninstructed.any()) else None
+
+
 def finite_values(visual_tokens: Tensor) -> Tensor:
     """``visual_tokens`` with zeros for values that aren't finite; itself if it is known that there are none."""
     tokens = visual_tokens.detach()

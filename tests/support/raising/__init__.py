@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from . import analysis, calls, drawing, encoders, evaluation, experts, files, models, modules, programs, trainers
+from . import analysis, calls, drawing, encoders, evaluation, experts, files, moda, models, modules, programs, trainers
 from .sites import ROOT, Site, all_sites
 from .triggers import TRIGGERS, Bench, Trigger
 
 __all__ = ["ROOT", "TRIGGERS", "Bench", "Site", "Trigger", "all_sites"]
 # Importing them has registered their triggers.
-AREAS = (analysis, models, calls, modules, encoders, files, programs, trainers, drawing, experts, evaluation)
+AREAS = (analysis, models, calls, modules, encoders, files, moda, programs, trainers, drawing, experts, evaluation)
