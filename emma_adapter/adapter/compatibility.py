@@ -94,12 +94,15 @@ def check_not_offloaded(model: nn.Module, saved: SavedAdapter, name: str | None)
     family = find_family(model)
     taking: list[Tensor] = []
     state = getattr(model, STATE_ATTRIBUTE, None)
+    own: list[Tensor] = []
     if state is not None and (name or state.active) in state.adapters:
-        taking += sites.state_dict(model, name, keep_vars=True).values()
-    if saved.projector:
+        taking += state.adapters[name or state.active].state_dict(keep_vars=True).values()
+        own += state.adapters[name or state.active].projector_parameters().values()
+    if saved.projector and not own:
         places = sites.places(family, saved.config, family.inner(model)).values()
-        taking += [value for projector in places for value in sites.projector_parameters(projector).values()]
-    if any(value.is_meta for value in taking):
+        # Of which the adapter will get copies.
+        own += [value for projector in places for value in sites.projector_parameters(projector).values()]
+    if any(value.is_meta for value in (*taking, *own)):
         raise PatchError(
             f"{saved.source} holds weights of parts that are offloaded: load_adapter first, then dispatch the model"
         )

@@ -104,7 +104,13 @@ class EmmaAdapter:
     @property
     def alignment(self) -> EmmaAlignment:
         """The trainable module at the projector."""
-        return sites.alignments(self.model)[sites.MAIN_PLACE]
+        return self._state.current.alignments()[sites.MAIN_PLACE]
+
+    @property
+    def projector(self) -> nn.Module | None:
+        """The copy of the model's projector that is trained with the adapter; None if it goes through the model's."""
+        own = self._state.current.own_projectors()
+        return own[sites.MAIN_PLACE].projector if own else None
 
     def disabled(self) -> AbstractContextManager[None]:
         """``with adapter.disabled(): …`` is the original model, bit for bit, in this thread or asynchronous task."""
@@ -129,11 +135,11 @@ class EmmaAdapter:
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The adapter's parameters, float32 unless the model was cast after patching."""
-        return iter(sites.named_parameters(self.model).values())
+        return iter(self._state.current.named_parameters().values())
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Parameters by their name in the adapter, which doesn't depend on where it sits in the model."""
-        return iter(sites.named_parameters(self.model).items())
+        return iter(self._state.current.named_parameters().items())
 
     def num_parameters(self) -> int:
         """How many numbers the adapter has learned or can learn."""
@@ -267,7 +273,8 @@ class EmmaAdapter:
     def kernel_report(self) -> tuple[KernelUse, ...]:
         """What computed the calls so far, PyTorch's operations or the Triton kernels, and why; one entry for each kind
         of call: ``print(*adapter.kernel_report(), sep="\\n")``."""
-        return tuple(use for alignment in sites.alignments(self.model).values() for use in alignment.kernel_report())
+        alignments = self._state.current.alignments().values()
+        return tuple(use for alignment in alignments for use in alignment.kernel_report())
 
     def cache_info(self) -> CacheInfo:
         """Hits, misses and size of the cache of encoded instructions. ``"llm"`` looks embeddings up, uncached."""

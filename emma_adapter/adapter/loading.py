@@ -17,7 +17,7 @@ from ..modules import sharding, wrappers
 from ..modules.method_guard import STATE_ATTRIBUTE
 from ..modules.torch_modes import undisturbed
 from ..modules.wrappers import base_of
-from ..patching.state import DEFAULT
+from ..patching.sites import DEFAULT
 from . import compatibility, restoring
 from .handle import EmmaAdapter
 from .patch import patch_model, take_off_adapters

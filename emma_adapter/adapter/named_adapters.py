@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,9 +15,11 @@ from ..alignment.module import EmmaAlignment
 from ..errors import PatchError
 from ..models.families import ModelFamily
 from ..modules.sharding import execution_device, is_fully_sharded
-from ..patching import projectors, sites, trainable_parameters
+from ..patching import sites
+from ..patching.attached_adapter import AttachedAdapter
 from ..patching.hooks import has_projector_hooks, install_projector_hooks
-from ..patching.state import AdapterState, NamedAdapter, state_of
+from ..patching.own_projector import OwnProjector
+from ..patching.state import AdapterState, state_of
 from .config_from_model import make_pipeline, make_reader, resolve_encoder, resolve_sizes
 
 
@@ -39,10 +42,9 @@ def add(
     else:
         reader = make_reader(model, config, processor)
     alignments = make_alignments(state.family, config, inner)
-    state.adapters[name] = NamedAdapter(config, make_pipeline(config, reader, encoder))
-    attach(model, name, alignments)
-    for parameter in sites.named_parameters(model, name).values():
-        parameter.requires_grad_(False)
+    added = state.adapters[name] = AttachedAdapter(state, name, config, make_pipeline(config, reader, encoder))
+    attach(model, added, alignments)
+    added.requires_grad_(False)
 
 
 def add_copy(model: nn.Module, name: str) -> None:
@@ -53,15 +55,11 @@ def add_copy(model: nn.Module, name: str) -> None:
     """
     state = state_of(model)
     _check_addable(model, name)
-    alignments = copy.deepcopy(sites.alignments(model))
-    trained = {key: value.clone() for key, value in projectors.trained_projectors(model).items()}
-    state.adapters[name] = NamedAdapter(state.config, state.pipeline)
-    attach(model, name, alignments)
-    for parameter in sites.named_parameters(model, name).values():
-        parameter.requires_grad_(False)
-    if trained:
-        projectors.keep_original_projectors(model, name)
-        state.adapters[name].parked_projectors = trained
+    copied = state.current
+    alignments, projectors = copy.deepcopy((copied.alignments(), copied.own_projectors()))
+    added = state.adapters[name] = AttachedAdapter(state, name, copied.config, copied.pipeline)
+    attach(model, added, alignments, projectors)
+    added.requires_grad_(False)
 
 
 def _check_addable(model: nn.Module, name: str) -> None:
@@ -82,12 +80,19 @@ def make_alignments(family: ModelFamily, config: EmmaConfig, inner: nn.Module) -
     }
 
 
-def attach(model: nn.Module, name: str, alignments: Mapping[str, EmmaAlignment]) -> None:
-    """Put the modules of an adapter on the projectors."""
+def attach(
+    model: nn.Module,
+    adapter: AttachedAdapter,
+    alignments: Mapping[str, EmmaAlignment],
+    projectors: Mapping[str, OwnProjector] = MappingProxyType({}),
+) -> None:
+    """Put the modules of an adapter, and projectors of its own, on the model's projectors."""
     state = state_of(model)
-    for place, projector in sites.projectors(model, name).items():
+    for place, projector in adapter.sites().items():
         sites.mark(projector, place, state)
-        sites.attach(projector, name, alignments[place])
+        sites.attach(projector, adapter.name, alignments[place])
+        if place in projectors:
+            sites.attach(projector, adapter.name, projectors[place])
         if not has_projector_hooks(projector):
             install_projector_hooks(projector)
 
@@ -96,40 +101,16 @@ def activate(model: nn.Module, name: str) -> None:
     """Make another adapter the active one. It is trainable if the one before was, which is frozen.
 
     Raises:
-        PatchError: if there is no adapter of that name, or PEFT has wrapped a projector that changes with it.
+        PatchError: if there is no adapter of that name.
     """
     state = state_of(model)
     incoming, outgoing = _known(state, name), state.current
     if incoming is outgoing:
         return
-    if projectors.is_wrapped(model) and (incoming.original_projectors or outgoing.original_projectors):
-        raise PatchError(
-            f"PEFT has wrapped the projector, whose trained values come and go with adapter {name!r}: unload() or "
-            "merge_and_unload() the LoRA first"
-        )
-    trainable = any(parameter.requires_grad for parameter in sites.named_parameters(model).values())
-    outgoing.parked_projectors = {key: value.clone() for key, value in projectors.trained_projectors(model).items()}
-    projectors.reset_projectors(model)
-    for parameter in sites.named_parameters(model).values():
-        parameter.requires_grad_(False)
-    left = projectors.projector_parameters(model)
+    trainable = any(parameter.requires_grad for parameter in outgoing.named_parameters().values())
+    outgoing.requires_grad_(False)
     state.active = name
-    for parameter in sites.named_parameters(model).values():
-        parameter.requires_grad_(trainable)
-    projector = projectors.projector_parameters(model)
-    for place, original in incoming.original_projectors.items():
-        # The model's own may be another by now: merged with a LoRA, or loaded from a checkpoint.
-        original.assign({key: projector[place + key] for key in original.values()})
-    for key, value in incoming.parked_projectors.items():
-        projector[key].data.copy_(value)
-    incoming.parked_projectors = {}
-    outgoing.stand_ins, incoming.stand_ins = {}, {}
-    if outgoing.original_projectors or incoming.original_projectors:
-        trainable_parameters.remember_trainable(model)
-        # Trained by nobody's adapter, the projector would be saved with none.
-        for key, parameter in {**left, **projector}.items():
-            # Those that only the outgoing adapter sits at, as deepstack projectors, are left to nobody.
-            parameter.requires_grad_(trainable and bool(incoming.original_projectors) and key in projector)
+    incoming.requires_grad_(trainable)
 
 
 def remove(model: nn.Module, name: str) -> None:
@@ -144,14 +125,14 @@ def remove(model: nn.Module, name: str) -> None:
         raise PatchError(
             f"{name!r} is the active adapter: set_active() another one first, or unpatch_model(model) to have none"
         )
-    for projector in sites.projectors(model, name).values():
+    for projector in state.adapters[name].sites().values():
         sites.remove(projector, name)
     del state.adapters[name]
     if name == state.reference:
         state.reference = None
 
 
-def _known(state: AdapterState, name: str) -> NamedAdapter:
+def _known(state: AdapterState, name: str) -> AttachedAdapter:
     if not isinstance(name, str) or name not in state.adapters:
         raise PatchError(
             f"the model has no adapter {name!r}; it has {sorted(state.adapters)}: name one of these, or add() it"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -22,7 +23,9 @@ from ..modules.wrappers import base_of
 from ..patching import precision, sites, trainable_parameters
 from ..patching.guards import guard_features, guard_generate, guard_replication
 from ..patching.hooks import install_call_hooks, remove_hooks
-from ..patching.state import DEFAULT, AdapterState, state_of
+from ..patching.own_projector import OwnProjector
+from ..patching.sites import DEFAULT
+from ..patching.state import AdapterState, state_of
 from ..unified import detaching as unified
 from . import named_adapters, peft, training_start
 from .config_from_model import make_pipeline, make_reader, resolve_encoder, resolve_sizes
@@ -81,19 +84,23 @@ def patch_model(
     state = AdapterState(family, config, pipeline, model)
     alignments = named_adapters.make_alignments(family, config, inner)
 
-    install(model, state, alignments, around)
+    install(model, state, alignments, around=around)
     return EmmaAdapter(model)
 
 
 def install(
-    model: nn.Module, state: AdapterState, alignments: Mapping[str, EmmaAlignment], around: Sequence[nn.Module] = ()
+    model: nn.Module,
+    state: AdapterState,
+    alignments: Mapping[str, EmmaAlignment],
+    projectors: Mapping[str, OwnProjector] = MappingProxyType({}),
+    around: Sequence[nn.Module] = (),
 ) -> None:
     """Put an adapter on a model, and what guards it on the wrappers around the model."""
     family = state.family
     inner = family.inner(model)
     for module in (model, inner):
         setattr(module, STATE_ATTRIBUTE, state)
-    named_adapters.attach(model, DEFAULT, alignments)
+    named_adapters.attach(model, state.adapters[DEFAULT], alignments, projectors)
     install_call_hooks(model, inner)
     MethodGuard.install(model, "generate", guard_generate)
     MethodGuard.install(model, "save_pretrained", base_model.guard_save_pretrained)

@@ -28,6 +28,7 @@ from ..modules.method_guard import STATE_ATTRIBUTE, MethodGuard, arguments_by_na
 from ..modules.wrappers import is_peft_model
 from ..patching import projectors, sites, trainable_parameters
 from ..patching.hooks import install_projector_hooks, install_prompt_hooks, remove_hooks
+from ..patching.own_projector import OwnProjector
 from ..patching.state import AdapterState, state_of
 from . import restoring
 from .reference_model_checks import REFERENCE_LORA, check_reference_pass
@@ -78,7 +79,7 @@ def _is_patched(module: nn.Module | None) -> bool:
 
 def _guard_tuner(tuner: nn.Module) -> None:
     # What replaces modules of the model, or freezes its parameters.
-    MethodGuard.install_once(tuner, "inject_adapter", _keep_adapters_and_trained_projectors)
+    MethodGuard.install_once(tuner, "inject_adapter", _keep_adapters_and_own_projectors)
     for name in ("merge_and_unload", "unload", "delete_adapter"):
         MethodGuard.install_once(tuner, name, _keep_adapters)
 
@@ -98,35 +99,35 @@ def _guard_peft_model(model: nn.Module, base: Any) -> None:
 def _keep_adapters(tuner: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     model: nn.Module = state_of(tuner).model
     state = state_of(model)
-    held = {adapter: sites.alignments(model, adapter) for adapter in state.adapters}
-    trainable = [(parameter, parameter.requires_grad) for parameter in sites.all_parameters(model)]
+    held = [(adapter, adapter.alignments(), adapter.own_projectors()) for adapter in state.adapters.values()]
+    trainable = [(parameter, parameter.requires_grad) for parameter in state.parameters()]
     with trainable_parameters.as_before_train_only(model):
         result = original(*args, **kwargs)
-        for adapter, alignments in held.items():
-            projectors = sites.projectors(model, adapter)
-            for place, alignment in alignments.items():
-                if sites.PLACE_ATTRIBUTE not in projectors[place].__dict__:
-                    _move_here(projectors[place], place, state)
-                _put(projectors[place], adapter, alignment)
-            for place, before_training in state.adapters[adapter].original_projectors.items():
-                sites.attach_original(projectors[place], adapter, before_training)
+        for adapter, alignments, own_projectors in held:
+            for place, site in adapter.sites().items():
+                if sites.PLACE_ATTRIBUTE not in site.__dict__:
+                    _move_here(site, place, state)
+                _put(site, adapter.name, alignments[place])
+                if place in own_projectors:
+                    _put(site, adapter.name, own_projectors[place])
     for parameter, before in trainable:
         parameter.requires_grad_(before)
     return result
 
 
-def _keep_adapters_and_trained_projectors(tuner: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _keep_adapters_and_own_projectors(tuner: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     model = state_of(tuner).model
     state = state_of(model)
-    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     trainable_before = state.trainable_before
     result = _keep_adapters(tuner, original, *args, **kwargs)
-    if projectors.is_wrapped(model) and any(adapter.original_projectors for adapter in state.adapters.values()):
+    if any(adapter.own_projectors() and projectors.is_wrapped(adapter) for adapter in state.adapters.values()):
         if len(tuner.peft_config) == 1:
             tuner.unload()
             state.trainable_before = trainable_before
-            for parameter, before in trainable:
-                parameter.requires_grad_(before)
+            # By name: a projector that PEFT has copied is another by now.
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(trainable[name])
         raise PatchError(
             "PEFT would wrap the projector, trained with the EMMA adapter, which could no longer be saved with it: "
             "leave one of the two out, by train_only() without projector=True, or by LoraConfig(exclude_modules=…)"
@@ -144,9 +145,9 @@ def _move_here(projector: nn.Module, place: str, state: AdapterState) -> None:
     install_projector_hooks(projector)
 
 
-def _put(projector: nn.Module, adapter: str, alignment: EmmaAlignment) -> None:
-    if not any(module is alignment for module in projector.modules()):
-        sites.attach(projector, adapter, alignment)
+def _put(projector: nn.Module, adapter: str, module: EmmaAlignment | OwnProjector) -> None:
+    if not any(part is module for part in projector.modules()):
+        sites.attach(projector, adapter, module)
 
 
 def _save_with_adapters(model: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

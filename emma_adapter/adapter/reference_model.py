@@ -16,7 +16,6 @@ from ..modules import sharding
 from ..modules.method_guard import MethodGuard
 from ..modules.torch_modes import undisturbed
 from ..modules.wrappers import base_of
-from ..patching import sites
 from ..patching.state import AdapterState, state_of
 from . import named_adapters
 from .patch import install
@@ -67,7 +66,7 @@ def make_alike(reference: nn.Module, model: nn.Module) -> None:
     for one in (reference, model):
         _check_whole(one)
     family = find_family(reference)
-    adapters = {id(parameter) for parameter in sites.all_parameters(model)}
+    adapters = {id(parameter) for parameter in state.parameters()}
     own = {n: p for n, p in model.named_parameters(remove_duplicate=False) if id(p) not in adapters}
     found = dict(reference.named_parameters(remove_duplicate=False))
     if {n: p.shape for n, p in own.items()} != {n: p.shape for n, p in found.items()}:
@@ -75,9 +74,9 @@ def make_alike(reference: nn.Module, model: nn.Module) -> None:
             f"the reference is a {type(reference).__name__} of other parameters than the {type(model).__name__} that "
             "is trained: give the trainer ref_model=reference_model(model)"
         )
-    alignments = copy.deepcopy(sites.alignments(model))
+    alignments, projectors = copy.deepcopy((state.current.alignments(), state.current.own_projectors()))
     twin = AdapterState(family, state.config, state.pipeline, reference)
-    install(reference, twin, alignments)
+    install(reference, twin, alignments, projectors)
     shared = {}
     for name, parameter in own.items():
         before = found[name]

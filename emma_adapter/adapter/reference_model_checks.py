@@ -13,7 +13,6 @@ from ..modules import private
 from ..modules.method_guard import STATE_ATTRIBUTE
 from ..modules.sharding import is_elsewhere
 from ..modules.wrappers import base_of
-from ..patching import sites
 from ..patching.setup_checks import is_identity
 from ..patching.state import state_of
 
@@ -28,7 +27,7 @@ def warn_of_bare_reference(model: nn.Module, trainer: Any) -> None:
     # A run that goes on where another one ended isn't at its beginning, which is what the reference is.
     if not isinstance(reference, nn.Module) or trainer.state.global_step > 0:
         return
-    adapter = list(sites.named_parameters(model).values())
+    adapter = list(state_of(model).current.named_parameters().values())
     if hasattr(base_of(reference), STATE_ATTRIBUTE) or any(map(is_elsewhere, adapter)) or is_identity(adapter):
         return
     warnings.warn(
@@ -48,7 +47,7 @@ def check_reference_pass(model: nn.Module) -> None:
     state = state_of(model)
     if state.reference is not None or not model.training:
         return
-    trained = any(parameter.requires_grad for parameter in sites.named_parameters(state.model).values())
+    trained = any(parameter.requires_grad for parameter in state.current.named_parameters().values())
     if trained and (trainer := private.running_trainer()) is not None and hasattr(trainer, "ref_model"):
         raise PatchError(
             f"the reference of this {type(trainer).__name__} is the model without its LoRA, but with the EMMA adapter, "

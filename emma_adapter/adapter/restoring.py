@@ -16,6 +16,7 @@ from ..checkpoints.format import WEIGHTS_NAME, SavedAdapter
 from ..errors import CheckpointError, PatchError
 from ..messages import listed
 from ..patching import precision, projectors, sites
+from ..patching.attached_adapter import AttachedAdapter
 from ..patching.state import state_of
 from . import named_adapters
 from .compatibility import check_encoder, check_fit, check_not_offloaded
@@ -76,36 +77,33 @@ def restore(
             "load_adapter will patch it, or load_adapter(model, …, name=…) under another name. "
             f"Here and in {saved.source} differ: {listed(_differences(here, saved.config))}"
         )
-    with _undone_on_failure(model, name, projector=bool(saved.projector or state.adapters[name].original_projectors)):
+    with _undone_on_failure(state.adapters[name]):
         _refit(model, name, processor, instruction_encoder, kernel)
         assign(model, name, saved)
 
 
 def assign(model: nn.Module, name: str, saved: SavedAdapter) -> None:
     """Give an adapter, and the projector trained with it, the saved values."""
-    projectors.assign(model, name, saved.alignment, saved.projector)
+    state = state_of(model)
+    projectors.assign(state, state.adapters[name], saved.alignment, saved.projector)
     precision.remember_weights(model)
 
 
 @contextmanager
-def _undone_on_failure(model: nn.Module, name: str, *, projector: bool) -> Iterator[None]:
-    """Take back what loading has changed of an adapter, and with ``projector=True`` of the projector, if the block
-    raises."""
-    state = state_of(model)
-    adapter = state.adapters[name]
+def _undone_on_failure(adapter: AttachedAdapter) -> Iterator[None]:
+    """Take back what loading has changed of an adapter, if the block raises."""
     fields = dict(vars(adapter))
-    # An adapter's values are replaced, a projector's written over.
-    values = {tensor: tensor.data for tensor in sites.state_dict(model, name, keep_vars=True).values()}
-    own = projectors.projector_parameters(model, name).values() if projector else ()
-    written_over = {parameter: parameter.detach().clone() for parameter in own}
-    kernels = {alignment: alignment.config.kernel for alignment in sites.alignments(model, name).values()}
+    # An alignment's values are replaced, a projector's written over.
+    values = {tensor: tensor.data for tensor in adapter.state_dict(keep_vars=True).values()}
+    written_over = {parameter: parameter.detach().clone() for parameter in adapter.projector_parameters().values()}
+    kernels = {alignment: alignment.config.kernel for alignment in adapter.alignments().values()}
     try:
         yield
     except BaseException:
         vars(adapter).update(fields)
-        if not adapter.original_projectors:
-            for place in sites.projectors(model, name).values():
-                sites.remove_original(place, name)
+        if not written_over:
+            for site in adapter.sites().values():
+                sites.remove_own_projector(site, adapter.name)
         for tensor, data in values.items():
             tensor.data = data
         for parameter, value in written_over.items():
@@ -142,6 +140,6 @@ def _refit(
         config, encoder = resolve_encoder(config, instruction_encoder, state.family.inner(model))
     if kernel is not None:
         config = config.replace(kernel=kernel)
-        for alignment in sites.alignments(model, name).values():
+        for alignment in adapter.alignments().values():
             alignment.use_kernel(kernel)
     adapter.config, adapter.pipeline = config, make_pipeline(config, reader, encoder)

@@ -15,7 +15,7 @@ from ..checkpoints import base_model
 from ..errors import PatchError
 from ..modules import private
 from ..modules.method_guard import STATE_ATTRIBUTE, arguments_by_name
-from ..patching import precision, sites
+from ..patching import precision
 from ..patching.state import AdapterState, state_of
 from . import reference_model_checks
 
@@ -61,13 +61,13 @@ def _meet_trainer(state: AdapterState) -> bool:
     """
     model = state.model
     precision.restore_weights(model)
-    trainable = any(parameter.requires_grad for parameter in sites.named_parameters(model).values())
+    trainable = any(parameter.requires_grad for parameter in state.current.named_parameters().values())
     return trainable and private.may_be_trained_through(model)
 
 
 def _warn_of_mixed_rates(model: nn.Module, trainer: Any) -> None:
     """Warn where a tool's own rule has given parts of the adapter different rates, among parameters of others."""
-    adapter = {id(parameter) for parameter in sites.named_parameters(model).values()}
+    adapter = {id(parameter) for parameter in state_of(model).current.named_parameters().values()}
     rates = set()
     for group in getattr(trainer.optimizer, "param_groups", ()):
         inside = [id(parameter) in adapter for parameter in group["params"]]

@@ -21,7 +21,7 @@ from ..models.families import Box, MediaLayout
 from ..models.projected_tokens import TokenSizes, token_sizes
 from ..modules.wrappers import base_of
 from ..patching.routing import ObservedAlignment
-from ..patching.sites import MAIN_PLACE, alignments
+from ..patching.sites import MAIN_PLACE
 from ..patching.state import state_of
 
 Model = nn.Module | EmmaAdapter
@@ -141,7 +141,8 @@ def alignment_of(model: Model | EmmaAlignment) -> EmmaAlignment:
     """
     if isinstance(model, EmmaAlignment):
         return model
-    return alignments(base_of(model.model if isinstance(model, EmmaAdapter) else model))[MAIN_PLACE]
+    base = base_of(model.model if isinstance(model, EmmaAdapter) else model)
+    return state_of(base).current.alignments()[MAIN_PLACE]
 
 
 def _entries(

@@ -28,10 +28,7 @@ from torch import Tensor, nn
 
 from ..modules import private, sharding
 from ..modules.method_guard import arguments_by_name
-from ..patching import sites
-from ..patching.projectors import original_projectors, projector_parameters
 from ..patching.state import AdapterState, state_of
-from ..patching.trainable_parameters import adapter_parameters
 from . import hub, reading, writing
 from .format import SUBFOLDER
 
@@ -154,18 +151,17 @@ def _would_replace_a_model(place: str, argument: str) -> FileExistsError:
 
 
 def _base_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Return the model as it was before it was patched: without the adapter, and with the original projectors."""
-    adapters = {
-        key
-        for adapter in state_of(model).adapters
-        for key in _identities(sites.state_dict(model, adapter, keep_vars=True))
+    """Return the tensors of the base model alone."""
+    ours = {
+        id(tensor)
+        for adapter in state_of(model).adapters.values()
+        for module in (*adapter.alignments().values(), *adapter.own_projectors().values())
+        for tensor in module.state_dict(keep_vars=True).values()
     }
-    trained = projector_parameters(model)
-    originals = {id(trained[name]): value for name, value in original_projectors(model).items()}
     return {
-        name: originals.get(id(value), value.detach())
+        name: value.detach()
         for name, value in model.state_dict(keep_vars=True).items()
-        if id(value) not in adapters and not name.startswith(_OTHER_PARTS)
+        if id(value) not in ours and not name.startswith(_OTHER_PARTS)
     }
 
 
@@ -200,7 +196,7 @@ def _trained(model: nn.Module) -> set[int]:
 
 def _belonging(model: nn.Module) -> set[int]:
     """The identities of the parameters that adapter folders hold."""
-    return {id(parameter) for parameter in adapter_parameters(model)}
+    return {id(parameter) for parameter in state_of(model).parameters()}
 
 
 def _trained_tensors(
@@ -211,9 +207,9 @@ def _trained_tensors(
 
 def _trained_names(model: nn.Module, trained: set[int]) -> dict[str, Tensor]:
     """By their names in the model: what is trained, and what else belongs to the active adapter."""
-    own = _identities(sites.state_dict(model, keep_vars=True)) | trained
-    if state_of(model).current.original_projectors:
-        own |= _identities(projector_parameters(model))
+    active = state_of(model).current
+    belonging = (*active.state_dict(keep_vars=True).values(), *active.projector_parameters().values())
+    own = {id(tensor) for tensor in belonging} | trained
     return {name: value for name, value in model.state_dict(keep_vars=True).items() if id(value) in own}
 
 
@@ -223,7 +219,3 @@ def _left_out(state: AdapterState) -> set[str] | None:
     if trained - _belonging(model) and not private.has_peft_adapters(model):
         return None
     return set(model.state_dict()) - set(_trained_names(model, trained))
-
-
-def _identities(tensors: Mapping[str, Tensor]) -> set[int]:
-    return {id(tensor) for tensor in tensors.values()}

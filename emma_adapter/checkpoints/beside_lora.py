@@ -16,7 +16,8 @@ from torch import nn
 
 from ..files.atomic import replace_files
 from ..messages import warn_caller
-from ..patching.state import DEFAULT, state_of
+from ..patching.sites import DEFAULT
+from ..patching.state import state_of
 from .format import CARD_NAME, CONFIG_NAME, FORMAT, SUBFOLDER
 from .model_card import beside_section
 

@@ -24,7 +24,7 @@ from ..files.tensor_file import digest, read_header, read_tensors
 from ..files.untrusted import open_regular
 from ..messages import listed, plain, shown
 from ..patching import sites
-from ..patching.state import DEFAULT
+from ..patching.sites import DEFAULT
 from .format import (
     ALIGNMENT_PREFIX,
     CONFIG_NAME,

@@ -20,8 +20,6 @@ from ..errors import CheckpointError
 from ..files.atomic import replace_files
 from ..files.tensor_file import digest
 from ..modules import sharding
-from ..patching import sites
-from ..patching.projectors import trained_projector_parameters
 from ..patching.state import state_of
 from ..patching.trainable_parameters import count_parameters
 from ..version import __version__
@@ -144,17 +142,17 @@ def _describe(model: nn.Module, adapter: str, tensors: Mapping[str, Tensor]) -> 
         "base_model_name_or_path": getattr(base, "name_or_path", "") or None,
         "model_type": base.model_type,
         "reads_turns": named.pipeline.reader.markers is not None,
-        "projector_trained": bool(named.original_projectors),
+        "projector_trained": bool(named.own_projectors()),
         # What computes the adapter is the business of the machine it runs on.
         "config": named.config.replace(kernel="auto").to_dict(),
     }
 
 
 def _own_tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
-    """An adapter's tensors by their names in the file, and the projectors' if they are trained with it."""
-    own = sites.state_dict(model, adapter, keep_vars=True)
-    tensors = {ALIGNMENT_PREFIX + name: value for name, value in own.items()}
-    projector = trained_projector_parameters(model, adapter)
+    """An adapter's tensors by their names in the file, and those of its own projectors."""
+    attached = state_of(model).adapters[adapter]
+    tensors = {ALIGNMENT_PREFIX + name: value for name, value in attached.state_dict(keep_vars=True).items()}
+    projector: dict[str, Tensor] = dict(attached.projector_parameters())
     return tensors | {PROJECTOR_PREFIX + name: value for name, value in projector.items()}
 
 

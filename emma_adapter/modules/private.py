@@ -23,6 +23,7 @@ _CACHE_NAMES = ("cache", "past_key_values")
 #: of a folder and of its folders, and fails at folders in those. Held by ``checkpoints/test_hub_pushes.py``.
 UPLOAD = "_upload_modified_files"
 _IGNORED_ON_SAVE = "_keys_to_ignore_on_save"
+_REPLACED_FORWARD = ("forward", "_hf_hook", "_old_forward")
 _HAS_PEFT_ADAPTERS = "_hf_peft_config_loaded"
 _TRAINER_MODULES = ("transformers.trainer", "transformers.trainer_utils")
 
@@ -307,6 +308,17 @@ def may_be_trained_through(model: Any) -> bool:
     return bool(getattr(getattr(model, "hf_quantizer", None), "is_trainable", True))
 
 
+def remove_replaced_forwards(module: nn.Module) -> None:
+    """Take off a copy of a module what other tools, accelerate among them, have put on the instances: their ``forward``
+    would go on calling the module that it was made for.
+
+    Held by ``modules/test_private.py::test_a_copy_of_a_dispatched_module_runs_by_itself``.
+    """
+    for part in module.modules():
+        for name in _REPLACED_FORWARD:
+            part.__dict__.pop(name, None)
+
+
 def view_of(
     module: nn.Module, modules: dict[str, nn.Module], parameters: dict[str, Tensor], **attributes: Any
 ) -> nn.Module:
@@ -319,7 +331,7 @@ def view_of(
     view = object.__new__(type(module))
     own = vars(module)
     for name, value in own.items():
-        if name not in ("forward", "_hf_hook", "_old_forward"):
+        if name not in _REPLACED_FORWARD:
             # Emptied rather than left out: every release of PyTorch has other dictionaries of hooks.
             view.__dict__[name] = type(value)() if "_hooks" in name and isinstance(value, dict) else value
     view.__dict__["_modules"] = {**own["_modules"], **modules}

@@ -10,7 +10,6 @@ from ..models.feature_calls import FeatureCall
 from ..modules.gradient_checkpointing import RecomputationMemory
 from .call_plan import Bypass, CallPlan, GivenPrompt, OuterCall, PinnedPrompt, same_plan
 from .context_managers import Scope
-from .original_projector import OriginalProjector
 from .routing import ObservedAlignment, RoutedInstruction, same_route
 
 
@@ -29,12 +28,8 @@ class CallContext:
         self.may_be_recomputed = False
         #: Of a call that is computed again for backward: the module it began with, and the scope it was made in.
         self.recomputed: tuple[nn.Module, Scope] | None = None
-        #: What computes in the place of a running projector, whose weights are those of another adapter.
-        self.stand_in: OriginalProjector | None = None
-        #: Where the adapter aligns the output of a running projector: how.
-        self.aligns_output: RoutedInstruction | None = None
-        #: Modality and number of the placeholders that the output of a running projector is to be checked against.
-        self.unchecked_tokens: tuple[str, int] | None = None
+        #: Of a running projector.
+        self.route: RoutedInstruction | Bypass | None = None
         #: True until a call without images has its adapter parameters in its graph; see ``without_images``.
         self.ties_embeddings = False
         #: True while a ``generate`` without images runs.

@@ -6,7 +6,6 @@ patched model is patched too, and independent. No class is changed.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import inspect
 from typing import Any
@@ -18,15 +17,15 @@ from ..errors import InstructionError
 from ..models.feature_calls import FeatureCall, projector_call
 from ..modules import private
 from ..modules.gradient_checkpointing import is_recomputing, may_be_recomputed, with_own_memory
+from ..modules.gradients import with_zero_gradient
 from ..modules.method_guard import STATE_ATTRIBUTE, first_argument
-from ..modules.sharding import execution_device
+from ..modules.sharding import execution_device, is_partitioned
 from .call_context import CallContext
 from .call_plan import Bypass, CallPlan, GivenPrompt, OuterCall
-from .original_projector import OriginalProjector
 from .planning import has_pixels, pinned_plan, plan_call
 from .routing import ObservedAlignment, RoutedInstruction, check_tokens, route, route_without_prompt
 from .setup_checks import check_wrapped_once_patched, warn_if_left_out
-from .sites import PLACE_ATTRIBUTE, alignment_at, is_aligned, projector_parameters
+from .sites import PLACE_ATTRIBUTE, alignment_at, is_aligned, own_projector_at, projector_parameters
 from .state import AdapterState, state_of
 from .without_images import after_embedding, before_call_without_images
 
@@ -185,18 +184,14 @@ def _prompt_name(kwargs: dict[str, Any]) -> str | None:
 
 
 def before_projector(projector: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
-    """Replace the projector's input, the visual tokens, by aligned ones; or note that its output is to be aligned."""
+    """Replace the projector's input, the visual tokens, by aligned ones."""
     state = state_of(projector)
-    context = state.context
     visual_tokens, put_back = first_argument(args, kwargs)
-    route = _route(state, projector, visual_tokens)
-    context.stand_in = _stand_in(state, projector, route)
-    context.unchecked_tokens = None if isinstance(route, Bypass) else route.unchecked_tokens
-    context.aligns_output = None
-    if isinstance(route, Bypass) or not is_aligned(state, projector, route.adapter):
+    route = state.context.route = _route(state, projector, visual_tokens)
+    if isinstance(route, Bypass):
         return None
-    if state.adapters[route.adapter].config.aligns_projected:
-        context.aligns_output = route
+    config = state.adapters[route.adapter].config
+    if config.aligns_projected or not is_aligned(config, projector):
         return None
     return put_back(_align(state, projector, route, visual_tokens))
 
@@ -230,51 +225,40 @@ def _tell_observer(
 
 
 def after_projector(projector: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-    """Where the projector was trained with an adapter, and the call doesn't go through that one, another gives the
-    output; and where an adapter aligns the output, do so.
+    """Where the adapter has a projector of its own, replace the output by that one's; and where the adapter aligns what
+    is projected, by aligned tokens.
 
     Raises:
         RoutingError: if the images take other numbers of tokens than their rows were found with, or the output that is
             to be aligned can't be divided into them.
     """
     state = state_of(projector)
-    context = state.context
-    unchecked, context.unchecked_tokens = context.unchecked_tokens, None
-    if unchecked is not None and isinstance(output, Tensor):
-        check_tokens(*unchecked, output)
-    kept, context.stand_in = context.stand_in, None
-    route, context.aligns_output = context.aligns_output, None
-    if kept is not None:
-        output = _output_of(kept, projector, args, kwargs, output.device)
-    if route is None:
-        return None if kept is None else output
-    return _align(state, projector, route.of_projected(output), output).to(output.device)
+    route, state.context.route = state.context.route, None
+    if route is None or isinstance(route, Bypass):
+        return None
+    if route.unchecked_tokens is not None and isinstance(output, Tensor):
+        check_tokens(*route.unchecked_tokens, output)
+    config = state.adapters[route.adapter].config
+    if not is_aligned(config, projector):
+        return None
+    own = own_projector_at(projector, route.adapter)
+    if own is None and not config.aligns_projected:
+        return None
+    device = output.device
+    if own is not None:
+        output = _used_by_all(projector, own(*args, **kwargs))
+    if config.aligns_projected:
+        output = _align(state, projector, route.of_projected(output), output)
+    return output.to(device)
 
 
-def _output_of(kept: OriginalProjector, projector: nn.Module, args: Any, kwargs: Any, device: torch.device) -> Any:
-    """What another projector makes of the same arguments."""
-    trained = next(iter(projector_parameters(projector).values()), None)
-    # Where the trained one ran, which may not be where its weights or its input lie.
-    original = kept.at(device, None if trained is None else trained.dtype)
-    args = tuple(value.to(device) if isinstance(value, Tensor) else value for value in args)
-    kwargs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in kwargs.items()}
-    return original(*args, **kwargs)
-
-
-def _stand_in(state: AdapterState, projector: nn.Module, route: RoutedInstruction | Bypass) -> OriginalProjector | None:
-    """What is to compute instead of a projector whose weights, trained with the active adapter, aren't the call's."""
-    place = getattr(projector, PLACE_ATTRIBUTE)
-    chosen, own = state.adapters[state.chosen], state.adapters[route.adapter]
-    if not isinstance(route, Bypass):
-        if own is chosen:
-            return None
-        if own.parked_projectors:
-            if place not in own.stand_ins:
-                made = copy.deepcopy(own.original_projectors[place])
-                made.assign({name: own.parked_projectors[place + name] for name in made.values()})
-                own.stand_ins[place] = made
-            return own.stand_ins[place]
-    return own.original_projectors.get(place) or chosen.original_projectors.get(place)
+def _used_by_all(projector: nn.Module, output: Tensor) -> Tensor:
+    """An output with the trainable parameters of a projector in its graph, in whose place another ran: processes that
+    train together wait for their gradients."""
+    if torch.compiler.is_compiling() or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return output
+    unused = [parameter for parameter in projector_parameters(projector).values() if parameter.requires_grad]
+    return with_zero_gradient(output, [parameter for parameter in unused if not is_partitioned(parameter)])
 
 
 def _route(state: AdapterState, projector: nn.Module, visual_tokens: Tensor) -> RoutedInstruction | Bypass:

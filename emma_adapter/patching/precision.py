@@ -51,7 +51,7 @@ def remember_weights(model: nn.Module) -> None:
     held is the memory that the parameters use, so that it costs nothing and follows every optimizer step.
     """
     if getattr(model, "is_quantized", False):
-        parameters = {id(p): p for p in sites.all_parameters(model) if p.dtype == torch.float32}
+        parameters = {id(p): p for p in _alignment_parameters(model) if p.dtype == torch.float32}
         state_of(model).float32_weights = {key: p.detach() for key, p in parameters.items() if not is_elsewhere(p)}
 
 
@@ -60,7 +60,7 @@ def restore_weights(model: nn.Module) -> None:
     if not getattr(model, "is_quantized", False):
         return
     held = state_of(model).float32_weights
-    for parameter in sites.all_parameters(model):
+    for parameter in _alignment_parameters(model):
         half = parameter.dtype in (torch.bfloat16, torch.float16)
         if not half or not parameter.requires_grad or is_elsewhere(parameter):
             continue
@@ -75,3 +75,7 @@ def restore_weights(model: nn.Module) -> None:
         else:
             parameter.data = parameter.data.float()
     remember_weights(model)
+
+
+def _alignment_parameters(model: nn.Module) -> list[nn.Parameter]:
+    return [p for adapter in state_of(model).adapters.values() for p in adapter.named_parameters().values()]

@@ -6,7 +6,7 @@ import copy
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,29 +20,14 @@ from ..modules.gradient_checkpointing import is_recomputing
 from ..modules.method_guard import STATE_ATTRIBUTE
 from ..modules.per_thread import PerThread
 from ..modules.private import cache_names_to_bridge
+from .attached_adapter import AttachedAdapter
 from .call_context import CallContext, Memories
 from .call_plan import Bypass, CallPlan, PinnedPrompt
 from .context_managers import Block, BlockOwner, Scope, current_scope, entered
-from .original_projector import OriginalProjector
 from .routing import ObservedAlignment
+from .sites import DEFAULT
 
-#: Name of the adapter that ``patch_model`` makes.
-DEFAULT = "default"
 _OUTSIDE = Scope()
-
-
-@dataclass
-class NamedAdapter:
-    """One of the adapters of a patched model: everything of it but its modules, which are part of the model."""
-
-    config: EmmaConfig
-    pipeline: InstructionPipeline
-    #: The projectors as they were before training, by place, once they are trained with the adapter.
-    original_projectors: dict[str, OriginalProjector] = field(default_factory=dict)
-    #: What the adapter's training made of the projectors, while another adapter is active.
-    parked_projectors: dict[str, Tensor] = field(default_factory=dict)
-    #: Projectors of these values, for calls that go through this adapter nevertheless; made when first used.
-    stand_ins: dict[str, OriginalProjector] = field(default_factory=dict)
 
 
 class AdapterState:
@@ -56,7 +41,7 @@ class AdapterState:
         self, family: ModelFamily, config: EmmaConfig, pipeline: InstructionPipeline, model: nn.Module
     ) -> None:
         self.family = family
-        self.adapters = {DEFAULT: NamedAdapter(config, pipeline)}
+        self.adapters = {DEFAULT: AttachedAdapter(self, DEFAULT, config, pipeline)}
         #: The adapter that is active for everybody.
         self.chosen = DEFAULT
         #: The frozen adapter that reference passes go through, if one is kept for them.
@@ -123,9 +108,13 @@ class AdapterState:
         self.chosen = name
 
     @property
-    def current(self) -> NamedAdapter:
+    def current(self) -> AttachedAdapter:
         """The active adapter."""
         return self.adapters[self.active]
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Those of all adapters, with the projectors of their own."""
+        return [parameter for adapter in self.adapters.values() for parameter in adapter.parameters()]
 
     @property
     def config(self) -> EmmaConfig:

@@ -14,59 +14,60 @@ from ..errors import ConfigError, PatchError
 from ..messages import listed
 from . import sites
 from .precision import quantized_tensors, with_the_projector_as_it_is
-from .projectors import (
-    is_wrapped,
-    keep_original_projectors,
-    projector_parameters,
-    reset_projectors,
-)
+from .projectors import give_own_projectors, is_wrapped
 from .state import state_of
 
 
 def count_parameters(model: nn.Module, adapter: str | None = None) -> tuple[int, int]:
-    """The numbers in an adapter (default: the active one), and in the model with it and without its other adapters."""
-    own = sum(parameter.numel() for parameter in sites.named_parameters(model, adapter).values())
-    adapters = sum(parameter.numel() for parameter in sites.all_parameters(model))
+    """The numbers in an adapter (default: the active one), and in the model with it and without what its other adapters
+    and its own projector add."""
+    state = state_of(model)
+    attached = state.current if adapter is None else state.adapters[adapter]
+    own = sum(parameter.numel() for parameter in attached.named_parameters().values())
+    adapters = sum(parameter.numel() for parameter in state.parameters())
     return own, sum(parameter.numel() for parameter in model.parameters()) - adapters + own
 
 
-def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that adapter folders hold: the adapters', and the projector's if it belongs to the active one."""
-    projector = projector_parameters(model).values() if state_of(model).current.original_projectors else ()
-    return [*sites.all_parameters(model), *projector]
-
-
 def train_only(model: nn.Module, *, projector: bool) -> None:
-    """Freeze everything but the adapter, and optionally the projector."""
-    if projector and is_wrapped(model):
+    """Freeze everything but the adapter, and optionally a projector of its own."""
+    state = state_of(model)
+    adapter = state.current
+    if projector and is_wrapped(adapter):
         raise PatchError(
             "the projector is wrapped by PEFT (LoRA, or modules_to_save), so that it can't be saved as one; "
             "merge_and_unload() first, or train_only() without projector=True"
         )
     if projector:
         _check_projector_trainable(model)
-        keep_original_projectors(model)
-    remember_trainable(model)
+        give_own_projectors(state, adapter)
+    if state.trainable_before is None:
+        state.trainable_before = _trainable(model)
     model.requires_grad_(False)
-    for parameter in sites.named_parameters(model).values():
+    for parameter in adapter.named_parameters().values():
         parameter.requires_grad_(True)
     if projector:
-        for parameter in projector_parameters(model).values():
+        for parameter in adapter.projector_parameters().values():
             parameter.requires_grad_(True)
 
 
 def unfreeze(model: nn.Module) -> None:
-    """Make trainable again what :func:`train_only` froze."""
+    """Make trainable again what :func:`train_only` froze, and the projector that the active adapter has in the place of
+    the model's."""
     state = state_of(model)
     _make_trainable(model, state.trainable_before or {})
     state.trainable_before = None
+    own = state.current.own_projectors()
+    for place, site in state.current.sites().items():
+        if place in own:
+            for name, parameter in sites.projector_parameters(site).items():
+                own[place].projector.get_parameter(name).requires_grad_(parameter.requires_grad)
 
 
 def _check_projector_trainable(model: nn.Module) -> None:
     """Raises:
     PatchError: if the projector has quantized weights, which no optimizer can change.
     """
-    projectors = sites.projectors(model)
+    projectors = state_of(model).current.sites()
     quantized = [place + name for place in projectors for name in quantized_tensors(model, projectors[place])]
     if quantized:
         raise PatchError(
@@ -75,16 +76,8 @@ def _check_projector_trainable(model: nn.Module) -> None:
         )
 
 
-def remember_trainable(model: nn.Module) -> None:
-    """Note which of the model's parameters are trainable, before the first of them is frozen."""
-    state = state_of(model)
-    if state.trainable_before is None:
-        state.trainable_before = _trainable(model)
-
-
 def undo_train_only(model: nn.Module) -> None:
-    """Make trainable again what was, and give the projector its original values."""
-    reset_projectors(model)
+    """Make trainable again what was."""
     _make_trainable(model, state_of(model).trainable_before or {})
 
 
@@ -108,7 +101,7 @@ def as_before_train_only(model: nn.Module) -> Iterator[None]:
 
 def _trainable(model: nn.Module) -> dict[str, bool]:
     """Whether the model's own parameters are trainable."""
-    adapters = {id(parameter) for parameter in sites.all_parameters(model)}
+    adapters = {id(parameter) for parameter in state_of(model).parameters()}
     return {n: p.requires_grad for n, p in model.named_parameters() if id(p) not in adapters}
 
 
@@ -130,10 +123,9 @@ def parameter_groups(
     """
     for name, rate in (("lr", lr), ("projector_lr", projector_lr), ("weight_decay", weight_decay)):
         _check_rate(name, rate)
-    adapter = [parameter for parameter in sites.named_parameters(model).values() if parameter.requires_grad]
-    projector = []
-    if state_of(model).current.original_projectors:
-        projector = [parameter for parameter in projector_parameters(model).values() if parameter.requires_grad]
+    attached = state_of(model).current
+    adapter = [parameter for parameter in attached.named_parameters().values() if parameter.requires_grad]
+    projector = [parameter for parameter in attached.projector_parameters().values() if parameter.requires_grad]
     groups: list[dict[str, Any]] = [{"params": adapter, "lr": lr, "weight_decay": weight_decay}]
     if projector:
         rate = lr if projector_lr is None else projector_lr

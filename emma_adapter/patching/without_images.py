@@ -24,7 +24,6 @@ from ..modules import private
 from ..modules.gradients import with_zero_gradient
 from ..modules.method_guard import STATE_ATTRIBUTE
 from ..modules.sharding import is_partitioned, is_sharded
-from . import sites
 from .state import AdapterState, state_of
 
 
@@ -32,7 +31,7 @@ def tie(state: AdapterState, values: Tensor) -> Tensor:
     """``values``, with the trainable parameters of the projectors in their graph."""
     parameters = [
         parameter
-        for projector in sites.projectors(state.model).values()
+        for projector in state.current.sites().values()
         for parameter in projector.parameters()
         if parameter.requires_grad and not is_partitioned(parameter)
     ]

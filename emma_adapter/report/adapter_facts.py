@@ -19,7 +19,7 @@ def facts_of(adapter: EmmaAdapter) -> dict[str, str]:
     """By name, in the order in which they are shown."""
     config, base = adapter.config, base_of(adapter.model)
     own, total = count_parameters(adapter.model)
-    trained_projector = bool(state_of(base).current.original_projectors)
+    trained_projector = bool(state_of(base).current.own_projectors())
     size = "any number" if config.num_visual_tokens is None else f"{config.num_visual_tokens:,} an image"
     if config.visual_grid is not None:
         size += f", {config.visual_grid[0]} × {config.visual_grid[1]}"

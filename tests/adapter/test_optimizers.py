@@ -67,7 +67,7 @@ def test_regroup_of_a_trained_projector():
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0, momentum=0.9)
     adapter.regroup(optimizer, lr=1e-3, projector_lr=1e-5)
     assert rates(optimizer, adapter.parameters()) == {1e-3}
-    assert rates(optimizer, model.model.multi_modal_projector.linear_1.parameters()) == {1e-5}
+    assert rates(optimizer, adapter.projector.linear_1.parameters()) == {1e-5}
     assert all(group["momentum"] == 0.9 for group in optimizer.param_groups)
 
 

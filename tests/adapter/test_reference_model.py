@@ -45,7 +45,7 @@ def patched(base, *, projector=False, trained=True):
     if trained:
         tiny.train_randomly(adapter.alignment)
         if projector:
-            tiny.train_randomly(model.model.multi_modal_projector.linear_1, scale=0.1)
+            tiny.train_randomly(adapter.projector.linear_1, scale=0.1)
     return model, adapter
 
 

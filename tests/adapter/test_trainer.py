@@ -147,7 +147,7 @@ def adapter_names(model):
 
 
 def projector_names(model):
-    return {name for name in model.state_dict() if "multi_modal_projector.linear_" in name}
+    return {name for name in model.state_dict() if ".emma-projector." in name}
 
 
 def changed(before, model):
@@ -765,6 +765,8 @@ def test_unfreeze_makes_trainable_what_was(tmp_path):
     adapter = get_adapter(model)
     adapter.train_only(projector=True).train_only()
     assert adapter.unfreeze() is not None
+    # Its own projector too, which stays the adapter's.
+    before |= projector_names(model)
     assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == before
     adapter.unfreeze()
     assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == before
@@ -772,7 +774,7 @@ def test_unfreeze_makes_trainable_what_was(tmp_path):
     adapter.train_only()
     unpatch_model(model)
     assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == {
-        name for name in before if ".emma." not in name
+        name for name in before if ".emma" not in name
     }
 
 
@@ -845,7 +847,8 @@ def test_save_pretrained_writes_the_base(train_only, keyword, tmp_path):
     if train_only is not None:
         get_adapter(model).train_only(projector=train_only)
     if train_only:
-        for layer in (model.model.multi_modal_projector.linear_1, model.model.multi_modal_projector.linear_2):
+        own = get_adapter(model).projector
+        for layer in (own.linear_1, own.linear_2):
             tiny.train_randomly(layer, scale=0.1)
     if keyword:
         model.save_pretrained(save_directory=str(tmp_path))

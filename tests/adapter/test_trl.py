@@ -245,7 +245,7 @@ def test_a_rate_for_the_projector(tmp_path):
     trainer.train()
     assert [group["initial_lr"] for group in trainer.optimizer.param_groups] == [1e-2, 1e-4]
     files = safetensors.torch.load_file(tmp_path / "checkpoint-4" / "model.safetensors")
-    assert any("multi_modal_projector.linear_1" in name for name in files)
+    assert any("emma-projector.projector.linear_1" in name for name in files)
 
 
 @pytest.mark.parametrize("frozen", budget([True], [True, False]))

@@ -79,7 +79,7 @@ def trained(config=ATTENTION, *, seed=1, projector=False, model=None):
     tiny.train_randomly(adapter.alignment, seed=seed)
     if projector:
         adapter.train_only(projector=True)
-        for layer in (projector_of(model).linear_1, projector_of(model).linear_2):
+        for layer in (adapter.projector.linear_1, adapter.projector.linear_2):
             tiny.train_randomly(layer, scale=0.1, seed=seed)
     return model
 

@@ -133,7 +133,7 @@ def by_model(model, folder):
 
 def by_trainer(model, folder):
     """As ``Trainer`` does after ``train_only()``."""
-    get_adapter(model).train_only(projector=bool(model._emma.current.original_projectors))
+    get_adapter(model).train_only(projector=get_adapter(model).projector is not None)
     model.save_pretrained(folder, state_dict=model.state_dict())
 
 

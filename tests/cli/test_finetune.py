@@ -83,12 +83,12 @@ def test_a_text_tower_and_the_projector(tmp_path, clip_folder):
     options = ["--fusion", "linear", "--instruction-encoder", clip_folder, "--projector", "--projector-lr", 0]
     said = finetune(tmp_path, *options, "--max_steps", 1, "--learning_rate", 1e-2).stdout
     assert f'instruction_encoder="{clip_folder}")' in said
-    model, adapter = loaded(tmp_path, instruction_encoder=str(clip_folder))
+    _, adapter = loaded(tmp_path, instruction_encoder=str(clip_folder))
     assert (adapter.config.fusion, adapter.config.instruction_dim) == ("linear", 24)
     assert adapter.alignment.fusion.bias.abs().max() > 0
     facts = json.loads((tmp_path / "adapter_config.json").read_text())
     assert facts["projector_trained"] is True
-    projector = model.model.multi_modal_projector
+    projector = adapter.projector
     assert torch.equal(projector.linear_1.weight, base.model.multi_modal_projector.linear_1.weight)
     go_on = ["--adapter", tmp_path, "--max_steps", 1]
     finetune(tmp_path / "more", *go_on)

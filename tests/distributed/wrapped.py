@@ -114,6 +114,19 @@ def refuses_to_keep_a_sharded_projector():
         adapter.train_only(projector=True)
 
 
+def waits_for_no_gradient_of_the_projector_that_stands_aside():
+    """Trainable, but another runs in its place: the second call would complain of the first."""
+    model, adapter = patched(projector=True)
+    adapter.unfreeze()
+    model.model.vision_tower.requires_grad_(False)
+    wrapped = DistributedDataParallel(model)
+    for step in range(2):
+        wrapped(**part(step, dist.get_rank())).loss.backward()
+    unused = [p for n, p in model.model.multi_modal_projector.named_parameters() if "emma" not in n]
+    assert all(parameter.requires_grad and not parameter.grad.any() for parameter in unused)
+    assert all(parameter.grad.any() for parameter in adapter.projector.parameters())
+
+
 def main():
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=90))
@@ -129,6 +142,7 @@ def main():
             done.append(saved.name)
     refuses_what_comes_too_late(adapter.model, adapter, saved)
     refuses_to_keep_a_sharded_projector()
+    waits_for_no_gradient_of_the_projector_that_stands_aside()
     refuses_what_cannot_work()
     if dist.get_rank() == 0:
         tell(FOLDER, saved=done)

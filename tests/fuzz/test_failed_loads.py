@@ -79,7 +79,7 @@ class Stopped(BaseException):
 STEPS = [
     (restoring, "assign"),
     (projectors, "assign"),
-    (projectors, "keep_original_projectors"),
+    (projectors, "give_own_projectors"),
     (restoring, "make_pipeline"),
     (named_adapters, "make_pipeline"),
     (named_adapters, "attach"),

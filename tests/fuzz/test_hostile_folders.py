@@ -89,8 +89,8 @@ def check_loaded(adapter, folder):
     if written.get("save_id") != embedded.get("save_id"):
         written = embedded
     found = {f"alignment.{name}": value for name, value in adapter.alignment.state_dict().items()}
-    projector = adapter.model.model.multi_modal_projector
-    for name, value in projector.state_dict().items():
+    own = adapter.projector
+    for name, value in ({} if own is None else own.state_dict()).items():
         if (key := f"projector.{name}") in tensors:
             found[key] = value
             # The adapter comes in the dtype that it was saved in, a projector in the model's.

@@ -32,7 +32,7 @@ def patched(config: EmmaConfig = FUSIONS["attention"], *, seed: int = 1, project
     tiny.train_randomly(adapter.alignment, seed=seed)
     if projector:
         adapter.train_only(projector=True)
-        for layer in (model.model.multi_modal_projector.linear_1, model.model.multi_modal_projector.linear_2):
+        for layer in (adapter.projector.linear_1, adapter.projector.linear_2):
             tiny.train_randomly(layer, scale=0.1, seed=seed)
     return model
 
@@ -79,8 +79,7 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
             found[name] = (
                 adapter.config,
                 *map(id, (adapter.pipeline, adapter.pipeline.reader, adapter.pipeline.encoder)),
-                [(place, *map(id, kept.values().values())) for place, kept in adapter.original_projectors.items()],
-                {key: _bytes(value).tolist() for key, value in adapter.parked_projectors.items()},
+                {name: id(parameter) for name, parameter in adapter.projector_parameters().items()},
             )
             found["kernels"] = [
                 (module.config.kernel, module.fusion.dispatch.kernel)
@@ -110,7 +109,7 @@ class Patched:
         for name, value in adapter.alignment.state_dict(keep_vars=True).items():
             value.data = self.values[name].clone()
         vars(adapter._state.current).update(self.fields)
-        sites.remove_original(self.model.model.multi_modal_projector, adapter.active)
+        sites.remove_own_projector(self.model.model.multi_modal_projector, adapter.active)
         for name, value in self.model.model.multi_modal_projector.state_dict().items():
             if "emma" not in name:
                 value.copy_(self.projector[name])

@@ -30,7 +30,7 @@ def trained(fusion: str = "attention", place: str = "before_projector", *, proje
     tiny.train_randomly(adapter.alignment)
     if projector:
         adapter.train_only(projector=True)
-        tiny.train_randomly(model.model.multi_modal_projector, scale=0.1, seed=1)
+        tiny.train_randomly(adapter.projector, scale=0.1, seed=1)
     model.requires_grad_(True)
     return model.train()
 

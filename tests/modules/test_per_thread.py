@@ -48,8 +48,8 @@ class Breaks(nn.Module):
 
 @pytest.mark.parametrize("place", ["before_projector", "after_projector"])
 def test_what_a_hook_noted_outlives_a_break_of_the_graph(place):
-    """``torch.compile`` forgot what one hook of the projector had noted for the next: the trained projector ran though
-    its adapter was disabled, and nothing was aligned behind it."""
+    """``torch.compile`` forgot what one hook of the projector had noted for the next: whose projector runs, and what is
+    aligned behind it."""
     entry = ZOO["internvl"]
     model = entry.model()
     model.model.multi_modal_projector = Breaks(model.model.multi_modal_projector)
@@ -58,10 +58,10 @@ def test_what_a_hook_noted_outlives_a_break_of_the_graph(place):
         before = model(**inputs).logits
     adapter = patch_model(model, EmmaConfig(inner_dim=8, num_heads=2, place=place), processor=entry.processor())
     tiny.train_randomly(adapter.alignment)
-    # The original, which is kept, goes on breaking the graph.
+    # The adapter's own goes on breaking the graph.
     adapter.train_only(projector=True)
     model.model.multi_modal_projector.breaks = False
-    tiny.train_randomly(model.model.multi_modal_projector.projector, scale=0.1)
+    tiny.train_randomly(adapter.projector, scale=0.1)
     model.eval()
     torch.compiler.reset()
     compiled = torch.compile(model, backend="eager")

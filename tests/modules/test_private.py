@@ -68,6 +68,17 @@ def test_generate_passes_a_cache_by_a_name_that_is_known(monkeypatch):
     assert names and names <= set(private._CACHE_NAMES)
 
 
+def test_a_copy_of_a_dispatched_module_runs_by_itself():
+    layer = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    add_hook_to_module(layer[0], AlignDevicesHook(execution_device="cpu", io_same_device=True))
+    twin = copy.deepcopy(layer)
+    private.remove_replaced_forwards(twin)
+    torch.nn.init.zeros_(twin[0].weight)
+    torch.nn.init.zeros_(twin[0].bias)
+    x = torch.ones(1, 2)
+    assert not twin(x).any() and layer(x).any()
+
+
 def test_a_backward_is_noticed():
     seen = []
     value = torch.ones(2, requires_grad=True)

@@ -64,7 +64,7 @@ def test_save_pretrained_writes_the_base_without_the_adapter(projector, folder, 
     adapter = get_adapter(model).train_only(projector=projector)
     tiny.train_randomly(adapter.alignment)
     if projector:
-        tiny.train_randomly(model.model.multi_modal_projector.linear_1, scale=0.1)
+        tiny.train_randomly(adapter.projector.linear_1, scale=0.1)
     model.save_pretrained(tmp_path)
     saved = safetensors.torch.load_file(tmp_path / "model.safetensors")
     assert not [name for name in saved if "emma" in name]

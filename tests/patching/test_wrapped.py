@@ -140,7 +140,7 @@ def test_a_model_that_ran_compiled_sees_what_comes_after(how, tmp_path):
             adapter.add("second", EmmaConfig(fusion="linear"))
             adapter.set_active("second").train_only(projector=True)
             tiny.train_randomly(adapter.alignment)
-            tiny.train_randomly(adapter.model.model.multi_modal_projector.linear_1)
+            tiny.train_randomly(adapter.projector.linear_1)
         assert torch.allclose(logits(model), logits(twin), atol=1e-6)
         with one.disabled(), other.disabled():
             assert torch.allclose(logits(model), logits(twin), atol=1e-6)
@@ -323,7 +323,7 @@ def test_an_adapter_is_the_same_wherever_it_is_made(around, tmp_path):
 def test_an_adapter_may_have_any_name(name, tmp_path):
     model = tiny.llava()
     adapter = patch_model(model).train_only(projector=True)
-    tiny.train_randomly(model.model.multi_modal_projector.linear_1)
+    tiny.train_randomly(adapter.projector.linear_1)
     adapter.add(name)
     tiny.train_randomly(adapter.set_active(name).alignment)
     assert torch.equal(logits(model), logits(copy.deepcopy(model)))

@@ -33,6 +33,7 @@ from emma_adapter import (
     unpatch_model,
 )
 from emma_adapter.modules.method_guard import MethodGuard
+from emma_adapter.patching.own_projector import OwnProjector
 from tests.support.zoo import ZOO, Row
 
 WIDTH = 12
@@ -123,9 +124,10 @@ class Learned:
     config: EmmaConfig
     own_encoder: bool
     tensors: dict[str, Tensor]
-    #: The projector as it was trained with the adapter, if it was.
+    #: The projector that is trained with the adapter, if one is, by the names of the model's.
     projector: dict[str, Tensor] | None = None
     trainable: bool = True
+    projector_trainable: bool = True
 
     def twin(self) -> Learned:
         projector = None if self.projector is None else _cloned(self.projector)
@@ -136,6 +138,10 @@ def _cloned(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in tensors.items()}
 
 
+#: Modules of adapters.
+_OURS = (EmmaAlignment, OwnProjector)
+
+
 def base_of(model: Any) -> Any:
     return model.get_base_model() if hasattr(type(model), "get_base_model") else model
 
@@ -143,7 +149,7 @@ def base_of(model: Any) -> Any:
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters of the model without the adapters', by name."""
     base = base_of(model)
-    ours = {id(p) for module in base.modules() if isinstance(module, EmmaAlignment) for p in module.parameters()}
+    ours = {id(p) for module in base.modules() if isinstance(module, _OURS) for p in module.parameters()}
     return {name: parameter for name, parameter in base.named_parameters() if id(parameter) not in ours}
 
 
@@ -301,11 +307,11 @@ class Life:
         active = set(map(id, adapter.parameters()))
         others = [learned.trainable for name, learned in self.adapters.items() if name != self.active]
         assert {p.requires_grad for p in own if id(p) not in active} <= set(others)
+        projector = self.own_projector()
+        assert_same_state({name: value.detach() for name, value in projector.items()}, self.current.projector or {})
+        assert {p.requires_grad for p in projector.values()} <= {self.current.projector_trainable}
         state = self.model.state_dict()
         base = dict(self.twin.state_dict())
-        if self.current.projector is not None:
-            prefix = "base_model.model." if self.wrapped else ""
-            base |= {prefix + name: value for name, value in self.current.projector.items()}
         assert_same_state({name: value for name, value in state.items() if name in base}, base)
         assert all("emma" in name for name in set(state) - set(base))
 
@@ -342,17 +348,24 @@ class Life:
             return
         self.adapter.train_only(projector=projector)
         self.narrowed = True
-        names = set(self.projector_names())
-        self.trainable = {name: projector and name in names for name in self.trainable}
+        self.trainable = dict.fromkeys(self.trainable, False)
         for name, learned in self.adapters.items():
             learned.trainable = name == self.active
+            learned.projector_trainable = projector and name == self.active
         if projector and self.current.projector is None:
-            self.current.projector = self._projector()
+            self.current.projector = _cloned(self.own_projector())
         self.changed()
 
-    def _projector(self) -> dict[str, Tensor]:
-        parameters = base_parameters(self.model)
-        return _cloned({name: parameters[name] for name in self.projector_names()})
+    def own_projector(self) -> dict[str, nn.Parameter]:
+        """Of the active adapter, by the names of the model's."""
+        attached = self.adapter._state.current
+        names = {id(module): name for name, module in base_of(self.model).named_modules()}
+        return {
+            f"{names[id(site)]}.{name}": parameter
+            for place, site in attached.sites().items()
+            if place in attached.own_projectors()
+            for name, parameter in attached.own_projectors()[place].projector.named_parameters()
+        }
 
     def step(self) -> None:
         """One step of an optimizer."""
@@ -368,7 +381,7 @@ class Life:
         self.model.zero_grad(set_to_none=True)
         self.current.tensors = self.learned()
         if self.current.projector is not None:
-            self.current.projector = self._projector()
+            self.current.projector = _cloned(self.own_projector())
         self.changed()
 
     def add(self, name: str, fusion: str, own_encoder: bool, deepstack: bool) -> None:
@@ -379,7 +392,7 @@ class Life:
                 self.adapter.add(name, config, instruction_encoder=encoder)
             return
         self.adapter.add(name, config, instruction_encoder=encoder)
-        self.adapters[name] = Learned(config, own_encoder, {}, trainable=False)
+        self.adapters[name] = Learned(config, own_encoder, {}, trainable=False, projector_trainable=False)
 
     def set_active(self, name: str) -> None:
         if name not in self.adapters:
@@ -387,24 +400,13 @@ class Life:
                 self.adapter.set_active(name)
             return
         outgoing, incoming = self.current, self.adapters[name]
-        if self.projector_wrapped and incoming is not outgoing and (incoming.projector or outgoing.projector):
-            with pytest.raises(PatchError, match="PEFT"):
-                self.adapter.set_active(name)
-            return
         self.adapter.set_active(name)
         if incoming is outgoing:
             return
         trains = outgoing.trainable
-        places = set(self.projector_names())
         self.active = name
-        places |= set(self.projector_names())
         outgoing.trainable, incoming.trainable = False, trains
-        if outgoing.projector is not None or incoming.projector is not None:
-            own = set(self.projector_names()) if incoming.projector is not None and trains else set()
-            self.trainable |= {name: name in own for name in places}
-            self.narrowed = True
-            if incoming.projector is not None:
-                incoming.projector = {key: value.to(self.dtype) for key, value in incoming.projector.items()}
+        outgoing.projector_trainable, incoming.projector_trainable = False, trains
         incoming.tensors = incoming.tensors or self.learned()
         self.changed()
 
@@ -420,9 +422,9 @@ class Life:
         for model in (self.model, self.twin):
             getattr(model, how)() if how in ("half", "bfloat16", "float", "double") else model.to("cpu")
         dtype = DTYPES.get(how)
-        for name, learned in self.adapters.items():
+        for learned in self.adapters.values():
             learned.tensors = {key: value.to(dtype) for key, value in learned.tensors.items()}
-            if learned.projector is not None and name == self.active:
+            if learned.projector is not None:
                 learned.projector = {key: value.to(dtype) for key, value in learned.projector.items()}
         self.changed()
 
@@ -437,7 +439,7 @@ class Life:
             self.twin.requires_grad_(value)
         self.trainable = dict.fromkeys(self.trainable, value)
         for learned in self.adapters.values():
-            learned.trainable = value
+            learned.trainable = learned.projector_trainable = value
         self.changed()
 
     def load_base(self, seed: int) -> None:
@@ -449,11 +451,7 @@ class Life:
         missing, unexpected = self.model.load_state_dict(weights, strict=False)
         assert not unexpected
         assert set(missing) == set(self.model.state_dict()) - set(self.twin.state_dict())
-        # What was trained with the adapter is what it finds in the model: the original is kept beside it.
-        kept = set() if not self.adapters or self.current.projector is None else set(self.projector_names())
-        self.twin.load_state_dict({n: v for n, v in weights.items() if n not in kept}, strict=not kept)
-        if kept:
-            self.current.projector = {name: weights[name].to(self.dtype) for name in kept}
+        self.twin.load_state_dict(weights)
         self.changed()
 
     def state_dict_elsewhere(self) -> None:
@@ -470,7 +468,9 @@ class Life:
         assert set(unexpected) == set(state) - set(self.twin.state_dict())
         assert_same_state(base.state_dict(), {name: state[name] for name in base.state_dict()})
         if len(self.adapters) == 1:
-            self.patch_with(base, self.current.config, self.current.own_encoder)
+            elsewhere = self.patch_with(base, self.current.config, self.current.own_encoder)
+            if self.current.projector is not None:
+                elsewhere.train_only(projector=True)
             for name, parameter in get_adapter(base).named_parameters():
                 parameter.data = parameter.data.to(self.current.tensors[name].dtype)
             base.load_state_dict(state)
@@ -509,19 +509,21 @@ class Life:
             with pytest.raises(error):
                 load_adapter(self.model, folder, **kind)
             return
+        had, owned = bool(self.adapters), bool(self.adapters) and self.current.projector is not None
         load_adapter(self.model, folder, **kind)
         new = given.twin()
-        if not self.adapters:
-            self.active, new.trainable = "default", True
-            self.adapters = {"default": new}
-        else:
-            new.trainable = self.current.trainable
-            if new.projector is None and self.current.projector is not None:
-                originals = base_parameters(self.twin)
-                new.projector = _cloned({name: originals[name] for name in self.projector_names()})
-            self.adapters[self.active] = new
+        new.trainable = self.current.trainable if had else True
+        if not had:
+            self.active = "default"
+        elif new.projector is None and owned:
+            originals = base_parameters(self.twin)
+            new.projector = _cloned({name: originals[name] for name in self.projector_names()})
+        new.projector_trainable = self.current.projector_trainable if owned else True
+        self.adapters[self.active] = new
         if new.projector is not None:
             new.projector = {name: value.to(self.dtype) for name, value in new.projector.items()}
+            if not owned:
+                new.projector_trainable = all(self.trainable[name] for name in new.projector)
         self.changed()
 
     def copied(self, how: Callable[[Any], Any]) -> Life:
