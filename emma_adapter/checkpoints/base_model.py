@@ -2,8 +2,8 @@
 
 - ``model.save_pretrained(folder)`` writes the base model without the adapter, so that it reloads as the model it
   was, and the adapter beside it in ``emma_adapter/``; further adapters in ``emma_adapter/<name>/``.
-- Trainer calls ``model.save_pretrained(folder, state_dict=...)`` and resumes from the ``model.safetensors`` it finds.
-  What that call writes is decided when it is made, by what is trained then:
+- Trainer resumes from the ``model.safetensors`` that it finds in a checkpoint. What a call that comes from a Trainer
+  writes is decided when it is made, by what is trained then:
 
   - the adapter alone, or with the projector that belongs to it: the adapter folder, and a ``model.safetensors`` with
     the trained tensors alone, under the model's names;
@@ -45,25 +45,29 @@ def guard_save_pretrained(model: nn.Module, original: Callable[..., Any], *args:
         # It knows best what to say.
         return original(**kwargs)
     directory = Path(kwargs["save_directory"])
-    if "state_dict" in kwargs:
+    if private.running_trainer() is not None:
         return _save_checkpoint(model, original, directory, kwargs)
-    is_main_process = kwargs.get("is_main_process", True)
-    # What lies in the folder is uploaded before the original returns.
-    uploads = bool(kwargs.get("push_to_hub"))
-    if uploads:
-        _save_adapters_beside(model, directory, is_main_process=is_main_process)
-    base = kwargs["state_dict"] = _base_state_dict(model)
+    gathered = kwargs.get("state_dict")
+    base = _base_state_dict(model)
+    if gathered is not None:
+        base = {name: value for name, value in gathered.items() if name in base}
+    beside = {"is_main_process": kwargs.get("is_main_process", True), "gathered": gathered}
+    # What lies in the folder is uploaded before the original returns; and of what nobody has gathered, the adapter says
+    # so before anything is written.
+    adapters_first = bool(kwargs.get("push_to_hub")) or gathered is not None
+    if adapters_first:
+        _save_adapters_beside(model, directory, **beside)
     with private.whole_saves(model), _state_dict_is(model, base):
-        result = original(**kwargs)
-    if not uploads:
-        _save_adapters_beside(model, directory, is_main_process=is_main_process)
+        result = original(**{**kwargs, "state_dict": base})
+    if not adapters_first:
+        _save_adapters_beside(model, directory, **beside)
     _log.info("saved the base model to %s, and the adapter beside it", directory)
     return result
 
 
 def _save_checkpoint(model: nn.Module, original: Callable[..., Any], directory: Path, kwargs: dict[str, Any]) -> Any:
     """Write what Trainer resumes from."""
-    gathered = kwargs["state_dict"]
+    gathered = kwargs.get("state_dict")
     is_main_process = kwargs.get("is_main_process", True)
     trained = _trained(model)
     if not trained - _belonging(model):

@@ -26,6 +26,7 @@ from emma_adapter import (
     unpatch_model,
 )
 from emma_adapter.alignment.fusion import registry
+from emma_adapter.modules import private
 from tests.support import tiny
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -906,6 +907,22 @@ def test_save_pretrained_after_unpatching_is_the_stock_one(tmp_path):
     assert not (tmp_path / CONFIG).exists()
 
 
+@pytest.mark.parametrize("trains", [False, True])
+def test_a_gathered_state_dict_says_where_weights_are_and_not_what_is_written(trains, tmp_path):
+    """As accelerate's documentation has it: ``state_dict=accelerator.get_state_dict(model)``."""
+    model, base = patched(), base_model()
+    adapter = get_adapter(model)
+    if trains:
+        adapter.train_only(projector=True)
+    tiny.train_randomly(adapter.alignment)
+    gathered = {name: value.clone() for name, value in model.state_dict().items()}
+    model.save_pretrained(tmp_path, state_dict=gathered)
+    other = reload(tmp_path)
+    assert same_values(other.state_dict(), base.state_dict())
+    load_adapter(other, tmp_path, processor=PROCESSOR)
+    assert torch.equal(logits(other), logits(model))
+
+
 def test_save_pretrained_in_shards(tmp_path):
     model, base = patched(), base_model()
     model.save_pretrained(tmp_path, max_shard_size="100KB")
@@ -913,10 +930,12 @@ def test_save_pretrained_in_shards(tmp_path):
     assert torch.equal(logits(reload(tmp_path)), logits(base))
 
 
-def test_only_the_main_process_writes(tmp_path):
+def test_only_the_main_process_writes(tmp_path, monkeypatch):
     model = patched()
     model.save_pretrained(tmp_path / "base", is_main_process=False)
     get_adapter(model).train_only()
+    model.save_pretrained(tmp_path / "gathered", is_main_process=False, state_dict=model.state_dict())
+    monkeypatch.setattr(private, "running_trainer", object)
     model.save_pretrained(tmp_path / "trainer", is_main_process=False, state_dict=None)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 

@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import patch
 
 import huggingface_hub
 import peft
@@ -38,6 +39,7 @@ from emma_adapter import CheckpointError, get_adapter, load_adapter
 from emma_adapter.checkpoints import reading, writing
 from emma_adapter.checkpoints.format import ALIGNMENT_PREFIX, FORMAT, PROJECTOR_PREFIX
 from emma_adapter.files import atomic
+from emma_adapter.modules import private
 from tests.checkpoints.test_checkpoint import CARD, CONFIG, FUSIONS, WEIGHTS, base_model, logits, same_values, trained
 from tests.support import tiny
 from tests.support.budget import SEED, budget
@@ -134,7 +136,8 @@ def by_model(model, folder):
 def by_trainer(model, folder):
     """As ``Trainer`` does after ``train_only()``."""
     get_adapter(model).train_only(projector=get_adapter(model).projector is not None)
-    model.save_pretrained(folder, state_dict=model.state_dict())
+    with patch.object(private, "running_trainer", object):
+        model.save_pretrained(folder, state_dict=model.state_dict())
 
 
 def by_peft(model, folder):
