@@ -21,16 +21,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel
 
+from . import language
 from .pooled_llava import PooledLlava
-from .questions import QUESTION_TYPES, ask, ask_any, caption
+from .questions import ask_any, caption
 from .scenes import CELLS, COLOURS, DIGITS, EMPTY, GRID, POSITIONS, Scenes, render, sample_scenes
 from .vlm import (
     BASE_DIR,
-    BOS,
-    EOS,
-    IMAGE,
-    PAD,
-    TOKEN_ID,
     llava_config,
     processor,
     text_tower_config,
@@ -42,10 +38,6 @@ from .vlm import (
 CONTRASTIVE_STEPS = 600
 CONTRASTIVE_BATCH = 160
 LANGUAGE_STEPS = 2000
-LANGUAGE_BATCH = 64
-LANGUAGE_SCENES = 24_000
-
-IGNORE = -100
 _EMPTY_PROMPT = len(DIGITS) * len(COLOURS)
 _POSITION_PHRASES = ("at the {}", "what digit is at the {} ?", "what colour is the digit at the {} ?")
 _OBJECT_PHRASES = (
@@ -164,65 +156,14 @@ def train_towers(steps: int, seed: int = 0) -> CLIPModel:
 # ------------------------------------------------------------------------------------------ stage 2
 
 
-@torch.no_grad()
-def visual_tokens(model: PooledLlava, scenes: Scenes, batch: int = 500) -> Tensor:
-    pixels = to_pixel_values(render(scenes))
-    tokens = [
-        model.model.vision_tower(pixel_values=chunk, output_hidden_states=True).hidden_states[-2][:, 1:]
-        for chunk in pixels.split(batch)
-    ]
-    return torch.cat(tokens)
-
-
-def _words(text: str) -> list[int]:
-    return [TOKEN_ID[word] for word in text.split()]
-
-
-def _conversation(
-    digits: np.ndarray, colours: np.ndarray, rng: np.random.Generator, pooled_tokens: int
-) -> tuple[list[int], list[int]]:
-    """Token ids and labels of four turns about one scene, or of its caption."""
-    user, assistant = _words("USER:"), _words("ASSISTANT:")
-    ids = [BOS, *user, *[IMAGE] * pooled_tokens]
-    labels = [IGNORE] * len(ids)
-    turns = (
-        [("", caption(digits, colours))]
-        if rng.random() < 0.15
-        else [ask_any(digits, colours, rng)[1:] for _ in range(4)]
+def untrained(vision_tower: Mapping[str, Tensor], pooling: str = "1", language_layers: int = 2) -> PooledLlava:
+    """A model with this CLIP vision model's state, frozen, and a projector and language model that know nothing."""
+    model = PooledLlava(llava_config(pooling, language_layers))
+    model.model.vision_tower.load_state_dict(
+        {key.removeprefix("vision_model."): value for key, value in vision_tower.items()}
     )
-    for number, (question, answer) in enumerate(turns):
-        prompt = (user if number else []) + _words(question) + assistant
-        reply = [*_words(answer), EOS]
-        ids += prompt + reply
-        labels += [IGNORE] * len(prompt) + reply
-    return ids, labels
-
-
-def _embed(model: PooledLlava, tokens: Tensor, ids: Tensor) -> Tensor:
-    """Input embeddings with the image placeholders, from position 2 on, replaced by the projected image."""
-    embeddings = model.get_input_embeddings()(ids)
-    image = model.model.multi_modal_projector(tokens)
-    return torch.cat([embeddings[:, :2], image, embeddings[:, 2 + image.shape[1] :]], dim=1)
-
-
-@torch.no_grad()
-def answer_accuracy(model: PooledLlava, split: str, n: int = 400) -> dict[str, float]:
-    rng = np.random.default_rng(11)
-    scenes = sample_scenes(n, split, rng)
-    tokens = visual_tokens(model, scenes)
-    placeholders = [IMAGE] * model.config.image_seq_length
-    accuracy = {}
-    for type in QUESTION_TYPES:
-        asked = [(i, ask(type, scenes.digits[i], scenes.colours[i], rng)) for i in range(n)]
-        correct = []
-        for i, question in asked:
-            if question is None:
-                continue
-            ids = torch.tensor([[BOS, *_words("USER:"), *placeholders, *_words(question[0]), *_words("ASSISTANT:")]])
-            hidden = model.model.language_model(inputs_embeds=_embed(model, tokens[i : i + 1], ids)).last_hidden_state
-            correct.append(model.lm_head(hidden[0, -1]).argmax().item() == TOKEN_ID[question[1]])
-        accuracy[type] = round(float(np.mean(correct)), 3)
-    return accuracy
+    model.model.vision_tower.requires_grad_(False)
+    return model
 
 
 def train_language(
@@ -230,21 +171,17 @@ def train_language(
     steps: int,
     *,
     seed: int = 0,
-    pooled_tokens: int = 1,
+    pooling: str = "1",
     start: Mapping[str, Tensor] | None = None,
 ) -> PooledLlava:
     """``vision_tower``: the state of a CLIP vision model; ``start``: that of a model whose training goes on."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(2 + 1000 * seed)
-    model = PooledLlava(llava_config(pooled_tokens))
-    model.model.vision_tower.load_state_dict(
-        {key.removeprefix("vision_model."): value for key, value in vision_tower.items()}
-    )
+    model = untrained(vision_tower, pooling)
     if start is not None:
         model.load_state_dict(start)
-    model.model.vision_tower.requires_grad_(False)
-    scenes = sample_scenes(LANGUAGE_SCENES, "train", rng)
-    tokens = visual_tokens(model, scenes)
+    scenes = sample_scenes(language.SCENES, "train", rng)
+    tokens = language.visual_tokens(model, scenes)
 
     trained = [p for p in model.parameters() if p.requires_grad]
     embedding = model.get_input_embeddings().weight
@@ -261,14 +198,7 @@ def train_language(
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate * cosine(step, steps, 80, 0.02)
-        chosen = rng.integers(0, len(scenes), LANGUAGE_BATCH)
-        talks = [_conversation(scenes.digits[i], scenes.colours[i], rng, pooled_tokens) for i in chosen]
-        longest = max(len(ids) for ids, _ in talks)
-        ids = torch.tensor([ids + [PAD] * (longest - len(ids)) for ids, _ in talks])
-        labels = torch.tensor([labels + [IGNORE] * (longest - len(labels)) for _, labels in talks])
-        hidden = model.model.language_model(inputs_embeds=_embed(model, tokens[chosen], ids)).last_hidden_state
-        supervised = labels[:, 1:] != IGNORE
-        loss = F.cross_entropy(model.lm_head(hidden[:, :-1][supervised]), labels[:, 1:][supervised])
+        loss = language.loss(model, tokens, scenes, rng.integers(0, len(scenes), language.BATCH), rng)
         for optimizer in optimizers:
             optimizer.zero_grad()
         loss.backward()
@@ -278,7 +208,7 @@ def train_language(
         average = loss.item() if average is None else 0.98 * average + 0.02 * loss.item()
         if step % 50 == 49:
             progress.set_postfix(loss=f"{average:.3f}", refresh=False)
-    accuracy = answer_accuracy(model.eval(), "validation")
+    accuracy = language.answer_accuracy(model.eval(), "validation")
     print(f"validation accuracy: {accuracy}, mean {np.mean(list(accuracy.values())):.3f}")
     return model
 

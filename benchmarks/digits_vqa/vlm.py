@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from .pooled_llava import POOLINGS
 from .scenes import COLOURS, DIGITS, IMAGE_SIZE
 
 BASE_DIR = Path(__file__).parent / "base"
@@ -101,14 +102,15 @@ def text_tower_config() -> CLIPTextConfig:
     )
 
 
-def llava_config(pooled_tokens: int = 1) -> LlavaConfig:
+def llava_config(pooling: str = "1", language_layers: int = 2) -> LlavaConfig:
     return LlavaConfig(
+        pooling=pooling,
         vision_config=vision_config(),
         text_config=LlamaConfig(
             vocab_size=len(VOCABULARY),
             hidden_size=96,
             intermediate_size=256,
-            num_hidden_layers=2,
+            num_hidden_layers=language_layers,
             num_attention_heads=4,
             num_key_value_heads=4,
             max_position_embeddings=128,
@@ -118,7 +120,7 @@ def llava_config(pooled_tokens: int = 1) -> LlavaConfig:
             eos_token_id=EOS,
         ),
         image_token_index=IMAGE,
-        image_seq_length=pooled_tokens,
+        image_seq_length=POOLINGS[pooling].tokens,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
         tie_word_embeddings=True,

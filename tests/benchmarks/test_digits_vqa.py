@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from sklearn.datasets import load_digits
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from benchmarks.digits_vqa import arms, demo, pretrain
+from benchmarks.digits_vqa import arms, demo, language
 from benchmarks.digits_vqa.questions import QUESTION_TYPES, ask, every_question_type, sample_pairs
 from benchmarks.digits_vqa.runs import IGNORE, make_batch, make_data
 from benchmarks.digits_vqa.scenes import COLOURS, DIGITS, EMPTY, POSITIONS, SPLITS, render, sample_scenes
@@ -99,7 +99,7 @@ def test_shipped_base_is_a_small_llava_that_is_better_than_chance(processor):
     model = arms.load_base()
     assert isinstance(model, LlavaForConditionalGeneration)
     assert sum(file.stat().st_size for file in BASE_DIR.rglob("*")) < 3e6
-    accuracy = pretrain.answer_accuracy(model, "test", n=100)
+    accuracy = language.answer_accuracy(model, "test", n=100)
     assert set(accuracy) == set(QUESTION_TYPES)
     assert np.mean(list(accuracy.values())) > 0.55
 
