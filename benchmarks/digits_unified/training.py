@@ -25,13 +25,13 @@ class Optimizer:
         self,
         parameters: Iterable[nn.Parameter],
         rate: float,
-        steps: int,
+        steps: float,
         *,
         edges: Iterable[nn.Parameter] = (),
         warm_up: int = 50,
         weight_decay: float = 0.0,
     ) -> None:
-        """``edges``: matrices that AdamW shall take, as embeddings and heads."""
+        """``edges``: matrices that AdamW shall take, as embeddings and heads. The rate of ``steps=math.inf`` stays."""
         self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
         self.rate, self.steps, self.warm_up = rate, steps, warm_up
         elsewhere = {id(parameter) for parameter in edges}
@@ -99,7 +99,7 @@ def train(
         state = torch.load(saved)
         optimizer.restore(state)
         first, average = state["step"], state["loss"]
-    last = optimizer.steps if until is None else min(optimizer.steps, until)
+    last = int(optimizer.steps if until is None else min(optimizer.steps, until))
     progress = tqdm(range(first, last), desc=name, initial=first, total=optimizer.steps, mininterval=20, maxinterval=60)
     for step in progress:
         torch.manual_seed(seed * 1_000_003 + step)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,8 @@ class Arm:
     learning_rate: float
     #: True for the control whose adapter is told the question of another scene, in training and in the test.
     shuffle_instructions: bool = False
-    #: True if the question is passed as ``instruction=``, which is faster than reading it from the prompt.
-    names_instruction: bool = False
-    #: The control whose adapter is told this, whatever is asked.
-    constant_instruction: str | None = None
+    #: What the adapter is told by ``instruction=``, made of the question; None: what it reads off the prompt.
+    instruction_template: str | None = None
 
     @property
     def num_parameters(self) -> int:
@@ -68,26 +66,48 @@ def emma(
     return build
 
 
+#: The question as it is: what the adapter would read off the prompt, which takes longer.
+QUESTION = "{question}"
+
+
+def instructed(builder: Builder, template: str = QUESTION) -> Builder:
+    """The adapter is told this. A template without the question is the control for "any text helps"."""
+
+    def build(model: PooledLlava, processor: LlavaProcessor) -> Arm:
+        arm = builder(model, processor)
+        arm.instruction_template = template
+        return arm
+
+    return build
+
+
 def shuffled(builder: Builder) -> Builder:
     """The control for "it is just more parameters": the same adapter, the wrong instructions."""
 
     def build(model: PooledLlava, processor: LlavaProcessor) -> Arm:
         arm = builder(model, processor)
         arm.name += ", shuffled instructions"
-        arm.shuffle_instructions = True
+        arm.shuffle_instructions, arm.instruction_template = True, QUESTION
         return arm
 
     return build
 
 
-def constant(builder: Builder, instruction: str) -> Builder:
-    """The control for "any text helps": the same adapter, always the same instruction."""
+def together(adapter: Builder, lora: Builder) -> Builder:
+    """Both are trained, at the lower of their rates: patched first, then wrapped by peft, which leaves the adapter
+    trainable."""
 
     def build(model: PooledLlava, processor: LlavaProcessor) -> Arm:
-        arm = builder(model, processor)
-        arm.name += ", constant instruction"
-        arm.constant_instruction = instruction
-        return arm
+        patched = adapter(model, processor)
+        both = lora(model, processor)
+        rate = min(patched.learning_rate, both.learning_rate)
+        return replace(
+            patched,
+            name=f"{patched.name}, and {both.name}",
+            model=both.model,
+            parameters=both.parameters,
+            learning_rate=rate,
+        )
 
     return build
 

@@ -135,13 +135,10 @@ def _padded(rows: list[list[int]], value: int) -> Tensor:
 def _instruction(
     arm: Arm, data: QuestionSet, chosen: Sequence[int] | np.ndarray, rng: np.random.Generator
 ) -> dict[str, Any]:
-    if arm.constant_instruction is not None:
-        return {"instruction": [arm.constant_instruction] * len(chosen)}
-    if arm.names_instruction and not arm.shuffle_instructions:
-        return {"instruction": [data.questions[i].text for i in chosen]}
-    if not arm.shuffle_instructions:
+    if arm.instruction_template is None:
         return {}
-    return {"instruction": [data.questions[i].text for i in rng.permutation(np.asarray(chosen))]}
+    asked = rng.permutation(np.asarray(chosen)) if arm.shuffle_instructions else chosen
+    return {"instruction": [arm.instruction_template.format(question=data.questions[i].text) for i in asked]}
 
 
 def train(arm: Arm, data: QuestionSet, processor: LlavaProcessor, *, steps: int, batch_size: int, seed: int) -> None:
