@@ -1,16 +1,22 @@
-"""Fusions with one thing changed, for the ablation alone."""
+"""Fusions of the ablation alone: those of the library with one thing changed, and one of two steps."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from emma_adapter import EmmaConfig, Fusion, register_fusion
-from emma_adapter.alignment.fusion import AttentionFusion, LinearFusion
-from emma_adapter.alignment.fusion.layers import CastingLinear, add_update
+from emma_adapter.alignment.fusion import AttentionFusion, LinearFusion, ModulationFusion
+from emma_adapter.alignment.fusion.cross_attention import CrossAttention
+from emma_adapter.alignment.fusion.layers import CastingLayerNorm, CastingLinear, add_update
+from emma_adapter.alignment.fusion.packed_images import Grid
 
 #: What transformers initialises weights with (``initializer_range``), in BERT, CLIP and Llama alike.
 USUAL_STD = 0.02
+#: Of queries and keys of the library's fusions, of inputs of variance 1: attention is uneven from the start.
+UNEVEN_STD = 1.5
 
 
 class UsualInitialisation(AttentionFusion):
@@ -85,6 +91,63 @@ class AlignmentOnly(LinearFusion):
             projection.register_buffer(name, parameter.detach())
 
 
+class TwoStepAttention(CrossAttention):
+    """Visual tokens of ``inner_dim`` channels attend to the instruction, to one another, and to the instruction again;
+    each time what they get is added. Keys and values of the instruction are the same both times."""
+
+    def __init__(self, config: EmmaConfig) -> None:
+        super().__init__(config)
+        inner = config.inner_dim
+        self.exchange_norm, self.again_norm = CastingLayerNorm(inner), CastingLayerNorm(inner)
+        self.exchange_query = CastingLinear(inner, inner)
+        self.exchange_key = CastingLinear(inner, inner, bias=False)
+        self.exchange_value = CastingLinear(inner, inner)
+        self.exchange_output = CastingLinear(inner, inner)
+        self.again = CastingLinear(inner, inner)
+        for layer in (self.exchange_query, self.exchange_key, self.again):
+            nn.init.normal_(layer.weight, std=UNEVEN_STD / inner**0.5)
+
+    def forward(
+        self, visual_tokens: Tensor, instruction_tokens: Tensor, instruction_mask: Tensor | None, grid: Grid | None
+    ) -> Tensor:
+        keys, values = self._keys_and_values(instruction_tokens, instruction_mask)
+        x = self.query(self.visual_norm(visual_tokens))
+        positions = self.positions(visual_tokens.shape[1], grid)
+        if positions is not None:
+            x = x + positions.to(x.dtype)
+        x = x + self._attend(x, keys, values, instruction_mask)
+        seen = self.exchange_norm(x)
+        exchanged = self._attend(
+            self.exchange_query(seen), self.exchange_key(seen), self.exchange_value(seen), mask=None
+        )
+        x = x + self.exchange_output(exchanged)
+        x = x + self._attend(self.again(self.again_norm(x)), keys, values, instruction_mask)
+        return self.output(x)
+
+    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        if mask is not None:
+            # A softmax over no key is NaN: an empty instruction attends to its blanked padding.
+            mask = (mask | ~mask.any(dim=1, keepdim=True))[:, None, None, :]
+        attended = F.scaled_dot_product_attention(
+            self._split_heads(queries), self._split_heads(keys), self._split_heads(values), attn_mask=mask
+        )
+        return rearrange(attended, "b h n d -> b n (h d)")
+
+
+class TwoSteps(ModulationFusion):
+    """``modulation`` whose mask two steps draw."""
+
+    has_kernel = False
+
+    def __init__(self, config: EmmaConfig) -> None:
+        super().__init__(config)
+        self.cross_attention = TwoStepAttention(config)
+
+
+TWO_STEPS = "modulation in two steps"
+#: ``inner_dim`` at which it has about the parameters of ``modulation``.
+TWO_STEPS_WIDTH = 64
+
 VARIANTS: dict[str, type[Fusion]] = {
     "attention, usual q/k initialisation": UsualInitialisation,
     "attention, no query term per position": NoPosition,
@@ -92,6 +155,7 @@ VARIANTS: dict[str, type[Fusion]] = {
     "attention, scalar zero gate": ScalarGate,
     "linear, instruction projection only": ProjectionOnly,
     "linear, alignment only": AlignmentOnly,
+    TWO_STEPS: TwoSteps,
 }
 
 
