@@ -4,7 +4,7 @@ puts this file beside the weights, so that transformers loads the folder with ``
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from einops import rearrange
@@ -44,7 +44,8 @@ class PooledProjector(LlavaMultiModalProjector):
         super().__init__(config)
         self.pooling = POOLINGS[config.pooling]
         if self.pooling.how == "pixel shuffle":
-            patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+            vision: Any = config.vision_config
+            patches = (vision.image_size // vision.patch_size) ** 2
             first = self.linear_1
             wider = first.in_features * patches // self.pooling.tokens
             self.linear_1 = nn.Linear(wider, first.out_features, bias=first.bias is not None)

@@ -104,7 +104,7 @@ def text_tower_config() -> CLIPTextConfig:
 
 def llava_config(pooling: str = "1", language_layers: int = 2) -> LlavaConfig:
     return LlavaConfig(
-        pooling=pooling,
+        pooling=pooling,  # type: ignore[call-arg]  # transformers keeps what it doesn't know
         vision_config=vision_config(),
         text_config=LlamaConfig(
             vocab_size=len(VOCABULARY),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,24 +17,27 @@ import click
 from filelock import FileLock, Timeout
 
 from . import recipes
-from .plan import Settings, describe, only_arms, plan
-from .report import RESULTS, write_report
+from .duration import describe
+from .plan import only_arms
+from .report import study_option, write_report
+from .settings import TrainedOutBases
+from .studies import STUDIES
 from .sweep import Sweep
 from .worker import start_process
 
-_DEFAULTS = {field.name: field.default for field in fields(Settings)}
+_DEFAULTS = {field.name: field.default for field in fields(TrainedOutBases)}
 
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def _setting(name: str, help: str) -> Callable[[Command], Command]:
-    return click.option(
-        f"--{name.replace('_', '-')}", type=click.IntRange(min=1), default=_DEFAULTS[name], show_default=True, help=help
-    )
+    option, help = f"--{name.replace('_', '-')}", f"{help}  [default: {_DEFAULTS[name]}]"
+    return click.option(option, type=click.IntRange(min=1), help=help)
 
 
 @click.command(help=__doc__)
+@study_option
 @click.option("--plan", "only_plan", is_flag=True, help="Print how many runs are left and how long they take; no more.")
 @click.option("--workers", type=click.IntRange(min=1), default=2, show_default=True, help="Processes of one thread.")
 @click.option(
@@ -42,10 +45,10 @@ def _setting(name: str, help: str) -> Callable[[Command], Command]:
     type=click.Choice(recipes.FUSIONS),
     default="modulation",
     show_default=True,
-    help="The one with shuffled, constant and random instructions, and with other poolings.",
+    help="Of the adapter that is trained with LoRA, and has shuffled, constant and random instructions.",
 )
 @click.option("--only", multiple=True, help="Only arms of this name, and what they need. Repeatable.")
-@click.option("--results", type=click.Path(path_type=Path, dir_okay=False), default=RESULTS, show_default=True)
+@click.option("--results", type=click.Path(path_type=Path, dir_okay=False), help="Default: the study's.")
 @click.option(
     "--work",
     type=click.Path(path_type=Path, file_okay=False),
@@ -58,16 +61,28 @@ def _setting(name: str, help: str) -> Callable[[Command], Command]:
 @_setting("train_scenes", "Scenes to train on, four questions each.")
 @_setting("test_scenes", "Scenes to test on, up to seven questions each; and pairs.")
 @_setting("contrastive_steps", "Of a base checkpoint's towers.")
-@_setting("language_steps", "Of a base checkpoint's projector and language model.")
-@_setting("pooled_steps", "Further steps of a base checkpoint that pools to several tokens.")
+@_setting("base_steps", "Most steps of a base checkpoint at a constant rate.")
+@_setting("decay_steps", "Of a base checkpoint, after those.")
+@_setting("language_layers", "Layers of a base checkpoint's language model.")
 def main(
-    only_plan: bool, workers: int, fusion: str, only: tuple[str, ...], results: Path, work: Path, **settings: int
+    study_name: str,
+    only_plan: bool,
+    workers: int,
+    fusion: str,
+    only: tuple[str, ...],
+    results: Path | None,
+    work: Path,
+    **settings: int | None,
 ) -> None:
-    chosen = Settings(**settings)
-    jobs = plan(fusion)
+    study = STUDIES[study_name]
+    given = {name: value for name, value in settings.items() if value is not None}
+    if foreign := sorted(set(given) - {field.name for field in fields(study.settings)}):
+        raise click.BadParameter(f"the study {study_name!r} has no such setting", param_hint=", ".join(foreign))
+    chosen, results = replace(study.settings, **given), results or study.results
+    jobs = study.plan(fusion)
     if only:
         try:
-            jobs = only_arms(jobs, only)
+            jobs = only_arms(jobs, only, chosen)
         except ValueError as error:
             raise click.BadParameter(str(error), param_hint="--only") from None
     if only_plan:
@@ -83,7 +98,7 @@ def main(
         raise click.ClickException(
             f"another sweep is running in {work}; wait for it, or choose another --work and --results"
         ) from None
-    write_report(results, chosen, fusion)
+    write_report(study, results, chosen, fusion)
 
 
 def _run(sweep: Sweep, workers: int, work: Path) -> None:

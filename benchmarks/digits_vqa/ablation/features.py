@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from ..pooled_llava import PooledLlava
+from ..pooled_llava import POOLINGS, PooledLlava
 from ..runs import Conversation, Data, QuestionSet
 from ..vlm import IMAGE
 
@@ -62,8 +62,9 @@ def use_cached_features(model: PooledLlava, cached: CachedData) -> PooledLlava:
     return model
 
 
-def with_placeholders(data: Data, pooled_tokens: int) -> Data:
+def with_placeholders(data: Data, pooling: str) -> Data:
     """Prompts with as many image placeholders as a picture has tokens in the language model."""
+    pooled_tokens = POOLINGS[pooling].tokens
 
     def expand(ids: list[int]) -> list[int]:
         return [copy for token in ids for copy in [token] * (pooled_tokens if token == IMAGE else 1)]

@@ -12,10 +12,9 @@ import matplotlib.pyplot as plt
 
 from . import recipes
 from .results import Results
-from .summary import pooled_arms
 from .table import sections
 
-_COLOURS = ("#6b7280", "#1d4ed8", "#0f766e", "#b45309", "#7c3aed")
+_COLOURS = ("#6b7280", "#1d4ed8", "#0f766e", "#be185d", "#b45309", "#7c3aed")
 
 
 def draw(results: Results, path: Path) -> None:
@@ -43,23 +42,29 @@ def _draw_arms(axis: Any, results: Results) -> None:
     axis.invert_yaxis()
     axis.grid(axis="x", alpha=0.3)
     axis.set_xlabel("accuracy on unseen handwriting, mean over question types, %\n95 % intervals; |: base checkpoints")
-    axis.set_title("image pooled to one token")
+    axis.set_title("one token an image")
     axis.legend(loc="upper right", fontsize=9)
 
 
 def _draw_poolings(axis: Any, results: Results) -> None:
-    tokens = results.poolings
-    colours = dict(
-        zip(pooled_arms(results.fusion), ("#9ca3af", "#6b7280", "#111827", "#1d4ed8", "#0f766e"), strict=True)
-    )
+    poolings, fusion = results.poolings, results.fusion
+    colours = {
+        recipes.BASE: "#9ca3af",
+        recipes.lora(): "#6b7280",
+        recipes.lora(2): "#374151",
+        recipes.lora(3): "#111827",
+        fusion: "#1d4ed8",
+        recipes.joint(fusion): "#be185d",
+        recipes.joint(fusion, 2): "#f472b6",
+    }
     for number, (name, colour) in enumerate(colours.items()):
-        found = [(pooled, arm) for pooled in tokens if (arm := results.get(name, pooled)) is not None]
+        found = [(pooling, arm) for pooling in poolings if (arm := results.get(name, pooling)) is not None]
         if not found:
             continue
         estimates = [results.mean(arm) for _, arm in found]
         axis.errorbar(
             # Beside one another: most intervals overlap.
-            [tokens.index(pooled) + 0.05 * (number - 2) for pooled, _ in found],
+            [poolings.index(pooling) + 0.05 * (number - 3) for pooling, _ in found],
             [100 * estimate.value for estimate in estimates],
             yerr=[
                 [100 * (estimate.value - estimate.low) for estimate in estimates],
@@ -71,8 +76,8 @@ def _draw_poolings(axis: Any, results: Results) -> None:
             linestyle="--" if name == recipes.BASE else "-",
             label=name,
         )
-    axis.set_xticks(range(len(tokens)), [str(number) for number in tokens])
+    axis.set_xticks(range(len(poolings)), [pooling.replace(", ", ",\n") for pooling in poolings])
     axis.set_xlabel("tokens an image is pooled to, of 16")
     axis.grid(alpha=0.3)
-    axis.set_title("with less compression")
+    axis.set_title("by pooling")
     axis.legend(loc="lower right", fontsize=9)

@@ -1,13 +1,13 @@
-"""Which runs there are, in the order of their worth, and what they take."""
+"""Which runs there are, in the order of their worth."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from . import recipes
-from .recipes import BASE, LORA_ALL, LORA_QV, PROJECTOR, PROJECTOR_LORA
+from .recipes import BASE, LORA_QV, PROJECTOR, PROJECTOR_LORA
+from .settings import Settings, ShortBases
 
 Split = Literal["validation", "test"]
 
@@ -17,39 +17,26 @@ SEEDS = (0, 1, 2)
 #: Of the runs that choose a rate: none of those that are reported.
 TUNING_SEED = 100
 BASES = (0, 1, 2)
-POOLINGS = (1, 4, 16, 2)
-
-#: Seconds on one slow core: a step of training, what surrounds it, and by what factor the tokens of an image slow it.
-_STEP, _AROUND, _PER_IMAGE_TOKEN = 0.040, 6.0, 0.04
-_CONTRASTIVE_STEP, _LANGUAGE_STEP, _AROUND_BASE = 0.43, 0.21, 40.0
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What a run is, beside its place in the plan; records of other settings don't count."""
+class Towers(NamedTuple):
+    """The vision and the text tower of a base checkpoint, whatever it pools to."""
 
-    steps: int = 700
-    batch_size: int = 32
-    train_scenes: int = 12_000
-    test_scenes: int = 500
-    contrastive_steps: int = 600
-    language_steps: int = 2000
-    #: Of a base model that pools to several tokens, which starts from the one that pools to one.
-    pooled_steps: int = 600
+    base: int
 
 
 class Base(NamedTuple):
-    """A base checkpoint to make."""
+    """A base checkpoint to make; ``pooling`` is a name in ``pooled_llava.POOLINGS``."""
 
     base: int
-    pooled_tokens: int
+    pooling: str
 
 
 class Cell(NamedTuple):
     """A run. ``rate`` is None where it is the one that was best on the validation split."""
 
     arm: str
-    pooled_tokens: int
+    pooling: str
     base: int
     seed: int
     split: Split
@@ -60,47 +47,77 @@ class Cell(NamedTuple):
         return self.split == "validation"
 
 
-Job = Base | Cell
+Job = Towers | Base | Cell
 
 
-def plan(fusion: str) -> list[Job]:
-    """All jobs, the most valuable first; ``fusion`` is the one whose instructions are shuffled, and that meets other
-    poolings."""
-    main = [PROJECTOR, LORA_QV, LORA_ALL, PROJECTOR_LORA, fusion]
+def practice_plan(fusion: str) -> list[Job]:
+    """What practice does: the adapter and LoRA together, beside LoRA of the same total size; then the controls and
+    other ways to instruct at one token an image, and other ways to pool. ``fusion`` is the adapter's."""
+    main = recipes.practice(fusion)
+    jobs: list[Job] = []
+    for pooling in ("1", "4", "16", "2"):
+        jobs += _stage(main, pooling, with_base=True)
+    others = [recipes.shuffled(fusion), recipes.constant(fusion), PROJECTOR, PROJECTOR_LORA]
+    others += [recipes.with_projector(fusion), *(other for other in reversed(recipes.FUSIONS) if other != fusion)]
+    llm = recipes.llm_embeddings(fusion)
+    roles = [recipes.with_roles(fusion), llm, recipes.with_roles(llm)]
+    jobs += _stage([*others, *roles, recipes.random_tower(fusion), recipes.TWO_STEPS], "1")
+    # Where the adapter gains less than with one token, and still more than with four.
+    jobs += _stage(roles, "2")
+    for pooling in ("4, pixel shuffle", "1, averaged before projecting"):
+        jobs += _stage(main, pooling, with_base=True)
+    return list(dict.fromkeys(jobs))
+
+
+def parts_plan(fusion: str) -> list[Job]:
+    """The parts of each fusion; ``fusion`` is the one that has shuffled instructions and meets other poolings."""
+    lora = recipes.lora()
+    main = [PROJECTOR, LORA_QV, lora, PROJECTOR_LORA, fusion]
     main += [other for other in recipes.FUSIONS if other != fusion]
     main += [recipes.shuffled(fusion), recipes.constant(fusion), recipes.random_tower(fusion)]
     with_projector = [recipes.with_projector(other) for other in recipes.FUSIONS]
     parts = [*recipes.LINEAR_PARTS, *recipes.ATTENTION_CHANGES]
-    jobs = [*_stage(main, 1, with_base=True), *_stage(with_projector, 1), *_stage(parts, 1)]
-    jobs += _stage([recipes.llm_embeddings(fusion)], 1)
-    for pooled_tokens in POOLINGS[1:]:
+    jobs = [*_stage(main, "1", with_base=True), *_stage(with_projector, "1"), *_stage(parts, "1")]
+    jobs += _stage([recipes.llm_embeddings(fusion)], "1")
+    for pooling in ("4", "16", "2"):
         # Each adapter beside LoRA of its own size; without the projector where 1 and 4 tokens tell what to expect.
-        arms = [LORA_ALL, fusion]
-        if pooled_tokens != POOLINGS[-1]:
+        arms = [lora, fusion]
+        if pooling != "2":
             arms += [PROJECTOR_LORA, recipes.with_projector(fusion)]
-        jobs += _stage(arms, pooled_tokens, with_base=True)
-    return jobs
+        jobs += _stage(arms, pooling, with_base=True)
+    return list(dict.fromkeys(jobs))
 
 
-def _stage(arms: list[str], pooled_tokens: int, *, with_base: bool = False) -> Iterator[Job]:
+def _stage(arms: list[str], pooling: str, *, with_base: bool = False) -> Iterator[Job]:
     """Rates of all arms; then all arms of one base and seed after the other."""
     if with_base:
-        yield Base(0, pooled_tokens)
+        yield from (Towers(0), Base(0, pooling))
     for arm in arms:
         for rate in RATES:
-            yield Cell(arm, pooled_tokens, 0, TUNING_SEED, "validation", rate)
+            yield Cell(arm, pooling, 0, TUNING_SEED, "validation", rate)
     if with_base:
-        yield from (Base(base, pooled_tokens) for base in BASES[1:])
+        for base in BASES[1:]:
+            yield from (Towers(base), Base(base, pooling))
         # Nothing is trained: no rate, and one seed.
-        yield from (Cell(BASE, pooled_tokens, base, 0, "test", 0.0) for base in BASES)
+        yield from (Cell(BASE, pooling, base, 0, "test", 0.0) for base in BASES)
     for seed in SEEDS:
         for base in BASES:
             for arm in arms:
-                yield Cell(arm, pooled_tokens, base, seed, "test", None)
+                yield Cell(arm, pooling, base, seed, "test", None)
 
 
-def only_arms(jobs: Iterable[Job], arms: Collection[str]) -> list[Job]:
-    """The runs of these arms, and the checkpoints that they need.
+def needs(job: Job, settings: Settings) -> Job | None:
+    """What has to be made before, and itself may need something."""
+    if isinstance(job, Cell):
+        return Base(job.base, job.pooling)
+    if isinstance(job, Base):
+        goes_on = isinstance(settings, ShortBases) and job.pooling != "1"
+        return Base(job.base, "1") if goes_on else Towers(job.base)
+    return None
+
+
+def only_arms(jobs: Iterable[Job], arms: Collection[str], settings: Settings) -> list[Job]:
+    """The runs of these arms, and what they need.
 
     Raises:
         ValueError: naming an arm that isn't in the plan.
@@ -110,43 +127,14 @@ def only_arms(jobs: Iterable[Job], arms: Collection[str]) -> list[Job]:
     for arm in arms:
         if arm not in known:
             raise ValueError(f"there is no arm {arm!r} in this plan; there are: {'; '.join(sorted(known))}")
-    cells = [job for job in jobs if isinstance(job, Cell) and job.arm in arms]
-    needed = {Base(cell.base, tokens) for cell in cells for tokens in (1, cell.pooled_tokens)}
-    return [job for job in jobs if job in (needed if isinstance(job, Base) else cells)]
+    return with_needs(jobs, {job for job in jobs if isinstance(job, Cell) and job.arm in arms}, settings)
 
 
-def seconds(job: Job, settings: Settings) -> float:
-    """What a job was seen to take on one slow core."""
-    if isinstance(job, Base):
-        if job.pooled_tokens > 1:
-            steps = settings.pooled_steps
-            return _AROUND_BASE + steps * _LANGUAGE_STEP * (1 + _PER_IMAGE_TOKEN / 3 * job.pooled_tokens)
-        if job.base == 0:
-            return 0.0
-        return _AROUND_BASE + settings.contrastive_steps * _CONTRASTIVE_STEP + settings.language_steps * _LANGUAGE_STEP
-    steps = 0 if job.arm == BASE else settings.steps
-    return _AROUND + steps * _STEP * (settings.batch_size / 32) * (1 + _PER_IMAGE_TOKEN * (job.pooled_tokens - 1))
-
-
-def describe(jobs: Iterable[Job], settings: Settings, workers: int) -> str:
-    """How many runs of each kind, and how long they take."""
-    lines, total = [], 0.0
-    jobs = list(jobs)
-    groups: dict[tuple[str, int], list[Job]] = {}
-    for job in jobs:
-        kind = "base checkpoints" if isinstance(job, Base) else f"{job.split} runs"
-        groups.setdefault((kind, job.pooled_tokens), []).append(job)
-    for (kind, pooled_tokens), members in groups.items():
-        took = sum(seconds(job, settings) for job in members)
-        total += took
-        arms = len({job.arm for job in members if isinstance(job, Cell)})
-        of_arms = f" of {arms} arms" if arms else ""
-        lines.append(
-            f"{len(members):4d} {kind}{of_arms}, {pooled_tokens} token(s) an image: {took / 60:.0f} core minutes"
-        )
-    runs = sum(isinstance(job, Cell) for job in jobs)
-    lines.append(
-        f"{runs:4d} runs and {len(jobs) - runs} base checkpoints in all: {total / 60:.0f} core minutes, "
-        f"about {total / 60 / workers:.0f} minutes with {workers} worker(s)"
-    )
-    return "\n".join(lines)
+def with_needs(jobs: Iterable[Job], cells: Collection[Cell], settings: Settings) -> list[Job]:
+    """Those of the jobs that are these runs, or are needed for them."""
+    found: set[Job] = set()
+    wanted: set[Job] = set(cells)
+    while wanted:
+        found |= wanted
+        wanted = {needed for job in wanted if (needed := needs(job, settings)) is not None} - found
+    return [job for job in jobs if job in found]

@@ -20,12 +20,33 @@ ATTENTION_CHANGES = (
     "attention, scalar zero gate",
 )
 BASE, PROJECTOR = "base", "projector only"
-LORA_QV, LORA_ALL, PROJECTOR_LORA = "LoRA on q, v", "LoRA on all linears", "projector + LoRA on all linears"
+LORA_QV, PROJECTOR_LORA = "LoRA on q, v", "projector + LoRA on all linears"
+TWO_STEPS = variants.TWO_STEPS
 
-#: Parameters of ``attention`` and ``modulation`` on this base model; LoRA gets the rank that comes nearest.
+#: A: parameters of ``attention`` and ``modulation`` on this base model; LoRA gets the rank that comes nearest to a
+#: multiple of it.
 ADAPTER_SIZE = 43_680
+#: Of LoRA alone.
+MULTIPLES = (1, 2, 3)
 
 CONSTANT_INSTRUCTION = "what is there ?"
+#: What an adapter is told if the turns of a prompt can't be told apart.
+WITH_ROLES = "USER: {question} ASSISTANT:"
+
+
+def lora(multiple: int = 1) -> str:
+    """LoRA of a multiple of the adapter's size."""
+    return "LoRA on all linears" + (f", {multiple}A" if multiple > 1 else "")
+
+
+def joint(fusion: str, multiple: int = 1) -> str:
+    """The adapter and LoRA of a multiple of its size, trained together."""
+    return f"{fusion} + {lora(multiple)}"
+
+
+def practice(fusion: str) -> list[str]:
+    """What is compared at every pooling, beside the base model."""
+    return [*(lora(multiple) for multiple in MULTIPLES), fusion, joint(fusion), joint(fusion, 2)]
 
 
 def with_projector(fusion: str) -> str:
@@ -48,9 +69,14 @@ def llm_embeddings(fusion: str) -> str:
     return f"{fusion}, instructions by the LLM's embeddings"
 
 
+def with_roles(arm: str) -> str:
+    return f"{arm}, with role words"
+
+
 def controls(fusion: str) -> tuple[str, ...]:
     """Arms that are trained like the adapter and don't know the question before the language model."""
-    return (PROJECTOR, LORA_QV, LORA_ALL, PROJECTOR_LORA, shuffled(fusion), constant(fusion))
+    loras = [lora(multiple) for multiple in MULTIPLES]
+    return (PROJECTOR, LORA_QV, *loras, PROJECTOR_LORA, shuffled(fusion), constant(fusion))
 
 
 def builders(text_tower: Path, untrained_tower: Path) -> dict[str, Builder]:
@@ -60,33 +86,31 @@ def builders(text_tower: Path, untrained_tower: Path) -> dict[str, Builder]:
     found: dict[str, Builder] = {
         BASE: arms.base,
         PROJECTOR: arms.projector_only,
-        LORA_QV: _lora(arms.QUERIES_AND_VALUES),
-        LORA_ALL: _lora(arms.ALL_LINEAR_LAYERS),
-        PROJECTOR_LORA: _lora(arms.ALL_LINEAR_LAYERS, projector=True),
+        LORA_QV: _lora(layers=arms.QUERIES_AND_VALUES),
+        PROJECTOR_LORA: _lora(projector=True),
+        TWO_STEPS: arms.instructed(arms.emma(TWO_STEPS, tower, inner_dim=variants.TWO_STEPS_WIDTH)),
     }
+    for multiple in MULTIPLES:
+        found[lora(multiple)] = _lora(multiple)
     for fusion in (*FUSIONS, *LINEAR_PARTS, *ATTENTION_CHANGES):
-        found[fusion] = _naming(arms.emma(fusion, tower))
+        found[fusion] = arms.instructed(arms.emma(fusion, tower))
     for fusion in FUSIONS:
-        found[with_projector(fusion)] = _naming(arms.emma(fusion, tower, projector=True))
-        found[shuffled(fusion)] = arms.shuffled(arms.emma(fusion, tower))
-        found[constant(fusion)] = arms.constant(arms.emma(fusion, tower), CONSTANT_INSTRUCTION)
-        found[random_tower(fusion)] = _naming(arms.emma(fusion, str(untrained_tower)))
-        found[llm_embeddings(fusion)] = _naming(arms.emma(fusion, "llm"))
+        adapter, by_llm = arms.emma(fusion, tower), arms.emma(fusion, "llm")
+        for multiple in MULTIPLES:
+            found[joint(fusion, multiple)] = arms.instructed(arms.together(adapter, _lora(multiple)))
+        found[with_projector(fusion)] = arms.instructed(arms.emma(fusion, tower, projector=True))
+        found[shuffled(fusion)] = arms.shuffled(adapter)
+        found[constant(fusion)] = arms.instructed(adapter, CONSTANT_INSTRUCTION)
+        found[random_tower(fusion)] = arms.instructed(arms.emma(fusion, str(untrained_tower)))
+        found[llm_embeddings(fusion)] = arms.instructed(by_llm)
+        found[with_roles(fusion)] = arms.instructed(adapter, WITH_ROLES)
+        found[with_roles(llm_embeddings(fusion))] = arms.instructed(by_llm, WITH_ROLES)
     return found
 
 
-def _lora(layers: str, *, projector: bool = False) -> Builder:
+def _lora(multiple: int = 1, *, layers: str = arms.ALL_LINEAR_LAYERS, projector: bool = False) -> Builder:
     def build(model: PooledLlava, processor: LlavaProcessor) -> Arm:
-        rank = arms.lora_of_size(model, ADAPTER_SIZE, layers)
+        rank = arms.lora_of_size(model, multiple * ADAPTER_SIZE, layers)
         return arms.lora(rank, layers, projector=projector)(model, processor)
-
-    return build
-
-
-def _naming(builder: Builder) -> Builder:
-    def build(model: PooledLlava, processor: LlavaProcessor) -> Arm:
-        arm = builder(model, processor)
-        arm.names_instruction = True
-        return arm
 
     return build

@@ -12,13 +12,14 @@ from pathlib import Path
 import click
 import numpy as np
 
-from .plan import RATES, Cell, Settings
+from .plan import RATES, Cell
+from .settings import Settings
 
 
 @dataclass(frozen=True)
 class Record:
     arm: str
-    pooled_tokens: int
+    pooling: str
     base: int
     seed: int
     split: str
@@ -40,7 +41,7 @@ class Record:
 
     @property
     def cell(self) -> Cell:
-        return Cell(self.arm, self.pooled_tokens, self.base, self.seed, self.split, self.rate)  # type: ignore[arg-type]
+        return Cell(self.arm, self.pooling, self.base, self.seed, self.split, self.rate)  # type: ignore[arg-type]
 
 
 def pack(right: np.ndarray) -> str:
@@ -92,12 +93,12 @@ def of_settings(records: Iterable[Record], settings: Settings) -> list[Record]:
     return [record for record in records if record.settings == asdict(settings)]
 
 
-def best_rate(records: Iterable[Record], arm: str, pooled_tokens: int) -> float | None:
+def best_rate(records: Iterable[Record], arm: str, pooling: str) -> float | None:
     """The best on the validation split; None while not all have been tried."""
     found = {
         record.rate: record.mean
         for record in records
-        if (record.arm, record.pooled_tokens, record.split) == (arm, pooled_tokens, "validation")
+        if (record.arm, record.pooling, record.split) == (arm, pooling, "validation")
     }
     return None if set(RATES) - set(found) else max(RATES, key=lambda rate: found[rate])
 

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 import click
 import numpy as np
 
+from ..pooled_llava import POOLINGS
 from ..runs import ask_for_pairs, ask_for_test
 from . import recipes
-from .plan import Settings
 from .records import Record, unpack
+from .settings import Settings
 from .statistics import Clusters, Estimate, mean_over_types
 from .worker import fingerprint
 
@@ -24,7 +25,7 @@ class ArmResult:
     """All runs of one arm at one pooling."""
 
     arm: str
-    pooled_tokens: int
+    pooling: str
     runs: int
     parameters: int
     seconds: float
@@ -61,9 +62,9 @@ class Results:
                 "there are records of other questions than this version of the benchmark asks; remove the results "
                 "file, and start again"
             )
-        members: dict[tuple[str, int], list[Record]] = {}
+        members: dict[tuple[str, str], list[Record]] = {}
         for record in tested:
-            members.setdefault((record.arm, record.pooled_tokens), []).append(record)
+            members.setdefault((record.arm, record.pooling), []).append(record)
         self.arms = {key: self._arm(found) for key, found in members.items()}
 
     def _arm(self, found: list[Record]) -> ArmResult:
@@ -76,7 +77,7 @@ class Results:
         first = found[0]
         return ArmResult(
             first.arm,
-            first.pooled_tokens,
+            first.pooling,
             len(found),
             first.parameters,
             float(np.median([record.cpu_seconds for record in found])),
@@ -86,16 +87,16 @@ class Results:
             {base: np.mean(runs, axis=0) for base, runs in pairs_right.items()},
         )
 
-    def get(self, arm: str, pooled_tokens: int = 1) -> ArmResult | None:
-        return self.arms.get((arm, pooled_tokens))
+    def get(self, arm: str, pooling: str = "1") -> ArmResult | None:
+        return self.arms.get((arm, pooling))
 
-    def found(self, arms: Iterable[str], pooled_tokens: int = 1) -> list[ArmResult]:
+    def found(self, arms: Iterable[str], pooling: str = "1") -> list[ArmResult]:
         """Those of them that were run."""
-        return [found for arm in arms if (found := self.get(arm, pooled_tokens)) is not None]
+        return [found for arm in arms if (found := self.get(arm, pooling)) is not None]
 
     @property
-    def poolings(self) -> list[int]:
-        return sorted({pooled_tokens for _, pooled_tokens in self.arms})
+    def poolings(self) -> list[str]:
+        return [pooling for pooling in POOLINGS if any(pooling == own for _, own in self.arms)]
 
     def mean(self, arm: ArmResult) -> Estimate:
         return mean_over_types(_over_bases(arm.right), self.questions)
@@ -103,8 +104,10 @@ class Results:
     def mean_of_base(self, arm: ArmResult, base: int) -> float:
         return self._share(arm.right[base])
 
-    def mean_of_type(self, arm: ArmResult, type: str) -> float:
-        return float(_over_bases(arm.right)[self._types == type].mean())
+    def mean_of_type(self, arm: ArmResult, type: str | None) -> float:
+        """Over question types if it is None."""
+        right = _over_bases(arm.right)
+        return self._share(right) if type is None else float(right[self._types == type].mean())
 
     def pair_accuracy(self, arm: ArmResult) -> Estimate:
         return mean_over_types(_over_bases(arm.pairs_right), self.pairs)
@@ -122,7 +125,7 @@ class Results:
         """Those of the arm's pooling that have no more parameters than it, or than the adapter of the regime if the
         arm is smaller. Shuffled and constant instructions are of ``fusion``."""
         limit = _SAME_SIZE * max(arm.parameters, recipes.ADAPTER_SIZE)
-        found = self.found(recipes.controls(self.fusion), arm.pooled_tokens)
+        found = self.found(recipes.controls(self.fusion), arm.pooling)
         return [control for control in found if control.parameters <= limit]
 
     def best_control(self, arm: ArmResult) -> ArmResult | None:

@@ -10,8 +10,10 @@ import click
 from tqdm import tqdm
 
 from . import bases, records, worker
-from .plan import Base, Cell, Job, Settings, seconds
+from .duration import seconds
+from .plan import Cell, Job, Towers, needs, with_needs
 from .records import Record
+from .settings import Settings
 
 
 class Sweep:
@@ -21,10 +23,11 @@ class Sweep:
         self.settings, self.results, self.work = settings, results, work
         self._records = records.of_settings(records.read(results), settings)
         self._finished = {record.cell for record in self._records}
-        self.pending = [job for job in jobs if not self.is_done(job)]
+        cells = {job for job in jobs if isinstance(job, Cell) and not self.is_done(job)}
+        self.pending = [job for job in with_needs(jobs, cells, settings) if not self.is_done(job)]
 
     def is_done(self, job: Job) -> bool:
-        if isinstance(job, Base):
+        if not isinstance(job, Cell):
             return bases.is_made(job, self.settings, self.work)
         resolved = self._resolved(job)
         return resolved is not None and resolved in self._finished
@@ -64,19 +67,17 @@ class Sweep:
         return None
 
     def _is_ready(self, job: Job) -> bool:
-        single = Base(job.base, 1)
-        if isinstance(job, Base):
-            return job == single or self.is_done(single)
-        own = Base(job.base, job.pooled_tokens)
-        return self._resolved(job) is not None and self.is_done(single) and self.is_done(own)
+        needed = needs(job, self.settings)
+        waits = isinstance(job, Cell) and self._resolved(job) is None
+        return not waits and (needed is None or self.is_done(needed))
 
     def _resolved(self, job: Job) -> Cell | None:
         """The run with its rate; None if that isn't known yet, or it is no run."""
-        if isinstance(job, Base):
+        if not isinstance(job, Cell):
             return None
         if job.rate is not None:
             return job
-        rate = records.best_rate(self._records, job.arm, job.pooled_tokens)
+        rate = records.best_rate(self._records, job.arm, job.pooling)
         return None if rate is None else job._replace(rate=rate)
 
     def _finish(self, job: Job, future: Future[Record | None]) -> None:
@@ -94,6 +95,7 @@ class Sweep:
 
 
 def _name(job: Job) -> str:
-    if isinstance(job, Base):
-        return f"base {job.base}, {job.pooled_tokens} token(s)"
-    return f"{job.arm}, {job.pooled_tokens} token(s), base {job.base}, seed {job.seed}, {job.split}"
+    if isinstance(job, Towers):
+        return f"towers {job.base}"
+    base = f"base {job.base}, pooled to {job.pooling}"
+    return f"{job.arm}, {base}, seed {job.seed}, {job.split}" if isinstance(job, Cell) else base

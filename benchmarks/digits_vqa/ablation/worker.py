@@ -23,8 +23,9 @@ from ..runs import Data, QuestionSet, answer, make_data, train
 from ..vlm import BASE_DIR
 from . import bases, recipes
 from .features import CachedData, cache_features, use_cached_features, with_placeholders
-from .plan import Base, Cell, Settings
+from .plan import Base, Cell, Job, Towers
 from .records import Record, at_edge, pack
+from .settings import Settings
 
 
 def start_process(log: Path) -> None:
@@ -43,20 +44,20 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def execute(job: Base | Cell, settings: Settings, work: Path) -> Record | None:
+def execute(job: Job, settings: Settings, work: Path) -> Record | None:
     """Make a checkpoint, or train and test an arm whose rate is known."""
-    if isinstance(job, Base):
-        bases.make(job, settings, work)
-        return None
-    return _run(job, settings, work)
+    if isinstance(job, Cell):
+        return _run(job, settings, work)
+    bases.make(job, settings, work)
+    return None
 
 
 def _run(cell: Cell, settings: Settings, work: Path) -> Record:
     assert cell.rate is not None
-    folder = bases.folder(Base(cell.base, cell.pooled_tokens), settings, work)
+    folder = bases.folder(Base(cell.base, cell.pooling), settings, work)
     untrained = bases.untrained_text_tower(cell.seed, work)
     cached = _cached(cell.base, cell.split, settings, work)
-    data = with_placeholders(cached.data, cell.pooled_tokens)
+    data = with_placeholders(cached.data, cell.pooling)
     processor = _processor(folder)
     torch.manual_seed(cell.seed)
     model = use_cached_features(arms.load_base(folder), cached)
@@ -111,5 +112,4 @@ def _data(split: str, settings: Settings) -> Data:
 
 @cache
 def _cached(base: int, split: str, settings: Settings, work: Path) -> CachedData:
-    # Whatever it pools to, a base checkpoint has the towers of the one that pools to one token.
-    return cache_features(arms.load_base(bases.folder(Base(base, 1), settings, work)), _data(split, settings))
+    return cache_features(arms.load_base(bases.folder(Towers(base), settings, work)), _data(split, settings))
