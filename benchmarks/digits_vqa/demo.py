@@ -2,7 +2,8 @@
 
 Loads the small LLaVA that ships with the repository, patches it, fine-tunes the adapter alone, and compares it
 on unseen handwriting with the base model, with an adapter that is told the wrong instructions, and with LoRA of the
-same size. Saves the adapter, loads it into a fresh model, and draws what changed.
+same size; then both together with LoRA of their total size. Saves the adapter, loads it into a fresh model, and draws
+what changed.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from .vlm import BASE_DIR, TEXT_TOWER_DIR
 @click.option("--fusion", type=click.Choice(sorted(arms.LEARNING_RATES)), default="modulation", show_default=True)
 @click.option("--instruction-encoder", default=str(TEXT_TOWER_DIR), help='A text tower, or "llm".')
 @click.option("--steps", default=700, show_default=True, help="Training steps of each arm.")
-@click.option("--batch-size", default=64, show_default=True)
+@click.option("--batch-size", default=32, show_default=True)
 @click.option("--train-scenes", default=12_000, show_default=True)
 @click.option("--test-scenes", default=500, show_default=True)
 @click.option("--seed", default=0, show_default=True)
@@ -69,7 +70,12 @@ def main(
     adapter = get_adapter(trained.model)
     click.echo(repr(adapter))
     compare(arms.shuffled(emma))
-    compare(arms.lora(arms.lora_of_size(arms.load_base(), trained.num_parameters)))
+    of_its_size, of_both_sizes = (
+        arms.lora(arms.lora_of_size(arms.load_base(), multiple * trained.num_parameters)) for multiple in (1, 2)
+    )
+    compare(of_its_size)
+    compare(arms.together(emma, of_its_size))
+    compare(of_both_sizes)
 
     adapter.save_pretrained(output / "adapter")
     fresh = arms.load_base()

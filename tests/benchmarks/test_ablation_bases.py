@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -10,9 +11,12 @@ from click.testing import CliRunner
 
 from benchmarks.digits_unified import training
 from benchmarks.digits_vqa import arms, language, pretrain
-from benchmarks.digits_vqa.ablation import bases, ceiling, recipes, trained_out
-from benchmarks.digits_vqa.ablation.plan import Base, Cell, Towers
+from benchmarks.digits_vqa.ablation import bases, ceiling, recipes, records, trained_out
+from benchmarks.digits_vqa.ablation.plan import RATES, TUNING_SEED, Base, Cell, Towers, practice_plan, with_needs
+from benchmarks.digits_vqa.ablation.results import Results
 from benchmarks.digits_vqa.ablation.settings import ShortBases, TrainedOutBases
+from benchmarks.digits_vqa.ablation.sweep import Sweep
+from benchmarks.digits_vqa.ablation.table import practice_markdown
 from benchmarks.digits_vqa.ablation.worker import execute
 from benchmarks.digits_vqa.questions import QUESTION_TYPES
 from benchmarks.digits_vqa.vlm import BASE_DIR
@@ -118,6 +122,21 @@ def test_a_base_checkpoint_says_how_it_was_trained_and_can_be_run(tmp_path):
     both = recipes.joint("modulation")
     record = execute(Cell(both, pooling, 0, 0, "test", 5e-3), TINY, tmp_path)
     assert record.parameters == 2 * recipes.ADAPTER_SIZE + 96
+
+
+def test_a_study_makes_its_bases_chooses_rates_and_is_then_done(tmp_path):
+    arms_wanted = (recipes.BASE, recipes.lora(2), recipes.joint("modulation"))
+    cells = [job for job in practice_plan("modulation") if isinstance(job, Cell) and job.arm in arms_wanted]
+    some = {cell for cell in cells if (cell.pooling, cell.base) == ("4", 0) and cell.seed in (0, TUNING_SEED)}
+    jobs = with_needs(practice_plan("modulation"), some, TINY)
+    assert jobs[:2] == [Towers(0), Base(0, "4")] and len(jobs) == 2 + 2 * (len(RATES) + 1) + 1
+    results = tmp_path / "results.jsonl"
+    with ThreadPoolExecutor(1) as executor:
+        Sweep(jobs, TINY, results, tmp_path / "work").run(executor, 1)
+    assert Sweep(jobs, TINY, results, tmp_path / "work").pending == []
+    found = Results(records.read(results), TINY, "modulation")
+    assert {arm for arm, pooling in found.arms if pooling == "4"} == set(arms_wanted)
+    assert "| 4 |" in practice_markdown(found)
 
 
 def test_other_bases_have_towers_of_their_own(tmp_path):

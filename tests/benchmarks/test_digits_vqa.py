@@ -132,10 +132,12 @@ def test_demo_tells_the_whole_story(tmp_path):
     assert "the same answers" in result.output
     table = (tmp_path / "table.md").read_text()
     assert table in result.output
-    for part in (*QUESTION_TYPES, "base", "EMMA, modulation", "shuffled instructions", "LoRA", "pairs"):
+    for part in (*QUESTION_TYPES, "base", "EMMA, modulation", "shuffled instructions", "LoRA", "and LoRA", "pairs"):
         assert part in table
     records = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    assert [record["steps"] for record in records] == [0, 2, 2, 2]
+    assert [record["steps"] for record in records] == [0, 2, 2, 2, 2, 2]
+    both, lora = (record["parameters"] for record in records[-2:])
+    assert both == records[1]["parameters"] + records[3]["parameters"] == pytest.approx(lora, rel=0.05)
     for name in ("answers.png", "maps.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()

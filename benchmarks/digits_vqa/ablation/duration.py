@@ -6,14 +6,17 @@ from collections.abc import Iterable
 
 from ..pooled_llava import POOLINGS
 from .plan import Base, Cell, Job, Towers
-from .recipes import BASE
+from .recipes import BASE, FUSIONS, MULTIPLES, joint
 from .settings import Settings, ShortBases, TrainedOutBases
 
-#: Seconds on one slow core: a step of a run, what surrounds it, and by what factor the tokens of an image slow it.
-_STEP, _AROUND, _PER_IMAGE_TOKEN = 0.040, 6.0, 0.04
+#: Seconds on one slow core: a step of a run, and what surrounds it; what slows a step: each token of an image, each
+#: layer of the language model beyond two, and two kinds of parameters to train.
+_STEP, _AROUND, _PER_IMAGE_TOKEN, _PER_LAYER, _JOINT = 0.028, 6.0, 0.042, 0.25, 1.45
 #: Of a base checkpoint: a step of the towers, a step for each layer of the language model and what a token of the image
 #: adds to that, and what surrounds it.
 _CONTRASTIVE_STEP, _LAYER_STEP, _LAYER_STEP_PER_IMAGE_TOKEN, _AROUND_BASE = 0.43, 0.059, 0.0012, 40.0
+
+_JOINT_ARMS = {joint(fusion, multiple) for fusion in FUSIONS for multiple in MULTIPLES}
 
 
 def seconds(job: Job, settings: Settings) -> float:
@@ -25,9 +28,11 @@ def seconds(job: Job, settings: Settings) -> float:
         return _AROUND_BASE + _base_steps(job, settings) * _layers(settings) * (
             _LAYER_STEP + _LAYER_STEP_PER_IMAGE_TOKEN * tokens
         )
-    steps = 0 if job.arm == BASE else settings.steps
-    layers = _layers(settings) / 2
-    return _AROUND + steps * _STEP * layers * (settings.batch_size / 32) * (1 + _PER_IMAGE_TOKEN * (tokens - 1))
+    if job.arm == BASE:
+        return _AROUND
+    step = _STEP * (settings.batch_size / 32) * (1 + _PER_IMAGE_TOKEN * (tokens - 1))
+    step *= 1 + _PER_LAYER * (_layers(settings) - 2)
+    return _AROUND + settings.steps * step * (_JOINT if job.arm in _JOINT_ARMS else 1)
 
 
 def _base_steps(base: Base, settings: Settings) -> int:
