@@ -55,13 +55,17 @@ def emma(
     fusion: str, instruction_encoder: str = str(TEXT_TOWER_DIR), *, projector: bool = False, **changes: Any
 ) -> Builder:
     """The adapter alone is trained, or the projector with it."""
+    return adapter(EmmaConfig(fusion=fusion, instruction_encoder=instruction_encoder, **changes), projector=projector)
+
+
+def adapter(config: EmmaConfig, *, projector: bool = False) -> Builder:
+    """An adapter of this config alone is trained, or the projector with it."""
 
     def build(model: PooledLlava, processor: LlavaProcessor) -> Arm:
-        config = EmmaConfig(fusion=fusion, instruction_encoder=instruction_encoder, **changes)
         patch_model(model, config, processor=processor).train_only(projector=projector)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        name = f"EMMA, {fusion}" + (", and projector" if projector else "")
-        return Arm(name, model, trained, LEARNING_RATES.get(fusion, 6e-3))
+        name = f"EMMA, {config.fusion}" + (", and projector" if projector else "")
+        return Arm(name, model, trained, LEARNING_RATES.get(config.fusion, 6e-3))
 
     return build
 

@@ -33,12 +33,15 @@ from benchmarks.digits_vqa.pooled_llava import POOLINGS, PooledLlava, PooledProj
 from benchmarks.digits_vqa.runs import answer, make_batch, make_data, train
 from benchmarks.digits_vqa.vlm import BASE_DIR, TEXT_TOWER_DIR, llava_config
 from emma_adapter import get_adapter
+from emma_adapter.models import families
 
 TINY = ShortBases(steps=2, batch_size=4, train_scenes=12, test_scenes=8)
 
 
 @pytest.fixture(autouse=True)
-def _variants(registry):
+def _registered(registry, monkeypatch):
+    # The arms make the base model's family known, which shall go again.
+    monkeypatch.setattr(families, "_FAMILIES", dict(families._FAMILIES))
     variants.register()
 
 
@@ -272,6 +275,18 @@ def test_whatever_the_pooling_the_adapter_sees_all_patches(pooling, processor, d
     assert seen == [(3, 16, 96)]
 
 
+@pytest.mark.parametrize("name", [recipes.behind_projector("modulation"), recipes.MODA])
+@pytest.mark.parametrize("pooling", ["1", "4", "16"])
+def test_behind_the_projector_the_adapter_sees_what_the_language_model_sees(name, pooling, processor, data):
+    cached = cache_features(arms.load_base(), data)
+    model = use_cached_features(PooledLlava(llava_config(pooling, language_layers=1)).eval(), cached)
+    arm = recipes.builders(TEXT_TOWER_DIR, TEXT_TOWER_DIR)[name](model, processor)
+    seen = []
+    get_adapter(model).alignment.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
+    answer(arm, with_placeholders(cached.data, pooling).test, processor)
+    assert {shape[1:] for shape in seen} == {(POOLINGS[pooling].tokens, 96)}
+
+
 # ------------------------------------------------------------------------------------------ arms
 
 
@@ -290,6 +305,8 @@ def test_arms_of_equal_size(layers, processor):
         assert size(recipes.lora(multiple)) == pytest.approx(multiple * adapter, rel=0.01)
         assert size(recipes.joint("modulation", multiple)) == adapter + size(recipes.lora(multiple))
     assert size(recipes.TWO_STEPS) == pytest.approx(adapter, rel=0.02)
+    assert size(recipes.behind_projector("modulation")) == pytest.approx(adapter, rel=0.05)
+    assert size(recipes.MODA) == pytest.approx(2 * adapter, rel=0.15)
     with_projector = size("projector + modulation")
     assert with_projector == adapter + size(recipes.PROJECTOR)
     assert size(recipes.PROJECTOR_LORA) == pytest.approx(with_projector, rel=0.01)

@@ -66,6 +66,8 @@ def practice_plan(fusion: str) -> list[Job]:
     jobs += _stage(roles, "2")
     for pooling in ("4, pixel shuffle", "1, averaged before projecting"):
         jobs += _stage(main, pooling, with_base=True)
+    for pooling in ("1", "4"):
+        jobs += _stage([recipes.behind_projector(fusion), recipes.MODA], pooling)
     return list(dict.fromkeys(jobs))
 
 

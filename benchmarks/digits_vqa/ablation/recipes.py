@@ -6,10 +6,12 @@ from pathlib import Path
 
 from transformers import LlavaProcessor
 
+from emma_adapter import EmmaConfig
+
 from .. import arms
 from ..arms import Arm, Builder
 from ..pooled_llava import PooledLlava
-from . import variants
+from . import pooled_family, variants
 
 FUSIONS = ("linear", "attention", "modulation")
 LINEAR_PARTS = ("linear, instruction projection only", "linear, alignment only")
@@ -22,6 +24,8 @@ ATTENTION_CHANGES = (
 BASE, PROJECTOR = "base", "projector only"
 LORA_QV, PROJECTOR_LORA = "LoRA on q, v", "projector + LoRA on all linears"
 TWO_STEPS = variants.TWO_STEPS
+#: MoDA's decoder has 2A parameters with one layer; with two, as its authors have it, more than any control here.
+MODA = "MoDA, one layer"
 
 #: A: parameters of ``attention`` and ``modulation`` on this base model; LoRA gets the rank that comes nearest to a
 #: multiple of it.
@@ -69,6 +73,10 @@ def llm_embeddings(fusion: str) -> str:
     return f"{fusion}, instructions by the LLM's embeddings"
 
 
+def behind_projector(fusion: str) -> str:
+    return f"{fusion}, behind the projector"
+
+
 def with_roles(arm: str) -> str:
     return f"{arm}, with role words"
 
@@ -80,8 +88,9 @@ def controls(fusion: str) -> tuple[str, ...]:
 
 
 def builders(text_tower: Path, untrained_tower: Path) -> dict[str, Builder]:
-    """All arms there are. Registers the variants of the fusions."""
+    """All arms there are. Registers the variants of the fusions, and what is special about the base model."""
     variants.register()
+    pooled_family.register()
     tower = str(text_tower)
     found: dict[str, Builder] = {
         BASE: arms.base,
@@ -90,6 +99,8 @@ def builders(text_tower: Path, untrained_tower: Path) -> dict[str, Builder]:
         PROJECTOR_LORA: _lora(projector=True),
         TWO_STEPS: arms.instructed(arms.emma(TWO_STEPS, tower, inner_dim=variants.TWO_STEPS_WIDTH)),
     }
+    moda = EmmaConfig.moda(inner_dim=64, num_heads=8, fusion_options={"num_layers": 1})
+    found[MODA] = arms.instructed(arms.adapter(moda))
     for multiple in MULTIPLES:
         found[lora(multiple)] = _lora(multiple)
     for fusion in (*FUSIONS, *LINEAR_PARTS, *ATTENTION_CHANGES):
@@ -99,6 +110,7 @@ def builders(text_tower: Path, untrained_tower: Path) -> dict[str, Builder]:
         for multiple in MULTIPLES:
             found[joint(fusion, multiple)] = arms.instructed(arms.together(adapter, _lora(multiple)))
         found[with_projector(fusion)] = arms.instructed(arms.emma(fusion, tower, projector=True))
+        found[behind_projector(fusion)] = arms.instructed(arms.emma(fusion, tower, place="after_projector"))
         found[shuffled(fusion)] = arms.shuffled(adapter)
         found[constant(fusion)] = arms.instructed(adapter, CONSTANT_INSTRUCTION)
         found[random_tower(fusion)] = arms.instructed(arms.emma(fusion, str(untrained_tower)))

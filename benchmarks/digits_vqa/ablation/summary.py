@@ -79,6 +79,7 @@ def arms_table(results: Results) -> str:
     fusion = results.fusion
     names = [recipes.BASE, *recipes.controls(fusion), recipes.random_tower(fusion), recipes.llm_embeddings(fusion)]
     names += [other for other in recipes.FUSIONS if other != fusion] + [fusion, recipes.TWO_STEPS]
+    names += [recipes.behind_projector(fusion), recipes.MODA]
     names += [recipes.with_projector(other) for other in recipes.FUSIONS if other != fusion]
     names += [recipes.with_projector(fusion), *(recipes.joint(fusion, multiple) for multiple in recipes.MULTIPLES)]
     rows = []

@@ -24,6 +24,7 @@ def sections(fusion: str) -> dict[str, list[str]]:
     """All arms, in the order of table and figure."""
     by_llm = recipes.llm_embeddings(fusion)
     adapters = [*recipes.FUSIONS, recipes.TWO_STEPS, recipes.with_roles(fusion), by_llm, recipes.with_roles(by_llm)]
+    adapters += [recipes.behind_projector(fusion), recipes.MODA]
     return {
         "controls": [recipes.BASE, *recipes.controls(fusion)],
         "adapter only": [*adapters, recipes.random_tower(fusion)],
