@@ -62,20 +62,18 @@ def _draw_poolings(axis: Any, results: Results) -> None:
         if not found:
             continue
         estimates = [results.mean(arm) for _, arm in found]
-        axis.errorbar(
-            # Beside one another: most intervals overlap.
-            [poolings.index(pooling) + 0.05 * (number - 3) for pooling, _ in found],
-            [100 * estimate.value for estimate in estimates],
-            yerr=[
-                [100 * (estimate.value - estimate.low) for estimate in estimates],
-                [100 * (estimate.high - estimate.value) for estimate in estimates],
-            ],
-            marker="o",
-            capsize=3,
-            color=colour,
-            linestyle="--" if name == recipes.BASE else "-",
-            label=name,
-        )
+        # Beside one another: most intervals overlap.
+        places = [poolings.index(pooling) + 0.05 * (number - 3) for pooling, _ in found]
+        means = [100 * estimate.value for estimate in estimates]
+        bars = [
+            [100 * (estimate.value - estimate.low) for estimate in estimates],
+            [100 * (estimate.high - estimate.value) for estimate in estimates],
+        ]
+        axis.errorbar(places, means, yerr=bars, marker="o", capsize=3, color=colour, linestyle="", label=name)
+        # Through the poolings that differ in nothing but the number of tokens.
+        alike = [i for i, (pooling, _) in enumerate(found) if pooling.isdigit()]
+        line = "--" if name == recipes.BASE else "-"
+        axis.plot([places[i] for i in alike], [means[i] for i in alike], color=colour, linestyle=line)
     axis.set_xticks(range(len(poolings)), [pooling.replace(", ", ",\n") for pooling in poolings])
     axis.set_xlabel("tokens an image is pooled to, of 16")
     axis.grid(alpha=0.3)
