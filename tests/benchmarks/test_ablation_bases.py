@@ -52,10 +52,12 @@ def test_training_stops_where_it_no_longer_gets_better():
         return reached.index(True) if True in reached else None
 
     assert stops([1 / number for number in range(1, 50)]) is None
-    # Three evaluations in a row without one per cent over the best; many small steps are one large one.
-    assert stops([1.0, 0.5, 0.499, 0.498, 0.497, 0.1]) == 5
-    assert stops([1.0, 0.995, 0.991, 0.989, 0.985, 0.98, 0.97]) is None
-    assert stops([1.0, 2.0, 2.0, 2.0]) == 4
+    # Three in a row that aren't better by one per cent; many small steps are one large one.
+    assert stops([1.0, 1.0, 1.0, 1.0, 0.1]) == 4
+    assert stops([0.5, 0.4, 0.4, 0.4, 0.4, 0.399, 0.399, 0.399]) == 8
+    assert stops([0.993**number for number in range(50)]) is None
+    # One that is low by chance hides nothing.
+    assert stops([0.5, 0.4, 0.2, 0.3, 0.28, 0.26, 0.24, 0.22]) is None
     assert stops([1 / number for number in range(1, 50)], 4 * trained_out.EVALUATE_EVERY) == 4
 
 
@@ -85,7 +87,8 @@ def test_it_goes_on_where_it_was_interrupted_to_the_same_weights(tmp_path, monke
 
 
 def test_the_rate_falls_from_the_best_point_on(tmp_path, monkeypatch):
-    found = iter([3.0, 1.0, 2.0, 2.0, 2.0, 9.0])
+    curve = [3.0, 1.0, *[2.0] * 6]
+    found = iter([*curve, 9.0])
     ask = language.loss
 
     def loss(*arguments):
@@ -96,8 +99,8 @@ def test_the_rate_falls_from_the_best_point_on(tmp_path, monkeypatch):
     monkeypatch.setattr(trained_out, "WARM_UP", 1)
     model, told = trained(tmp_path, budget=100)
     assert told["stopped"] == "no improvement"
-    assert (told["best_step"], told["steps_at_constant_rate"]) == (4, 10)
-    assert told["validation_losses"] == {"2": 3.0, "4": 1.0, "6": 2.0, "8": 2.0, "10": 2.0}
+    assert (told["best_step"], told["steps_at_constant_rate"]) == (4, 16)
+    assert told["validation_losses"] == {str(2 * number): loss for number, loss in enumerate(curve, start=1)}
     assert told["validation_loss"] == 9.0
     best, last = (torch.load(tmp_path / name)["parameters"] for name in ("best.pt", "constant.pt"))
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
