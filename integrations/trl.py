@@ -38,7 +38,7 @@ def keep_reference(trainer: Any) -> None:
 
     A reference that the trainer has loaded becomes a frozen copy of the model, and shares what isn't trained. Where a
     LoRA is trained, and the reference is the model without it, a frozen copy of the adapter is put on the model under
-    the name ``"reference"``, and used while the LoRA is off; ``adapter.remove("reference")`` takes it off.
+    the name ``"reference"``, and used while the LoRA is off; ``adapter.delete_adapter("reference")`` takes it off.
     A trainer that has no reference, as GRPO's with ``beta=0``, and one that was given a patched one, stay as they are.
 
     Args:

@@ -107,7 +107,7 @@ def main(
             continue
         with _explained(), arms.adapter(model, processor, arm, instruction_encoder) as handle:
             values: dict[str, Any] = {"parameters": train(model), "accuracy": accuracy(model, arm)}
-            with handle.disabled():
+            with handle.disable_adapter():
                 values["accuracy_disabled"] = accuracy(model, f"{arm}, disabled")
             values |= _overheads(model, handle, processor, eval_rows, rounds)
             finish(arm, **values)

@@ -59,7 +59,7 @@ class Served:
         """The probes whose answers are no longer those of the beginning, bit for bit: the original model's where the
         adapter is disabled."""
         found = {f"adapter, {number}": self._answer(probe) for number, probe in self.probes.items()}
-        with self.adapter.disabled():
+        with self.adapter.disable_adapter():
             found |= {f"original, {number}": self._answer(probe) for number, probe in self.probes.items()}
         return [name for name, answer in found.items() if not torch.equal(answer, self._expected[name])]
 
@@ -143,7 +143,7 @@ def beams(served: Served, dice: random.Random) -> None:
 
 
 def disabled(served: Served, dice: random.Random) -> None:
-    with torch.no_grad(), served.adapter.disabled():
+    with torch.no_grad(), served.adapter.disable_adapter():
         served.model(**served.inputs(dice))
 
 
@@ -234,9 +234,9 @@ class Workshop:
         """Another adapter comes, answers and goes."""
         inputs = self.served.inputs(dice)
         before = self.answer(self.trained, inputs)
-        self.adapter.add("other", EmmaConfig(fusion="attention")).set_active("other")
+        self.adapter.add_adapter("other", EmmaConfig(fusion="attention")).set_adapter("other")
         self.answer(self.trained, inputs)
-        self.adapter.set_active("default").remove("other")
+        self.adapter.set_adapter("default").delete_adapter("other")
         same(self.answer(self.trained, inputs), before)
 
     def patch(self, dice: random.Random) -> None:

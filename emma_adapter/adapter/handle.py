@@ -48,12 +48,12 @@ class EmmaAdapter:
         return tuple(self._state.adapters)
 
     @property
-    def active(self) -> str:
+    def active_adapter(self) -> str:
         """Name of the adapter that the model's calls go through. ``patch_model`` makes ``"default"``."""
         return self._state.active
 
     @undisturbed()
-    def add(
+    def add_adapter(
         self,
         name: str,
         config: EmmaConfig | None = None,
@@ -61,7 +61,7 @@ class EmmaAdapter:
         processor: Any = None,
         instruction_encoder: str | nn.Module | None = None,
     ) -> EmmaAdapter:
-        """Put another adapter on the model, of its own kind and frozen until ``set_active(name)``.
+        """Put another adapter on the model, of its own kind and frozen until ``set_adapter(name)``.
 
         Args:
             name: letters, digits and underscores.
@@ -76,7 +76,7 @@ class EmmaAdapter:
         return self
 
     @undisturbed()
-    def set_active(self, name: str) -> EmmaAdapter:
+    def set_adapter(self, name: str) -> EmmaAdapter:
         """Have calls go through another of the model's adapters, and the projector trained with it, if one was.
 
         It becomes trainable if the one before was; that one is frozen. Not while a call of the model is running.
@@ -87,7 +87,7 @@ class EmmaAdapter:
         named_adapters.activate(self.model, name)
         return self
 
-    def remove(self, name: str) -> EmmaAdapter:
+    def delete_adapter(self, name: str) -> EmmaAdapter:
         """Take an adapter off again that isn't the active one.
 
         Raises:
@@ -112,8 +112,8 @@ class EmmaAdapter:
         own = self._state.current.own_projectors()
         return own[sites.MAIN_PLACE].projector if own else None
 
-    def disabled(self) -> AbstractContextManager[None]:
-        """``with adapter.disabled(): …`` is the original model, bit for bit, in this thread or asynchronous task."""
+    def disable_adapter(self) -> AbstractContextManager[None]:
+        """In ``with adapter.disable_adapter(): …`` the model is the original, bit for bit, in this thread or task."""
         return self._state.disabled()
 
     def instruction(
@@ -287,6 +287,10 @@ class EmmaAdapter:
         if encoder is not None:
             encoder.clear_cache()
 
+    # The names of earlier releases, for one more.
+    active = active_adapter
+    add, set_active, remove, disabled = add_adapter, set_adapter, delete_adapter, disable_adapter
+
     @property
     def _state(self) -> AdapterState:
         return state_of(self.model)
@@ -295,7 +299,7 @@ class EmmaAdapter:
         own, total = trainable_parameters.count_parameters(self.model)
         config: Any = self.model.config
         info = self.cache_info()
-        names = "" if len(self.names) == 1 else f"active={self.active!r} of {list(self.names)}, "
+        names = "" if len(self.names) == 1 else f"active={self.active_adapter!r} of {list(self.names)}, "
         return (
             f"EmmaAdapter({names}family={config.model_type!r}, fusion={self.config.fusion!r}, "
             f"instruction_encoder={self.config.instruction_encoder!r}, parameters={own:,} "

@@ -123,7 +123,7 @@ def remove(model: nn.Module, name: str) -> None:
     _known(state, name)
     if name == state.active:
         raise PatchError(
-            f"{name!r} is the active adapter: set_active() another one first, or unpatch_model(model) to have none"
+            f"{name!r} is the active adapter: set_adapter() another one first, or unpatch_model(model) to have none"
         )
     for projector in state.adapters[name].sites().values():
         sites.remove(projector, name)
@@ -135,7 +135,8 @@ def remove(model: nn.Module, name: str) -> None:
 def _known(state: AdapterState, name: str) -> AttachedAdapter:
     if not isinstance(name, str) or name not in state.adapters:
         raise PatchError(
-            f"the model has no adapter {name!r}; it has {sorted(state.adapters)}: name one of these, or add() it"
+            f"the model has no adapter {name!r}; it has {sorted(state.adapters)}: name one of these, or add_adapter() "
+            "it first"
         )
     return state.adapters[name]
 

@@ -142,7 +142,7 @@ def take_off_adapters(model: nn.Module, around: Sequence[nn.Module] = ()) -> Non
     if sharding.is_fully_sharded(model):
         raise PatchError(
             "FSDP has sharded the model with the adapter in it, which can't be taken out any more; "
-            "with adapter.disabled(): … is the original model"
+            "with adapter.disable_adapter(): … is the original model"
         )
     trainable_parameters.undo_train_only(model)
     private.expect_whole_saves(model)

@@ -107,7 +107,7 @@ def observe(
     if not entries:
         raise AnalysisError(
             "the adapter saw no visual tokens in this call: pass everything that the processor returns for a prompt "
-            "with an image, outside of adapter.disabled()"
+            "with an image, outside of adapter.disable_adapter()"
         )
     return entries
 

@@ -1,4 +1,4 @@
-"""``with adapter.disabled()`` and ``with adapter.instruction(…)``: what holds in the current thread or task."""
+"""``with adapter.disable_adapter()`` and ``with adapter.instruction(…)``: what holds in the current thread or task."""
 
 from __future__ import annotations
 

@@ -293,7 +293,7 @@ def _new_route(state: AdapterState, visual_tokens: Tensor) -> RoutedInstruction 
     raise InstructionError(
         "visual features were asked for outside of a call that has an instruction. Call model(**inputs) or "
         'model.generate(**inputs), or say which instruction: with adapter.instruction("…"): …, or want none: '
-        "with adapter.disabled(): …"
+        "with adapter.disable_adapter(): …"
     )
 
 

@@ -151,7 +151,7 @@ class AdapterState:
         if block.adapter != self.active:
             raise InstructionError(
                 "this call is inside of an adapter.instruction(...) that was entered for adapter "
-                f"{block.adapter!r}, and now {self.active!r} is active: call set_active() before adapter.instruction()"
+                f"{block.adapter!r}, and now {self.active!r} is active: call set_adapter() before adapter.instruction()"
             )
         return block.instruction
 

@@ -46,7 +46,7 @@ def explain_twins(
 
 def _answers(adapter: EmmaAdapter, prompts: Prompts, inputs: Any, expected: str | None, max_new_tokens: int) -> Answers:
     with_adapter = _generate(adapter, prompts, inputs, max_new_tokens)
-    with adapter.disabled():
+    with adapter.disable_adapter():
         without = _generate(adapter, prompts, inputs, max_new_tokens)
     return Answers(with_adapter, without, expected)
 

@@ -99,7 +99,7 @@ def remove(model: nn.Module, name: str) -> None:
     _require(model, name)
     if name == state.active:
         raise PatchError(
-            f"{name!r} is the active branch: set_active() another one first, or remove() all, without a name"
+            f"{name!r} is the active branch: set_adapter() another one first, or remove() all, without a name"
         )
     del state.branches[name]
     delattr(model.get_submodule(MODULE_NAME), name)
@@ -108,7 +108,9 @@ def remove(model: nn.Module, name: str) -> None:
 def _require(model: nn.Module, name: str) -> None:
     known = unified_state(model).branches
     if not isinstance(name, str) or name not in known:
-        raise PatchError(f"the model has no branch {name!r}; it has {sorted(known)}: name one of these, or add() it")
+        raise PatchError(
+            f"the model has no branch {name!r}; it has {sorted(known)}: name one of these, or add_adapter() it"
+        )
 
 
 def _check_whole(text: nn.Module) -> None:

@@ -36,18 +36,18 @@ class EmmaUnified:
         return tuple(self._state.branches)
 
     @property
-    def active(self) -> str:
+    def active_adapter(self) -> str:
         """The name of the branch that draws, and is trained and saved: all else here is about that one."""
         return self._state.active
 
-    def add(
+    def add_adapter(
         self,
         name: str,
         config: UnifiedConfig | None = None,
         *,
         autoencoder: str | PathLike[str] | nn.Module | None = None,
     ) -> EmmaUnified:
-        """Put another branch on the model, frozen until ``set_active(name)``.
+        """Put another branch on the model, frozen until ``set_adapter(name)``.
 
         Args:
             name: letters, digits and underscores.
@@ -60,7 +60,7 @@ class EmmaUnified:
         branches.add(self.model, name, self.config if config is None else config, autoencoder)
         return self
 
-    def set_active(self, name: str) -> EmmaUnified:
+    def set_adapter(self, name: str) -> EmmaUnified:
         """Have another branch draw, between calls of the model. It is trainable if the one before was, which is frozen;
         make a new optimizer.
 
@@ -80,8 +80,8 @@ class EmmaUnified:
         """The frozen autoencoder itself, for its own settings: ``unified.autoencoder.enable_tiling()``."""
         return self._state.coder.module
 
-    def disabled(self) -> AbstractContextManager[None]:
-        """``with unified.disabled(): …``: answers are the original model's, bit for bit, in this thread or asynchronous
+    def disable_adapter(self) -> AbstractContextManager[None]:
+        """In ``with unified.disable_adapter(): …`` answers are the original model's, bit for bit, in this thread or
         task; which they are anyway without ``fuse_understanding``."""
         return fusing(False)
 
@@ -336,19 +336,30 @@ class EmmaUnified:
         """
         return training.parameter_groups(self.model, lr, weight_decay)
 
-    def remove(self, name: str | None = None) -> None:
-        """Take one branch off; or all, and leave an adapter of ``patch_model`` where it is, which ``unpatch_model``
-        takes off, too.
-
-        Without a branch left, the handle is of no use any more.
+    def delete_adapter(self, name: str) -> EmmaUnified:
+        """Take a branch off again that isn't the active one.
 
         Raises:
-            PatchError: if there is no branch of that name, or it is the active one.
+            PatchError: if it is, or if there is none of that name.
+        """
+        branches.remove(self.model, name)
+        return self
+
+    def remove(self, name: str | None = None) -> None:
+        """Take all branches off; an adapter of ``patch_model`` stays, and ``unpatch_model`` takes off both. The handle
+        is of no use any more.
+
+        Args:
+            name: of earlier releases, for one more: as :meth:`delete_adapter`.
         """
         if name is None:
             detaching.take_off(self.model)
         else:
-            branches.remove(self.model, name)
+            self.delete_adapter(name)
+
+    # The names of earlier releases, for one more.
+    active = active_adapter
+    add, set_active, disabled = add_adapter, set_adapter, disable_adapter
 
     @property
     def _state(self) -> UnifiedState:
@@ -359,7 +370,7 @@ class EmmaUnified:
         base: Any = self.model.config
         layers = len(state.module.layers)
         own, total = self.num_parameters(), sum(parameter.numel() for parameter in self.model.parameters())
-        names = "" if len(self.names) == 1 else f"active={self.active!r} of {list(self.names)}, "
+        names = "" if len(self.names) == 1 else f"active={self.active_adapter!r} of {list(self.names)}, "
         return (
             f"EmmaUnified({names}family={base.model_type!r}, decoupling={self.config.decoupling!r}, "
             f"shared_layers={shared_layers(self.config, layers)} of {layers}, "

@@ -47,7 +47,7 @@ def load_unified(
         source: the folder, or a hub id.
         processor: as for :func:`unify_model`. A model that draws already has one, and keeps it.
         autoencoder: as for :func:`unify_model`: the one that the branch was trained with. Default: what the file names.
-        name: of a further branch on a model that draws already. It is not made the active one: ``set_active(name)``.
+        name: of a further branch on a model that draws already. It is not made the active one: ``set_adapter(name)``.
         revision: branch, tag or commit on the hub.
         subfolder: where in the folder or repository the branch is; it can't lead out of it.
         token: of the hub, for a private repository; default, and with True: the one that ``hf auth login`` stored, or
@@ -75,7 +75,7 @@ def load_unified(
             autoencoder = _autoencoder_of(saved, downloaded=not is_local(source))
         try:
             if known:
-                unified = EmmaUnified(base).add(str(name), saved.config, autoencoder=autoencoder)
+                unified = EmmaUnified(base).add_adapter(str(name), saved.config, autoencoder=autoencoder)
             else:
                 assert autoencoder is not None
                 unified = unify_model(model, saved.config, processor=processor, autoencoder=autoencoder)

@@ -11,7 +11,17 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import LlavaForConditionalGeneration
 
-from emma_adapter import EmmaConfig, InstructionError, PatchError, get_adapter, load_adapter, patch_model, unpatch_model
+from emma_adapter import (
+    EmmaAdapter,
+    EmmaConfig,
+    EmmaUnified,
+    InstructionError,
+    PatchError,
+    get_adapter,
+    load_adapter,
+    patch_model,
+    unpatch_model,
+)
 from tests.support import tiny
 from tests.support.zoo import ZOO
 from tests.support.zoo.rows import Row
@@ -227,7 +237,7 @@ def test_an_instruction_is_for_the_adapter_that_was_active():
     _, adapter, expected = both()
     with adapter.instruction("is there a cat?"):
         adapter.set_active("other")
-        with pytest.raises(InstructionError, match="call set_active"):
+        with pytest.raises(InstructionError, match="call set_adapter"):
             logits(adapter.model)
     assert torch.equal(logits(adapter.model), expected["other"])
 
@@ -295,3 +305,10 @@ def test_deepstack_projectors_that_only_the_last_adapter_trained_are_frozen_with
     assert not {name for name, parameter in model.named_parameters() if parameter.requires_grad} & trained
     adapter.set_active("default")
     assert {n for n, p in model.named_parameters() if p.requires_grad and "projector" in n} == trained
+
+
+def test_the_names_of_earlier_releases_mean_the_same():
+    for handle in (EmmaAdapter, EmmaUnified):
+        now = (handle.add_adapter, handle.set_adapter, handle.disable_adapter, handle.active_adapter)
+        assert (handle.add, handle.set_active, handle.disabled, handle.active) == now
+    assert EmmaAdapter.remove is EmmaAdapter.delete_adapter

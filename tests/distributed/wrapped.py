@@ -101,7 +101,7 @@ def refuses_what_cannot_work():
 def refuses_what_comes_too_late(model, adapter, saved):
     with pytest.raises(PatchError, match="then shard"):
         load_adapter(model, saved)
-    with pytest.raises(PatchError, match="disabled"):
+    with pytest.raises(PatchError, match="disable_adapter"):
         unpatch_model(model)
     with pytest.raises(PatchError, match="instruction="), adapter.instruction(torch.tensor([[10]])):
         pass

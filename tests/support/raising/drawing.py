@@ -156,7 +156,7 @@ def a_branch_of_a_name_that_is_taken(bench: Bench) -> None:
     unify().add("default")
 
 
-@raises(PatchError, "unified/branches.py:remove", "set_active() another one first")
+@raises(PatchError, "unified/branches.py:remove", "set_adapter() another one first")
 def removing_the_active_branch(bench: Bench) -> None:
     unify().remove("default")
 

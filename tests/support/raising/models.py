@@ -243,7 +243,7 @@ def removing_the_active_adapter(bench: Bench) -> None:
     bench.adapter().remove("default")
 
 
-@raises(InstructionError, "patching/state.py:AdapterState.named_instruction", "call set_active() before")
+@raises(InstructionError, "patching/state.py:AdapterState.named_instruction", "call set_adapter() before")
 def another_adapter_within_an_instruction(bench: Bench) -> None:
     adapter = bench.adapter().add("other")
     with adapter.instruction("is there a cat?"):
