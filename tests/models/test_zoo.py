@@ -45,7 +45,7 @@ def assert_rows_stand_alone(entry: Entry, rows: list[Row], padding_side: str = "
 def test_every_family_is_here():
     assert set(ZOO) == {
         *("llava", "llava_pixtral", "vipllava", "llava_next", "llava_next_video", "llava_onevision", "mistral3"),
-        *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"),
+        *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "qwen4_exp"),
         *("internvl", "idefics3", "smolvlm", "gemma3", "paligemma"),
     }
 

@@ -355,7 +355,8 @@ def test_assisted_generation(entry, assistant):
         written = model.generate(**batch, **settings, **assistance)
     except ValueError as error:
         # A lookup may propose a placeholder of the prompt, which transformers takes for a missing image.
-        if assistant != "lookup" or "tokens do not match" not in str(error):
+        missing_image = assistant == "lookup" and "tokens do not match" in str(error)
+        if not missing_image and "not supported with stateful models" not in str(error):
             raise
         pytest.skip(f"transformers itself can't: {error}")
     assert torch.equal(plain, other) or assistant == "patched model"

@@ -32,6 +32,7 @@ ZOO_IDS = {
     "Qwen/Qwen2-VL-7B-Instruct": "qwen2_vl",
     "Qwen/Qwen2.5-VL-7B-Instruct": "qwen2_5_vl",
     "Qwen/Qwen3-VL-8B-Instruct": "qwen3_vl",
+    "Qwen/Qwen3.5-9B": "qwen3_5",
     "Qwen/Qwen3-VL-30B-A3B-Instruct": "qwen3_vl_moe",
     "OpenGVLab/InternVL3-8B-hf": "internvl",
     "google/gemma-3-4b-it": "gemma3",

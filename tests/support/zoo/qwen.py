@@ -116,6 +116,64 @@ def qwen3_vl_moe_model(processor: ProcessorMixin) -> PreTrainedModel:
     )
 
 
+def qwen3_5_text(processor: ProcessorMixin, **changes: Any) -> dict[str, Any]:
+    """One layer of linear attention, one of full attention."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.25}
+    heads = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2}
+    return text_settings(
+        processor.tokenizer,
+        rope_parameters=rope,
+        head_dim=32,
+        layer_types=["linear_attention", "full_attention"],
+        linear_num_value_heads=4,
+        **heads,
+        **changes,
+    )
+
+
+def qwen3_5_vision() -> dict[str, Any]:
+    return qwen_vision(out_hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_position_embeddings=64)
+
+
+def experts_of_qwen3_5() -> dict[str, int]:
+    return {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": WIDTH,
+        "shared_expert_intermediate_size": WIDTH,
+    }
+
+
+def qwen3_5_model(processor: ProcessorMixin) -> PreTrainedModel:
+    return hf.Qwen3_5ForConditionalGeneration(
+        hf.Qwen3_5Config(vision_config=qwen3_5_vision(), text_config=qwen3_5_text(processor), **qwen_tokens(processor))
+    )
+
+
+def qwen3_5_moe_model(processor: ProcessorMixin) -> PreTrainedModel:
+    text = qwen3_5_text(processor, **experts_of_qwen3_5())
+    return hf.Qwen3_5MoeForConditionalGeneration(
+        hf.Qwen3_5MoeConfig(vision_config=qwen3_5_vision(), text_config=text, **qwen_tokens(processor))
+    )
+
+
+def qwen4_exp_model(processor: ProcessorMixin) -> PreTrainedModel:
+    text = qwen3_5_text(
+        processor,
+        hc_count=2,
+        hc_lowrank=8,
+        # Sparse attention, and embeddings of n-grams, by the ids of the prompt.
+        **{"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16},
+        **{"indexer_budget": 64, "indexer_compress_ratio": 2},
+        **{"ple_layer_ids": [1], "heads_per_ngram": 2, "ngram_vocab_size_base": 64},
+        **{"make_ngram_vocab_size_divisible_by": 1, "split_ngram_parts": 1},
+        **experts_of_qwen3_5(),
+    )
+    return hf.Qwen4ExpForConditionalGeneration(
+        hf.Qwen4ExpConfig(vision_config=qwen3_5_vision(), text_config=text, **qwen_tokens(processor))
+    )
+
+
 ENTRIES = (
     Entry(
         "qwen2_vl",
@@ -133,4 +191,7 @@ ENTRIES = (
     ),
     Entry("qwen3_vl", qwen3_processor, qwen3_vl_model, videos=True, dynamic=True),
     Entry("qwen3_vl_moe", qwen3_processor, qwen3_vl_moe_model, videos=True, dynamic=True),
+    Entry("qwen3_5", qwen3_processor, qwen3_5_model, videos=True, dynamic=True),
+    Entry("qwen3_5_moe", qwen3_processor, qwen3_5_moe_model, videos=True, dynamic=True),
+    Entry("qwen4_exp", qwen3_processor, qwen4_exp_model, videos=True, dynamic=True),
 )
