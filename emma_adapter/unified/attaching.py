@@ -1,4 +1,4 @@
-"""unify_model, and taking off again what it put on a model."""
+"""unify_model, and putting a generation branch on a model."""
 
 from __future__ import annotations
 
@@ -31,20 +31,19 @@ def unify_model(
 ) -> EmmaUnified:
     """Let a vision-language model also draw and edit pictures, in place.
 
-    The model's answers stay the same, bit for bit: the base's weights are shared where the branch that draws doesn't
-    have its own, and never changed by it. (With ``fuse_understanding`` they stay so until that is trained.)
+    The model's answers stay the same, bit for bit: the branch that draws shares the base's weights where it has none of
+    its own, and never changes them. (With ``fuse_understanding``, answers change once the branch is trained.)
 
     Args:
-        model: a transformers model of a supported family (a ``PeftModel`` is taken at the model inside).
+        model: a transformers model of a supported family, or a ``PeftModel`` around one.
         config: default: ``UnifiedConfig()``, low-rank copies for one GPU.
-        processor: the model's processor, with a chat template; it makes the prompts.
-        autoencoder: hub id or folder of an ``AutoencoderDC`` of diffusers, or a module of the same protocol
+        processor: the model's processor, with a chat template; it formats the prompts.
+        autoencoder: hub id or folder of an ``AutoencoderDC`` of diffusers, or a module that follows the same protocol
             (``docs/unified.md``). It is frozen, and kept out of the model's ``state_dict``.
 
     Raises:
-        UnsupportedModelError: for an unknown family, or a model that has no cache of keys and values to draw against.
-        PatchError: if the model was made to draw already, is wrapped for several processes, sharded, or on several
-            devices.
+        UnsupportedModelError: if the family is unknown, or the model has no cache of keys and values to draw against.
+        PatchError: if the model draws already, is wrapped for several processes, sharded, or on several devices.
         ConfigError: if a size in ``config`` contradicts the model or the autoencoder, or there is no processor.
         AutoencoderError: if the autoencoder can't be loaded or doesn't follow the protocol.
     """
@@ -59,7 +58,7 @@ def unify_model(
     model = base_of(model)
     if STATE_ATTRIBUTE in model.__dict__:
         raise PatchError(
-            "this model was made to draw already: add(name) puts another branch beside the first, and "
+            "this model was made to draw already: add_adapter(name) puts another branch beside the first, and "
             "unpatch_model(model) takes all off"
         )
     family = find_family(model)
@@ -74,7 +73,7 @@ def _is_trained(model: nn.Module) -> bool:
 
 
 def install(model: nn.Module, state: UnifiedState) -> None:
-    """Put a generation branch on a model."""
+    """Put a generation branch on a model: its state, parameters, hooks and guards."""
     inner = state.family.inner(model)
     projector = state.family.projector(inner)
     for module in dict.fromkeys((model, inner, projector)):

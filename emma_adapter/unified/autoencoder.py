@@ -1,4 +1,4 @@
-"""The autoencoder between pictures and latents: what it must offer, how it is loaded and called."""
+"""The autoencoder between pictures and latents: its protocol, and how it is loaded and called."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from .config import UnifiedConfig
 
 
 class Autoencoder(Protocol):
-    """What a module must offer to be an autoencoder here, as diffusers' ``AutoencoderDC`` does.
+    """The protocol of an autoencoder, which diffusers' ``AutoencoderDC`` follows.
 
     Pictures are ``[B, 3, H, W]`` in [-1, 1], latents ``[B, C, H / compression, W / compression]``.
     """
 
-    #: Has ``latent_channels``, and ``scaling_factor`` by which latents are multiplied to have about unit variance.
+    #: Has ``latent_channels``, and ``scaling_factor``, by which latents are multiplied to have about unit variance.
     config: Any
     #: The compression: how many pixels a latent covers in each direction.
     spatial_compression_ratio: int
@@ -36,9 +36,9 @@ class Autoencoder(Protocol):
 
 
 class LatentCoder:
-    """Encodes pictures in [0, 1] as normalized latents, and decodes them, with a frozen autoencoder in float32.
+    """A frozen autoencoder in float32 that encodes pictures in [0, 1] as normalized latents, and decodes them.
 
-    It isn't a module, so that the autoencoder is in no ``state_dict`` of the model that it serves.
+    It isn't a module, which keeps the autoencoder out of the ``state_dict`` of the model that it serves.
     """
 
     def __init__(self, source: str | PathLike[str] | nn.Module) -> None:
@@ -57,11 +57,11 @@ class LatentCoder:
         return int(self.module.spatial_compression_ratio)
 
     def fingerprint(self) -> str:
-        """Return a hash of the autoencoder's config, which tells one kind from another, but not its weights."""
+        """Return a hash of the autoencoder's config. It identifies the kind of autoencoder, but not its weights."""
         config = self.module.config
         values = dict(config) if isinstance(config, Mapping) else getattr(config, "__dict__", {})
-        kept = {str(name): value for name, value in values.items() if not str(name).startswith("_")}
-        text = json.dumps(kept, sort_keys=True, default=str)
+        public_values = {str(name): value for name, value in values.items() if not str(name).startswith("_")}
+        text = json.dumps(public_values, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def completed(self, config: UnifiedConfig) -> UnifiedConfig:
@@ -70,22 +70,23 @@ class LatentCoder:
         Raises:
             ConfigError: if it was made for another kind of autoencoder.
         """
-        for name, own in (("latent_channels", self.channels), ("compression", self.compression)):
-            wanted = getattr(config, name)
-            if wanted is not None and wanted != own:
+        for name, actual in (("latent_channels", self.channels), ("compression", self.compression)):
+            expected = getattr(config, name)
+            if expected is not None and expected != actual:
                 raise ConfigError(
-                    f"the autoencoder has {name}={own}, and the config says {wanted}: give the autoencoder that it was "
-                    "made for, or leave the field None"
+                    f"the autoencoder has {name}={actual}, and the config says {expected}: give the autoencoder that "
+                    "it was made for, or leave the field None"
                 )
         return config.replace(latent_channels=self.channels, compression=self.compression)
 
     @torch.no_grad()
     def encode(self, pictures: Tensor, config: UnifiedConfig) -> Tensor:
-        """Return the normalized latents ``[B, C, h, w]`` of pictures ``[B, 3, H, W]`` in [0, 1], in float32, on the
-        pictures' device.
+        """Return the normalized latents ``[B, C, h, w]`` of pictures ``[B, 3, H, W]`` in [0, 1].
+
+        They are in float32, on the pictures' device.
 
         Raises:
-            AutoencoderError: if they aren't finite, or of another shape than announced.
+            AutoencoderError: if they aren't finite, or of another shape than the autoencoder's sizes say.
         """
         device = pictures.device
         with torch.autocast(device.type, enabled=False):
@@ -107,7 +108,7 @@ class LatentCoder:
         """Return the pictures ``[B, 3, H, W]`` in [0, 1], float32, of normalized latents ``[B, C, h, w]``.
 
         Raises:
-            AutoencoderError: if they aren't finite, or of another shape than announced.
+            AutoencoderError: if they aren't finite, or of another shape than the autoencoder's sizes say.
         """
         device = latents.device
         mean, std = self._statistics(config, device)
@@ -126,26 +127,26 @@ class LatentCoder:
 
     @torch.no_grad()
     def measure(self, pictures: Iterable[Tensor]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Return mean and standard deviation of each channel of the latents of pictures ``[3, H, W]`` in [0, 1].
+        """Return the mean and standard deviation of each latent channel over pictures ``[3, H, W]`` in [0, 1].
 
         Raises:
             AutoencoderError: if a channel is the same everywhere.
         """
-        plain_latents = UnifiedConfig(
+        without_normalization = UnifiedConfig(
             latent_mean=(0.0,) * self.channels, latent_std=(1.0,) * self.channels, compression=self.compression
         )
-        channels = [self.encode(picture[None], plain_latents)[0].flatten(1).double() for picture in pictures]
+        channels = [self.encode(picture[None], without_normalization)[0].flatten(1).double() for picture in pictures]
         values = torch.cat(channels, dim=1)
         mean, std = values.mean(1), values.std(1)
         if not bool((std > 0).all()):
             raise AutoencoderError(
-                "a latent channel has the same value everywhere in these pictures, or there is one latent only, so "
+                "a latent channel has the same value everywhere in these pictures, or there is only one latent, so "
                 "that it has no standard deviation: measure on more pictures"
             )
         return tuple(mean.tolist()), tuple(std.tolist())
 
     def _moved(self, tensor: Tensor) -> Tensor:
-        """The tensor where the autoencoder is. One that was loaded here follows the model."""
+        """Return a tensor on the autoencoder's device; an autoencoder that was loaded here moves to the tensor's."""
         parameter = next(self.module.parameters(), None)
         if parameter is None:
             return tensor
@@ -166,7 +167,7 @@ class LatentCoder:
         if not bool(torch.isfinite(values).all()):
             raise AutoencoderError(
                 f"{type(self.module).__name__} made {what} with NaN or infinite values, though it ran in float32: look "
-                "for such values in what it was given (a branch that diverged makes them), and in its weights"
+                "for such values in its input (a branch that diverged makes them), and in its weights"
             )
 
 
@@ -175,7 +176,7 @@ def _kind(value: Any) -> str:
 
 
 def compression_of(source: str) -> int:
-    """Return the compression of a hub id or folder, of which only the config is read.
+    """Return the compression of the autoencoder at a hub id or in a folder, reading only its config.
 
     Raises:
         AutoencoderError: if there is no autoencoder.
@@ -184,7 +185,7 @@ def compression_of(source: str) -> int:
 
 
 def _load(source: str, *, weights: bool = True) -> Any:
-    """The autoencoder; on the meta device if without weights."""
+    """Return an autoencoder; without weights, it is on the meta device."""
     try:
         from diffusers import AutoencoderDC
     except ImportError as error:
@@ -204,20 +205,20 @@ def _load(source: str, *, weights: bool = True) -> Any:
 
 
 def _check_protocol(module: Any) -> None:
-    lacking = [name for name in ("encode", "decode") if not callable(getattr(module, name, None))]
+    missing_names = [name for name in ("encode", "decode") if not callable(getattr(module, name, None))]
     sizes = {
         "config.latent_channels": getattr(getattr(module, "config", None), "latent_channels", None),
         "spatial_compression_ratio": getattr(module, "spatial_compression_ratio", None),
     }
-    lacking += [name for name, value in sizes.items() if not isinstance(value, int) or value < 1]
-    if lacking:
+    missing_names += [name for name, value in sizes.items() if not isinstance(value, int) or value < 1]
+    if missing_names:
         raise AutoencoderError(
-            f"{type(module).__name__} can't be the autoencoder: it lacks {', '.join(lacking)}; docs/unified.md tells "
-            "the protocol, which diffusers' AutoencoderDC follows"
+            f"{type(module).__name__} can't be the autoencoder: it lacks {', '.join(missing_names)}; docs/unified.md "
+            "describes the protocol, which diffusers' AutoencoderDC follows"
         )
 
 
 def nearest_sizes(height: int, width: int, compression: int) -> tuple[int, int]:
-    """Return the multiples of the compression that are nearest to a size, at least one each."""
+    """Return the multiples of the compression that are nearest to a height and a width, at least one each."""
     nearest = [max(1, math.floor(side / compression + 0.5)) * compression for side in (height, width)]
     return nearest[0], nearest[1]

@@ -1,4 +1,4 @@
-"""What ``model.save_pretrained`` and Trainer's checkpoints of a model that draws hold; see ``files/beside_base.py``."""
+"""Saves of a model that draws, by ``model.save_pretrained`` and Trainer; see ``files/beside_base.py``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Branches that draw: what one is made of, and several on one model, each with a name, of which one is active."""
+"""Branches that draw: making one, and several named branches on one model, of which one is active."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def make_branch(
     config: UnifiedConfig,
     autoencoder: LatentCoder | str | PathLike[str] | nn.Module,
 ) -> Branch:
-    """Return a new branch for a model, which it isn't on yet.
+    """Return a new branch for a model, without putting it on the model.
 
     Raises:
-        UnsupportedModelError: if the model has no cache of keys and values to draw against, or is quantized where full
-            copies are asked for.
+        UnsupportedModelError: if the model has no cache of keys and values to draw against, or is quantized and the
+            config asks for full copies.
         PatchError: if the model is sharded, or on several devices.
         ConfigError: if a size in ``config`` contradicts the model or the autoencoder.
         AutoencoderError: if the autoencoder can't be loaded or doesn't follow the protocol.
@@ -53,15 +53,15 @@ def make_branch(
 def add(
     model: nn.Module, name: str, config: UnifiedConfig, autoencoder: str | PathLike[str] | nn.Module | None
 ) -> None:
-    """Add a branch that is not active yet, and frozen. Default autoencoder: that of the active one.
+    """Add a frozen branch, without making it active. Default autoencoder: that of the active branch.
 
     Raises:
-        PatchError: if the name is taken, or is none that a submodule can have; and as :func:`make_branch`.
+        PatchError: if the name is taken, or can't be a submodule's; and as :func:`make_branch`.
     """
     state = unified_state(model)
     if not isinstance(name, str) or not name.isidentifier() or hasattr(nn.ModuleDict, name):
         raise PatchError(
-            "the name of a branch must be letters, digits and underscores, and none that nn.ModuleDict uses itself; "
+            "the name of a branch must be letters, digits and underscores, and not one that nn.ModuleDict uses itself; "
             f"got {name!r}"
         )
     if name in state.branches:
@@ -73,7 +73,7 @@ def add(
 
 
 def activate(model: nn.Module, name: str) -> None:
-    """Make another branch the active one. It is trainable if the one before was, which is frozen.
+    """Make another branch the active one: trainable if the previous one was, which is frozen.
 
     Raises:
         PatchError: if there is no branch of that name.
@@ -114,20 +114,24 @@ def _require(model: nn.Module, name: str) -> None:
 
 
 def _check_whole(text: nn.Module) -> None:
-    """That every weight of the decoder is in this process or offloaded from it, and computes on one device."""
+    """Check that all of a decoder's weights are in this process, or offloaded from it, and compute on one device.
+
+    Raises:
+        PatchError: if they aren't.
+    """
     devices = set()
     for module in text.modules():
-        offloaded = private.offloaded_values(module)
-        for name, own in module.named_parameters(recurse=False):
-            parameter = offloaded.get(name, own)
-            if sharding.is_elsewhere(parameter):
+        offloaded_values = private.offloaded_values(module)
+        for name, parameter in module.named_parameters(recurse=False):
+            value = offloaded_values.get(name, parameter)
+            if sharding.is_elsewhere(value):
                 raise PatchError(
                     "weights of the language model are sharded (tensor parallel, FSDP, ZeRO-3), or offloaded by other "
                     "hooks than those that accelerate puts on each layer's own modules, and what draws uses them "
                     "outside of the calls that gather them: load the model whole on one device, or offloaded by "
                     "device_map, cpu_offload or disk_offload without preload_module_classes"
                 )
-            devices.add(_device_of(parameter))
+            devices.add(_device_of(value))
     if len(devices) > 1:
         raise PatchError(
             f"the language model is spread over {sorted(devices)}, and what draws needs it on one device: load "
@@ -135,5 +139,5 @@ def _check_whole(text: nn.Module) -> None:
         )
 
 
-def _device_of(parameter: Tensor) -> str:
-    return str(parameter.device)
+def _device_of(value: Tensor) -> str:
+    return str(value.device)

@@ -1,6 +1,6 @@
 """Folders of saved generation branches: ``unified_config.json``, ``unified_model.safetensors`` and a card.
 
-No file has a name that transformers, PEFT or this library's other parts use, so that all of them may lie in one folder.
+No file has a name that transformers, PEFT or this library's other parts use, so that one folder can hold all of them.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ FORMAT = FolderFormat(
 
 @dataclass(frozen=True)
 class SavedUnified:
-    """What the files of a folder say, before a weight is read."""
+    """The contents of a folder except for its weights."""
 
     folder: SavedFolder
     config: UnifiedConfig
@@ -57,11 +57,11 @@ def save(
 ) -> None:
     """Write a generation branch, on rank 0 or where ``is_main_process`` says so. Default: the active one.
 
-    Tensors go from where they are to the file; only what is on another device than the CPU is in memory once more.
-    ``location`` is what the card tells to load, ``samples`` what it shows.
+    Tensors are written from where they are; only those on another device than the CPU take up memory a second time.
+    ``location`` is the folder or hub id in the card's example, ``samples`` are the pictures that the card shows.
 
     Raises:
-        OSError: if the folder can't be written; what it held is intact.
+        OSError: if the folder can't be written; its former contents are intact.
         CheckpointError: if weights are NaN or infinite.
         DataError: if samples aren't prompts and pictures, or there is a card already.
     """
@@ -71,31 +71,31 @@ def save(
     branch = state.branches[state.active if name is None else name]
     pictures = sample_files(samples)
     tensors = sharding.gather(model, branch.module.state_dict(keep_vars=True))
-    told = {
+    description = {
         "autoencoder": {"source": branch.coder.source, "config_sha256": branch.coder.fingerprint()},
         "config": branch.config.to_dict(),
     }
     card = partial(_card, location=location, samples=samples)
-    tensor_folder.save(FORMAT, Path(directory), tensors, model.config, told, card, pictures)
+    tensor_folder.save(FORMAT, Path(directory), tensors, model.config, description, card, pictures)
 
 
 def save_all(model: nn.Module, directory: str | PathLike[str], *, is_main_process: bool | None = None) -> None:
-    """Write the active branch to a folder, and each other one to ``emma_unified/<name>`` in it; see :func:`save`."""
+    """Write the active branch to a folder, and every other one to ``emma_unified/<name>`` in it; see :func:`save`."""
     save(model, directory, is_main_process=is_main_process)
     state = unified_state(model)
     for name in set(state.branches) - {state.active}:
         save(model, Path(directory) / MODULE_NAME / name, is_main_process=is_main_process, name=name)
 
 
-def _card(told: Mapping[str, Any], location: str, samples: Samples) -> str:
-    autoencoder = told["autoencoder"]["source"]
-    given = "" if autoencoder is not None and is_hub_id(autoencoder) else ", autoencoder=autoencoder"
+def _card(description: Mapping[str, Any], location: str, samples: Samples) -> str:
+    autoencoder = description["autoencoder"]["source"]
+    argument = "" if autoencoder is not None and is_hub_id(autoencoder) else ", autoencoder=autoencoder"
     return tensor_folder.make_card(
-        told,
+        description,
         "emma, text-to-image, image-editing",
         "A branch for drawing and editing pictures, of",
         "from emma_adapter import load_unified\n\n"
-        f'unified = load_unified(model, "{location}", processor=processor{given})\n'
+        f'unified = load_unified(model, "{location}", processor=processor{argument})\n'
         'unified.generate_images("a red five").images',
         f"Trained with the autoencoder {f'`{autoencoder}`' if autoencoder else 'that its author gave as a module'}."
         + ("\n\n<Gallery />" if samples else ""),
@@ -104,7 +104,7 @@ def _card(told: Mapping[str, Any], location: str, samples: Samples) -> str:
 
 
 def push(model: nn.Module, repo_id: str, *, samples: Samples = (), **upload: Any) -> str:
-    """Upload a generation branch, and return the address of the commit; see :func:`~..files.tensor_folder.push`."""
+    """Upload a generation branch and return the commit's address; see :func:`~..files.tensor_folder.push`."""
 
     def write(folder: Path) -> None:
         save(model, folder, is_main_process=True, location=repo_id, samples=samples)
@@ -113,10 +113,10 @@ def push(model: nn.Module, repo_id: str, *, samples: Samples = (), **upload: Any
 
 
 def describe(folder: Path) -> tuple[SavedUnified, BinaryIO]:
-    """Return what a folder says, and its tensor file, open.
+    """Return a folder's description and its open tensor file.
 
     Raises:
-        CheckpointError: naming what is wrong with which file.
+        CheckpointError: naming the file and what is wrong with it.
     """
     saved, file = tensor_folder.open_folder(FORMAT, folder)
     try:
@@ -132,11 +132,11 @@ def _described(saved: SavedFolder) -> SavedUnified:
     except (ConfigError, TypeError) as error:
         raise CheckpointError(f"{saved.config_path}: {error}; take another copy") from error
     autoencoder = saved.written.get("autoencoder")
-    told = autoencoder if isinstance(autoencoder, dict) else {}
-    source = told.get("source")
+    autoencoder = autoencoder if isinstance(autoencoder, dict) else {}
+    source = autoencoder.get("source")
     return SavedUnified(
         folder=saved,
         config=config,
-        autoencoder=saved.text("autoencoder.config_sha256", told.get("config_sha256")),
+        autoencoder=saved.text("autoencoder.config_sha256", autoencoder.get("config_sha256")),
         autoencoder_source=source if isinstance(source, str) else None,
     )

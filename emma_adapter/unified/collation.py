@@ -1,4 +1,4 @@
-"""UnifiedCollator: rows ``{"prompt", "image"?, "target"}`` as inputs of the model."""
+"""UnifiedCollator: from rows ``{"prompt", "image"?, "target"}`` to inputs of the model."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from .state import UnifiedState
 class UnifiedCollator:
     """Makes batches for ``model(**batch)``, and for Trainer with ``remove_unused_columns=False``.
 
-    A row is ``{"prompt": text, "target": picture}``, and to edit also ``"image"``: a reference picture, or a list of
+    A row is ``{"prompt": text, "target": picture}``, with ``"image"`` for editing: a reference picture, or a list of
     them. Pictures are PIL images or paths.
 
     Args:
         state: of the model.
         size: (height, width) that targets are resized to; None: all of a batch have one size already.
-        folder: that paths start at.
+        folder: where relative paths start.
         dropout: whether a call that records gradients may drop ``config.prompt_dropout`` of the prompts.
     """
 
@@ -39,11 +39,11 @@ class UnifiedCollator:
         self._size, self._folder, self._dropout = size, Path(folder), dropout
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Return the processor's inputs, ``target_pixel_values`` ``[B, 3, H, W]`` in [0, 1], and, if there are
-        reference pictures, ``source_pixel_values``: the first one of each row at that size, the target where there is
-        none.
+        """Return the processor's inputs and ``target_pixel_values`` ``[B, 3, H, W]`` in [0, 1].
 
-        For dropout, the ids and masks of the same rows with empty prompts go with them, as ``without_text_…``.
+        If there are reference pictures, ``source_pixel_values`` has the first one of each row at that size, or the
+        target where a row has none. For dropout, ``without_text_…`` are ids and masks of the same rows with empty
+        prompts.
 
         Raises:
             DataError: if a row lacks a field, or has one that can't be used.
@@ -56,7 +56,7 @@ class UnifiedCollator:
         targets = [self._picture(row["target"]) for row in rows]
         references = [self._references(row.get("image")) for row in rows]
         pixels = self._pixels(targets)
-        sources = [own[0].resize(pixels.shape[:1:-1]) if own else None for own in references]
+        sources = [pictures[0].resize(pixels.shape[:1:-1]) if pictures else None for pictures in references]
         batch = encode_prompts(self._processor, texts, references)
         if self._dropout:
             without = encode_prompts(self._processor, [""] * len(texts), references)
@@ -67,31 +67,34 @@ class UnifiedCollator:
             }
         batch[TARGET] = pixels
         if any(sources):
-            before = [pixels[n] if one is None else target_tensors(one, 1)[0] for n, one in enumerate(sources)]
-            batch[SOURCE] = torch.stack(before)
+            source_pixels = [
+                target if source is None else target_tensors(source, 1)[0]
+                for target, source in zip(pixels, sources, strict=True)
+            ]
+            batch[SOURCE] = torch.stack(source_pixels)
         return batch
 
     def _pixels(self, targets: list[Any]) -> Tensor:
         if self._size is not None:
             targets = [picture.resize(self._size[::-1]) for picture in targets]
         tensors = target_tensors(targets, self._compression)
-        if len(sizes := {tuple(one.shape[1:]) for one in tensors}) > 1:
+        if len(sizes := {tuple(tensor.shape[1:]) for tensor in tensors}) > 1:
             raise ShapeError(
                 f"the targets of a batch have the sizes {sorted(sizes)}: give the collator a size, or sort"
             )
         return torch.stack(tensors)
 
-    def _references(self, given: Any) -> list[Any]:
-        if given is None:
+    def _references(self, pictures: Any) -> list[Any]:
+        if pictures is None:
             return []
-        return [self._picture(one) for one in (given if isinstance(given, (list, tuple)) else [given])]
+        return [self._picture(each) for each in (pictures if isinstance(pictures, (list, tuple)) else [pictures])]
 
-    def _picture(self, given: Any) -> Any:
-        if not isinstance(given, (str, Path)):
-            return rgb(given)
+    def _picture(self, source: Any) -> Any:
+        if not isinstance(source, (str, Path)):
+            return rgb(source)
         from PIL import Image
 
-        path = self._folder / given
+        path = self._folder / source
         try:
             with Image.open(path) as picture:
                 return rgb(picture)

@@ -11,9 +11,9 @@ from typing import Any, Literal, get_args
 from ..errors import ConfigError
 from ..messages import listed, shown
 
-#: Of any size: products of two still fit into 64 bits.
+#: The product of two sizes still fits into 64 bits.
 _MAX_SIZE = 2**31 - 1
-#: Of the latent statistics: no autoencoder has more channels.
+#: No autoencoder has more channels.
 _MAX_CHANNELS = 4096
 
 TimestepDensity = Literal["logit_normal", "uniform"]
@@ -21,29 +21,29 @@ TimestepDensity = Literal["logit_normal", "uniform"]
 
 @dataclass(frozen=True, kw_only=True)
 class UnifiedConfig:
-    """What the generation branch of a model is made of, and how it is trained.
+    """The architecture of a model's generation branch, and how it is trained.
 
     ``unify_model`` fills in what is left None. *paper* marks what arXiv 2512.04810 fixes; all else is our choice, since
-    neither code nor weights of it are public (``docs/unified.md`` lists both).
+    neither its code nor its weights are public (``docs/unified.md`` lists both).
 
     Args:
         shared_layers: N, how many of the first decoder layers share queries and keys with the base and own values,
-            output, MLP and norms; the other layers own everything (*paper*; N itself isn't told). None: half of them.
+            output, MLP and norms; the other layers own everything (*paper*, which doesn't give N). None: half of them.
         decoupling: ``"full"`` copies of the decoupled weights (*paper*), or a rank r: copy = base weight + B·A, with
-            B = 0 at the start, which needs a few per cent of the memory. The default is for one GPU.
+            B = 0 at the start, which takes a few per cent of the memory. The default is for one GPU.
         latent_channels: C, channels of the autoencoder's latents. None: the autoencoder's.
-        compression: pixels a latent covers in each direction; 32 in the *paper*. None: the autoencoder's.
+        compression: how many pixels a latent covers in each direction; 32 in the *paper*. None: the autoencoder's.
         latent_mean: mean of each latent channel, C numbers, subtracted after encoding. None: zeros.
         latent_std: standard deviation of each latent channel, C numbers. None: the autoencoder's
             ``1 / scaling_factor``.
         fuse_understanding: also add the latents of pictures to their visual tokens when the model answers (*paper*).
-            False leaves answers to the base alone, and the autoencoder out of them.
+            With False, answers come from the base alone, without the autoencoder.
         timestep_density: ``"logit_normal"``, u = sigmoid(N(0, 1)), or ``"uniform"``; stratified over the draws of one
             prompt.
         time_shift: s; training times and sampling steps are t = s·u / (1 + (s - 1)·u), 1 being noise. 1 shifts nothing.
         noise_draws: how many noisy copies of a target ``loss`` trains on in one sequence; the prompt is read once.
         prompt_dropout: share of prompts that are replaced by an empty one in training, for classifier-free guidance.
-        changed_weight: weight in the loss of the latents that an edit changes, those of the rest being 1.
+        changed_weight: weight in the loss of the latents that an edit changes; the weight of all others is 1.
 
     Raises:
         ConfigError: naming the field, the value and what is allowed.
@@ -91,13 +91,13 @@ class UnifiedConfig:
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return JSON types only; ``UnifiedConfig.from_dict`` gives back an equal config."""
+        """Return the fields as JSON types; ``UnifiedConfig.from_dict`` makes an equal config of them."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> UnifiedConfig:
-        """Return the config that ``to_dict`` described.
+        """Make a config from what ``to_dict`` returned.
 
         Raises:
             ConfigError: if a field is unknown or has a value that is not allowed.

@@ -16,7 +16,7 @@ def is_on(model: nn.Module) -> bool:
 
 
 def take_off(model: nn.Module) -> None:
-    """Take a generation branch off: what is left is the model as it was."""
+    """Take all generation branches off, leaving the model as it was before."""
     state = unified_state(model)
     unfreeze(model)
     for module in [module for module in model.modules() if module.__dict__.get(STATE_ATTRIBUTE) is state]:

@@ -1,4 +1,4 @@
-"""The velocity that a branch predicts for noisy latents behind a read prompt."""
+"""The velocity that a branch predicts for noisy latents, which follow a prompt that the base has read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .state import UnifiedState, compute_dtype
 
 
 def grid_of(height: int, width: int, device: torch.device) -> Tensor:
-    """Return row and column ``[height * width, 2]`` of latents, row by row."""
+    """Return the row and column of each latent, ``[height * width, 2]``, row by row."""
     rows, columns = torch.meshgrid(
         torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij"
     )
@@ -22,16 +22,16 @@ def grid_of(height: int, width: int, device: torch.device) -> Tensor:
 
 
 class VelocityField:
-    """v(x, t) for pictures behind prompts: what both the loss and the sampler evaluate.
+    """The velocity v(x, t) of pictures behind prompts, which both the loss and the sampler evaluate.
 
     Args:
         model: unified.
         state: its state.
-        prefix: B read prompts.
+        prefix: B prompts, as the base has read them.
         grid: ``[B, N, 2]``, row and column of each latent.
         real: ``[B, N]``, False where a row has fewer latents than N.
-        draws: R, noisy copies of each picture, which don't see each other.
-        training: as in ``module.train(…)``; None: as the base.
+        draws: R, how many noisy copies of each picture there are; they don't see each other.
+        training: as in ``module.train(…)``; None: as in the base.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class VelocityField:
         self.mask = additive_mask(prefix.mask, real, draws, self.dtype)
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        """Return the velocity, like ``x``.
+        """Return the velocity, of the same shape as ``x``.
 
         Args:
             x: ``[B, R, N, C]``.
@@ -73,36 +73,37 @@ class VelocityField:
 
 
 def target_positions(start: Tensor, grid: Tensor, draws: int, *, planes: bool) -> Tensor:
-    """Return the positions of latents behind prompts: ``[B, R·N]`` one after another, or ``[3, B, R·N]`` with M-RoPE,
-    (s, s + row, s + column), where it would put the tokens of a picture.
+    """Return the positions of latents behind prompts.
+
+    They are ``[B, R·N]``, one after another; with M-RoPE ``[3, B, R·N]``: (s, s + row, s + column), where M-RoPE would
+    put the tokens of a picture.
 
     Args:
         start: s, ``[B]``, the first position after each prompt.
-        grid: ``[B, N, 2]``.
+        grid: ``[B, N, 2]``, row and column of each latent.
         draws: R; each starts at s.
         planes: whether positions are M-RoPE's.
     """
     if planes:
-        own = torch.stack([torch.zeros_like(grid[..., 0]), grid[..., 0], grid[..., 1]])
-        return (start[:, None] + own).repeat(1, 1, draws)
-    count = torch.arange(grid.shape[1], device=start.device)
-    return (start[:, None] + count).repeat(1, draws)
+        offsets = torch.stack([torch.zeros_like(grid[..., 0]), grid[..., 0], grid[..., 1]])
+        return (start[:, None] + offsets).repeat(1, 1, draws)
+    offsets = torch.arange(grid.shape[1], device=start.device)
+    return (start[:, None] + offsets).repeat(1, draws)
 
 
 def additive_mask(prompt: Tensor, real: Tensor, draws: int, dtype: torch.dtype) -> Tensor:
-    """Return the mask ``[B, 1, R·N, P + R·N]`` that is added to attention scores: a latent sees its prompt and all
-    latents of its own draw.
+    """Return the additive attention mask ``[B, 1, R·N, P + R·N]``: a latent sees its prompt and its own draw's latents.
 
     Args:
         prompt: ``[B, P]``, True at the prompt's tokens.
-        real: ``[B, N]``, True at latents.
+        real: ``[B, N]``, True at latents, False at padding.
         draws: R.
-        dtype: of the scores. A mask of booleans would be added by eager attention as zeros and ones.
+        dtype: of the scores. Eager attention would add a mask of booleans as zeros and ones.
     """
     rows, latents = real.shape
-    number = torch.arange(draws, device=real.device).repeat_interleave(latents)
-    same = number[:, None] == number[None]
-    own = (same & real.repeat(1, draws)[:, None]).expand(rows, -1, -1)
-    before = prompt.to(real.device)[:, None].expand(rows, draws * latents, -1)
-    seen = torch.cat([before, own], -1)[:, None]
+    draw = torch.arange(draws, device=real.device).repeat_interleave(latents)
+    same_draw = draw[:, None] == draw[None]
+    sees_latents = (same_draw & real.repeat(1, draws)[:, None]).expand(rows, -1, -1)
+    sees_prompt = prompt.to(real.device)[:, None].expand(rows, draws * latents, -1)
+    seen = torch.cat([sees_prompt, sees_latents], -1)[:, None]
     return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)

@@ -1,7 +1,7 @@
-"""Channel-wise fusion: latents of pictures beside the base's visual tokens of the same places, u + dW·u + W_g·g.
+"""Channel-wise fusion of pictures' latents with the base's visual tokens at the same places, u + dW·u + W_g·g.
 
-Two hooks on the base do it, one before the inner model, which notes the pixels of a call, and one behind the projector.
-They do nothing but while a prompt to draw from is read, or always with ``fuse_understanding``.
+Two hooks on the base do it: one before the inner model notes a call's pixels, one behind the projector adds latents.
+They act only while a prompt to draw from is read; with ``fuse_understanding``, in every call.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from .state import STATE_ATTRIBUTE, UnifiedState
 
 #: Whether latents are added, in this thread or asynchronous task; None: as the config says.
 _FUSING: ContextVar[bool | None] = ContextVar("emma_unified_fusing", default=None)
-#: The arguments of the running call of an inner model, until its pictures were fused.
+#: The inner model that is running and the arguments of its call, until its pictures are fused.
 _CALL: ContextVar[tuple[nn.Module, Mapping[str, Any]] | None] = ContextVar("emma_unified_call", default=None)
 
 
 @contextmanager
 def fusing(on: bool) -> Iterator[None]:
-    """In the block, latents of pictures are added to their visual tokens, or not."""
+    """Add latents of pictures to their visual tokens within the block, or don't, whatever the config says."""
     token = _FUSING.set(on)
     try:
         yield
@@ -49,21 +49,21 @@ def remove(module: nn.Module) -> None:
     private.remove_hooks(module, (_before_inner, _after_inner, _after_projector))
 
 
-def _state(module: nn.Module) -> UnifiedState | None:
+def _state_if_fusing(module: nn.Module) -> UnifiedState | None:
     state = module.__dict__.get(STATE_ATTRIBUTE)
     if not isinstance(state, UnifiedState):
         return None
-    asked = _FUSING.get()
-    return state if (state.config.fuse_understanding if asked is None else asked) else None
+    override = _FUSING.get()
+    return state if (state.config.fuse_understanding if override is None else override) else None
 
 
 def _before_inner(inner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if (state := _state(inner)) is None:
+    if (state := _state_if_fusing(inner)) is None:
         return
     names = list(inspect.signature(type(inner).forward).parameters)[1:]
     arguments = {**dict(zip(names, args, strict=False)), **kwargs}
-    pixels = state.family.pixel_arguments["image"]
-    _CALL.set(None if arguments.get(pixels) is None else (inner, {**arguments, "pixel_values": arguments[pixels]}))
+    pixels = arguments.get(state.family.pixel_arguments["image"])
+    _CALL.set(None if pixels is None else (inner, {**arguments, "pixel_values": pixels}))
 
 
 def _after_inner(inner: nn.Module, args: Any, output: Any) -> None:
@@ -73,9 +73,9 @@ def _after_inner(inner: nn.Module, args: Any, output: Any) -> None:
 
 def _after_projector(projector: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     call = _CALL.get()
-    if call is None or (state := _state(projector)) is None or not isinstance(output, Tensor):
+    if call is None or (state := _state_if_fusing(projector)) is None or not isinstance(output, Tensor):
         return None
-    # Once: pixels of videos come after those of images.
+    # The projector may run again in this call, for videos, which come after images and aren't fused.
     _CALL.set(None)
     inner, arguments = call
     visual = args[0] if args else next(iter(kwargs.values()))
@@ -87,7 +87,7 @@ def _after_projector(projector: nn.Module, args: tuple[Any, ...], kwargs: dict[s
 def _latents(
     state: UnifiedState, inner: nn.Module, arguments: Mapping[str, Any], visual: Tensor, output: Tensor
 ) -> Tensor:
-    """``[T, C]``, a latent for each of the projector's tokens, in their order."""
+    """Return the latents ``[T, C]`` that belong to the projector's tokens, in their order."""
     pixels = arguments["pixel_values"]
     shape = tuple(pixels.shape) if isinstance(pixels, Tensor) else tuple(tuple(part.shape) for part in pixels)
     sizes = {name: arguments.get(name) for name in state.family.size_arguments}
@@ -100,64 +100,64 @@ def _latents(
         entry_pictures(state.processor, arguments, layout),
         [(height * compression, width * compression) for height, width in grids],
     )
-    coded = [c.flatten(1).mT for c in encode_grouped(state, [picture.to(output.device) for picture in pictures])]
+    encoded = encode_grouped(state, [picture.to(output.device) for picture in pictures])
+    latents = [picture_latents.flatten(1).mT for picture_latents in encoded]
     if layout.orders is not None and layout.grids is not None:
         side = merged_side(layout, output)
-        places = [_places(layout.orders[grid], grid, side) for grid in layout.grids]
-        coded = [latents[order.to(latents.device)] for latents, order in zip(coded, places, strict=True)]
-    return torch.cat(coded)
+        orders = [_merged_order(layout.orders[grid], grid, side) for grid in layout.grids]
+        latents = [values[order.to(values.device)] for values, order in zip(latents, orders, strict=True)]
+    return torch.cat(latents)
 
 
-def _places(order: Tensor, grid: tuple[int, int], side: int) -> Tensor:
-    """``[T]``, the place of each token behind a projector that merges blocks of ``side²`` that follow each other.
+def _merged_order(order: Tensor, grid: tuple[int, int], side: int) -> Tensor:
+    """Return the place ``[T]`` of each token behind a projector that merges ``side²`` consecutive visual tokens.
 
     Args:
-        order: ``[h * w]``, the place of each visual token before it.
+        order: ``[h * w]``, the place of each visual token before the projector.
         grid: (h, w).
-        side: of a block.
+        side: of the block that is merged.
     """
     first = order.view(-1, side * side)[:, 0]
     return first // grid[1] // side * (grid[1] // side) + first % grid[1] // side
 
 
 def encode_grouped(state: UnifiedState, pictures: list[Tensor]) -> list[Tensor]:
-    """Return the latents ``[C, h, w]`` of pictures ``[3, H, W]``, those of one size encoded together."""
-    found: dict[int, Tensor] = {}
+    """Return the latents ``[C, h, w]`` of pictures ``[3, H, W]``, encoding those of one size together."""
+    latents: dict[int, Tensor] = {}
     for size in dict.fromkeys(picture.shape for picture in pictures):
-        places = [number for number, picture in enumerate(pictures) if picture.shape == size]
-        coded = state.coder.encode(torch.stack([pictures[number] for number in places]), state.config)
-        found |= dict(zip(places, coded, strict=True))
-    return [found[number] for number in range(len(pictures))]
+        numbers = [number for number, picture in enumerate(pictures) if picture.shape == size]
+        encoded = state.coder.encode(torch.stack([pictures[number] for number in numbers]), state.config)
+        latents |= dict(zip(numbers, encoded, strict=True))
+    return [latents[number] for number in range(len(pictures))]
 
 
 def merged_side(layout: MediaLayout, output: Tensor) -> int:
-    """Return m of a projector that makes one token of m x m visual tokens."""
+    """Return m of a projector that merges m x m visual tokens into one."""
     assert layout.grids is not None
     patches = sum(height * width for height, width in layout.grids)
     return isqrt(max(1, patches // max(1, output.shape[:-1].numel())))
 
 
 def token_grids(layout: MediaLayout, output: Tensor) -> list[tuple[int, int]]:
-    """Return (height, width) in tokens of each entry behind the projector, which may have merged visual tokens.
+    """Return each entry's (height, width) in tokens behind the projector, which may have merged visual tokens.
 
     Args:
-        layout: of what the projector was given.
+        layout: of the projector's input.
         output: of the projector, ``[..., D]``.
 
     Raises:
         UnsupportedModelError: if the tokens of an entry don't form a grid.
     """
-    entries = sum(layout.entries)
+    entries, tokens = sum(layout.entries), output.shape[:-1].numel()
     if layout.grids is not None:
         side = merged_side(layout, output)
         grids = [(height // side, width // side) for height, width in layout.grids]
     else:
-        each = output.shape[:-1].numel() // max(entries, 1)
-        grids = [(isqrt(each), isqrt(each))] * entries
-    if sum(height * width for height, width in grids) != output.shape[:-1].numel():
+        side = isqrt(tokens // max(entries, 1))
+        grids = [(side, side)] * entries
+    if sum(height * width for height, width in grids) != tokens:
         raise UnsupportedModelError(
-            f"the {output.shape[:-1].numel()} visual tokens of {entries} images or tiles don't form grids, as latents "
-            "do (a class token among them, perhaps): set vision_feature_select_strategy='default', or use prompts "
-            "without pictures"
+            f"the {tokens} visual tokens of {entries} images or tiles don't form grids, as latents do (a class token "
+            "among them, perhaps): set vision_feature_select_strategy='default', or use prompts without pictures"
         )
     return grids

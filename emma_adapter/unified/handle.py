@@ -1,4 +1,4 @@
-"""The EmmaUnified handle: what a user does with a model that draws."""
+"""EmmaUnified, the handle on a model that draws."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .state import UnifiedState, unified_state
 
 
 class EmmaUnified:
-    """Handle on the generation branches of one model. It holds no state of its own: any number may exist."""
+    """Handle on the generation branches of one model. It holds no state of its own, so that any number may exist."""
 
     def __init__(self, model: nn.Module) -> None:
         unified_state(model)
@@ -32,12 +32,12 @@ class EmmaUnified:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the branches on the model; the first is called ``"default"``."""
+        """The names of the branches on the model, of which the first is ``"default"``."""
         return tuple(self._state.branches)
 
     @property
     def active_adapter(self) -> str:
-        """The name of the branch that draws, and is trained and saved: all else here is about that one."""
+        """The name of the active branch: it draws, is trained and saved, and all other methods are about it."""
         return self._state.active
 
     def add_adapter(
@@ -55,14 +55,15 @@ class EmmaUnified:
             autoencoder: as for :func:`unify_model`; default: that of the active branch.
 
         Raises:
-            PatchError: if the name is taken or can't be one.
+            PatchError: if the name is taken or not allowed.
         """
         branches.add(self.model, name, self.config if config is None else config, autoencoder)
         return self
 
     def set_adapter(self, name: str) -> EmmaUnified:
-        """Have another branch draw, between calls of the model. It is trainable if the one before was, which is frozen;
-        make a new optimizer.
+        """Make another branch the active one, between calls of the model.
+
+        It is trainable if the previous one was, which is frozen: make a new optimizer.
 
         Raises:
             PatchError: if there is no branch of that name.
@@ -81,8 +82,10 @@ class EmmaUnified:
         return self._state.coder.module
 
     def disable_adapter(self) -> AbstractContextManager[None]:
-        """In ``with unified.disable_adapter(): …`` answers are the original model's, bit for bit, in this thread or
-        task; which they are anyway without ``fuse_understanding``."""
+        """Answer with the original model's bits in ``with unified.disable_adapter(): …``, in this thread or task.
+
+        Without ``fuse_understanding``, answers are the original's anyway.
+        """
         return fusing(False)
 
     def generate_images(
@@ -104,36 +107,36 @@ class EmmaUnified:
         output_type: str = "pil",
         callback_on_step_end: Callback | None = None,
     ) -> GeneratedImages:
-        """Draw pictures, or edit the ones that are given; ``.images`` of the result.
+        """Draw pictures, or edit reference pictures; the result has them as ``.images``.
 
-        The names are those of diffusers' pipelines. Memory doesn't grow with the number of steps.
+        Arguments are named as in diffusers' pipelines. Memory doesn't grow with the number of steps.
 
         Args:
             prompt: what to draw, or what to change; one, or a list for a batch.
-            image: reference pictures: None, a PIL image for every prompt, or a list with None, an image, or a list of
-                images for each.
+            image: reference pictures: None, one PIL image for all prompts, or a list with None, an image, or a list of
+                images for each prompt.
             negative_prompt: what guidance leads away from; default: an empty prompt.
             height: in pixels, a multiple of the autoencoder's compression; default: the first reference picture's, of
                 at most a megapixel, or else 512.
             width: likewise.
             num_inference_steps: steps of the solver.
-            sigmas: the times to step through instead, falling from at most 1 (noise); they are not shifted any more.
-            guidance_scale: s_T, of the text; 1 is none (see :func:`~emma_adapter.unified.flow.guide`).
-            image_guidance_scale: s_I, of reference pictures; 1 is none.
-            num_images_per_prompt: the prompt is read once for all of them.
-            generator: of the noise: one, from which pictures take theirs one after another, or a list with one for
+            sigmas: the times to step through instead, falling from at most 1 (noise); they are not shifted.
+            guidance_scale: s_T, of the text; 1 means none (see :func:`~emma_adapter.unified.flow.guide`).
+            image_guidance_scale: s_I, of reference pictures; 1 means none.
+            num_images_per_prompt: how many pictures to draw for each prompt, which is read once.
+            generator: of the noise: one, which draws the pictures' noise one after another, or a list with one for
                 each picture. None: PyTorch's.
             latents: the noise itself, ``[pictures, C, height / compression, width / compression]``.
             solver: ``"euler"``, or ``"heun"``, which evaluates a step twice.
             output_type: ``"pil"``, ``"np"`` (``[B, H, W, 3]``), ``"pt"`` (``[B, 3, H, W]`` in [0, 1]) or ``"latent"``.
             callback_on_step_end: called as ``callback(unified, step, time, {"latents": x})`` after each step; it may
-                return other ``"latents"``, and end the drawing by raising.
+                return other ``"latents"``, or end the drawing by raising.
 
         Raises:
             ConfigError: if an argument has a value that is not allowed.
             DataError: if a prompt is empty or longer than the model's context, or a picture can't be read.
-            ShapeError: if a size is no multiple, or ``latents`` don't fit.
-            AutoencoderError: if the picture has NaN or infinite values.
+            ShapeError: if a size is not a multiple of the compression, or ``latents`` have another shape.
+            AutoencoderError: if a picture has NaN or infinite values.
         """
         request = check_request(
             self._state,
@@ -162,8 +165,7 @@ class EmmaUnified:
     ) -> Tensor:
         """Return the flow-matching loss of pictures behind their prompts, a scalar in float32.
 
-        While gradients are recorded, ``config.prompt_dropout`` of the prompts are replaced by empty ones; under
-        ``torch.no_grad()`` none.
+        While gradients are recorded, ``config.prompt_dropout`` of the prompts are replaced by empty ones.
 
         Args:
             prompts: one for each target.
@@ -175,15 +177,16 @@ class EmmaUnified:
 
         Raises:
             DataError: if a prompt or picture can't be used, or their numbers differ.
-            ShapeError: if a target's sides are no multiples.
+            ShapeError: if a target's sides are not multiples of the compression.
         """
         return prompted_loss(self.model, self._state, prompts, targets, images, generator)
 
     @torch.no_grad()
     def measure_latents(self, pictures: Any) -> EmmaUnified:
-        """Set mean and standard deviation of each latent channel to those of some pictures of the training data.
+        """Set the mean and standard deviation of each latent channel to those of some training pictures.
 
-        Before training: what is trained on other latents doesn't fit any more. They are saved with the config.
+        Call it before training: a branch that was trained with other values no longer fits. They are saved with the
+        config.
 
         Args:
             pictures: as ``targets`` of :meth:`loss`; or an iterator of PIL images, of which one is in memory at a time.
@@ -200,10 +203,10 @@ class EmmaUnified:
         return self
 
     def compile(self, **options: Any) -> EmmaUnified:
-        """Have the steps of drawing compiled by ``torch.compile``, the first time in the next drawing.
+        """Compile the steps of drawing with ``torch.compile``, in the next drawing.
 
-        What is compiled serves other prompts, sizes and numbers of pictures too. Reading the prompt, training and the
-        autoencoder are not compiled.
+        The compiled code also serves other prompts, sizes and numbers of pictures. Reading the prompt, training and
+        the autoencoder are not compiled.
 
         Args:
             options: of ``torch.compile``; ``disable=True`` undoes it.
@@ -212,14 +215,16 @@ class EmmaUnified:
         return self
 
     def set_progress_bar_config(self, **settings: Any) -> EmmaUnified:
-        """Set how drawing shows its progress: ``disable=True``, or whatever else ``tqdm`` takes."""
+        """Set how drawing shows its progress: ``disable=True``, or other arguments of ``tqdm``."""
         self._state.progress_bar = settings
         return self
 
     @torch.no_grad()
     def encode_images(self, pictures: Any) -> Tensor:
-        """Return the normalized latents ``[B, C, h, w]`` of pictures of one size, given as ``targets`` of :meth:`loss`;
-        that takes them in place of the pictures, so that they needn't be encoded in every epoch."""
+        """Return the normalized latents ``[B, C, h, w]`` of pictures of one size, given as ``targets`` of :meth:`loss`.
+
+        :meth:`loss` also takes the latents, so that pictures needn't be encoded in every epoch.
+        """
         state = self._state
         device = next(state.module.parameters()).device
         tensors = target_tensors(pictures, state.coder.compression)
@@ -229,16 +234,16 @@ class EmmaUnified:
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Return the pictures ``[B, 3, H, W]`` in [0, 1] of normalized latents ``[B, C, h, w]``."""
         state = self._state
-        return torch.cat([state.coder.decode(one[None], state.config) for one in latents])
+        return torch.cat([state.coder.decode(each[None], state.config) for each in latents])
 
     def collator(
         self, *, size: tuple[int, int] | None = None, folder: str | PathLike[str] = ".", dropout: bool = True
     ) -> UnifiedCollator:
-        """Return what makes batches of rows ``{"prompt", "image"?, "target"}``, for ``Trainer(data_collator=…)``.
+        """Return a collator of rows ``{"prompt", "image"?, "target"}``, for ``Trainer(data_collator=…)``.
 
         Args:
             size: (height, width) that targets are resized to; None: all of a batch have one size already.
-            folder: that the paths of pictures start at.
+            folder: where relative paths of pictures start.
             dropout: whether a call that records gradients may drop ``config.prompt_dropout`` of the prompts.
         """
         return UnifiedCollator(self._state, size, Path(folder), dropout=dropout)
@@ -248,7 +253,7 @@ class EmmaUnified:
     ) -> None:
         """Write ``unified_config.json``, ``unified_model.safetensors`` and, if there is none, a card, atomically.
 
-        Whenever it is killed, ``load_unified`` finds the branch that was there before, or the new one. The folder may
+        Whenever the process is killed, ``load_unified`` finds either the previous branch or the new one. The folder may
         hold other things: a model, an adapter of ``patch_model``, or a LoRA. The autoencoder isn't saved, but its id
         and a hash of its config are.
 
@@ -258,7 +263,7 @@ class EmmaUnified:
             samples: prompts and PIL images that the card shows on the hub.
 
         Raises:
-            OSError: if the folder can't be written; what it held is intact.
+            OSError: if the folder can't be written; its former contents are intact.
             CheckpointError: if weights are NaN or infinite.
             DataError: if samples aren't prompts and pictures, or there is a card already.
         """
@@ -275,12 +280,13 @@ class EmmaUnified:
         create_pr: bool = False,
         samples: Samples = (),
     ) -> str:
-        """Upload what ``save_pretrained`` writes to ``repo_id`` on the hub, which is made if there is none. It may hold
-        a model, an adapter of ``patch_model`` or a LoRA, whose card stays.
+        """Upload what ``save_pretrained`` writes to a repository on the hub, which is made if there is none.
+
+        It may hold a model, an adapter of ``patch_model`` or a LoRA, whose card stays.
 
         Args:
             repo_id: ``"user/name"``.
-            private: whether a repository that is made now is private; default: as the user's or organisation's is.
+            private: whether a new repository is private; default: the user's or organisation's setting.
             revision: branch, made if there is none.
             commit_message: of the upload.
             token: of the hub; default, and with True: the one that ``hf auth login`` stored, or ``HF_TOKEN``.
@@ -307,24 +313,24 @@ class EmmaUnified:
         )
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """The branch's parameters."""
+        """Return the branch's parameters."""
         return self._state.module.parameters()
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Parameters by their name in the branch."""
+        """Return the branch's parameters with their names in it."""
         return self._state.module.named_parameters()
 
     def num_parameters(self) -> int:
-        """How many numbers the branch has learned or can learn."""
+        """Return how many parameters the branch has, counted number by number."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def train_only(self) -> EmmaUnified:
-        """Freeze everything but the branch; the prompt then costs no memory for backward."""
+        """Freeze everything but the branch; prompts then cost no memory for backward."""
         training.train_only(self.model)
         return self
 
     def unfreeze(self) -> EmmaUnified:
-        """Make trainable again what ``train_only`` has frozen. Does nothing without ``train_only`` before."""
+        """Make trainable again what ``train_only`` has frozen, if it was called."""
         training.unfreeze(self.model)
         return self
 
@@ -332,12 +338,12 @@ class EmmaUnified:
         """Return groups for an optimizer: the branch's matrices, and its vectors, which don't decay.
 
         Raises:
-            ConfigError: if a rate is no number or negative.
+            ConfigError: if a rate is not a number, or negative.
         """
         return training.parameter_groups(self.model, lr, weight_decay)
 
     def delete_adapter(self, name: str) -> EmmaUnified:
-        """Take a branch off again that isn't the active one.
+        """Take off a branch that isn't the active one.
 
         Raises:
             PatchError: if it is, or if there is none of that name.
@@ -346,18 +352,19 @@ class EmmaUnified:
         return self
 
     def remove(self, name: str | None = None) -> None:
-        """Take all branches off; an adapter of ``patch_model`` stays, and ``unpatch_model`` takes off both. The handle
-        is of no use any more.
+        """Take all branches off, after which the handle is of no use.
+
+        An adapter of ``patch_model`` stays; ``unpatch_model`` takes off both.
 
         Args:
-            name: of earlier releases, for one more: as :meth:`delete_adapter`.
+            name: as of :meth:`delete_adapter`; kept from earlier releases for one more.
         """
         if name is None:
             detaching.take_off(self.model)
         else:
             self.delete_adapter(name)
 
-    # The names of earlier releases, for one more.
+    # Names of earlier releases, kept for one more.
     active = active_adapter
     add, set_active, disabled = add_adapter, set_adapter, disable_adapter
 
@@ -369,12 +376,12 @@ class EmmaUnified:
         state = self._state
         base: Any = self.model.config
         layers = len(state.module.layers)
-        own, total = self.num_parameters(), sum(parameter.numel() for parameter in self.model.parameters())
+        count, total = self.num_parameters(), sum(parameter.numel() for parameter in self.model.parameters())
         names = "" if len(self.names) == 1 else f"active={self.active_adapter!r} of {list(self.names)}, "
         return (
             f"EmmaUnified({names}family={base.model_type!r}, decoupling={self.config.decoupling!r}, "
             f"shared_layers={shared_layers(self.config, layers)} of {layers}, "
             f"autoencoder={state.coder.source or type(state.coder.module).__name__!r} "
-            f"({state.coder.compression}x, {state.coder.channels} channels), parameters={own:,} "
-            f"({own / total:.3%} of the model))"
+            f"({state.coder.compression}x, {state.coder.channels} channels), parameters={count:,} "
+            f"({count / total:.3%} of the model))"
         )

@@ -1,4 +1,4 @@
-"""load_unified: from a saved folder, or a hub id, to a model that draws."""
+"""load_unified: loading a branch from a folder or the hub onto a model."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def load_unified(
 ) -> EmmaUnified:
     """Let a model draw with a branch that ``save_pretrained`` wrote. If this raises, the model is as it was.
 
-    The folder may come from anybody. Nothing in it is run; nothing outside of it is read because a file in it says so,
-    but the autoencoder that its config names: on the hub or, if the folder wasn't downloaded here, at a path of this
+    The folder may come from anybody. Nothing in it is run. Its files can make this read only one thing outside of it,
+    the autoencoder that its config names: on the hub or, if the folder wasn't downloaded here, at a path on this
     machine.
 
     Args:
@@ -47,15 +47,15 @@ def load_unified(
         source: the folder, or a hub id.
         processor: as for :func:`unify_model`. A model that draws already has one, and keeps it.
         autoencoder: as for :func:`unify_model`: the one that the branch was trained with. Default: what the file names.
-        name: of a further branch on a model that draws already. It is not made the active one: ``set_adapter(name)``.
+        name: of a further branch on a model that draws already. ``set_adapter(name)`` then makes it the active one.
         revision: branch, tag or commit on the hub.
-        subfolder: where in the folder or repository the branch is; it can't lead out of it.
+        subfolder: of the folder or repository, where the branch is; it can't lead out of it.
         token: of the hub, for a private repository; default, and with True: the one that ``hf auth login`` stored, or
             ``HF_TOKEN``; False sends none.
         local_files_only: don't ask the hub; use what was downloaded before.
 
     Raises:
-        AutoencoderError: if none is given, and the file names none, or comes from the hub and names a path.
+        AutoencoderError: if no autoencoder is given, and the file names none, or comes from the hub and names a path.
         CheckpointError: if the files are incomplete, damaged, of a newer format, or made for another model.
         ConfigError: if the autoencoder has another compression or other channels.
         PatchError: if the model draws already, and no new name is given.
@@ -69,67 +69,67 @@ def load_unified(
     with file:
         base: Any = base_of(model)
         tensor_folder.check_model_type(saved.folder, getattr(getattr(base, "config", None), "model_type", None))
-        known = set(unified_state(base).branches) if STATE_ATTRIBUTE in base.__dict__ else set()
-        _check_name(known, name)
-        if autoencoder is None and not (known and _is_of(unified_state(base).coder, saved)):
+        earlier_names = set(unified_state(base).branches) if STATE_ATTRIBUTE in base.__dict__ else set()
+        _check_name(earlier_names, name)
+        if autoencoder is None and not (earlier_names and _is_autoencoder_of(unified_state(base).coder, saved)):
             autoencoder = _autoencoder_of(saved, downloaded=not is_local(source))
         try:
-            if known:
+            if earlier_names:
                 unified = EmmaUnified(base).add_adapter(str(name), saved.config, autoencoder=autoencoder)
             else:
                 assert autoencoder is not None
                 unified = unify_model(model, saved.config, processor=processor, autoencoder=autoencoder)
             branch = unified_state(base).branches[name or DEFAULT]
-            own = branch.module.state_dict(keep_vars=True)
-            tensor_folder.check_fits(saved.folder, own)
-            tensor_folder.read_into(saved.folder, file, own)
+            new_tensors = branch.module.state_dict(keep_vars=True)
+            tensor_folder.check_fits(saved.folder, new_tensors)
+            tensor_folder.read_into(saved.folder, file, new_tensors)
         except BaseException:
-            _undo(base, known)
+            _undo(base, earlier_names)
             raise
     if branch.coder.fingerprint() != saved.autoencoder:
-        trained = saved.autoencoder_source or "a module"
+        saved_autoencoder = saved.autoencoder_source or "a module"
         warnings.warn(
-            f"{saved.folder.source} was trained with another autoencoder ({trained}) than the one given, by its "
-            "config: pictures will not be what it learned, unless only names differ",
+            f"by its config, {saved.folder.source} was trained with another autoencoder ({saved_autoencoder}) than the "
+            "one given: pictures will not be what it learned, unless the two differ only in names",
             stacklevel=3,
         )
     return unified
 
 
-def _check_name(known: set[str], name: str | None) -> None:
-    """Check that a branch of this name can be loaded beside those that there are.
+def _check_name(earlier_names: set[str], name: str | None) -> None:
+    """Check that a branch of this name can be loaded beside the ones on the model.
 
     Raises:
         PatchError: if it can't.
     """
-    if known and name is None:
+    if earlier_names and name is None:
         raise PatchError(
             "this model was made to draw already: load_unified(model, …, name=…) puts another branch beside it, and "
             "unpatch_model(model) takes all off"
         )
-    if not known and name not in (None, DEFAULT):
+    if not earlier_names and name not in (None, DEFAULT):
         raise PatchError(f"the first branch of a model is called {DEFAULT!r}: load without name=")
 
 
-def _is_of(coder: LatentCoder, saved: checkpoint.SavedUnified) -> bool:
-    """Whether an autoencoder is, as far as the file tells, the one that a branch was trained with."""
+def _is_autoencoder_of(coder: LatentCoder, saved: checkpoint.SavedUnified) -> bool:
+    """Return whether a branch was trained with this autoencoder, as far as its file says."""
     return coder.fingerprint() == saved.autoencoder and saved.autoencoder_source in (None, coder.source)
 
 
-def _undo(base: nn.Module, known: set[str]) -> None:
+def _undo(base: nn.Module, earlier_names: set[str]) -> None:
     """Take off the branches that were not there before."""
-    if not known and STATE_ATTRIBUTE in base.__dict__:
+    if not earlier_names and STATE_ATTRIBUTE in base.__dict__:
         take_off(base)
-    elif known:
-        for name in set(unified_state(base).branches) - known:
+    elif earlier_names:
+        for name in set(unified_state(base).branches) - earlier_names:
             branches.remove(base, name)
 
 
 def _autoencoder_of(saved: checkpoint.SavedUnified, *, downloaded: bool) -> str:
-    """The hub id or path of the autoencoder that a branch was trained with.
+    """Return the hub id or path of the autoencoder that a branch was trained with.
 
     Raises:
-        AutoencoderError: if it isn't told, or is a path that a stranger has named.
+        AutoencoderError: if the file doesn't name it, or was downloaded and names a path.
     """
     name = saved.autoencoder_source
     if name is None:

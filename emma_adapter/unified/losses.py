@@ -42,7 +42,7 @@ def prompted_loss(
     if len(latents) != len(texts):
         raise DataError(f"{len(latents)} targets for {len(texts)} prompts: give one for each")
     sources = _sources(state, references, latents)
-    rows: list[Row] = [(text, tuple(own)) for text, own in zip(texts, references, strict=True)]
+    rows: list[Row] = [(text, tuple(pictures)) for text, pictures in zip(texts, references, strict=True)]
     if torch.is_grad_enabled():
         rows = dropped(rows, state.config.prompt_dropout, generator)
     return latent_loss(model, state, read_rows(model, state, rows), latents, sources, generator)
@@ -56,14 +56,14 @@ def latent_loss(
     sources: Sequence[Tensor] | None,
     generator: torch.Generator | None,
 ) -> Tensor:
-    """Return the loss, a scalar in float32.
+    """Return the flow-matching loss of latents behind prompts, a scalar in float32.
 
     Args:
         model: unified.
         state: its state.
-        prefix: the read prompts, B rows.
+        prefix: B prompts, as the base has read them.
         latents: normalized latents ``[C, h, w]`` of each row's target.
-        sources: those of what the target was made of; equal to the target's where it was made of nothing. None: all so.
+        sources: latents of each row's picture before the edit, the target's where there is none. None: no row has one.
         generator: of noise and times; None: PyTorch's.
     """
     config = state.config
@@ -83,35 +83,37 @@ def latent_loss(
     field = VelocityField(model, state, prefix, grid, real, draws)
     velocity = field(interpolate(x0, noise, t), t)
     loss = velocity_loss(velocity, x0, noise, weights)
-    # Every parameter takes part in every step, also where no row has a picture: DistributedDataParallel waits for all.
-    idle = [parameter.sum() * 0 for parameter in state.module.fusion.parameters() if parameter.requires_grad]
-    return loss + torch.stack(idle).sum().to(loss.dtype) if idle and torch.is_grad_enabled() else loss
+    # DistributedDataParallel waits for the gradients of all parameters, even in a step where no row has a picture.
+    zeros = [parameter.sum() * 0 for parameter in state.module.fusion.parameters() if parameter.requires_grad]
+    return loss + torch.stack(zeros).sum().to(loss.dtype) if zeros and torch.is_grad_enabled() else loss
 
 
 def padded(latents: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return latents ``[B, N, C]``, padded to the longest; row and column of each ``[B, N, 2]``; and which are real,
-    ``[B, N]``.
+    """Return padded latents ``[B, N, C]``, the row and column of each ``[B, N, 2]``, and a mask of the real ones.
 
     Args:
-        latents: ``[C, h, w]`` each.
+        latents: ``[C, h, w]`` each; N is the longest's h · w. The mask is ``[B, N]``.
     """
-    longest = max(one[0].numel() for one in latents)
-    tokens = torch.stack([F.pad(one.flatten(1).mT, (0, 0, 0, longest - one[0].numel())) for one in latents])
-    grids = [grid_of(one.shape[1], one.shape[2], one.device) for one in latents]
-    grid = torch.stack([F.pad(own, (0, 0, 0, longest - len(own))) for own in grids])
-    lengths = torch.tensor([len(own) for own in grids], device=tokens.device)
+    longest = max(picture[0].numel() for picture in latents)
+    sequences = [picture.flatten(1).mT for picture in latents]
+    tokens = torch.stack([F.pad(sequence, (0, 0, 0, longest - len(sequence))) for sequence in sequences])
+    grids = [grid_of(picture.shape[1], picture.shape[2], picture.device) for picture in latents]
+    grid = torch.stack([F.pad(places, (0, 0, 0, longest - len(places))) for places in grids])
+    lengths = torch.tensor([len(places) for places in grids], device=tokens.device)
     return tokens, grid, torch.arange(longest, device=tokens.device) < lengths[:, None]
 
 
 def random_normal(shape: Sequence[int], generator: torch.Generator | None, device: torch.device) -> Tensor:
-    """Return standard normal numbers in float32, drawn where the generator is."""
-    own = device if generator is None else generator.device
-    return torch.randn(tuple(shape), generator=generator, device=own).to(device)
+    """Return standard normal numbers in float32, drawn on the generator's device and moved to ``device``."""
+    generator_device = device if generator is None else generator.device
+    return torch.randn(tuple(shape), generator=generator, device=generator_device).to(device)
 
 
 def dropped(rows: Sequence[Row], share: float, generator: torch.Generator | None = None) -> list[Row]:
-    """Return rows, this share of them without their text; of those with pictures, half lose these too: what guidance
-    for text and for pictures apart needs to have seen."""
+    """Return rows, of which this share lose their text, and half of those their pictures too.
+
+    Guidance by text and by pictures separately needs a model that has been trained on such rows.
+    """
     if share == 0:
         return list(rows)
     device = None if generator is None else generator.device
@@ -123,13 +125,16 @@ def dropped(rows: Sequence[Row], share: float, generator: torch.Generator | None
 
 
 def _sources(state: UnifiedState, references: list[list[Any]], latents: list[Tensor]) -> list[Tensor] | None:
-    """Latents of each row's first reference picture at its target's size; the target's own where there is none."""
+    """Return latents of each row's first reference picture at its target's size, or the target's if there is none.
+
+    None if the loss doesn't depend on them.
+    """
     if state.config.changed_weight == 1 or not any(references):
         return None
-    edited = [number for number, own in enumerate(references) if own]
-    given = target_tensors([references[number][0] for number in edited], 1)
+    edited = [number for number, pictures in enumerate(references) if pictures]
     side = state.coder.compression
-    given = resized(given, [(latents[number].shape[1] * side, latents[number].shape[2] * side) for number in edited])
-    coded = encode_grouped(state, [one.to(latents[0].device) for one in given])
-    own = dict(zip(edited, coded, strict=True))
-    return [own.get(number, latents[number]) for number in range(len(latents))]
+    sizes = [(latents[number].shape[1] * side, latents[number].shape[2] * side) for number in edited]
+    pictures = resized(target_tensors([references[number][0] for number in edited], 1), sizes)
+    encoded = encode_grouped(state, [picture.to(latents[0].device) for picture in pictures])
+    sources = dict(zip(edited, encoded, strict=True))
+    return [sources.get(number, target) for number, target in enumerate(latents)]

@@ -1,4 +1,4 @@
-"""UnifiedModule: everything that is trained and saved of a generation branch."""
+"""UnifiedModule: all trained and saved parameters of a generation branch."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _TIME_CHANNELS = 256
 class UnifiedModule(nn.Module):
     """The generation branch's parameters, beside the base's.
 
-    All are in flat ParameterDicts: there is no ``nn.Linear`` in here that a tool which goes by names or classes of
-    modules, as PEFT, would take for one of the model's.
+    All are in flat ParameterDicts, without an ``nn.Linear`` that tools which go by names or classes of modules, such as
+    PEFT, would take for one of the model's.
 
     Args:
-        config: with all sizes.
+        config: with all sizes filled in.
         inner: the base's module whose ``forward`` takes pixels and token ids.
     """
 
@@ -58,7 +58,7 @@ class UnifiedModule(nn.Module):
         )
         #: u → u + dW·u + W_g·g at reference pictures, zeros at the start.
         self.fusion = nn.ParameterDict(_fusion(config, width, channels, settings))
-        # Also beside M-RoPE, which tells keys apart by their place, but not a token what its own place is.
+        # Needed even with M-RoPE, which tells a token where keys are relative to it, but not where it is itself.
         self.position = nn.ParameterDict({"scale": nn.Parameter(torch.ones((), **settings))})
 
     def stack(self, text: nn.Module, dtype: torch.dtype, *, training: bool | None = None) -> nn.Module:
@@ -71,7 +71,7 @@ class UnifiedModule(nn.Module):
 
         Args:
             x: ``[B, R, N, C]``, R noisy copies of N latents.
-            t: ``[B, R]``, their times.
+            t: ``[B, R]``, the times of the copies.
             grid: ``[B, N, 2]``, row and column of each latent.
         """
         parameters = self.time
@@ -84,31 +84,32 @@ class UnifiedModule(nn.Module):
         return tokens + self.position["scale"] * places[:, None]
 
     def read_velocity(self, hidden: Tensor) -> Tensor:
-        """Return the velocities ``[..., C]`` that hidden states ``[..., D]`` tell."""
+        """Return the velocities ``[..., C]`` predicted by hidden states ``[..., D]``."""
         weight, bias = self.velocity["weight"], self.velocity["bias"]
         return F.linear(hidden.to(weight.dtype), weight, bias)
 
     def fuse(self, visual: Tensor, latents: Tensor) -> Tensor:
-        """Return the base's visual tokens ``[T, D]`` with the latents ``[T, C]`` of the same places added: the
-        channel-wise concatenation (u; g) before a linear layer (I + dW; W_g)."""
-        own = self.fusion
-        u = visual.to(own["latents"].dtype)
-        if "visual_down" in own:
-            change = F.linear(F.linear(u, own["visual_down"]), own["visual_up"])
+        """Return the base's visual tokens u ``[T, D]``, changed by the latents g ``[T, C]`` of the same places.
+
+        This is the channel-wise concatenation (u; g), followed by a linear layer (I + dW; W_g).
+        """
+        parameters = self.fusion
+        u = visual.to(parameters["latents"].dtype)
+        if "visual_down" in parameters:
+            change = F.linear(F.linear(u, parameters["visual_down"]), parameters["visual_up"])
         else:
-            change = F.linear(u, own["visual"])
-        change = change + F.linear(latents.to(u.dtype), own["latents"])
+            change = F.linear(u, parameters["visual"])
+        change = change + F.linear(latents.to(u.dtype), parameters["latents"])
         return visual + change.to(visual.dtype)
 
 
 def shared_layers(config: UnifiedConfig, layers: int) -> int:
-    """Return N of a decoder with so many layers."""
+    """Return how many of a decoder's first layers share queries and keys with the base."""
     return layers // 2 if config.shared_layers is None else config.shared_layers
 
 
 def sinusoid(values: Tensor, channels: int) -> Tensor:
-    """Return ``[..., channels]``, cosines then sines of ``values`` at wavelengths from 2π to 2π·10,000
-    (arXiv 1706.03762, 3.5)."""
+    """Return ``[..., channels]``: cosines, then sines, at wavelengths from 2π to 2π·10,000 (arXiv 1706.03762, 3.5)."""
     half = channels // 2
     frequencies = torch.exp(-math.log(10_000) * torch.arange(half, device=values.device) / half).to(values.dtype)
     angles = values[..., None] * frequencies
@@ -116,25 +117,27 @@ def sinusoid(values: Tensor, channels: int) -> Tensor:
 
 
 def _sinusoid_2d(grid: Tensor, channels: int) -> Tensor:
-    """``[..., channels]``: the row's in the first half, the column's in the second; a rest that can't be divided by
-    four is zero."""
+    """Return ``[..., channels]``: the sinusoid of the row, then that of the column.
+
+    If the number of channels is not divisible by four, the last ones are zero.
+    """
     quarter = channels // 4 * 2
     rows, columns = (sinusoid(grid[..., axis].float(), quarter) for axis in (0, 1))
     return F.pad(torch.cat([rows, columns], -1), (0, channels - 2 * quarter))
 
 
 def _linear(into: int, out: int, settings: dict[str, Any]) -> nn.ParameterDict:
-    made = nn.Linear(into, out, **settings)
-    return nn.ParameterDict({"weight": made.weight, "bias": made.bias})
+    linear = nn.Linear(into, out, **settings)
+    return nn.ParameterDict({"weight": linear.weight, "bias": linear.bias})
 
 
 def _fusion(config: UnifiedConfig, width: int, channels: int, settings: dict[str, Any]) -> dict[str, nn.Parameter]:
-    made = {"latents": nn.Parameter(torch.zeros(width, channels, **settings))}
+    parameters = {"latents": nn.Parameter(torch.zeros(width, channels, **settings))}
     if config.decoupling == "full":
-        return made | {"visual": nn.Parameter(torch.zeros(width, width, **settings))}
+        return parameters | {"visual": nn.Parameter(torch.zeros(width, width, **settings))}
     rank = min(config.decoupling, width)
     down = torch.randn(rank, width, **settings) / width**0.5
-    return made | {
+    return parameters | {
         "visual_down": nn.Parameter(down),
         "visual_up": nn.Parameter(torch.zeros(width, rank, **settings)),
     }

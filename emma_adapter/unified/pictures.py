@@ -1,4 +1,4 @@
-"""Pictures that users give and get: reading, sizes, and the kinds of output."""
+"""Pictures from and for users: reading and checking them, sizes, and output types."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from ..messages import plain, shown
 from .autoencoder import nearest_sizes
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-#: In pixels: of a picture whose size nobody says, and the most that is taken over from a reference picture.
+#: The side of a picture if no size is given, and the area to which a reference picture's size is limited, in pixels.
 _DEFAULT_SIDE, _MOST_PIXELS = 512, 1024 * 1024
 
 
 def target_tensors(targets: Any, compression: int) -> list[Tensor]:
-    """Return pictures to learn, ``[3, H, W]`` in [0, 1] each.
+    """Return target pictures as tensors ``[3, H, W]`` in [0, 1].
 
     Args:
         targets: a PIL image, a list of PIL images or of tensors ``[3, H, W]``, or a tensor ``[B, 3, H, W]`` in [0, 1].
-        compression: of which sides must be multiples.
+        compression: the sides must be multiples of it.
 
     Raises:
         DataError: if one can't be read, or isn't in [0, 1].
         ShapeError: if one has another shape or size.
     """
     if isinstance(targets, Tensor) and targets.ndim == 4:
-        listed = list(targets)
+        pictures = list(targets)
     else:
-        listed = list(targets) if isinstance(targets, (list, tuple)) else [targets]
-    return [_target(one, compression) for one in listed]
+        pictures = list(targets) if isinstance(targets, (list, tuple)) else [targets]
+    return [_target(picture, compression) for picture in pictures]
 
 
 def _target(picture: Any, compression: int) -> Tensor:
@@ -56,10 +56,10 @@ def _target(picture: Any, compression: int) -> Tensor:
 
 
 def rgb(picture: Any) -> Any:
-    """Return a PIL image as one in RGB, turned as its EXIF data say.
+    """Convert a PIL image to RGB, rotated as its EXIF data say.
 
     Raises:
-        DataError: if it is no PIL image, or its file can't be read.
+        DataError: if it is not a PIL image, or its file can't be read.
     """
     from PIL import Image, ImageOps
 
@@ -76,10 +76,10 @@ def rgb(picture: Any) -> Any:
 
 
 def reference_lists(images: Any, rows: int) -> list[list[Any]]:
-    """Return the reference pictures of each row, RGB.
+    """Return the reference pictures of each row, in RGB.
 
     Args:
-        images: None; one PIL image, for every row; or a list with, for each row, None, one image, or several.
+        images: None; one PIL image for all rows; or a list with None, an image, or a list of images for each row.
         rows: how many prompts there are.
 
     Raises:
@@ -88,24 +88,24 @@ def reference_lists(images: Any, rows: int) -> list[list[Any]]:
     if images is None:
         return [[] for _ in range(rows)]
     if not isinstance(images, (list, tuple)):
-        own = rgb(images)
-        return [[own] for _ in range(rows)]
+        picture = rgb(images)
+        return [[picture] for _ in range(rows)]
     if len(images) != rows:
         raise DataError(
             f"{len(images)} entries of reference pictures for {rows} prompts: give one for each prompt (None, a "
             "picture, or a list of pictures), or one picture for all"
         )
     return [
-        [] if one is None else [rgb(each) for each in one] if isinstance(one, (list, tuple)) else [rgb(one)]
-        for one in images
+        [] if entry is None else [rgb(each) for each in entry] if isinstance(entry, (list, tuple)) else [rgb(entry)]
+        for entry in images
     ]
 
 
 def check_size(height: int, width: int, compression: int) -> None:
-    """Check that a picture can be encoded.
+    """Check that height and width are multiples of the compression.
 
     Raises:
-        ShapeError: naming the nearest size that can.
+        ShapeError: naming the nearest size that is allowed.
     """
     sides = (height, width)
     if not all(isinstance(side, int) and not isinstance(side, bool) for side in sides) or any(
@@ -126,23 +126,24 @@ def _nearest(height: int, width: int, compression: int) -> str:
 def output_size(
     height: int | None, width: int | None, references: Sequence[Sequence[Any]], compression: int
 ) -> tuple[int, int]:
-    """Return height and width to draw: those given, or else the size of the first reference picture, of at most a
-    megapixel, or else 512 x 512; each as near as multiples of the compression come.
+    """Return the height and width to draw: those given, or else the first reference picture's, or else 512 x 512.
+
+    The reference picture's are scaled down to at most a megapixel, and rounded to multiples of the compression.
 
     Raises:
-        ShapeError: if a given one is no multiple of the compression.
+        ShapeError: if a given one is not a multiple of the compression.
     """
     first = next((pictures[0] for pictures in references if pictures), None)
-    own = (_DEFAULT_SIDE, _DEFAULT_SIDE) if first is None else (first.height, first.width)
-    scale = min(1.0, math.sqrt(_MOST_PIXELS / (own[0] * own[1])))
-    near = nearest_sizes(round(own[0] * scale), round(own[1] * scale), compression)
-    size = (near[0] if height is None else height, near[1] if width is None else width)
+    original = (_DEFAULT_SIDE, _DEFAULT_SIDE) if first is None else (first.height, first.width)
+    scale = min(1.0, math.sqrt(_MOST_PIXELS / (original[0] * original[1])))
+    default = nearest_sizes(round(original[0] * scale), round(original[1] * scale), compression)
+    size = (default[0] if height is None else height, default[1] if width is None else width)
     check_size(*size, compression)
     return size
 
 
 def converted(pictures: Tensor, output_type: str) -> Any:
-    """Return pictures ``[B, 3, H, W]`` in [0, 1] as ``"pt"`` (themselves), ``"np"`` (``[B, H, W, 3]``) or ``"pil"``."""
+    """Convert pictures ``[B, 3, H, W]`` in [0, 1] to ``"np"`` (``[B, H, W, 3]``) or ``"pil"``; ``"pt"`` leaves them."""
     if output_type == "pt":
         return pictures
     arrays = pictures.permute(0, 2, 3, 1).cpu().numpy()
@@ -154,8 +155,10 @@ def converted(pictures: Tensor, output_type: str) -> Any:
 
 
 def check_output_type(output_type: str) -> None:
-    """Raises:
-    ConfigError: if it is none of ``OUTPUT_TYPES``.
+    """Check an output type.
+
+    Raises:
+        ConfigError: if it is none of ``OUTPUT_TYPES``.
     """
     if output_type not in OUTPUT_TYPES:
         raise ConfigError(f"output_type must be one of {list(OUTPUT_TYPES)}; got {shown(output_type)}")

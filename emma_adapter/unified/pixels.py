@@ -1,4 +1,4 @@
-"""From what a processor made of pictures back to pictures: one for each entry that the vision tower saw."""
+"""From a processor's pixels back to pictures, one for each entry that the vision tower sees."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ def entry_pictures(processor: Any, arguments: Mapping[str, Any], layout: MediaLa
     """Return a picture ``[3, H, W]`` in [0, 1] for each entry (image or tile) of a call.
 
     Args:
-        processor: that made the call's pixels; its mean and standard deviation are undone.
+        processor: that made the call's pixels; its normalization is undone.
         arguments: of the call: ``pixel_values``, and sizes.
         layout: of its images.
 
     Raises:
-        UnsupportedModelError: if the pixels are laid out in a way that isn't known.
+        UnsupportedModelError: if the layout of the pixels is unknown.
     """
     pixels = arguments["pixel_values"]
     if isinstance(pixels, (list, tuple)):
@@ -30,10 +30,10 @@ def entry_pictures(processor: Any, arguments: Mapping[str, Any], layout: MediaLa
     elif pixels.ndim == 2 and arguments.get("image_grid_thw") is not None:
         pictures = _from_patches(processor.image_processor, pixels, arguments["image_grid_thw"])
     elif pixels.ndim == 5 and len(pixels) == len(layout.entries):
-        # Images with fewer tiles than another one are padded.
+        # Images with fewer tiles than others are padded with empty ones.
         pictures = [tile for tiles, count in zip(pixels, layout.entries, strict=True) for tile in tiles[:count]]
     elif pixels.ndim == 5:
-        # Rows with fewer pictures than another one are padded with zeros, which Idefics3 knows as such.
+        # Rows with fewer pictures than others are padded with zeros, as Idefics3 expects.
         pictures = [picture for picture in pixels.flatten(0, 1) if bool(picture.any())]
     elif pixels.ndim == 4:
         pictures = list(pixels)
@@ -49,7 +49,7 @@ def entry_pictures(processor: Any, arguments: Mapping[str, Any], layout: MediaLa
 
 
 def plain_pictures(processor: Any, arguments: Mapping[str, Any]) -> list[Tensor] | None:
-    """Return the pictures ``[3, H, W]`` in [0, 1] of a call that no vision tower has seen yet, if each is one piece.
+    """Return the pictures ``[3, H, W]`` in [0, 1] of a call's pixels, if each is in one piece; else None.
 
     Args:
         processor: that made the call's pixels.
@@ -61,8 +61,8 @@ def plain_pictures(processor: Any, arguments: Mapping[str, Any]) -> list[Tensor]
     if pixels.ndim == 2 and arguments.get("image_grid_thw") is not None:
         pictures = _from_patches(processor.image_processor, pixels, arguments["image_grid_thw"])
     elif pixels.ndim in (4, 5):
-        # Those that fill up a row are zeros.
-        pictures = list(pixels) if pixels.ndim == 4 else [one for one in pixels.flatten(0, 1) if bool(one.any())]
+        # Pictures of zeros are padding.
+        pictures = list(pixels) if pixels.ndim == 4 else [image for image in pixels.flatten(0, 1) if bool(image.any())]
     else:
         return None
     sizes = arguments.get("image_sizes")
@@ -72,22 +72,23 @@ def plain_pictures(processor: Any, arguments: Mapping[str, Any]) -> list[Tensor]
 
 
 def _cropped(pictures: Sequence[Tensor], sizes: Any) -> list[Tensor]:
-    """Pictures of their own (height, width): Pixtral pads all to the largest."""
+    """Crop pictures to their own (height, width): Pixtral pads all to the largest."""
     pairs = torch.as_tensor(sizes).tolist()
     return [picture[:, :height, :width] for picture, (height, width) in zip(pictures, pairs, strict=True)]
 
 
 def _from_patches(image_processor: Any, patches: Tensor, grids: Any) -> list[Tensor]:
-    """Undo Qwen-VL's order: patches in blocks of merge², blocks row by row; each patch ``[3, T, p, p]``, flat."""
+    """Return pictures from Qwen-VL's patches: in blocks of merge², blocks row by row; each ``[3, T, p, p]``, flat."""
     merge, patch, frames = (
         int(getattr(image_processor, name)) for name in ("merge_size", "patch_size", "temporal_patch_size")
     )
     pictures: list[Tensor] = []
     start = 0
     for _, height, width in torch.as_tensor(grids).tolist():
-        own = patches[start : start + height * width]
+        picture_patches = patches[start : start + height * width]
         start += height * width
-        blocks = own.view(height // merge, width // merge, merge, merge, 3, frames, patch, patch)[:, :, :, :, :, 0]
+        shape = (height // merge, width // merge, merge, merge, 3, frames, patch, patch)
+        blocks = picture_patches.view(shape)[:, :, :, :, :, 0]
         # rows, columns, row in block, column in block, channel, y, x
         pictures.append(blocks.permute(4, 0, 2, 5, 1, 3, 6).reshape(3, height * patch, width * patch))
     return pictures
@@ -105,7 +106,7 @@ def _denormalized(image_processor: Any, picture: Tensor) -> Tensor:
 
 
 def resized(pictures: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
-    """Return pictures ``[3, H, W]`` at these (height, width), which most have already."""
+    """Resize pictures ``[3, H, W]`` to these (height, width), where they differ."""
     return [
         picture
         if tuple(picture.shape[1:]) == tuple(size)

@@ -1,4 +1,4 @@
-"""From prompts with reference pictures to what the base has read of them: a :class:`~.layers.Prefix`."""
+"""Reading prompts and reference pictures with the base, into a :class:`~.layers.Prefix`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .fusion import fusing
 from .layers import Prefix, text_model_of
 from .state import UnifiedState
 
-#: What a call of the model is given of a prompt, beside ids and pictures: nothing of these.
+#: Arguments of a call that are not passed on when its prompt is read.
 _NOT_OF_A_PROMPT = ("labels", "cache", "past_key_values", "position_ids", "use_cache", "logits_to_keep")
 
 
@@ -34,18 +34,18 @@ def encode_prompts(processor: Any, prompts: Sequence[str], images: Sequence[Sequ
         DataError: if a prompt holds a token that stands for pictures, or the processor can't make inputs of them.
     """
     conversations = [
-        [{"role": "user", "content": [*({"type": "image"} for _ in own), {"type": "text", "text": text}]}]
-        for text, own in zip(prompts, images, strict=True)
+        [{"role": "user", "content": [*({"type": "image"} for _ in pictures), {"type": "text", "text": text}]}]
+        for text, pictures in zip(prompts, images, strict=True)
     ]
     for text in prompts:
         check_placeholders(processor, text)
-    maker = Prompts(processor)
-    texts = [maker.prompt(talk) for talk in conversations]
-    pictures = {"images": [list(own) for own in images]} if any(images) else {}
+    template = Prompts(processor)
+    texts = [template.prompt(conversation) for conversation in conversations]
+    images_argument = {"images": [list(pictures) for pictures in images]} if any(images) else {}
     try:
-        made = processor(
+        inputs = processor(
             text=texts,
-            **pictures,
+            **images_argument,
             padding=True,
             padding_side="left",
             add_special_tokens=False,
@@ -53,10 +53,10 @@ def encode_prompts(processor: Any, prompts: Sequence[str], images: Sequence[Sequ
         )
     except Exception as error:
         raise DataError(
-            f"the processor makes no inputs of the prompts and pictures ({type(error).__name__}: "
+            f"the processor can't make inputs of the prompts and pictures ({type(error).__name__}: "
             f"{plain(str(error), 300)}): change what it names"
         ) from error
-    return dict(made)
+    return dict(inputs)
 
 
 def check_placeholders(processor: Any, prompt: str) -> None:
@@ -84,12 +84,12 @@ def _require_here(text: nn.Module, branch: nn.Module) -> None:
 
 
 def read_prompts(model: nn.Module, state: UnifiedState, inputs: Mapping[str, Any]) -> Prefix:
-    """Return what the base makes of prompts; its weights, hooks and stored positions are as before.
+    """Read prompts with the base, leaving its weights, hooks and stored positions as they are.
 
-    Gradients reach what is trainable of the base, and the fusion at reference pictures, if the caller records any.
+    If the caller records gradients, they reach the base's trainable parameters, and the fusion at reference pictures.
 
     Raises:
-        PatchError: if the model was sharded, or the branch offloaded, since it can draw.
+        PatchError: if the model was sharded, or the branch offloaded, after it was made to draw.
         UnsupportedModelError: if its cache doesn't hold keys and values of every token.
     """
     inner: Any = state.family.inner(model)
@@ -98,21 +98,21 @@ def read_prompts(model: nn.Module, state: UnifiedState, inputs: Mapping[str, Any
     ids: Tensor = inputs["input_ids"]
     mask = inputs.get("attention_mask")
     mask = torch.ones_like(ids) if mask is None else mask
-    # Given, not left to the model: Qwen-VL would store what it counts, for the next call of whichever thread.
+    # If Qwen-VL computed them, it would store its rope deltas, and any thread's next call would find them.
     positions = _positions(inner, inputs, mask)
-    own = {name: value for name, value in inputs.items() if name not in _NOT_OF_A_PROMPT and _is_content(value)}
-    given = {**own, "attention_mask": mask, "position_ids": positions, "use_cache": True, "return_dict": True}
+    content = {name: value for name, value in inputs.items() if name not in _NOT_OF_A_PROMPT and _is_content(value)}
+    call = {**content, "attention_mask": mask, "position_ids": positions, "use_cache": True, "return_dict": True}
     with _without_checkpointing(text), fusing(True):
-        output = inner(**given)
+        output = inner(**call)
     cache = private.cache_of(output)
     states = tuple((layer.keys, layer.values) for layer in getattr(cache, "layers", ()))
     if not states or any(keys is None or keys.shape[-2] != ids.shape[1] for keys, _ in states):
         raise UnsupportedModelError(
-            f"{type(text).__name__} has a layer that keeps less than the {ids.shape[1]} tokens of the prompt, as a "
-            "sliding window: shorten the prompt, or use fewer or smaller reference pictures"
+            f"{type(text).__name__} has a layer that keeps less than the {ids.shape[1]} tokens of the prompt, as with "
+            "a sliding window: shorten the prompt, or use fewer or smaller reference pictures"
         )
     if not bool(mask.all()):
-        # What attention makes of padding may be NaN, which a weight of zero doesn't hide.
+        # Attention may have made NaN of padding, and NaN times a weight of zero is NaN.
         real = mask.bool()[:, None, :, None]
         states = tuple((keys.where(real, 0), values.where(real, 0)) for keys, values in states)
     flat = positions if positions.ndim == 2 else positions.amax(0)
@@ -121,41 +121,42 @@ def read_prompts(model: nn.Module, state: UnifiedState, inputs: Mapping[str, Any
 
 
 def _is_content(value: Any) -> bool:
-    """Whether an argument of a call is ids, pixels or sizes, rather than a setting."""
+    """Return whether an argument of a call is ids, pixels or sizes, rather than a setting."""
     return isinstance(value, (list, tuple)) or (isinstance(value, Tensor) and value.ndim > 0)
 
 
 def has_planes(inner: Any) -> bool:
-    """Return whether positions have three parts (time, row, column), as those of M-RoPE have."""
+    """Return whether positions have three parts (time, row, column), as with M-RoPE."""
     return callable(getattr(inner, "get_rope_index", None))
 
 
 def _positions(inner: Any, inputs: Mapping[str, Any], mask: Tensor) -> Tensor:
-    """Positions of the prompt's tokens, those that the base would count without padding: ``[B, P]``, or ``[3, B, P]``
-    of M-RoPE."""
+    """Return the positions that tokens would have without padding: ``[B, P]``, or ``[3, B, P]`` of M-RoPE."""
     counted = (mask.long().cumsum(-1) - 1).clamp(min=0)
     if not has_planes(inner):
         return counted
     if inputs.get("image_grid_thw") is None and inputs.get("video_grid_thw") is None:
         return counted.expand(3, *counted.shape)
-    known = inspect.signature(inner.get_rope_index).parameters
-    given = {name: value for name, value in inputs.items() if name in known} | {"attention_mask": mask}
-    if "mm_token_type_ids" in known and given.get("mm_token_type_ids") is None:
-        given["mm_token_type_ids"] = (inputs["input_ids"] == inner.config.image_token_id).int()
-    positions: Tensor = inner.get_rope_index(**given)[0]
+    parameters = inspect.signature(inner.get_rope_index).parameters
+    arguments = {name: value for name, value in inputs.items() if name in parameters} | {"attention_mask": mask}
+    if "mm_token_type_ids" in parameters and arguments.get("mm_token_type_ids") is None:
+        arguments["mm_token_type_ids"] = (inputs["input_ids"] == inner.config.image_token_id).int()
+    positions: Tensor = inner.get_rope_index(**arguments)[0]
     return positions
 
 
 @contextmanager
 def _without_checkpointing(text: nn.Module) -> Iterator[None]:
-    """Have the base's decoder keep its cache, which it doesn't while it is checkpointed."""
-    found: list[Any] = [module for module in text.modules() if getattr(module, "gradient_checkpointing", False) is True]
-    for module in found:
+    """Switch checkpointing of the base's decoder off within the block: a checkpointed one keeps no cache."""
+    checkpointed: list[Any] = [
+        module for module in text.modules() if getattr(module, "gradient_checkpointing", False) is True
+    ]
+    for module in checkpointed:
         module.gradient_checkpointing = False
     try:
         yield
     finally:
-        for module in found:
+        for module in checkpointed:
             module.gradient_checkpointing = True
 
 
@@ -163,7 +164,7 @@ def check_length(inner: Any, prefix: Prefix, latents: int) -> None:
     """Check that a picture of so many latents fits behind the prompts.
 
     Raises:
-        DataError: if both are longer than the model's context.
+        DataError: if they are longer than the model's context together.
         UnsupportedModelError: if they are longer than the window of a layer.
     """
     config: Any = text_model_of(inner).config
@@ -183,7 +184,7 @@ def check_length(inner: Any, prefix: Prefix, latents: int) -> None:
 
 
 def on_device(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """Return inputs with their tensors on a device."""
+    """Move the tensors among inputs to a device."""
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
 
 
@@ -191,7 +192,7 @@ def check_prompts(prompts: Any) -> list[str]:
     """Return the prompts as a list.
 
     Raises:
-        DataError: if one is empty, or no text.
+        DataError: if there are none, or one is empty or not a text.
     """
     texts = [prompts] if isinstance(prompts, str) else prompts
     if not isinstance(texts, Sequence) or not texts:
@@ -203,10 +204,10 @@ def check_prompts(prompts: Any) -> list[str]:
 
 
 def check_processor(processor: Any) -> None:
-    """Check that a processor makes the model's prompts.
+    """Check that a processor can format the model's prompts.
 
     Raises:
-        ConfigError: if it is None, or has no chat template.
+        ConfigError: if it is None, or lacks a tokenizer, an image processor or a chat template.
     """
     if processor is None or not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
         raise ConfigError(
@@ -215,6 +216,6 @@ def check_processor(processor: Any) -> None:
         )
     if not getattr(processor, "chat_template", None):
         raise ConfigError(
-            f"the {type(processor).__name__} has no chat template, by which prompts with pictures are written: set "
+            f"the {type(processor).__name__} has no chat template, which prompts with pictures are formatted by: set "
             "processor.chat_template"
         )

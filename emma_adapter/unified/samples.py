@@ -1,4 +1,4 @@
-"""Sample pictures of a branch: files beside its own, and what the card says of them."""
+"""Sample pictures of a branch: the files beside its own, and the card's metadata about them."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from ..errors import DataError
 from ..messages import shown
 from .pictures import rgb
 
-#: Prompts, and what was drawn.
+#: Prompts and the PIL images that were drawn.
 Samples = Sequence[tuple[str, Any]]
 _FILE_NAME = "unified_sample_{}.png"
 
 
 def sample_files(samples: Samples) -> dict[str, bytes]:
-    """Return PNG files, by name, of prompts and PIL images.
+    """Return the PNG files of samples, by file name.
 
     Raises:
         DataError: if a sample isn't a prompt and a picture.
@@ -33,9 +33,9 @@ def sample_files(samples: Samples) -> dict[str, bytes]:
 
 
 def card_metadata(samples: Samples) -> str:
-    """Return the lines with which the hub shows samples; see ``<Gallery />`` in its documentation of model cards."""
+    """Return the YAML by which the hub shows samples; see ``<Gallery />`` in its documentation of model cards."""
     lines = []
     for number, (prompt, _) in enumerate(samples):
-        # A JSON string is one of YAML.
+        # A JSON string is a YAML string.
         lines += [f"- text: {json.dumps(prompt)}", "  output:", f"    url: {_FILE_NAME.format(number)}"]
     return "\n".join(["widget:", *lines, ""]) if lines else ""

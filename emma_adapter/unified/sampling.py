@@ -1,4 +1,4 @@
-"""generate_images: from noise to pictures, behind prompts and reference pictures."""
+"""generate_images: from noise to pictures that follow prompts and reference pictures."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Callback = Callable[[Any, int, float, dict[str, Any]], Any]
 
 @dataclass(frozen=True)
 class GeneratedImages:
-    """What ``generate_images`` returns."""
+    """The result of ``generate_images``."""
 
     #: A list of PIL images, or an array ``[B, H, W, 3]``, a tensor ``[B, 3, H, W]`` in [0, 1], or normalized latents
     #: ``[B, C, h, w]``.
@@ -68,12 +68,12 @@ def check_request(
     solver: str,
     output_type: str,
 ) -> Request:
-    """Return what a call asks for, before anything is computed.
+    """Check the arguments of a call and return its request, before anything is computed.
 
     Raises:
         ConfigError: if an argument has a value that is not allowed.
         DataError: if a prompt or a reference picture can't be used.
-        ShapeError: if height or width is no multiple of the autoencoder's compression.
+        ShapeError: if height or width is not a multiple of the autoencoder's compression.
     """
     prompts = check_prompts(prompt)
     references = reference_lists(image, len(prompts))
@@ -128,7 +128,7 @@ def draw(
     handle: Any,
     read: Callable[[list[Row]], Prefix] | None = None,
 ) -> GeneratedImages:
-    """Return the pictures that a request asks for.
+    """Draw the pictures that a request asks for.
 
     ``read`` reads the rows of all branches, one branch after the other; default: :func:`~.reading.read_rows`.
     """
@@ -149,15 +149,15 @@ def draw(
     real = torch.ones(places.shape[:2], dtype=torch.bool, device=device)
     field = VelocityField(model, state, prefix, places, real, training=False)
     options = state.compile_options
-    # What was compiled for another drawing is found again: it is kept with the code, for the layers' structure.
+    # Later drawings find the compiled code again: it is kept with the function's code, for layers of this structure.
     evaluate = VelocityField.__call__ if options is None else torch.compile(VelocityField.__call__, **options)
 
     def velocity(x: Tensor, time: float) -> Tensor:
         tokens = x.flatten(2).mT[:, None].repeat(len(branches), 1, 1, 1)
         t = torch.full((rows, 1), time, device=device, dtype=x.dtype)
-        made = list(evaluate(field, tokens, t).to(x.dtype)[:, 0].mT.unflatten(-1, grid).chunk(len(branches)))
-        made += [None] * (3 - len(made))
-        return guide(made[0], made[1], made[2], request.guidance_scale, request.image_guidance_scale)
+        predicted = list(evaluate(field, tokens, t).to(x.dtype)[:, 0].mT.unflatten(-1, grid).chunk(len(branches)))
+        predicted += [None] * (3 - len(predicted))
+        return guide(predicted[0], predicted[1], predicted[2], request.guidance_scale, request.image_guidance_scale)
 
     x = x.to(torch.promote_types(torch.float32, field.dtype))
     pairs = list(pairwise(request.times))
@@ -168,14 +168,14 @@ def draw(
             x = returned.get("latents", x) if isinstance(returned, dict) else x
     if request.output_type == "latent":
         return GeneratedImages(x)
-    # One at a time: the autoencoder's memory, which is the greatest, doesn't grow with the batch.
-    pictures = torch.cat([state.coder.decode(one[None], state.config) for one in x])
+    # Decoding takes the most memory: one picture at a time, so that it doesn't grow with the batch.
+    pictures = torch.cat([state.coder.decode(each[None], state.config) for each in x])
     return GeneratedImages(converted(pictures, request.output_type))
 
 
 def _branches(request: Request) -> list[list[Row]]:
-    """Rows of what guidance compares: with all; without the text; without the text and the pictures."""
-    pictures = [tuple(own) for own in request.references]
+    """Return the rows of each branch of guidance: with all; without the text; without the text and the pictures."""
+    pictures = [tuple(references) for references in request.references]
     conditional: list[Row] = list(zip(request.prompts, pictures, strict=True))
     without_text: list[Row] = list(zip(request.negative_prompts, pictures, strict=True))
     guides_pictures = request.image_guidance_scale != 1 and any(pictures)
@@ -187,7 +187,7 @@ def _branches(request: Request) -> list[list[Row]]:
 def _noise(
     shape: tuple[int, int, int], count: int, generator: Generators, latents: Tensor | None, device: torch.device
 ) -> Tensor:
-    """``[count, C, h, w]``. Each picture's own numbers, so that a batch has the same as calls one by one."""
+    """Return noise ``[count, C, h, w]``, drawn picture by picture: a batch gets the same as single calls would."""
     if latents is not None:
         if not isinstance(latents, Tensor) or tuple(latents.shape) != (count, *shape):
             got = list(latents.shape) if isinstance(latents, Tensor) else shown(type(latents))
@@ -201,8 +201,8 @@ def _noise(
         raise ConfigError(
             f"{len(generator)} generators for {count} pictures: give one for each, or one for all"  # type: ignore[arg-type]
         )
-    each = generator if several else [generator] * count
-    return torch.stack([random_normal(shape, own, device) for own in each])  # type: ignore[union-attr, arg-type]
+    sources = generator if several else [generator] * count
+    return torch.stack([random_normal(shape, source, device) for source in sources])  # type: ignore[union-attr, arg-type]
 
 
 def _progress(steps: list[tuple[float, float]], state: UnifiedState) -> Any:

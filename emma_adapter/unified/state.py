@@ -1,4 +1,4 @@
-"""What a unified model knows beside its parameters: one object on the model, its inner model and its projector."""
+"""The state of a unified model beside its parameters: one object on the model, its inner model and its projector."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .config import UnifiedConfig
 from .module import UnifiedModule
 
 STATE_ATTRIBUTE = "_emma_unified_state"
-#: Of the outer model: the submodule that holds what is trained, by name of the branch.
+#: Name of the outer model's submodule that holds the branches' parameters, by name of the branch.
 MODULE_NAME = "emma_unified"
 #: The name of a model's first branch.
 DEFAULT = "default"
@@ -24,7 +24,7 @@ DEFAULT = "default"
 
 @dataclass
 class Branch:
-    """What draws: trained parameters, and the config and autoencoder that they are for."""
+    """A generation branch: trained parameters, and the config and autoencoder that they are for."""
 
     config: UnifiedConfig
     module: UnifiedModule
@@ -35,20 +35,20 @@ class Branch:
 
 
 class UnifiedState:
-    """Copies of the model share the processor and the frozen autoencoders, and have all else of their own."""
+    """The state of a unified model, whose copies share its processor and frozen autoencoders, and nothing else."""
 
     def __init__(self, family: ModelFamily, branch: Branch, processor: Any) -> None:
         self.family = family
         self.processor = processor
-        #: By name; their modules are those below ``MODULE_NAME`` of the model.
+        #: By name; their modules are also those below ``MODULE_NAME`` of the model.
         self.branches = {DEFAULT: branch}
-        #: The name of the one that draws, and is trained and saved.
+        #: The name of the branch that draws, is trained and saved.
         self.active = DEFAULT
-        #: For :class:`tqdm.auto.tqdm`.
+        #: Arguments of :class:`tqdm.auto.tqdm`.
         self.progress_bar: dict[str, Any] = {}
-        #: For :func:`torch.compile`; None: a step is not compiled.
+        #: Arguments of :func:`torch.compile`; None: steps are not compiled.
         self.compile_options: dict[str, Any] | None = None
-        #: Which parameters ``train_only`` has frozen, None before.
+        #: Which parameters were trainable before ``train_only``, by name; None if it wasn't called.
         self.trainable_before: dict[str, bool] | None = None
 
     @property
@@ -79,7 +79,7 @@ def unified_state(model: nn.Module) -> UnifiedState:
     """Return the state of a unified model.
 
     Raises:
-        PatchError: if ``unify_model`` was not called on it.
+        PatchError: if the model has none.
     """
     state = model.__dict__.get(STATE_ATTRIBUTE)
     if not isinstance(state, UnifiedState):
@@ -90,6 +90,6 @@ def unified_state(model: nn.Module) -> UnifiedState:
 
 
 def compute_dtype(text: Any) -> torch.dtype:
-    """Return the dtype that a decoder computes in: that of its final norm, which nothing quantizes."""
+    """Return the dtype in which a decoder computes: that of its final norm, which is never quantized."""
     dtype: torch.dtype = next(text.norm.parameters()).dtype
     return dtype

@@ -1,4 +1,4 @@
-"""What is trainable of a model that draws, and in which parameter groups."""
+"""Freezing a model that draws, and its optimizer's parameter groups."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[d
     """Return groups for an optimizer: the active branch's matrices, and its vectors, which don't decay.
 
     Raises:
-        ConfigError: if a rate is no number or negative.
+        ConfigError: if a rate is not a number, or negative.
     """
     for name, value in (("lr", lr), ("weight_decay", weight_decay)):
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
             raise ConfigError(f"{name} must be a number >= 0; got {value!r}")
-    own = list(unified_state(model).module.parameters())
+    parameters = list(unified_state(model).module.parameters())
     return [
-        {"params": [p for p in own if p.ndim > 1], "lr": lr, "weight_decay": weight_decay},
-        {"params": [p for p in own if p.ndim <= 1], "lr": lr, "weight_decay": 0.0},
+        {"params": [p for p in parameters if p.ndim > 1], "lr": lr, "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "lr": lr, "weight_decay": 0.0},
     ]

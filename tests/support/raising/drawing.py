@@ -338,7 +338,7 @@ def a_prompt_with_a_placeholder(bench: Bench) -> None:
     draw("qwen3_vl", prompt="what is <|image_pad|>?")
 
 
-@raises(DataError, "unified/prompts.py:encode_prompts", "makes no inputs of the prompts")
+@raises(DataError, "unified/prompts.py:encode_prompts", "can't make inputs of the prompts")
 def a_picture_that_the_processor_refuses(bench: Bench) -> None:
     draw("qwen3_vl", image=PICTURE.resize((2000, 2)))
 
@@ -672,7 +672,7 @@ def an_option_that_is_none(bench: Bench) -> None:
     unified("llava", SMALL).model.generate(torch.ones(1, 3, dtype=torch.long), generation_mode="image", heigth=64)
 
 
-@raises(DataError, "unified/generation_mode.py:_Pictures.of_rows", "can't be told from the pixels")
+@raises(DataError, "unified/generation_mode.py:_Pictures.of_rows", "can't be recovered from the pixels")
 def guidance_of_tiles(bench: Bench) -> None:
     entry = ZOO["llava_next"]
     inputs = entry.batch([Row("a dog", ((56, 84),))])
