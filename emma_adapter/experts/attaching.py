@@ -26,28 +26,28 @@ def add_vision_expert(
 ) -> EmmaVisionExperts:
     """Add an expert to a model's vision tower, in place: copies of the MLPs of its last blocks, and a router.
 
-    The router sends each whole image to one expert, or leaves it to the original MLPs, as it does with all at the
-    start. What the original computes has the same bits as before, also beside images that an expert takes. An image
-    is all tiles that the model cuts it into, as far as the model's call tells; a video is one with all its frames,
-    where the model takes it as a video.
+    The router sends each whole image to one expert or leaves it to the original MLPs, to which all images go at the
+    start. What the original computes has the same bits as before, even beside images that an expert takes. All tiles
+    that the model cuts an image into go together, as far as the model's call tells; so do all frames of a video, where
+    the model takes it as a video.
 
     Args:
-        model: a transformers model of a supported family (a ``PeftModel`` is taken at the model inside).
-        name: of the expert, as ``"stem"``; ``"original"`` is what is there already.
+        model: a transformers model of a supported family, or a ``PeftModel`` around one.
+        name: of the expert, such as ``"stem"``; ``"original"`` stands for the original MLPs.
         layers: how many blocks, the last ones whose output reaches the language model; the same for all experts of a
             model. Default: those of the other experts, or 5, or all if there are fewer.
         margin: an expert takes an image only if its probability exceeds the original's by more than this; one number
-            for all experts of a model. Default: what it is, at first 0.2.
+            for all experts of a model. Default: the present margin, at first 0.2.
 
     Raises:
-        UnsupportedModelError: for an unknown family or kind of vision tower, or a quantized one.
-        ConfigError: for a name, number or margin that is not allowed.
+        UnsupportedModelError: if the family or the kind of vision tower is unknown, or the tower is quantized.
+        ConfigError: if a name, number or margin is not allowed.
         PatchError: if the model is wrapped for several processes, or the tower sharded or offloaded.
     """
     model = wrappable(model)
     state = model.__dict__.get(STATE_ATTRIBUTE)
-    known = state.config if isinstance(state, ExpertsState) else None
-    if known is None:
+    earlier_config = state.config if isinstance(state, ExpertsState) else None
+    if earlier_config is None:
         family = find_family(model)
         blocks = used_blocks(model, family.inner(model))
         config = VisionExpertsConfig(
@@ -57,14 +57,16 @@ def add_vision_expert(
         )
         attach(model, config)
         return EmmaVisionExperts(model)
-    if layers not in (None, known.layers):
+    if layers not in (None, earlier_config.layers):
         raise ConfigError(
-            f"the model's experts {list(known.experts)} are in its last {known.layers} blocks, and all share a router, "
-            f"so that layers={layers} is not possible: leave it out, or EmmaVisionExperts(model).remove() first"
+            f"the model's experts {list(earlier_config.experts)} are in its last {earlier_config.layers} blocks, and "
+            f"all share a router, so that layers={layers} is not possible: leave it out, or "
+            "EmmaVisionExperts(model).remove() first"
         )
     assert isinstance(state, ExpertsState)
-    config = known.replace(experts=(*known.experts, name), margin=known.margin if margin is None else margin)
-    mlps, width = copied(model, state)
+    names = (*earlier_config.experts, name)
+    config = earlier_config.replace(experts=names, margin=earlier_config.margin if margin is None else margin)
+    mlps, width = mlp_parameters(model, state)
     state.module.add(name, mlps, width)
     state.config = config
     return EmmaVisionExperts(model)
@@ -74,7 +76,7 @@ def wrappable(model: nn.Module) -> nn.Module:
     """Return the transformers model that experts can be added to.
 
     Raises:
-        PatchError: if what is around it would never learn of new parameters.
+        PatchError: if a wrapper around it would never learn of new parameters.
     """
     require_model(model)
     if any(map(wrappers.knows_its_parameters, wrappers.around(model))) or sharding.is_fully_sharded(model):
@@ -86,12 +88,12 @@ def wrappable(model: nn.Module) -> nn.Module:
 
 
 def attach(model: nn.Module, config: VisionExpertsConfig) -> ExpertsState:
-    """Put experts on a model that has none."""
+    """Put experts on a model that has none, and return their state."""
     family = find_family(model)
     inner = family.inner(model)
     state = ExpertsState(family, config, VisionExperts().train(model.training))
     state.has_feature_methods = bool(state.feature_methods(inner))
-    mlps, width = copied(model, state)
+    mlps, width = mlp_parameters(model, state)
     for name in config.experts:
         state.module.add(name, mlps, width)
     model.__dict__[STATE_ATTRIBUTE] = state
@@ -103,7 +105,7 @@ def attach(model: nn.Module, config: VisionExpertsConfig) -> ExpertsState:
     return state
 
 
-def copied(model: Any, state: ExpertsState) -> tuple[list[dict[str, Tensor]], int]:
+def mlp_parameters(model: Any, state: ExpertsState) -> tuple[list[dict[str, Tensor]], int]:
     """Return the parameters of each routed block's MLP, by path, and D of its tokens."""
     blocks = routed_blocks(model, state.family.inner(model), state.config.layers)
     return [base_parameters(mlp) for _, mlp in blocks], token_width(blocks[0][1])

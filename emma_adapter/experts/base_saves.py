@@ -1,5 +1,4 @@
-"""What ``model.save_pretrained`` and Trainer's checkpoints of a model with vision experts hold; see
-``files/beside_base.py``."""
+"""Saves of a model with vision experts, by ``model.save_pretrained`` and Trainer; see ``files/beside_base.py``."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Folders of saved vision experts: ``vision_experts_config.json``, ``vision_experts.safetensors`` and a card.
 
-No file has a name that transformers, PEFT or this library's other parts use, so that all of them may lie in one folder.
+No file has a name that transformers, PEFT or this library's other parts use, so that one folder can hold all of them.
 """
 
 from __future__ import annotations
@@ -39,37 +39,38 @@ def save(
     is_main_process: bool | None = None,
     location: str = "path/to/this/folder",
 ) -> None:
-    """Write a model's experts, on rank 0 or where ``is_main_process`` says so; called by every process if FSDP has
-    sharded them. ``location`` is what the card tells to load.
+    """Write a model's experts, on rank 0 or where ``is_main_process`` says so.
+
+    Every process must call it if FSDP has sharded them. ``location`` is the folder or hub id in the card's example.
 
     Raises:
-        OSError: if the folder can't be written; what it held is intact.
+        OSError: if the folder can't be written; its former contents are intact.
         CheckpointError: if weights are NaN or infinite.
     """
     state = experts_state(model)
-    named = state.module.state_dict(keep_vars=True)
+    parameters = state.module.state_dict(keep_vars=True)
     writes = sharding.is_main_process() if is_main_process is None else is_main_process
     # Every process takes part in gathering what is sharded.
-    if not writes and not any(map(sharding.is_sharded, named.values())):
+    if not writes and not any(map(sharding.is_sharded, parameters.values())):
         return
-    tensors = sharding.gather(model, named)
+    tensors = sharding.gather(model, parameters)
     if not writes:
         return
-    told = {"config": state.config.to_dict()}
-    tensor_folder.save(FORMAT, Path(directory), tensors, model.config, told, partial(_card, location=location))
+    description = {"config": state.config.to_dict()}
+    tensor_folder.save(FORMAT, Path(directory), tensors, model.config, description, partial(_card, location=location))
 
 
-def _card(told: Mapping[str, Any], location: str) -> str:
+def _card(description: Mapping[str, Any], location: str) -> str:
     return tensor_folder.make_card(
-        told,
+        description,
         "emma, mixture-of-experts",
-        f"The vision experts {', '.join(told['config']['experts'])}, for",
+        f"The vision experts {', '.join(description['config']['experts'])}, for",
         f'from emma_adapter import load_vision_experts\n\nexperts = load_vision_experts(model, "{location}")',
     )
 
 
 def push(model: nn.Module, repo_id: str, **upload: Any) -> str:
-    """Upload a model's experts, and return the address of the commit; see :func:`~..files.tensor_folder.push`."""
+    """Upload a model's experts and return the commit's address; see :func:`~..files.tensor_folder.push`."""
 
     def write(folder: Path) -> None:
         save(model, folder, is_main_process=True, location=repo_id)
@@ -78,10 +79,10 @@ def push(model: nn.Module, repo_id: str, **upload: Any) -> str:
 
 
 def describe(folder: Path) -> tuple[SavedFolder, VisionExpertsConfig, BinaryIO]:
-    """Return what a folder says, its config, and its tensor file, open.
+    """Return a folder's description, its config, and its open tensor file.
 
     Raises:
-        CheckpointError: naming what is wrong with which file.
+        CheckpointError: naming the file and what is wrong with it.
     """
     saved, file = tensor_folder.open_folder(FORMAT, folder)
     try:

@@ -1,4 +1,4 @@
-"""What a model's vision experts are called, and where they sit."""
+"""VisionExpertsConfig: the names and places of a model's vision experts."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 from ..errors import ConfigError
 from ..messages import listed, shown
 
-#: What computes images that no expert takes: the tower's own MLPs.
+#: Stands for the tower's own MLPs, which compute the images that no expert takes.
 ORIGINAL = "original"
-#: How many blocks have experts if nobody says: 5 MLPs of SigLIP2-so400m are the paper's 50 million parameters.
+#: By default: 5 MLPs of SigLIP2-so400m are the paper's 50 million parameters.
 DEFAULT_LAYERS = 5
 DEFAULT_MARGIN = 0.2
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
@@ -62,12 +62,12 @@ class VisionExpertsConfig:
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return JSON types only; ``from_dict`` gives back an equal config."""
+        """Return the fields as JSON types; ``from_dict`` makes an equal config of them."""
         return {"experts": list(self.experts), "layers": self.layers, "margin": self.margin}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> VisionExpertsConfig:
-        """Return the config that ``to_dict`` described.
+        """Make a config from what ``to_dict`` returned.
 
         Raises:
             ConfigError: if a field is missing, unknown, or has a value that is not allowed.

@@ -16,16 +16,16 @@ def is_on(model: nn.Module) -> bool:
 
 
 def take_one_off(model: nn.Module, name: str) -> None:
-    """Take one of several experts off."""
+    """Take one of several experts off a model."""
     state = experts_state(model)
     if state.trained == name:
         unfreeze(model)
-    state.config = state.config.replace(experts=tuple(other for other in state.config.experts if other != name))
+    state.config = state.config.replace(experts=tuple(expert for expert in state.config.experts if expert != name))
     state.module.remove(name)
 
 
 def take_off(model: nn.Module) -> None:
-    """Take all experts off: what is left is the model as it was."""
+    """Take all experts off, leaving the model as it was before."""
     state = experts_state(model)
     unfreeze(model)
     base_saves.remove(model)

@@ -1,4 +1,4 @@
-"""The EmmaVisionExperts handle: what a user does with a model's vision experts."""
+"""EmmaVisionExperts, the handle on a model's vision experts."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from .state import ExpertsState, experts_state
 
 
 class EmmaVisionExperts:
-    """Handle on the vision experts of one model. It holds no state of its own: any number may exist.
+    """Handle on the vision experts of one model. It holds no state of its own, so that any number may exist.
 
     Args:
-        model: that ``add_vision_expert`` or ``load_vision_experts`` was called on, or what is around it.
+        model: the one that ``add_vision_expert`` or ``load_vision_experts`` was called on, or a wrapper around it.
 
     Raises:
         PatchError: if it has no experts.
@@ -33,17 +33,17 @@ class EmmaVisionExperts:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The experts, in the order they were added."""
+        """The names of the experts, in the order they were added."""
         return self._state.config.experts
 
     @property
     def layers(self) -> int:
-        """How many blocks of the vision tower they are in: the last ones that the model uses."""
+        """The number of blocks with experts: the last ones of the vision tower that the model uses."""
         return self._state.config.layers
 
     @property
     def margin(self) -> float:
-        """By how much an expert's probability must exceed the original's for it to take an image; can be set."""
+        """The excess over the original's probability that an expert's needs for it to take an image; can be set."""
         return self._state.config.margin
 
     @margin.setter
@@ -51,8 +51,10 @@ class EmmaVisionExperts:
         self._state.config = self._state.config.replace(margin=value)
 
     def routed(self, expert: str | None) -> AbstractContextManager[None]:
-        """``with experts.routed("stem"): …``: every image goes to that expert, in this thread or asynchronous task;
-        with ``"original"`` to none; with None where the router sends it, also while an expert is trained.
+        """Send every image to one expert in ``with experts.routed("stem"): …``, in this thread or asynchronous task.
+
+        With ``"original"``, images go to no expert; with None, where the router sends them, even while an expert is
+        trained.
 
         Raises:
             ConfigError: if there is no such expert.
@@ -62,19 +64,21 @@ class EmmaVisionExperts:
         return scopes.routed(self._state.owner, expert)
 
     def watched(self) -> AbstractContextManager[RoutingReport]:
-        """``with experts.watched() as report: …``: ``report.images`` tells of each image of the block's calls, in this
-        thread or asynchronous task, where it went and the router's probabilities; ``report.counts`` how many went
-        where. Outside of such blocks nothing is noted."""
+        """Record where images go in ``with experts.watched() as report: …``, in this thread or asynchronous task.
+
+        ``report.images`` has, for each image of the block's calls, where it went and the router's probabilities;
+        ``report.counts`` has how many went where. Outside of such blocks nothing is recorded.
+        """
         return scopes.watched(self._state.owner)
 
     def train_only(self, expert: str | None = None, *, router: bool = False) -> EmmaVisionExperts:
-        """Freeze everything but one expert, or but the router.
+        """Freeze everything but one expert, or everything but the router.
 
         An expert is trained by the model's own loss, and every image goes to it, in training and evaluation, until
         the router is trained or :meth:`unfreeze` is called. The router is trained by :meth:`router_loss`.
 
         Raises:
-            ConfigError: if it is neither or both, or there is no such expert.
+            ConfigError: if neither or both are named, or there is no such expert.
         """
         training.train_only(self.model, expert, router=router)
         return self
@@ -85,9 +89,10 @@ class EmmaVisionExperts:
         return self
 
     def router_loss(self, *, labels: Sequence[str], **inputs: Any) -> Tensor:
-        """Return the cross-entropy of where images should go, a scalar in float32. Its gradients reach the router
-        alone, and only what comes before the experts is computed. Of several processes, all call this and
-        ``backward`` equally often, each with images of its own; backward averages their gradients.
+        """Return the cross-entropy of where images should go, a scalar in float32.
+
+        Its gradients reach only the router, and only what comes before the experts is computed. Of several processes,
+        all call this and ``backward`` equally often, each with images of its own; backward averages their gradients.
 
         Args:
             labels: for each image, then for each video, the name of an expert or ``"original"``.
@@ -112,7 +117,7 @@ class EmmaVisionExperts:
             weight_decay: of the matrices.
 
         Raises:
-            ConfigError: if a rate is no number or negative.
+            ConfigError: if a rate is not a number, or negative.
         """
         return training.parameter_groups(self.model, lr, lr if router_lr is None else router_lr, weight_decay)
 
@@ -120,7 +125,7 @@ class EmmaVisionExperts:
         """Write ``vision_experts_config.json``, ``vision_experts.safetensors`` and, if there is none, a card,
         atomically.
 
-        Whenever it is killed, ``load_vision_experts`` finds the experts that were there before, or the new ones. The
+        Whenever the process is killed, ``load_vision_experts`` finds either the previous experts or the new ones. The
         folder may hold other things: a model, a LoRA, or this library's other parts.
 
         Args:
@@ -128,7 +133,7 @@ class EmmaVisionExperts:
             is_main_process: whether this process writes; default: on rank 0.
 
         Raises:
-            OSError: if the folder can't be written; what it held is intact.
+            OSError: if the folder can't be written; its former contents are intact.
             CheckpointError: if weights are NaN or infinite.
         """
         checkpoint.save(self.model, directory, is_main_process=is_main_process)
@@ -143,12 +148,13 @@ class EmmaVisionExperts:
         token: str | bool | None = None,
         create_pr: bool = False,
     ) -> str:
-        """Upload what ``save_pretrained`` writes to ``repo_id`` on the hub, which is made if there is none. It may hold
-        other things, whose card stays.
+        """Upload what ``save_pretrained`` writes to a repository on the hub, which is made if there is none.
+
+        It may hold other things, whose card stays.
 
         Args:
             repo_id: ``"user/name"``.
-            private: whether a repository that is made now is private; default: as the user's or organisation's is.
+            private: whether a new repository is private; default: the user's or organisation's setting.
             revision: branch, made if there is none.
             commit_message: of the upload.
             token: of the hub; default, and with True: the one that ``hf auth login`` stored, or ``HF_TOKEN``.
@@ -172,22 +178,22 @@ class EmmaVisionExperts:
         )
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """The experts' and the router's parameters."""
+        """Return the experts' and the router's parameters."""
         return self._state.module.parameters()
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Parameters by their names."""
+        """Return the experts' and the router's parameters with their names."""
         return self._state.module.named_parameters()
 
     def num_parameters(self) -> int:
-        """How many numbers the experts and the router have learned or can learn."""
+        """Return how many parameters the experts and the router have, counted number by number."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def remove(self, expert: str | None = None) -> None:
-        """Take one expert off, whose images then go where the router says of the others; or all, and leave what
-        ``patch_model`` and ``unify_model`` put on. ``unpatch_model`` takes off everything.
+        """Take one expert off, or all.
 
-        Without an expert left, the handle is of no use any more.
+        The router then chooses among those that are left. What ``patch_model`` and ``unify_model`` put on stays;
+        ``unpatch_model`` takes off everything. With no expert left, the handle is of no use.
 
         Raises:
             ConfigError: if there is no such expert.
@@ -205,8 +211,8 @@ class EmmaVisionExperts:
 
     def __repr__(self) -> str:
         config: Any = self.model.config
-        own, total = self.num_parameters(), sum(parameter.numel() for parameter in self.model.parameters())
+        count, total = self.num_parameters(), sum(parameter.numel() for parameter in self.model.parameters())
         return (
             f"EmmaVisionExperts(family={config.model_type!r}, names={list(self.names)}, layers={self.layers}, "
-            f"margin={self.margin:g}, parameters={own:,} ({own / total:.3%} of the model))"
+            f"margin={self.margin:g}, parameters={count:,} ({count / total:.3%} of the model))"
         )

@@ -1,9 +1,8 @@
-"""How a call of the vision tower is routed: hooks on the routed blocks and their MLPs, and a guard before the methods
-that encode images.
+"""Routing calls of the vision tower: hooks on routed blocks and their MLPs, and guards of methods that encode images.
 
-The input of the first routed block tells where each image goes. The hook behind each MLP then leaves its output as it
-is, or overwrites the rows of images that an expert takes: the MLP itself always computes all rows, because matrix
-products round otherwise for other numbers of rows.
+The router chooses from the input of the first routed block where each image goes. The hook behind each MLP then leaves
+its output as it is, or overwrites the rows of images that an expert takes: the MLP itself always computes all rows,
+because matrix products round differently for other numbers of rows.
 """
 
 from __future__ import annotations
@@ -32,16 +31,16 @@ from .state import PLACE_ATTRIBUTE, STATE_ATTRIBUTE, ExpertsState
 
 @dataclass(frozen=True)
 class _Encoding:
-    """The images that are being encoded."""
+    """The running call of a method that encodes images."""
 
     inner: nn.Module
     call: FeatureCall
-    #: What all of them go to; None if the router is asked.
+    #: The expert or original that all images go to; None if the router chooses.
     forced: str | None
 
 
 class _EnoughError(Exception):
-    """Ends a call of the vision tower of which only the router's input is wanted."""
+    """Ends a call of the vision tower that is made only for the router's input."""
 
     def __init__(self, pooled: Tensor) -> None:
         super().__init__()
@@ -49,15 +48,15 @@ class _EnoughError(Exception):
 
 
 class _Running:
-    """The call of a vision tower in this thread."""
+    """The running call of a vision tower in this thread."""
 
     encoding: _Encoding | None = None
     route: Route | None = None
-    #: True while only the router's input is wanted.
+    #: True while only the router's input is computed.
     pools: bool = False
-    #: Whether a block runs whose own hooks did.
+    #: Whether a block is running whose own hooks ran as well.
     inside: bool = False
-    #: Whether a block is computed again by itself.
+    #: Whether the block that is running is recomputed by itself.
     recalled: bool = False
     #: True until a call without images has the experts' parameters in its graph.
     ties: bool = False
@@ -93,21 +92,20 @@ def remove(module: nn.Module) -> None:
 
 
 def forced_choice(state: ExpertsState) -> str | None:
-    """Return what all images of a call go to, in this thread or task; None if the router is asked."""
+    """Return the expert or original that all images go to in this thread or task; None if the router chooses."""
     choice = choice_of(state.owner)
     return state.trained if choice is None else choice[0]
 
 
 def pooled_features(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
-    """Return the router's input ``[images, D]`` for what ``get_image_features`` is given, and compute nothing after
-    it."""
+    """Return the router's input ``[images, D]`` in a call of ``get_image_features``, computing nothing after it."""
     pooled = None
     _RUNNING.value.pools = True
     try:
         with torch.no_grad():
             method(*args, **kwargs)
-    except _EnoughError as found:
-        pooled = found.pooled
+    except _EnoughError as end:
+        pooled = end.pooled
     finally:
         _RUNNING.value.pools = False
     assert pooled is not None
@@ -115,13 +113,13 @@ def pooled_features(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Te
 
 
 def _guard_features(modality: str, inner: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Note what is being encoded, in which sizes, and whether the router is asked."""
+    """Note which images are encoded, their sizes, and what all are forced to go to."""
     if _RUNNING.value.encoding is not None and _RUNNING.value.encoding.inner is inner:
         # Videos are encoded by the method for images.
         return original(*args, **kwargs)
     state: ExpertsState = inner.__dict__[STATE_ATTRIBUTE]
     arguments = arguments_by_name(original, args, kwargs)
-    # The first parameter, whatever a release of transformers calls it.
+    # Releases of transformers give the first parameter different names.
     pixels = arguments.get(next(iter(inspect.signature(original).parameters)))
     call = FeatureCall.of(state.family, modality, pixels, arguments)
     with _encoding(_Encoding(inner, call, _forced(state, inner, pixels))):
@@ -129,25 +127,25 @@ def _guard_features(modality: str, inner: nn.Module, original: Callable[..., Any
 
 
 def _forced(state: ExpertsState, inner: nn.Module, pixels: Any) -> str | None:
-    """What is forced, or was when the call was made that is computed again."""
+    """Return the forced choice, or in recomputation the one of the original call."""
     forced = forced_choice(state)
-    given = next(iter(pixels), None) if isinstance(pixels, (list, tuple)) else pixels
-    if not isinstance(given, Tensor) or not may_be_recomputed(inner):
+    first_pixels = next(iter(pixels), None) if isinstance(pixels, (list, tuple)) else pixels
+    if not isinstance(first_pixels, Tensor) or not may_be_recomputed(inner):
         return forced
     if not is_recomputing():
-        state.forced.remember(given, (forced,))
+        state.forced.remember(first_pixels, (forced,))
         return forced
-    known = state.forced.recall(given)
-    return forced if known is None else known[0]
+    remembered = state.forced.recall(first_pixels)
+    return forced if remembered is None else remembered[0]
 
 
 @contextmanager
 def _encoding(encoding: _Encoding) -> Iterator[None]:
-    before, _RUNNING.value.encoding = _RUNNING.value.encoding, encoding
+    previous, _RUNNING.value.encoding = _RUNNING.value.encoding, encoding
     try:
         yield
     finally:
-        _RUNNING.value.encoding = before
+        _RUNNING.value.encoding = previous
 
 
 def _before_block(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -168,19 +166,22 @@ def _before_block(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 def _before_child(child: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Where a checkpointed block is computed again, its own hooks needn't run, for releases of transformers differ in
-    what they checkpoint; but the first thing in it, a norm, is given what the block was given."""
+    """Set the route of a block that is recomputed without its own hooks.
+
+    Releases of transformers differ in what they checkpoint, so that the block's hooks may not run again; but its first
+    child, a norm, gets the block's input.
+    """
     state = child.__dict__.get(STATE_ATTRIBUTE)
     if isinstance(state, ExpertsState) and not _RUNNING.value.inside:
         _recall(state, first_argument(args, kwargs)[0])
 
 
 def _recall(state: ExpertsState, hidden: Any) -> bool:
-    """Whether a block is computed again whose input this is; if so, its route is set."""
-    known = state.routes.recall(hidden) if is_recomputing() and isinstance(hidden, Tensor) else None
-    if known is not None:
-        _RUNNING.value.route, _RUNNING.value.recalled = known, True
-    return known is not None
+    """Set the route of the block that is recomputed with this input, if there is one; return whether there is."""
+    remembered = state.routes.recall(hidden) if is_recomputing() and isinstance(hidden, Tensor) else None
+    if remembered is not None:
+        _RUNNING.value.route, _RUNNING.value.recalled = remembered, True
+    return remembered is not None
 
 
 def _new_route(state: ExpertsState, hidden: Tensor) -> Route:
@@ -190,7 +191,7 @@ def _new_route(state: ExpertsState, hidden: Tensor) -> Route:
         return Route.to(forced)
     names, config = state.config.experts, state.config
     if encoding is None and not state.has_feature_methods and hidden.ndim == 3:
-        # Of classes of their own, as LLaVA's original ones: nothing tells which tiles are of one image.
+        # Custom classes, such as LLaVA's original ones, don't tell which tiles belong to one image.
         modality, media = state.family.modalities[0], Media([1] * len(hidden), packed=False)
     else:
         require_call(encoding)
@@ -228,7 +229,7 @@ def _after_mlp(mlp: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], ou
             require_call(route)
         return None
     if _RUNNING.value.recalled:
-        # What follows a block that is computed again by itself is another call.
+        # A block that is recomputed by itself is followed by another call.
         _RUNNING.value.route, _RUNNING.value.recalled = None, False
     tokens, _ = first_argument(args, kwargs)
     compute = functools.partial(state.module.compute, place=mlp.__dict__[PLACE_ATTRIBUTE], mlp=mlp, tokens=tokens)
@@ -244,7 +245,7 @@ def _trainable(state: ExpertsState) -> list[nn.Parameter]:
 
 
 def _must_tie() -> bool:
-    """Whether other processes wait for gradients that this call might not have."""
+    """Return whether other processes might wait for gradients that this call doesn't have."""
     return torch.is_grad_enabled() and are_many_processes()
 
 
@@ -261,7 +262,7 @@ def _before_inner(inner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         call["inputs_embeds"] = with_zero_gradient(call["inputs_embeds"], _trainable(state))
         return (), call
     embeddings = inner.get_input_embeddings()
-    # Each time: other embeddings may have taken their place. After all other hooks: FSDP's must not see the tie.
+    # Checked in each call: the embeddings may have been replaced. The hook is last so that FSDP's don't see the tie.
     if not private.is_last_hook(embeddings, _after_embeddings):
         private.remove_hooks(embeddings, [_after_embeddings])
         embeddings.register_forward_hook(_after_embeddings)

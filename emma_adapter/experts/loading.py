@@ -1,4 +1,4 @@
-"""load_vision_experts: from a saved folder, or a hub id, to a model with experts."""
+"""load_vision_experts: loading experts from a folder or the hub onto a model."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def load_vision_experts(
     token: str | bool | None = None,
     local_files_only: bool = False,
 ) -> EmmaVisionExperts:
-    """Put the experts on a model that ``save_pretrained`` wrote. If this raises, the model is as it was.
+    """Give a model the experts that ``save_pretrained`` wrote. If this raises, the model is as it was.
 
     The folder may come from anybody: nothing in it is run, and nothing outside of it is read.
 
@@ -38,7 +38,7 @@ def load_vision_experts(
         model: as for :func:`add_vision_expert`; it must not have experts yet.
         source: the folder, or a hub id.
         revision: branch, tag or commit on the hub.
-        subfolder: where in the folder or repository the experts are; it can't lead out of it.
+        subfolder: of the folder or repository, where the experts are; it can't lead out of it.
         token: of the hub, for a private repository; default, and with True: the one that ``hf auth login`` stored, or
             ``HF_TOKEN``; False sends none.
         local_files_only: don't ask the hub; use what was downloaded before.
@@ -62,7 +62,7 @@ def load_vision_experts(
         except ConfigError as error:
             raise CheckpointError(f"{saved.config_path}: {error}; load it into the model it was made for") from error
         mlps = [base_parameters(mlp) for _, mlp in blocks]
-        # Before anything is made that is as large as the config says.
+        # Checked before the config makes anything large.
         tensor_folder.check_fits(saved, expected_tensors(config.experts, mlps, token_width(blocks[0][1])))
         state = attach(base, config)
         try:

@@ -1,4 +1,4 @@
-"""The experts of a model and their router: what is trained and saved."""
+"""VisionExperts: the trained and saved parameters of a model's experts and their router."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..errors import PatchError
 from ..modules import sharding
 from ..modules.views import SEPARATOR, wide, with_parameters
 
-#: The router's logit of an expert at the start, that of the original being 0: so low that no image is taken.
+#: An expert's logit at the start: with the original's of 0, too low for it to take any image.
 START = -2.0
 _WEIGHT, _BIAS = "weight", "bias"
 
@@ -21,8 +21,8 @@ _WEIGHT, _BIAS = "weight", "bias"
 class VisionExperts(nn.Module):
     """Copies of MLPs, and a linear router.
 
-    All are entries of flat ``ParameterDict``s: PEFT, which wraps linear layers by the end of their names, finds none.
-    Values are float32 at least: at the paper's learning rate of 4e-6, bfloat16 would swallow an optimizer's steps.
+    All are in flat ``ParameterDict``s, in which PEFT, which wraps linear layers by the end of their names, finds none.
+    They are in float32 at least: at the paper's learning rate of 4e-6, an optimizer's steps would vanish in bfloat16.
     """
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class VisionExperts(nn.Module):
         self.router = nn.ParameterDict()
 
     def add(self, name: str, mlps: Sequence[Mapping[str, Tensor]], width: int) -> None:
-        """Add an expert that is a copy, and that the router takes for no image.
+        """Add an expert that is a copy of the original, and to which the router sends no image yet.
 
         Args:
             name: of the expert.
@@ -47,7 +47,7 @@ class VisionExperts(nn.Module):
         self.router[f"{name}{SEPARATOR}{_BIAS}"] = nn.Parameter(torch.full((1,), START, device=device))
 
     def remove(self, name: str) -> None:
-        """Remove an expert, and what the router knows of it."""
+        """Remove an expert and its parameters of the router."""
         for parameters in (self.experts, self.router):
             for key in [key for key in parameters if key.startswith(name + SEPARATOR)]:
                 del parameters[key]
@@ -57,40 +57,40 @@ class VisionExperts(nn.Module):
         return [value for key, value in self.experts.items() if key.startswith(name + SEPARATOR)]
 
     def logits(self, names: Sequence[str], pooled: Tensor, router: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Return ``[images, 1 + experts]``, float32: first that of the original, which is 0.
+        """Return the logits ``[images, 1 + experts]`` in float32; the original's come first, and are 0.
 
         Args:
             names: of the experts.
             pooled: the mean of each image's tokens ``[images, D]``, float32.
-            router: what stands for the router's parameters; default: they themselves.
+            router: tensors to use in place of the router's parameters; default: the parameters.
         """
-        own: Any = self.router if router is None else router
-        weights, biases = ([own[f"{name}{SEPARATOR}{part}"].float() for name in names] for part in (_WEIGHT, _BIAS))
+        tensors: Any = self.router if router is None else router
+        weights, biases = ([tensors[f"{name}{SEPARATOR}{part}"].float() for name in names] for part in (_WEIGHT, _BIAS))
         require_here(weights)
         with torch.autocast(pooled.device.type, enabled=False):
             features = F.layer_norm(pooled.to(weights[0].device), pooled.shape[-1:])
-            found = features @ torch.stack(weights).mT + torch.cat(biases)
-        return F.pad(found, (1, 0))
+            expert_logits = features @ torch.stack(weights).mT + torch.cat(biases)
+        return F.pad(expert_logits, (1, 0))
 
     def compute(self, name: str, place: int, mlp: nn.Module, tokens: Tensor) -> Tensor:
-        """Return what an expert makes of tokens ``[..., D]`` in place of the MLP of a routed block.
+        """Return an expert's output for tokens ``[..., D]``, in place of that of a routed block's MLP.
 
         Args:
             name: of the expert.
             place: number of the routed block.
             mlp: its MLP.
-            tokens: that the MLP was given.
+            tokens: the input of the MLP.
         """
-        before = f"{name}{SEPARATOR}{place}{SEPARATOR}"
-        own = {key.removeprefix(before): value for key, value in self.experts.items() if key.startswith(before)}
-        require_here(own.values())
-        device = next(iter(own.values())).device
-        made: Tensor = with_parameters(mlp, own)(tokens.to(device))
-        return made
+        prefix = f"{name}{SEPARATOR}{place}{SEPARATOR}"
+        parameters = {key.removeprefix(prefix): value for key, value in self.experts.items() if key.startswith(prefix)}
+        require_here(parameters.values())
+        device = next(iter(parameters.values())).device
+        output: Tensor = with_parameters(mlp, parameters)(tokens.to(device))
+        return output
 
 
 def expert_tensors(name: str, mlps: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Return the parameters of each routed block's MLP, by the names that an expert's copies of them have."""
+    """Return the parameters of each routed block's MLP, by the names of an expert's copies of them."""
     return {
         SEPARATOR.join((name, str(number), path)): value
         for number, mlp in enumerate(mlps)
@@ -99,7 +99,7 @@ def expert_tensors(name: str, mlps: Sequence[Mapping[str, Tensor]]) -> dict[str,
 
 
 def expected_tensors(names: Sequence[str], mlps: Sequence[Mapping[str, Tensor]], width: int) -> dict[str, Tensor]:
-    """Return tensors of the names and shapes that the ``state_dict`` of experts has, without a new value."""
+    """Return tensors with the names and shapes of the experts' ``state_dict``, without allocating any memory."""
     router = {_WEIGHT: torch.empty(width, device="meta"), _BIAS: torch.empty(1, device="meta")}
     return {
         **{f"experts.{key}": value for name in names for key, value in expert_tensors(name, mlps).items()},

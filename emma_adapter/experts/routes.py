@@ -1,4 +1,4 @@
-"""Which tokens of a vision tower belong to which image, and which expert takes them."""
+"""Routes of images to experts, and the division of a vision tower's tokens among images."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from .config import ORIGINAL
 
 @dataclass(frozen=True)
 class Route:
-    """What computes the images of one call of a vision tower."""
+    """The experts that compute the images of one call of a vision tower."""
 
-    #: The expert that takes all of them.
+    #: The expert that takes all images.
     whole: str | None = None
     #: For each expert that takes some, the entries or tokens that are theirs: bool ``[entries, 1, 1]``, or of packed
     #: tokens ``[S, 1]`` or ``[1, S, 1]``.
@@ -33,18 +33,18 @@ class Route:
 
 @dataclass(frozen=True)
 class Media:
-    """How the hidden states of a vision tower divide into images and videos."""
+    """The division of a vision tower's hidden states into images and videos."""
 
-    #: Of each, entries or, where ``packed``, tokens.
+    #: How many entries or, where ``packed``, tokens each has.
     lengths: Sequence[int]
     packed: bool
 
     @classmethod
     def of(cls, family: ModelFamily, inner: Any, running: FeatureCall, hidden: Tensor) -> Media:
-        """Return how hidden states ``[entries, N, D]``, ``[S, D]`` or ``[1, S, D]`` divide.
+        """Return the division of hidden states ``[entries, N, D]``, ``[S, D]`` or ``[1, S, D]``.
 
         Raises:
-            RoutingError: if the call announces others than there are.
+            RoutingError: if they don't match what the call announces.
         """
         layout = checked_layout(
             family, projector_call(inner, running, _as_projected(family, inner, running, hidden), None)
@@ -72,7 +72,7 @@ class Media:
         lengths = torch.tensor(self.lengths)
         return Route(
             rows={
-                name: torch.tensor([one == name for one in chosen])
+                name: torch.tensor([choice == name for choice in chosen])
                 .repeat_interleave(lengths)
                 .view(shape)
                 .to(hidden.device)
@@ -82,7 +82,7 @@ class Media:
 
 
 def _as_projected(family: ModelFamily, inner: nn.Module, running: FeatureCall, hidden: Tensor) -> Tensor:
-    """A stand-in for what the projector is given, by which families tell the layout: LLaVA drops the class token."""
+    """Return a stand-in for the projector's input, from which families tell the layout: LLaVA drops the class token."""
     if hidden.ndim < 3 or not family.has_fixed_size(inner):
         return hidden
     name = "vision_feature_select_strategy"
@@ -92,7 +92,7 @@ def _as_projected(family: ModelFamily, inner: nn.Module, running: FeatureCall, h
 
 
 def require_call(running: object) -> None:
-    """Check that it is known which call of the model the vision tower runs in.
+    """Check that the model's call in which the vision tower runs is known.
 
     Raises:
         RoutingError: if it isn't.
@@ -106,7 +106,7 @@ def require_call(running: object) -> None:
 
 
 def choose(logits: Tensor, names: Sequence[str], margin: float) -> tuple[list[str], list[dict[str, float]]]:
-    """Return what each image goes to, and the probabilities.
+    """Return the expert or original that each image goes to, and the probabilities of all.
 
     Args:
         logits: ``[images, 1 + experts]``, the original's first.

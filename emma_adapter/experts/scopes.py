@@ -1,4 +1,4 @@
-"""``with experts.routed(…)`` and ``with experts.watched()``: what holds in a thread or asynchronous task."""
+"""The blocks ``with experts.routed(…)`` and ``with experts.watched()``, which hold in a thread or asynchronous task."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from dataclasses import dataclass, field
 
 
 class Owner:
-    """Stands for a model in its blocks, which don't keep the model alive."""
+    """A stand-in for a model, by which blocks refer to it without keeping it alive."""
 
 
 @dataclass(frozen=True)
 class RoutedImage:
-    """Where one image, or one video, was routed."""
+    """The route of one image or video."""
 
     #: ``"image"`` or ``"video"``.
     modality: str
     #: Name of the expert that computed it, or ``"original"``.
     expert: str
-    #: The router's, of ``"original"`` and every expert, whether or not it was asked.
+    #: The router's, of ``"original"`` and every expert, even if the choice was forced.
     probabilities: Mapping[str, float]
 
 
 @dataclass
 class RoutingReport:
-    """What was routed where in a ``with experts.watched()`` block, in the order of the vision tower's calls."""
+    """The routes in a ``with experts.watched()`` block, in the order of the vision tower's calls."""
 
     images: list[RoutedImage] = field(default_factory=list)
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many images went where."""
+        """The number of images that went to each expert, or to the original."""
         return dict(Counter(image.expert for image in self.images))
 
     def __str__(self) -> str:
@@ -47,10 +47,10 @@ class RoutingReport:
 
 @dataclass(frozen=True, eq=False)
 class _Block:
-    """One entered ``with``."""
+    """A ``with`` block that has been entered."""
 
     owner: Owner
-    #: Of a ``routed`` block: what it was given, in a tuple.
+    #: The argument of a ``routed`` block, in a tuple.
     choice: tuple[str | None] | None = None
     report: RoutingReport | None = None
 
@@ -64,27 +64,27 @@ def _entered(block: _Block) -> Iterator[None]:
     try:
         yield
     finally:
-        # Not what was before: asynchronous code may leave blocks in another order than it entered them.
-        _ENTERED.set(tuple(other for other in _ENTERED.get() if other is not block))
+        # Only this block is removed: asynchronous code may leave blocks in another order than it entered them.
+        _ENTERED.set(tuple(entered for entered in _ENTERED.get() if entered is not block))
 
 
 @contextmanager
 def routed(owner: Owner, choice: str | None) -> Iterator[None]:
-    """In the block, every image goes to ``choice``; None: where the router sends it."""
+    """Send every image to ``choice`` within the block; None: where the router sends it."""
     with _entered(_Block(owner, choice=(choice,))):
         yield
 
 
 @contextmanager
 def watched(owner: Owner) -> Iterator[RoutingReport]:
-    """In the block, what is routed where is written into the report."""
+    """Record routes in the report within the block."""
     report = RoutingReport()
     with _entered(_Block(owner, report=report)):
         yield report
 
 
 def choice_of(owner: Owner) -> tuple[str | None] | None:
-    """Return what the innermost ``routed`` block was given, in a tuple; None outside of one."""
+    """Return the argument of the innermost ``routed`` block, in a tuple; None outside of one."""
     return next((b.choice for b in reversed(_ENTERED.get()) if b.owner is owner and b.choice is not None), None)
 
 

@@ -1,4 +1,4 @@
-"""Where experts sit: the blocks of a vision tower that the model uses, and the MLP of each."""
+"""The places of experts: the blocks of a vision tower that the model uses, and the MLP of each."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..errors import ConfigError, PatchError, UnsupportedModelError
 from ..modules import sharding
 from ..modules.views import SEPARATOR, base_parts, is_linear, is_quantized
 
-#: By which names configs say which layer's output the projector gets, counted as in ``hidden_states``.
+#: The names that configs give to the layer whose output the projector gets, counted as in ``hidden_states``.
 _FEATURE_LAYERS = ("vision_feature_layer", "vision_feature_layers", "select_layer", "mm_vision_select_layer")
 
 
@@ -21,7 +21,7 @@ def routed_blocks(model: Any, inner: nn.Module, layers: int) -> list[tuple[nn.Mo
 
     Raises:
         UnsupportedModelError: if there is no tower of such blocks.
-        ConfigError: if it uses fewer.
+        ConfigError: if the model uses fewer.
     """
     blocks = used_blocks(model, inner)
     if layers > len(blocks):
@@ -36,20 +36,20 @@ def used_blocks(model: Any, inner: nn.Module) -> list[nn.Module]:
     """Return the blocks of the vision tower whose output reaches the projector.
 
     Raises:
-        UnsupportedModelError: if it can't be told which these are.
+        UnsupportedModelError: if there isn't exactly one stack of blocks beside the language model's.
     """
-    found = list(_stacks(inner, model.get_input_embeddings()))
-    if len(found) != 1:
+    stacks = list(_stacks(inner, model.get_input_embeddings()))
+    if len(stacks) != 1:
         raise UnsupportedModelError(
-            f"{type(inner).__name__} has {len(found)} stacks of blocks with an MLP beside the language model's, and "
-            "vision experts need one, the vision tower: as CLIP's and SigLIP's, and those of Qwen-VL, InternVL and "
-            "Pixtral, have"
+            f"{type(inner).__name__} has {len(stacks)} stacks of blocks with an MLP beside the language model's, and "
+            "vision experts need exactly one, the vision tower: use a model with a tower such as CLIP's, SigLIP's, or "
+            "that of Qwen-VL, InternVL or Pixtral"
         )
-    [blocks] = found
-    chosen = next((value for name in _FEATURE_LAYERS if (value := _config_of(inner, name)) is not None), -1)
+    [blocks] = stacks
+    layers = next((value for name in _FEATURE_LAYERS if (value := _config_of(inner, name)) is not None), -1)
     # hidden_states begin with the embeddings.
     states = len(blocks) + 1
-    return list(blocks)[: max(layer % states for layer in ([chosen] if isinstance(chosen, int) else chosen))]
+    return list(blocks)[: max(layer % states for layer in ([layers] if isinstance(layers, int) else layers))]
 
 
 def _config_of(inner: Any, name: str) -> Any:
@@ -75,28 +75,28 @@ def _require_mlp(block: nn.Module) -> nn.Module:
 
 
 def _is_mlp(module: nn.Module) -> bool:
-    """Whether a module takes nothing but tokens, and makes them wider and narrow again."""
+    """Return whether a module takes nothing but tokens, and widens and narrows them again by linear layers."""
     parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
     named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     linears = [part for _, part in base_parts(module) if is_linear(part)]
-    wide = {linear.in_features for linear in linears}
-    return len(named) == 1 and len(linears) > 1 and wide == {linear.out_features for linear in linears}
+    widths = {linear.in_features for linear in linears}
+    return len(named) == 1 and len(linears) > 1 and widths == {linear.out_features for linear in linears}
 
 
 def token_width(mlp: nn.Module) -> int:
-    """Return D of the tokens ``[..., D]`` that an MLP takes."""
+    """Return the width D of the tokens ``[..., D]`` that an MLP takes."""
     first: Any = next(part for _, part in base_parts(mlp) if is_linear(part))
     return int(first.in_features)
 
 
 def base_parameters(mlp: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters of an MLP that an expert has copies of, by path: without a LoRA's.
+    """Return the parameters of an MLP that an expert copies, by path, without a LoRA's.
 
     Raises:
         PatchError: if they are not in this process.
         UnsupportedModelError: if they are quantized.
     """
-    found: dict[str, Tensor] = {}
+    parameters: dict[str, Tensor] = {}
     for path, module in base_parts(mlp):
         for name, value in module.named_parameters(recurse=False):
             if sharding.is_elsewhere(value):
@@ -110,5 +110,5 @@ def base_parameters(mlp: nn.Module) -> dict[str, Tensor]:
                     "expert needs a copy that can be trained: leave the tower in 16 bits, as "
                     'BitsAndBytesConfig(llm_int8_skip_modules=["lm_head", "model.visual"]) does with the part so named'
                 )
-            found[SEPARATOR.join((*path, name))] = value
-    return found
+            parameters[SEPARATOR.join((*path, name))] = value
+    return parameters

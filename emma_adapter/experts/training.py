@@ -1,4 +1,4 @@
-"""What is trained of vision experts: one expert by the language model's loss, or the router by labels."""
+"""Training vision experts: one expert by the language model's loss, or the router by labels."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from .state import ExpertsState, experts_state
 
 
 def train_only(model: nn.Module, expert: str | None, *, router: bool) -> None:
-    """Freeze everything but one expert, to which all images then go, or but the router.
+    """Freeze everything but one expert, to which all images then go, or everything but the router.
 
     Raises:
-        ConfigError: if it is neither or both, or there is no such expert.
+        ConfigError: if neither or both are named, or there is no such expert.
     """
     state = experts_state(model)
     if (expert is None) != router:
@@ -33,14 +33,14 @@ def train_only(model: nn.Module, expert: str | None, *, router: bool) -> None:
     if state.trainable_before is None:
         state.trainable_before = {name: p.requires_grad for name, p in model.named_parameters()}
     model.requires_grad_(False)
-    own = state.module.router.values() if expert is None else state.module.of(expert)
-    for parameter in own:
+    trained_parameters = state.module.router.values() if expert is None else state.module.of(expert)
+    for parameter in trained_parameters:
         parameter.requires_grad_(True)
     state.trained = expert
 
 
 def unfreeze(model: nn.Module) -> None:
-    """Make trainable again what :func:`train_only` has frozen, and ask the router again."""
+    """Make trainable again what :func:`train_only` has frozen, and let the router choose again."""
     state = experts_state(model)
     for name, parameter in model.named_parameters():
         if (state.trainable_before or {}).get(name):
@@ -78,24 +78,25 @@ def router_loss(model: nn.Module, labels: Sequence[str], inputs: Mapping[str, An
         raise ConfigError(f"labels are names of {list(names)}; got {', '.join(unknown[:5])}")
     inner = state.family.inner(model)
     methods, arguments = state.feature_methods(inner), state.family.pixel_arguments
-    given = [modality for modality in state.family.modalities if inputs.get(arguments[modality]) is not None]
-    if given and not methods:
+    modalities = [modality for modality in state.family.modalities if inputs.get(arguments[modality]) is not None]
+    if modalities and not methods:
         raise UnsupportedModelError(
             f"{type(inner).__name__} has no get_image_features, which the router's loss is computed with: use a model "
             "of transformers' own classes"
         )
     router = dict(state.module.router.items())
-    # Now, for a tower that is sharded with it couldn't be run.
+    # Checked now, since a tower that is sharded with it couldn't be run.
     require_here(router.values())
     pooled = []
-    for modality in given:
+    for modality in modalities:
         method = getattr(inner, methods[modality])
-        taken = _taken(method, state) & set(inputs) - set(arguments.values())
-        pooled.append(pooled_features(method, inputs[arguments[modality]], **{name: inputs[name] for name in taken}))
-    found = sum(map(len, pooled))
-    if not found or found != len(labels):
+        passed_names = _argument_names(method, state) & set(inputs) - set(arguments.values())
+        sizes = {name: inputs[name] for name in passed_names}
+        pooled.append(pooled_features(method, inputs[arguments[modality]], **sizes))
+    count = sum(map(len, pooled))
+    if not count or count != len(labels):
         raise DataError(
-            f"there are {len(labels)} labels for {found} images and videos: pass pixel_values and all else that the "
+            f"there are {len(labels)} labels for {count} images and videos: pass pixel_values and all else that the "
             "model's processor returns, and a label for each, those of images first"
         )
     if sharding.are_many_processes():
@@ -105,27 +106,28 @@ def router_loss(model: nn.Module, labels: Sequence[str], inputs: Mapping[str, An
     return F.cross_entropy(logits, target)
 
 
-def _taken(method: Callable[..., Any], state: ExpertsState) -> set[str]:
-    """The arguments of a method that encodes images, sizes among them, which some releases take without a name."""
+def _argument_names(method: Callable[..., Any], state: ExpertsState) -> set[str]:
+    """Return the names of an image-encoding method's arguments. Some releases take the sizes as ``**kwargs``."""
     names, sizes = set(inspect.signature(method).parameters), set(state.family.size_arguments)
     return names if names & sizes else names | sizes
 
 
 def parameter_groups(model: nn.Module, lr: float, router_lr: float, weight_decay: float) -> list[dict[str, Any]]:
-    """Return groups for an optimizer of what is trainable: the experts' matrices, their vectors, and the router; only
-    the matrices decay.
+    """Return an optimizer's groups of trainable parameters: the experts' matrices, their vectors, and the router.
+
+    Only the matrices decay.
 
     Raises:
-        ConfigError: if a rate is no number or negative.
+        ConfigError: if a rate is not a number, or negative.
     """
     for name, value in (("lr", lr), ("router_lr", router_lr), ("weight_decay", weight_decay)):
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
             raise ConfigError(f"{name} must be a number >= 0; got {value!r}")
     module = experts_state(model).module
-    own = [p for p in module.experts.values() if p.requires_grad]
+    trainable = [p for p in module.experts.values() if p.requires_grad]
     groups = [
-        {"params": [p for p in own if p.ndim > 1], "lr": lr, "weight_decay": weight_decay},
-        {"params": [p for p in own if p.ndim <= 1], "lr": lr, "weight_decay": 0.0},
+        {"params": [p for p in trainable if p.ndim > 1], "lr": lr, "weight_decay": weight_decay},
+        {"params": [p for p in trainable if p.ndim <= 1], "lr": lr, "weight_decay": 0.0},
         {"params": [p for p in module.router.values() if p.requires_grad], "lr": router_lr, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
