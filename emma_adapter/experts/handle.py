@@ -122,11 +122,10 @@ class EmmaVisionExperts:
         return training.parameter_groups(self.model, lr, lr if router_lr is None else router_lr, weight_decay)
 
     def save_pretrained(self, directory: str | PathLike[str], *, is_main_process: bool | None = None) -> None:
-        """Write ``vision_experts_config.json``, ``vision_experts.safetensors`` and, if there is none, a card,
-        atomically.
+        """Write ``vision_experts_config.json``, ``vision_experts.safetensors`` and, if there is none, a card.
 
-        Whenever the process is killed, ``load_vision_experts`` finds either the previous experts or the new ones. The
-        folder may hold other things: a model, a LoRA, or this library's other parts.
+        They are replaced atomically: whenever the process is killed, ``load_vision_experts`` finds either the previous
+        experts or the new ones. The folder may hold other things: a model, a LoRA, or this library's other parts.
 
         Args:
             directory: the folder, made if it isn't there.

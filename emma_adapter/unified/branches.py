@@ -106,10 +106,10 @@ def remove(model: nn.Module, name: str) -> None:
 
 
 def _require(model: nn.Module, name: str) -> None:
-    known = unified_state(model).branches
-    if not isinstance(name, str) or name not in known:
+    branches = unified_state(model).branches
+    if not isinstance(name, str) or name not in branches:
         raise PatchError(
-            f"the model has no branch {name!r}; it has {sorted(known)}: name one of these, or add_adapter() it"
+            f"the model has no branch {name!r}; it has {sorted(branches)}: name one of these, or add_adapter() it"
         )
 
 

@@ -104,9 +104,9 @@ class UnifiedConfig:
         """
         if not isinstance(values, Mapping):
             raise ConfigError(f"a config must be a JSON object, not {type(values).__name__}: take another copy")
-        known = {f.name for f in dataclasses.fields(cls)}
-        if unknown := sorted(set(values) - known, key=repr):
-            raise ConfigError(f"unknown config field(s) {listed(unknown)}; known are {sorted(known)}")
+        fields = {f.name for f in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - fields, key=repr):
+            raise ConfigError(f"unknown config field(s) {listed(unknown)}; known are {sorted(fields)}")
         return cls(**values)
 
     def _error(self, name: str, allowed: str) -> ConfigError:
