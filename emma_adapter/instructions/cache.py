@@ -11,7 +11,7 @@ Value = TypeVar("Value")
 
 
 class CacheInfo(NamedTuple):
-    """Like ``functools.lru_cache``'s."""
+    """Hits, misses, capacity and size of a cache, as ``functools.lru_cache`` reports them."""
 
     hits: int
     misses: int
@@ -20,10 +20,10 @@ class CacheInfo(NamedTuple):
 
 
 class LRUCache(Generic[Value]):
-    """The ``maxsize`` most recently used values; none if it is 0.
+    """A cache of the ``maxsize`` most recently used values; of none if it is 0.
 
     ``functools.lru_cache`` can't be pickled or copied with a model, and calls the function once per key, where
-    a text tower wants all missing instructions as one batch.
+    a text tower needs all missing instructions as one batch.
     """
 
     def __init__(self, maxsize: int) -> None:
@@ -33,24 +33,24 @@ class LRUCache(Generic[Value]):
         self._hits = self._misses = 0
 
     def get_or_compute(self, keys: list[Hashable], compute: Callable[[list[Hashable]], list[Value]]) -> list[Value]:
-        """The values of ``keys``; ``compute`` is called once, with the missing keys, each once."""
-        wanted = list(dict.fromkeys(keys))
+        """Return the values of ``keys``; ``compute`` is called once for all missing keys, each listed once."""
+        distinct_keys = list(dict.fromkeys(keys))
         with self._lock:
-            found = {key: self._values[key] for key in wanted if key in self._values}
-            for key in found:
+            values = {key: self._values[key] for key in distinct_keys if key in self._values}
+            for key in values:
                 self._values.move_to_end(key)
-            missing = [key for key in wanted if key not in found]
-            self._misses += len(missing)
-            self._hits += len(keys) - len(missing)
-        if missing:
-            computed = dict(zip(missing, compute(missing), strict=True))
-            found.update(computed)
+            missing_keys = [key for key in distinct_keys if key not in values]
+            self._misses += len(missing_keys)
+            self._hits += len(keys) - len(missing_keys)
+        if missing_keys:
+            computed = dict(zip(missing_keys, compute(missing_keys), strict=True))
+            values.update(computed)
             if self.maxsize:
                 with self._lock:
                     self._values.update(computed)
                     while len(self._values) > self.maxsize:
                         self._values.popitem(last=False)
-        return [found[key] for key in keys]
+        return [values[key] for key in keys]
 
     def info(self) -> CacheInfo:
         with self._lock:

@@ -1,4 +1,4 @@
-"""Token ids as text that a template's markers can be searched in, and from that text back to the tokens."""
+"""Token ids as text in which a template's markers can be searched, with a way back from text to tokens."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 
 from .tokenization import Tokenization
 
-#: As a token id: an answer that is known from labels. Every other negative id says nothing.
+#: Token id in the place of an answer that is known from labels. Every other negative id has no text.
 ANSWERED = -(2**63)
-#: Stands for a run of :data:`ANSWERED`: no marker is looked for in it or across it.
+#: Text of a run of :data:`ANSWERED`: no marker is found inside or across it.
 BARRIER = "\0"
-#: Stands before what a special token says, so that the same characters typed as plain text are not taken for it.
+#: Precedes the text of a special token, so that the same characters typed by a user are not taken for it.
 SPECIAL = "\1"
 _CONTROL = str.maketrans("", "", BARRIER + SPECIAL)
 # No template writes a special token this often in a row, but placeholders come by the thousand.
@@ -26,11 +26,11 @@ _BROKEN = "\N{REPLACEMENT CHARACTER}"
 
 @dataclass(frozen=True)
 class DecodedRow:
-    """A row of tokens as text without white space, which tokenizers add and drop.
+    """The text of a row of tokens, without white space, which tokenizers add and drop.
 
     Consecutive tokens are grouped where they only make sense together: the bytes of one character, a run of
     placeholders, an answer. ``first[g]`` is the first token of group g and ``offset[g]`` its first character; both
-    have one entry more, for the end.
+    have one more entry for the end.
     """
 
     text: str
@@ -38,7 +38,7 @@ class DecodedRow:
     offset: list[int]
 
     def tokens(self, parts: Sequence[tuple[int, int]]) -> list[int]:
-        """Positions of the tokens in which any character of ``parts`` lies, and of white space inside a part.
+        """Return the positions of tokens that hold a character of ``parts``, or white space inside a part.
 
         Args:
             parts: ``(start, end)`` in ``text``, in order, none of them empty.
@@ -52,10 +52,10 @@ class DecodedRow:
 
 
 class TokenTexts:
-    """What each token of a tokenizer says.
+    """The text of each token of a tokenizer.
 
-    Decoding is one call per distinct token, not per position: white space is the only thing in which a token's text
-    depends on its neighbours, and it doesn't count.
+    Each distinct token is decoded once, whatever its position: only the white space of a token's text depends on its
+    neighbours, and white space is removed.
     """
 
     def __init__(self, tokenizer: Any, special_ids: Iterable[int] = ()) -> None:
@@ -66,7 +66,7 @@ class TokenTexts:
         self._known: dict[int, bool] = {}
 
     def __call__(self, token: int) -> str:
-        """The token's characters, without white space; a special token's are marked as such."""
+        """Return the token's characters without white space; ``SPECIAL`` precedes those of a special token."""
         text = self._texts.get(token)
         if text is None:
             text = self._decode([token])
@@ -95,22 +95,22 @@ class TokenTexts:
         return DecodedRow("".join(texts), [*first, length], [0, *accumulate(map(len, texts))])
 
     def knows(self, token: int) -> bool:
-        """Whether the tokenizer has this token; yes if there is no tokenizer to ask."""
+        """Return whether the tokenizer has this token; true if there is no tokenizer."""
         known = self._known.get(token)
         if known is None:
             known = self._known[token] = self.tokenizer is None or _has_token(self.tokenizer, token)
         return known
 
     def vocabulary(self) -> list[str]:
-        """The texts of all tokens, as far as the tokenizer tells."""
+        """Return the texts of all tokens; empty if the tokenizer doesn't list them."""
         return list(getattr(self.tokenizer, "get_vocab", dict)())
 
     def of_text(self, text: str) -> str:
-        """``text`` as it is found in a row, once the tokenizer has been at it."""
+        """Return ``text`` as it appears in a decoded row: tokenized, and decoded again."""
         return self.row(self.tokenization.ids(text)).text
 
     def _whole_characters(self, tokens: Sequence[int], start: int) -> tuple[str, int]:
-        """The text of the fewest tokens from ``start`` on that hold whole characters, and where they end."""
+        """Return the text of the fewest tokens from ``start`` on that form whole characters, and where they end."""
         text, end = "", start
         while end < min(len(tokens), start + _MOST_TOKENS_OF_CHARACTERS) and _BROKEN in self(tokens[end]):
             end += 1
@@ -120,15 +120,15 @@ class TokenTexts:
         return text, end
 
     def _decode(self, tokens: Sequence[int]) -> str:
-        known = [token for token in tokens if token >= 0]
-        if not known:
+        decodable = [token for token in tokens if token >= 0]
+        if not decodable:
             return ""
-        text = str(self.tokenizer.decode(known, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        text = str(self.tokenizer.decode(decodable, skip_special_tokens=False, clean_up_tokenization_spaces=False))
         return "".join(text.split()).translate(_CONTROL)
 
 
 def vocabulary_state(tokenizer: Any) -> tuple[object, ...]:
-    """What changes when tokens are added to a tokenizer, and takes no time to find out, as the list of them would."""
+    """Return a value that changes when tokens are added to a tokenizer, without the cost of listing them."""
     size = len(tokenizer) if hasattr(tokenizer, "__len__") else None
     return size, tuple(getattr(tokenizer, "all_special_ids", ()))
 
@@ -144,7 +144,7 @@ def _has_token(tokenizer: Any, token: int) -> bool:
 
 
 def _special_ids(tokenizer: Any) -> frozenset[int]:
-    # A template's own tokens are flagged in the vocabulary, but often have no name such as eos_token.
+    # A template's own tokens are flagged in the vocabulary, but often have no attribute such as eos_token.
     added = getattr(tokenizer, "added_tokens_decoder", {})
     flagged = {token_id for token_id, token in added.items() if getattr(token, "special", False)}
     return frozenset(getattr(tokenizer, "all_special_ids", ())) | flagged

@@ -1,7 +1,7 @@
 """Instruction encoders: from texts to instruction tokens.
 
 ``"llm"``, the language model's own embeddings, is a lookup of token ids rather than an encoder of texts; it lives
-in tokens.py.
+in pipeline.py.
 """
 
 from __future__ import annotations
@@ -25,29 +25,29 @@ CUSTOM_PREFIX = "custom:"
 
 @runtime_checkable
 class InstructionEncoder(Protocol):
-    """What an instruction encoder must have; any ``nn.Module`` with these members can be given to ``patch_model``.
+    """The interface of instruction encoders: any ``nn.Module`` with these members can be passed to ``patch_model``.
 
-    It is frozen, called without gradients, and its answers are cached by text: the same text must always give
+    It is frozen, called without gradients, and its results are cached by text: the same text must always give
     the same tokens.
     """
 
     #: Dt, channels of an instruction token.
     instruction_dim: int
-    #: The most instruction tokens a text can become.
+    #: The most instruction tokens that one text can become.
     max_instruction_tokens: int
 
     def __call__(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        """``(tokens [B, T, Dt], mask [B, T])``: ``mask`` is true or 1 at tokens that stem from the text.
+        """Return ``(tokens [B, T, Dt], mask [B, T])``; ``mask`` is true or 1 at tokens that come from the text.
 
         An encoder whose T is always ``max_instruction_tokens``, and whose other positions hold encodings too, may
-        say so with an attribute ``encodes_padding = True``: the fusion ``linear`` then reads those as well. The text
-        towers of CLIP and SigLIP are such encoders.
+        declare this with ``encodes_padding = True``: the fusion ``linear`` then reads those as well. The text towers of
+        CLIP and SigLIP are such encoders.
         """
         ...
 
 
 class CachedEncoder:
-    """A frozen encoder with a cache of what it said, on the device where its answers are wanted."""
+    """A frozen encoder with a cache of its results, which runs on the device that a call asks for."""
 
     def __init__(self, encoder: nn.Module, cache_size: int) -> None:
         self.module = encoder.eval().requires_grad_(False)
@@ -58,7 +58,7 @@ class CachedEncoder:
         self._lock = threading.Lock()
 
     def encode(self, texts: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
-        """``(tokens [B, T, Dt], mask bool [B, T])`` on ``device``."""
+        """Return ``(tokens [B, T, Dt], mask bool [B, T])`` on ``device``."""
         encoded = self._cache.get_or_compute(list(texts), lambda missing: self._run(missing, device))
         tokens = pad_sequence([tokens for tokens, _ in encoded], batch_first=True)
         mask = pad_sequence([mask for _, mask in encoded], batch_first=True)
@@ -71,8 +71,8 @@ class CachedEncoder:
         self._cache.clear()
 
     def _run(self, texts: list[Any], device: torch.device) -> list[tuple[Tensor, Tensor]]:
-        # Neither the caller's inference mode nor its autocast may reach what is kept: inference tensors can't
-        # be used in a later training step, and half-precision encodings would depend on who asked first.
+        # Cached tensors must not depend on the caller's inference mode or autocast: inference tensors can't be
+        # used in a later training step, and half-precision encodings would depend on which caller came first.
         with (
             self._lock,
             torch.inference_mode(False),
@@ -80,15 +80,15 @@ class CachedEncoder:
             torch.autocast(device.type, enabled=False),
         ):
             self.module.to(device)
-            answer = self.module(list(texts))
-        tokens, mask = self._checked(answer, len(texts))
+            output = self.module(list(texts))
+        tokens, mask = self._checked(output, len(texts))
         return [(t.clone(), m.clone()) for t, m in zip(tokens, mask, strict=True)]
 
-    def _checked(self, answer: object, num_texts: int) -> tuple[Tensor, Tensor]:
+    def _checked(self, output: object, num_texts: int) -> tuple[Tensor, Tensor]:
         name = type(self.module).__name__
-        if not (isinstance(answer, tuple) and len(answer) == 2 and all(isinstance(part, Tensor) for part in answer)):
-            raise EncoderError(f"{name} must return (tokens, mask), two tensors; it returned {type(answer).__name__}")
-        tokens, mask = answer
+        if not (isinstance(output, tuple) and len(output) == 2 and all(isinstance(part, Tensor) for part in output)):
+            raise EncoderError(f"{name} must return (tokens, mask), two tensors; it returned {type(output).__name__}")
+        tokens, mask = output
         if tokens.ndim != 3 or tokens.shape[0] != num_texts or tokens.shape[2] != self.instruction_dim:
             raise EncoderError(
                 f"{name} must return tokens [{num_texts}, T, {self.instruction_dim}] for {num_texts} text(s); "
@@ -120,7 +120,7 @@ class CachedEncoder:
 
 
 def build_encoder(spec: str, layer: int) -> nn.Module:
-    """The encoder that ``EmmaConfig.instruction_encoder`` names.
+    """Build the encoder that ``EmmaConfig.instruction_encoder`` names.
 
     Raises:
         EncoderError: if it can't be loaded, or names a module that only the user has.
@@ -136,7 +136,7 @@ def build_encoder(spec: str, layer: int) -> nn.Module:
 
 
 def names_a_path(spec: str) -> bool:
-    """Whether :func:`build_encoder` would read a file or folder that ``spec`` names, rather than a download."""
+    """Return whether :func:`build_encoder` would read ``spec`` from a local file or folder, not download it."""
     if spec.startswith(CUSTOM_PREFIX):
         return False
     if spec.startswith(OPEN_CLIP_PREFIX):
@@ -145,10 +145,10 @@ def names_a_path(spec: str) -> bool:
 
 
 def check_protocol(encoder: object) -> nn.Module:
-    """``encoder``, if it fulfils :class:`InstructionEncoder`.
+    """Return ``encoder`` if it satisfies :class:`InstructionEncoder`.
 
     Raises:
-        EncoderError: naming what is missing.
+        EncoderError: if it doesn't; the message names what is missing.
     """
     if not isinstance(encoder, nn.Module):
         raise EncoderError(
@@ -166,5 +166,5 @@ def check_protocol(encoder: object) -> nn.Module:
 
 
 def encoder_name(encoder: nn.Module) -> str:
-    """How a module of the user's is recorded in a config."""
+    """Return the name by which a config records a user's own encoder."""
     return f"{CUSTOM_PREFIX}{type(encoder).__module__}.{type(encoder).__qualname__}"

@@ -1,4 +1,4 @@
-"""Searching a conversation for what a chat template writes around user turns."""
+"""The markers that a chat template writes around user turns, and how a conversation is searched for them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from json import JSONDecodeError
 
 from .decoding import BARRIER, SPECIAL
 
-# What well-known templates write before an answer. Role words in plain text count only as they write them.
+# What well-known templates write before an answer. Role words in plain text count only in the forms listed here.
 _ANSWER_HEADER = re.compile(
     r"<\|im_start\|>assistant|<\|start\|>assistant(?:<\|message\|>)?|<\|assistant\|>|<\|CHATBOT_TOKEN\|>"
     r"|<\|start_header_id\|>assistant<\|end_header_id\|>|<\uff5cAssistant\uff5c>|<start_of_turn>model|<\|turn>model"
@@ -21,47 +21,48 @@ _JSON = json.JSONDecoder(strict=False)
 
 @dataclass(frozen=True)
 class UserTurn:
-    """``parts`` are the ``(start, end)`` of a user's own words, empty if the turn has none."""
+    """A user's turn; ``parts`` are the ``(start, end)`` of the user's own words, empty if there are none."""
 
     parts: tuple[tuple[int, int], ...]
-    #: True if an answer follows, or the user's words were taken for one, before the template closes the turn.
+    #: True if an answer begins before the template closes the turn, perhaps as labels supervise the user's words.
     interrupted: bool
 
 
 @dataclass(frozen=True)
 class TurnMarkers:
-    """What a template writes around user turns, in the text of a :class:`~.decoding.DecodedRow`."""
+    """The markers that a template writes around user turns, in the text of a :class:`~.decoding.DecodedRow`."""
 
-    #: Text before a user's words; in the group ``tool`` if a tool's result follows, in what looks like a user turn.
+    #: Text before a user's words; in the group ``tool`` if a tool's result follows that looks like a user turn.
     start: re.Pattern[str]
     #: Text after a user's words.
     end: re.Pattern[str]
     #: Text between a user's words and the answer.
     answer: re.Pattern[str]
-    #: Text that announces an answer, whatever stands before it.
+    #: Text that announces an answer, whatever precedes it.
     answer_header: re.Pattern[str]
-    #: What closes a message before the next user turn, if the template closes answers.
+    #: Texts that close a message before the next user turn; empty if the template doesn't close answers.
     closings: tuple[str, ...]
-    #: Around system text that the template writes into a user turn.
+    #: The texts around system text that the template writes into a user turn.
     system: tuple[str, str] | None
-    #: Around tool definitions, which are JSON, that the template writes into a user turn.
+    #: The texts around tool definitions, which are JSON, that the template writes into a user turn.
     definitions: tuple[str, str] | None
-    #: An image or video and the words that the template writes for it.
+    #: An image or video, with the words that the template writes for it.
     media: re.Pattern[str] | None
     #: True if nothing announces the first turn.
     headless: bool
-    #: True if words announce a turn, as "USER:", and no tag or special token: answers may well quote them.
+    #: True if words such as "USER:" announce a turn, not a tag or special token: answers may well quote them.
     in_words: bool
 
     def user_turns(self, text: str, *, holds_answers: bool = False) -> list[UserTurn]:
-        """The user turns of a conversation, in order. A ``BARRIER`` ends a turn.
+        """Return the user turns of a conversation, in order. A ``BARRIER`` ends a turn.
 
-        ``holds_answers``: the text has answers in it, which may quote the template.
+        ``holds_answers``: the text includes answers, which may quote the template.
         """
         if holds_answers and self.in_words and not self.closings:
-            # Nothing tells a later turn from an answer that quotes one.
+            # A later turn can't be told from an answer that quotes one.
             text = self.before_answers(text) or text
-        # Closed messages tell a turn from an answer that quotes "USER:". Prompts written by hand may not close them.
+        # Where messages are closed, a turn can be told from an answer that quotes "USER:"; prompts written by hand may
+        # not close them.
         spans = self._spans(text, closed=True) if self.closings else []
         if len(spans) < (1 if holds_answers else 2):
             spans = self._spans(text, closed=False)
@@ -77,9 +78,9 @@ class TurnMarkers:
         ]
 
     def before_answers(self, text: str) -> str | None:
-        """A conversation up to the header of its first answer, so that nothing an answer says is in it.
+        """Return the conversation up to the header of its first answer, so that it holds no word of an answer.
 
-        None if the text doesn't show one: no user speaks before an assistant does, or nothing announces users.
+        None if no such header is found: no user speaks before an assistant does, or nothing announces users.
         """
         start = None if self.headless else self.start.search(text)
         if start is None or start["tool"] is not None or self.answer_header.search(text, 0, start.start()):
@@ -88,7 +89,7 @@ class TurnMarkers:
         return text[: answer.end()] if answer else None
 
     def _spans(self, text: str, *, closed: bool) -> list[tuple[int, int, bool]]:
-        """``(start, end, by a tool)``. ``closed``: later turns count only right after a closed message."""
+        """Return ``(start, end, by_tool)`` of each turn; ``closed``: later ones count only after a closed message."""
         spans: list[tuple[int, int, bool]] = []
         position = 0
         while start := self.start.search(text, position):
@@ -97,7 +98,7 @@ class TurnMarkers:
                 continue
             end = self.end.search(text, start.end())
             position = end.start() if end else len(text)
-            # What closes the conversation may be what announces a turn.
+            # The end of a conversation may look like the start of a turn.
             if start.end() < len(text):
                 spans.append((start.end(), position, start["tool"] is not None))
         return spans
@@ -118,14 +119,14 @@ class TurnMarkers:
 
 
 def answer_headers(text: str) -> list[int]:
-    """Where the headers of answers end in the text of a :class:`~.decoding.DecodedRow`, by whatever template."""
-    marked = [place for place, letter in enumerate(text) if letter != SPECIAL]
-    plain = text.replace(SPECIAL, "")
-    return [marked[match.end() - 1] + 1 for match in _ANSWER_HEADER.finditer(plain)]
+    """Return where answer headers of any known template end in the text of a :class:`~.decoding.DecodedRow`."""
+    positions = [position for position, character in enumerate(text) if character != SPECIAL]
+    plain_text = text.replace(SPECIAL, "")
+    return [positions[match.end() - 1] + 1 for match in _ANSWER_HEADER.finditer(plain_text)]
 
 
 def skip_json(text: str, start: int) -> int:
-    """Where the JSON objects and lists end that begin at ``start``."""
+    """Return where the JSON objects and lists that begin at ``start`` end."""
     while text.startswith(("{", "["), start):
         try:
             _, start = _JSON.raw_decode(text, start)

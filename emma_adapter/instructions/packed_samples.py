@@ -1,4 +1,4 @@
-"""Several samples packed into one row of a batch, told apart by their positions."""
+"""Several samples packed into one row of a batch, separated by their positions."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import InstructionError
 
-# What transformers' and other packing collators add to a call.
+# Arguments that packing collators, transformers' and others, add to a call.
 _PACKING_ARGUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Where the samples of a packed batch are: ``(row, start, end)`` each, in order."""
+    """The positions of a packed batch's samples: ``(row, start, end)`` of each, in order."""
 
     spans: Sequence[tuple[int, int, int]]
 
     def unpack(self, packed: Tensor, fill: float) -> Tensor:
-        """``[B, L]`` to one row per sample, ``[samples, longest]``, padded with ``fill`` on the right."""
+        """Turn ``[B, L]`` into one row per sample, ``[samples, longest]``, padded with ``fill`` on the right."""
         return pad_sequence(
             [packed[row, start:end] for row, start, end in self.spans], batch_first=True, padding_value=fill
         )
 
     def valid(self, mask: Tensor | None) -> Tensor:
-        """Bool ``[samples, longest]``: true at the samples' own tokens that ``mask`` doesn't exclude."""
+        """Return bool ``[samples, longest]``, true at the samples' own tokens that ``mask`` doesn't exclude."""
         if mask is not None:
             return self.unpack(mask.bool(), False)
         lengths = torch.tensor([end - start for _, start, end in self.spans])
@@ -38,14 +38,14 @@ class Samples:
 
 
 def find_samples(arguments: Mapping[str, Any], shape: Sequence[int], *, required: bool) -> Samples | None:
-    """The samples packed in the rows of a call with ids of this shape, or None if each row is one sample.
+    """Return the samples packed in the rows of a call with ids of this shape, or None if each row is one sample.
 
-    A sample begins where ``position_ids`` go back, or where the number in an ``attention_mask`` of sample numbers
+    A sample begins where ``position_ids`` decrease, or where the number in an ``attention_mask`` of sample numbers
     changes.
 
     Raises:
-        InstructionError: if it is ``required`` to know, and the call's arguments say that samples are packed, but not
-            where they begin.
+        InstructionError: if ``required``, and the call's arguments say that samples are packed, but not where they
+            begin.
     """
     mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
     rows, length = shape
@@ -56,12 +56,12 @@ def find_samples(arguments: Mapping[str, Any], shape: Sequence[int], *, required
         valid = mask != 0
         # Sample numbers 1, 2, 3, … in place of ones.
         begins[:, 1:] |= (mask[:, 1:] != mask[:, :-1]) & valid[:, 1:] & valid[:, :-1]
-    known = _of_text(positions, shape)
-    if known is not None:
-        begins[:, 1:] |= (known[:, 1:] < known[:, :-1]) & valid[:, 1:] & valid[:, :-1]
-    elif required and (packed := _packing_argument(arguments)):
+    text_positions = _text_positions(positions, shape)
+    if text_positions is not None:
+        begins[:, 1:] |= (text_positions[:, 1:] < text_positions[:, :-1]) & valid[:, 1:] & valid[:, :-1]
+    elif required and (argument := _packing_argument(arguments)):
         raise InstructionError(
-            f"{packed} says that several samples are packed in one row, but not where their images belong: pass "
+            f"{argument} says that several samples are packed in one row, but not where their images belong: pass "
             "position_ids that begin anew with each sample, or instruction= with one per row, or don't pack"
         )
     if not bool(begins.any()):
@@ -73,9 +73,11 @@ def find_samples(arguments: Mapping[str, Any], shape: Sequence[int], *, required
     return Samples(spans)
 
 
-def _of_text(positions: Any, shape: Sequence[int]) -> Tensor | None:
-    """Positions ``[B, L]`` on the CPU: M-RoPE's ``[3 or 4, B, L]`` begin with text or temporal positions, neither of
-    which goes back within a sample."""
+def _text_positions(positions: Any, shape: Sequence[int]) -> Tensor | None:
+    """Return positions ``[B, L]`` on the CPU, or None if they have another shape.
+
+    M-RoPE's ``[3 or 4, B, L]`` begin with text or temporal positions, neither of which decreases within a sample.
+    """
     if not isinstance(positions, Tensor) or positions.ndim not in (2, 3):
         return None
     if positions.ndim == 3:

@@ -1,4 +1,4 @@
-"""The instruction of a call as tokens for the adapter: explicit or read off the prompt, looked up or encoded."""
+"""The instruction of a call as tokens for the adapter: explicit or read from the prompt, looked up or encoded."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _TEACHES_NOTHING = (
     "a training call has a row with an image and an empty instruction: the adapter leaves visual tokens as they are "
     "where nothing is asked, and learns nothing from that row. Leave it out of the data, or write the question"
 )
-#: What ``instruction=`` may be: one text for all rows, a text per row, token ids ``[B, T]``, or a tokenizer's output.
+#: What ``instruction=`` accepts: one text for all rows, a text per row, token ids ``[B, T]``, or a tokenizer's output.
 Instruction = str | Sequence[str] | Tensor | Mapping[str, Tensor]
 
 
@@ -34,7 +34,7 @@ class InstructionTokens:
         return InstructionTokens(self.tokens[rows], None if self.mask is None else self.mask[rows])
 
     def for_each(self, number: int, what: str) -> InstructionTokens:
-        """``number`` rows: these, or the only one repeated.
+        """Return ``number`` rows: these, or the only one repeated.
 
         Raises:
             InstructionError: if there are several, but not ``number``.
@@ -63,7 +63,7 @@ class InstructionTokens:
 
 @dataclass(frozen=True)
 class InstructionPipeline:
-    """Turns what a call says into :class:`InstructionTokens`."""
+    """Turns the instruction of a call into :class:`InstructionTokens`."""
 
     reader: InstructionReader
     encoder: CachedEncoder | None  # None: the language model's embeddings
@@ -79,18 +79,18 @@ class InstructionPipeline:
         device: torch.device,
         trained: Tensor | None = None,
     ) -> InstructionTokens:
-        """Tokens of an ``instruction=`` argument.
+        """Return the tokens of an ``instruction=`` argument.
 
         Args:
-            instruction: as the call gave it.
-            mask: ``[B, T]``, which token ids count.
-            num_rows: of the call; None outside of one.
+            instruction: as passed to the call.
+            mask: ``[B, T]``, true or 1 at token ids that count.
+            num_rows: the call's number of rows; None outside a call.
             embed: the language model's embeddings.
-            device: where the tokens are wanted.
-            trained: bool ``[B]``, rows with images of a call that trains; a warning if one has no instruction.
+            device: of the returned tokens.
+            trained: bool ``[B]``, rows with images in a training call; an empty instruction there brings a warning.
 
         Raises:
-            InstructionError: if it has another number of rows than the call, or another type than allowed.
+            InstructionError: if its number of rows differs from the call's, or its type is not allowed.
         """
         if isinstance(instruction, str):
             instruction = [instruction] * (1 if num_rows is None else num_rows)
@@ -115,9 +115,11 @@ class InstructionPipeline:
             )
         if texts is not None and not texts:
             raise InstructionError("instruction= is an empty list; give one text per row, or one text for all")
-        given = len(texts) if texts is not None else ids.shape[0]  # type: ignore[union-attr]
-        if num_rows is not None and given != num_rows:
-            raise InstructionError(f"instruction= has {given} row(s) and the call has {num_rows}; give one per row")
+        given_rows = len(texts) if texts is not None else ids.shape[0]  # type: ignore[union-attr]
+        if num_rows is not None and given_rows != num_rows:
+            raise InstructionError(
+                f"instruction= has {given_rows} row(s) and the call has {num_rows}; give one per row"
+            )
         self._check_taught(texts, mask, trained)
         if self.encoder is not None:
             if texts is None:
@@ -132,10 +134,10 @@ class InstructionPipeline:
         return self._embed(ids.to(device), mask.to(device), embed)
 
     def inferred(self, prompt: Prompt, embed: Callable[[Tensor], Tensor]) -> InstructionTokens:
-        """Tokens of the instruction that the prompt holds.
+        """Return the tokens of the instruction that the prompt holds.
 
         Raises:
-            InstructionError: if it can't be told from the answer, or can't be decoded for a text tower.
+            InstructionError: if it can't be told apart from the answer, or can't be decoded for a text tower.
         """
         trained = None
         if prompt.trains:
@@ -157,7 +159,7 @@ class InstructionPipeline:
         else:
             assert mask is not None
             empty = (~mask).all(dim=1).tolist()
-        if any(row and wanted for row, wanted in zip(empty, trained.tolist(), strict=True)):
+        if any(is_empty and is_trained for is_empty, is_trained in zip(empty, trained.tolist(), strict=True)):
             self.reader.warn_once(_TEACHES_NOTHING)
 
     def _encode(self, texts: list[str], device: torch.device) -> InstructionTokens:
@@ -173,32 +175,32 @@ class InstructionPipeline:
         return InstructionTokens(tokens, mask)
 
     def _embed(self, ids: Tensor, mask: Tensor, embed: Callable[[Tensor], Tensor]) -> InstructionTokens:
-        # The end is kept: where only the whole prompt is known, the question stands there.
+        # Keep the end: where the whole prompt is taken for the instruction, the question stands there.
         ids, mask = _cut_to_last(ids, mask, self.max_instruction_tokens)
-        # What is masked may be a placeholder's id, which need not be in the vocabulary.
+        # A masked id may be a placeholder's, which need not be in the vocabulary.
         return InstructionTokens(embedded(embed, ids.masked_fill(~mask, 0)), mask)
 
 
 def embedder(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The language model's input embeddings, called as a module so that offloading and sharding hooks run."""
+    """Return the language model's input embeddings, as a module so that offloading and sharding hooks run."""
     return model.get_input_embeddings()  # type: ignore[operator]
 
 
 def embedded(embed: Callable[[Tensor], Tensor], ids: Tensor) -> Tensor:
-    """The embeddings of ids ``[B, T]`` as in eval mode, without gradients: ``[B, T, D]``.
+    """Return the embeddings of ids ``[B, T]`` as in eval mode, without gradients: ``[B, T, D]``.
 
-    What a training run adds to the embeddings of its prompts, as NEFTune's noise or dropout, is not for the
-    instruction: the adapter meets none when it is used. Weights are those of the moment, PEFT's changes included.
+    Noise that training adds to a prompt's embeddings, such as NEFTune's or dropout, is kept out of the instruction:
+    the adapter meets none when it is used. The current weights are used, PEFT's changes included.
     """
-    training = [part for part in embed.modules() if part.training] if isinstance(embed, nn.Module) else []
-    for part in training:
-        part.training = False
+    training_modules = [module for module in embed.modules() if module.training] if isinstance(embed, nn.Module) else []
+    for module in training_modules:
+        module.training = False
     try:
         with torch.no_grad():
             return embed(ids).detach()
     finally:
-        for part in training:
-            part.training = True
+        for module in training_modules:
+            module.training = True
 
 
 def _checked_ids(ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -207,9 +209,9 @@ def _checked_ids(ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     if mask is None:
         return ids, torch.ones_like(ids, dtype=torch.bool)
     if not isinstance(mask, Tensor) or mask.shape != ids.shape:
-        found = list(mask.shape) if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
+        actual = list(mask.shape) if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
         raise InstructionError(
-            f"instruction_mask= must be a tensor {list(ids.shape)} as the token ids, 1 where they count; got {found}"
+            f"instruction_mask= must be a tensor {list(ids.shape)} as the token ids, 1 where they count; got {actual}"
         )
     return ids, mask.bool()
 
@@ -224,14 +226,14 @@ def _check_vocabulary(ids: Tensor, embed: Callable[[Tensor], Tensor]) -> None:
 
 
 def _left_aligned(ids: Tensor, selected: Tensor) -> tuple[Tensor, Tensor]:
-    """The selected ids of each row moved to its front, ``[B, T]``, T the most of a row, and their mask."""
+    """Move each row's selected ids to its front; return them ``[B, T]``, T the most in a row, and their mask."""
     longest = max(1, int(selected.sum(dim=1).max()))
     order = torch.argsort(selected.int(), dim=1, descending=True, stable=True)[:, :longest]
     return ids.gather(1, order), selected.gather(1, order)
 
 
 def _cut_to_last(ids: Tensor, mask: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """At most the last ``length`` valid ids of each row, moved to the front."""
+    """Keep at most the last ``length`` valid ids of each row, moved to the front."""
     if ids.shape[1] <= length:
         return ids, mask
     remaining = mask.int().flip(1).cumsum(1).flip(1)

@@ -18,8 +18,8 @@ class Prompt:
 
     input_ids: Tensor  # [B, L]
     attention_mask: Tensor | None = None  # [B, L]; ignored if it has another shape
-    labels: Tensor | None = None  # [B, L]; -100 at what is not an answer
-    assistant_mask: Tensor | None = None  # [B, L]; 1 at what the assistant said
+    labels: Tensor | None = None  # [B, L]; -100 at tokens outside answers
+    assistant_mask: Tensor | None = None  # [B, L]; 1 at the assistant's answers
     #: True if the call trains the model: then its ids contain the answer.
     trains: bool = False
     #: Bool ``[B]``: rows with images. The others need no instruction, and none is looked for.
@@ -28,24 +28,24 @@ class Prompt:
     placeholder_ids: frozenset[int] = frozenset()
 
     def answers(self) -> Tensor | None:
-        """Bool ``[B, L]`` on the CPU: true where labels or the assistant mask say that an answer is. None without both.
+        """Return bool ``[B, L]`` on the CPU, true where labels or the assistant mask mark answers; None without both.
 
         Raises:
             InstructionError: if one of them isn't shaped like the ids.
         """
         answers = None
-        for name, given, ignored in (
+        for name, marks, ignored in (
             ("labels", self.labels, IGNORE_INDEX),
             ("the assistant mask", self.assistant_mask, 0),
         ):
-            if given is None:
+            if marks is None:
                 continue
-            if not isinstance(given, Tensor) or given.shape != self.input_ids.shape:
-                found = list(given.shape) if isinstance(given, Tensor) else f"(a {type(given).__name__})"
+            if not isinstance(marks, Tensor) or marks.shape != self.input_ids.shape:
+                shape = list(marks.shape) if isinstance(marks, Tensor) else f"(a {type(marks).__name__})"
                 raise InstructionError(
-                    f"{name} {found} and input_ids {list(self.input_ids.shape)} differ in shape, so that "
+                    f"{name} {shape} and input_ids {list(self.input_ids.shape)} differ in shape, so that "
                     f"answers can't be told from the instruction; {PASS_IT}"
                 )
-            marked = (given != ignored).cpu()
-            answers = marked if answers is None else answers | marked
+            is_answer = (marks != ignored).cpu()
+            answers = is_answer if answers is None else answers | is_answer
         return answers

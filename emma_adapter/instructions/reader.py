@@ -1,4 +1,4 @@
-"""Which tokens of a call are the instruction."""
+"""The tokens of a call that are its instruction."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from .prompt import IGNORE_INDEX, PASS_IT, Prompt
 from .templates import read_markers
 
 Words = TypeVar("Words", str, list[int])
-_SAYS_NOTHING = -1
-# Rows whose turns are remembered: a call asks more than once, and a conversation goes on.
-_KEPT_PROMPTS = 256
+_NO_TEXT = -1
+# Rows whose turns are cached: one call looks them up more than once, and conversations go on.
+_CACHED_PROMPTS = 256
 
 _ALL_SUPERVISED = (
     "labels supervise every token of the prompt, so that nothing is left that is not an answer. Set labels to "
@@ -52,7 +52,7 @@ _UNKNOWN_TOKENS = (
 
 @dataclass(frozen=True)
 class _Turn:
-    """``words``: positions in a row's tokens; none if only an image was sent, or if labels supervise the words."""
+    """A user's turn; ``words`` are positions in its row, none if only an image was sent or if labels supervise them."""
 
     words: list[int]
     supervised: bool = False
@@ -60,7 +60,10 @@ class _Turn:
 
 @dataclass(frozen=True)
 class _Known:
-    """What a reader has learned of its processor, as that was then."""
+    """What a reader has learned of its processor, valid while the processor's state is ``of``.
+
+    ``found`` caches the turns of rows.
+    """
 
     of: tuple[object, ...]
     texts: TokenTexts
@@ -71,23 +74,24 @@ class _Known:
 class InstructionReader:
     """Finds the instruction in a prompt.
 
-    With a processor whose chat template tells turns apart: what users wrote, without system prompts, tools' results,
-    placeholders and special tokens. Without, or where the template's markers are not in the prompt: every token
-    of it except special, placeholder and padding tokens (system text and role words included). Answers, which
-    ``labels`` supervise or ``assistant_mask`` marks, are never read.
+    If a processor's chat template tells turns apart, the instruction is what users wrote, without system prompts,
+    tools' results, placeholders and special tokens. Without such a processor, or where the template's markers are not
+    in the prompt, it is every token of the prompt except special, placeholder and padding tokens (system text and role
+    words included). Answers, which ``labels`` supervise or ``assistant_mask`` marks, are never read.
 
-    A processor's prompt without the template's markers may be a question that somebody typed: a warning says that it is
-    read whole. If it shows answers of the assistant, its turns would have to be known, and it is refused.
+    A prompt without the markers of its processor's template may be a question that somebody typed: a warning says that
+    it is read whole. If it shows answers of the assistant, it is refused, as its turns would have to be known.
 
-    The processor is the user's, also in a copy of the reader: another template, or tokens that are added to its
-    tokenizer later, count from then on. What a tokenizer doesn't know is no word.
+    Copies of the reader share the user's processor: another template, or tokens added to its tokenizer later, take
+    effect at once. Tokens that a tokenizer doesn't know are not words.
 
-    Labels that supervise every word of a row don't tell which is the answer. Such a row is taken for a conversation of
-    the template, and only what users say before its first answer is read: later turns could be words of an answer. So
-    is a training call without labels, where the template announces turns by words ("USER:") and doesn't close answers.
+    Labels that supervise every word of a row don't show which words are the answer. Such a row is taken for a
+    conversation in the template's form, and only users' words before its first answer are read: later turns could be
+    part of an answer. The same holds for a training call without labels, if the template announces turns by words
+    ("USER:") and doesn't close answers.
 
-    A turn without words is a turn: as the last one its instruction is empty. ``shortest_turn`` is the shortest of
-    those with words.
+    A turn without words counts as a turn: if it is the last, the instruction is empty. ``shortest_turn`` chooses among
+    turns with words.
 
     Limits: typed text that tokenizes to the template's own markers ends or begins a turn there. A token that
     holds the end of a marker and the start of a user's word is read whole. System text that a template joins to the
@@ -96,7 +100,7 @@ class InstructionReader:
     Args:
         processor: a processor or tokenizer; None if there is none.
         special_ids: token ids that are never part of an instruction, beside the tokenizer's own special tokens.
-        policy: which turns of a conversation are the instruction.
+        policy: the turns of a conversation that are the instruction.
         system_prompts: known system prompts.
     """
 
@@ -118,7 +122,7 @@ class InstructionReader:
 
     @property
     def markers(self) -> TurnMarkers | None:
-        """What the processor's chat template writes around turns; None if that isn't known."""
+        """The markers that the processor's chat template writes around turns; None if they aren't known."""
         return self._current().markers
 
     @property
@@ -126,14 +130,14 @@ class InstructionReader:
         return any(getattr(source, "chat_template", None) for source in (self.processor, self.tokenizer))
 
     def with_policy(self, policy: InstructionPolicy) -> InstructionReader:
-        """The same reader for another policy."""
-        other = copy.copy(self)
-        other.policy = policy
-        other._said = set()
-        return other
+        """Return the same reader with another policy."""
+        reader = copy.copy(self)
+        reader.policy = policy
+        reader._said = set()
+        return reader
 
     def __deepcopy__(self, memo: dict[int, object]) -> InstructionReader:
-        # The processor stays the user's, whose tokenizer makes the copy's prompts too.
+        # The processor is not copied: the user's tokenizer makes the copy's prompts too.
         return self.with_policy(self.policy)
 
     @property
@@ -146,61 +150,63 @@ class InstructionReader:
         return self._known
 
     def _learn(self) -> _Known:
-        of = self._state_of_processor()
+        processor_state = self._state_of_processor()
         texts = TokenTexts(self.tokenizer, self._special_ids)
-        return _Known(of, texts, read_markers(self.processor, texts, self._system_prompts), LRUCache(_KEPT_PROMPTS))
+        return _Known(
+            processor_state, texts, read_markers(self.processor, texts, self._system_prompts), LRUCache(_CACHED_PROMPTS)
+        )
 
     def _state_of_processor(self) -> tuple[object, ...]:
         templates = [getattr(source, "chat_template", None) for source in (self.processor, self.tokenizer)]
-        # Several templates are in a dictionary, which may change.
-        kept = (template if isinstance(template, str) else repr(template) for template in templates)
-        return (*kept, *vocabulary_state(self.tokenizer))
+        # Several templates come as a dictionary, which may change.
+        texts = (template if isinstance(template, str) else repr(template) for template in templates)
+        return (*texts, *vocabulary_state(self.tokenizer))
 
     def select(self, prompt: Prompt) -> Tensor:
-        """Bool ``[B, L]`` on the CPU: true at tokens of the instruction.
+        """Return bool ``[B, L]`` on the CPU, true at tokens of the instruction.
 
         Raises:
-            InstructionError: if answers can't be told from the prompt.
+            InstructionError: if answers can't be told apart from the instruction.
         """
         ids, mask = prompt.input_ids, prompt.attention_mask
         answers = prompt.answers()
         valid = torch.ones(ids.shape, dtype=torch.bool)
         if mask is not None and mask.shape == ids.shape:
             valid = mask.bool().cpu()
-        wanted = [True] * len(ids) if prompt.has_media is None else prompt.has_media.tolist()
+        has_media = [True] * len(ids) if prompt.has_media is None else prompt.has_media.tolist()
         selected = torch.zeros(ids.shape, dtype=torch.bool)
         known = self._current()
         unknown_placeholders = prompt.placeholder_ids - known.texts.special_ids
         for placeholder in unknown_placeholders:
-            ids = ids.masked_fill(ids == placeholder, _SAYS_NOTHING)
+            ids = ids.masked_fill(ids == placeholder, _NO_TEXT)
         for row, tokens in enumerate(ids.tolist()):
-            if not wanted[row]:
+            if not has_media[row]:
                 continue
-            where = valid[row].nonzero().flatten().tolist()
+            positions = valid[row].nonzero().flatten().tolist()
             row_answers = None if answers is None else answers[row].tolist()
-            # Labels without any answer train nothing; without labels the loss is somebody else's, who knows the answer.
-            unknown = prompt.trains and prompt.labels is None and not (row_answers and any(row_answers))
-            selected[row, self._select_row(tokens, where, row_answers, known, answer_unknown=unknown)] = True
+            # Labels without any answer train nothing; without labels, the caller computes a loss and knows the answer.
+            answer_unknown = prompt.trains and prompt.labels is None and not (row_answers and any(row_answers))
+            selected[row, self._select_row(tokens, positions, row_answers, known, answer_unknown=answer_unknown)] = True
         return selected
 
     def texts(self, prompt: Prompt) -> list[str]:
-        """The instruction of each row as text, with a space where an image or another turn's end was.
+        """Return the instruction of each row as text, with a space in place of images and between turns.
 
         Raises:
             InstructionError: if there is no tokenizer to decode with.
         """
         texts = []
-        for ids, keep in zip(prompt.input_ids.cpu(), self.select(prompt), strict=True):
-            chosen = keep.nonzero().flatten()
-            gaps = (chosen.diff() > 1).nonzero().flatten() + 1
-            texts.append(" ".join(filter(None, self.decode([ids[run] for run in chosen.tensor_split(gaps)]))))
+        for ids, selected in zip(prompt.input_ids.cpu(), self.select(prompt), strict=True):
+            positions = selected.nonzero().flatten()
+            gaps = (positions.diff() > 1).nonzero().flatten() + 1
+            texts.append(" ".join(filter(None, self.decode([ids[run] for run in positions.tensor_split(gaps)]))))
         return texts
 
     def decode(self, rows: Sequence[Tensor]) -> list[str]:
         return [str(self._need_tokenizer("read token ids").decode(row.tolist())).strip() for row in rows]
 
     def tokenize(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Ids and mask ``[B, T]`` of texts, in the language model's vocabulary, padded on the right."""
+        """Return ids and mask ``[B, T]`` of texts, in the language model's vocabulary, padded on the right."""
         self._need_tokenizer("turn the text of instruction= into the language model's tokens")
         return pad_right([self._texts.tokenization.ids(text) for text in texts])
 
@@ -215,21 +221,21 @@ class InstructionReader:
     def _select_row(
         self,
         tokens: list[int],
-        where: list[int],
+        positions: list[int],
         answers: list[bool] | None,
         known: _Known,
         *,
         answer_unknown: bool,
     ) -> list[int]:
-        words = [i for i in where if self._is_word(tokens[i], known.texts)]
-        # Answers are blanked before the search: what they say must not decide where a turn begins or ends.
+        word_positions = [i for i in positions if self._is_word(tokens[i], known.texts)]
+        # Answers are blanked before the search: their words must not decide where a turn begins or ends.
         blanked = [ANSWERED if answers is not None and answers[i] else token for i, token in enumerate(tokens)]
         turns: list[_Turn] = []
-        if words and answers is not None and all(answers[i] for i in words):
-            turns = self._turns(tokens, where, known, before_answers=True)
+        if word_positions and answers is not None and all(answers[i] for i in word_positions):
+            turns = self._turns(tokens, positions, known, before_answers=True)
         if not turns:
-            turns = self._turns(blanked, where, known, holds_answers=answer_unknown)
-        found = bool(turns)
+            turns = self._turns(blanked, positions, known, holds_answers=answer_unknown)
+        turns_found = bool(turns)
         if not turns:
             if answer_unknown:
                 raise InstructionError(
@@ -238,34 +244,36 @@ class InstructionReader:
                     "with a custom loss), give patch_model a processor with a chat template, or name the instruction: "
                     + PASS_IT
                 )
-            turns = _prompt_runs(words, answers)
+            turns = _prompt_runs(word_positions, answers)
         if all(turn.supervised for turn in turns):
             raise InstructionError(_ALL_SUPERVISED)
-        if not found and self.processor is not None:
-            self._check_read_whole([blanked[i] for i in where], known)
-        chosen = choose_turns([turn.words for turn in turns if not turn.supervised], self.policy)
-        selected = [i for words in chosen for i in words]
+        if not turns_found and self.processor is not None:
+            self._check_read_whole([blanked[i] for i in positions], known)
+        chosen_turns = choose_turns([turn.words for turn in turns if not turn.supervised], self.policy)
+        selected = [i for words in chosen_turns for i in words]
         if answers is not None and any(answers[i] for i in selected):
             self.warn_once(_TRAINS_PROMPT)
         return selected
 
     def _check_read_whole(self, tokens: list[int], known: _Known) -> None:
-        """Of a processor's prompt whose turns weren't found, ``ANSWERED`` where its answers are known.
+        """Warn that a prompt is read whole, as its turns weren't found; ``tokens`` are ``ANSWERED`` at known answers.
 
         Raises:
-            InstructionError: if it shows answers that aren't.
+            InstructionError: if it shows other answers too.
         """
-        said = [token for token in tokens if token == ANSWERED or self._is_word(token, known.texts)]
-        if not said:
+        word_tokens = [token for token in tokens if token == ANSWERED or self._is_word(token, known.texts)]
+        if not word_tokens:
             return
         row = known.texts.row(tokens)
-        after = (first for end in answer_headers(row.text) for first in self._next_word(tokens, row, end, known.texts))
-        answered = any(token != ANSWERED for token in after)
+        next_words = (
+            word for end in answer_headers(row.text) for word in self._next_word(tokens, row, end, known.texts)
+        )
+        answered = any(token != ANSWERED for token in next_words)
         ends = getattr(self.tokenizer, "eos_token_id", None)
-        if self.has_template and ANSWERED not in said and ends in tokens:
-            # What ends an answer stands between words.
-            places = [i for i, token in enumerate(tokens) if self._is_word(token, known.texts)]
-            answered = answered or ends in tokens[places[0] : places[-1]]
+        if self.has_template and ANSWERED not in word_tokens and ends in tokens:
+            # An end token between two words ended an answer.
+            word_positions = [i for i, token in enumerate(tokens) if self._is_word(token, known.texts)]
+            answered = answered or ends in tokens[word_positions[0] : word_positions[-1]]
         if answered:
             raise InstructionError(
                 "the prompt shows answers of the assistant, but not what the processor's chat template writes around "
@@ -273,17 +281,17 @@ class InstructionReader:
                 "processor.apply_chat_template, give patch_model the processor that makes them, or name the "
                 "instruction: " + PASS_IT
             )
-        # Where nothing announces users, a question without an answer looks like any text.
+        # Where nothing announces users, a question without an answer can't be told from other text.
         if known.markers is not None and not known.markers.headless:
             self.warn_once(_OTHER_TEMPLATE)
 
     def _next_word(self, tokens: list[int], row: DecodedRow, end: int, texts: TokenTexts) -> list[int]:
-        """The first word after a place in the text, ``ANSWERED`` if an answer begins there; none at the end."""
+        """Return the first word after ``end`` in the text, ``ANSWERED`` if an answer begins there; none at the end."""
         later = row.tokens([(end, len(row.text))]) if end < len(row.text) else []
         return [tokens[i] for i in later if tokens[i] == ANSWERED or self._is_word(tokens[i], texts)][:1]
 
     def warn_once(self, message: str) -> None:
-        """Warn, unless this reader has said so before."""
+        """Warn, unless this reader has given the same warning before."""
         if message not in self._said:
             self._said.add(message)
             warn_caller(message)
@@ -291,22 +299,22 @@ class InstructionReader:
     def _turns(
         self,
         tokens: list[int],
-        where: list[int],
+        positions: list[int],
         known: _Known,
         *,
         before_answers: bool = False,
         holds_answers: bool = False,
     ) -> list[_Turn]:
-        """The turns between the template's markers; none if the markers are not known or not there."""
+        """Return the turns between the template's markers; none if the markers are not known or not in the row."""
         texts, markers = known.texts, known.markers
         if markers is None:
             return []
-        kept = [tokens[i] for i in where]
-        key = (array("q", kept).tobytes(), before_answers, holds_answers)
+        valid_tokens = [tokens[i] for i in positions]
+        key = (array("q", valid_tokens).tobytes(), before_answers, holds_answers)
         [turns] = known.found.get_or_compute(
-            [key], lambda _: [self._find_turns(kept, texts, markers, before_answers, holds_answers)]
+            [key], lambda _: [self._find_turns(valid_tokens, texts, markers, before_answers, holds_answers)]
         )
-        return [_Turn([where[i] for i in turn.words], turn.supervised) for turn in turns]
+        return [_Turn([positions[i] for i in turn.words], turn.supervised) for turn in turns]
 
     def _find_turns(
         self, tokens: Sequence[int], texts: TokenTexts, markers: TurnMarkers, before_answers: bool, holds_answers: bool
@@ -316,8 +324,8 @@ class InstructionReader:
         turns = []
         for turn in markers.user_turns(text, holds_answers=holds_answers) if text is not None else ():
             words = [i for i in row.tokens(turn.parts) if self._is_word(tokens[i], texts)]
-            said = [number for number, i in enumerate(words) if texts(tokens[i])]
-            words = words[said[0] : said[-1] + 1] if said else []
+            with_text = [number for number, i in enumerate(words) if texts(tokens[i])]
+            words = words[with_text[0] : with_text[-1] + 1] if with_text else []
             turns.append(_Turn(words, supervised=turn.interrupted and not words))
         return turns
 
@@ -330,13 +338,13 @@ class InstructionReader:
         return True
 
 
-def _prompt_runs(where: list[int], answers: list[bool] | None) -> list[_Turn]:
-    """The prompt, cut where answers stand: without a template, labels are what tells turns apart."""
+def _prompt_runs(word_positions: list[int], answers: list[bool] | None) -> list[_Turn]:
+    """Return the prompt cut at its answers: without a template, only labels tell turns apart."""
     if answers is None:
-        return [_Turn(where)]
+        return [_Turn(word_positions)]
     runs: list[list[int]] = [[]]
     answered = 0
-    for i in where:
+    for i in word_positions:
         if answers[i]:
             if runs[-1]:
                 runs.append([])
@@ -346,11 +354,11 @@ def _prompt_runs(where: list[int], answers: list[bool] | None) -> list[_Turn]:
     # What follows the last answer is the template's end of the conversation, not a question; but without any
     # answer, or with nothing before the first, the row is all prompt, or all answer.
     turns = runs[:answered] or [run for run in runs if run]
-    return [_Turn(run) for run in turns] or [_Turn([], supervised=bool(where))]
+    return [_Turn(run) for run in turns] or [_Turn([], supervised=bool(word_positions))]
 
 
 def choose_turns(turns: list[Words], policy: InstructionPolicy) -> list[Words]:
-    """Those of all user turns, of which there is at least one, that are the instruction."""
+    """Return those of all user turns, of which there is at least one, that are the instruction."""
     if policy == "all_turns":
         return turns
     if policy == "shortest_turn":
@@ -359,7 +367,7 @@ def choose_turns(turns: list[Words], policy: InstructionPolicy) -> list[Words]:
 
 
 def pad_right(rows: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
-    """Ids and mask ``[B, T]`` of rows of ids."""
+    """Pad rows of ids on the right; return ids and mask, ``[B, T]``."""
     length = max(1, *map(len, rows))
     ids = torch.zeros(len(rows), length, dtype=torch.long)
     mask = torch.zeros(len(rows), length, dtype=torch.bool)

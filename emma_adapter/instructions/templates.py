@@ -1,7 +1,7 @@
-"""Where user turns begin and end, read off a processor's own chat template.
+"""The markers of user turns, read from a processor's own chat template.
 
-The template is rendered with sentinels for what is said, in conversations of different shapes. What stands between
-the sentinels is what the template writes there itself.
+The template renders conversations of different shapes whose messages are sentinels. The text between the sentinels is
+what the template itself writes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Message = dict[str, Any]
 _TAG_OR_CHARACTER = re.compile(r"<[^<>]*>|\[[^\[\]]*\]|.", re.DOTALL)
 # The number of the system message's sentinel.
 _SYSTEM = 3
-# Which roles' content is a list of parts, not a string.
+# The roles whose content is a list of parts, not a string.
 _CONTENT_STYLES = (frozenset[str](), frozenset({"user"}), frozenset({"user", "assistant"}))
 _CALLED = "zqtool"
 _TOOL_CALL_ID = f"{_CALLED}xyz"  # nine letters, on which Mistral's templates insist
@@ -37,13 +37,13 @@ _TOOL: Message = {
 def read_markers(
     processor: Any, texts: TokenTexts | None = None, system_prompts: Sequence[str] = ()
 ) -> TurnMarkers | None:
-    """The markers of the processor's or tokenizer's chat template, or None if none tells turns apart.
+    """Return the markers of the processor's or tokenizer's chat template, or None if neither tells turns apart.
 
     Args:
         processor: anything with ``apply_chat_template``.
-        texts: of the tokens in which the markers will be searched.
-        system_prompts: known ones. Templates that write system text right before the user's words, with only
-            white space in between, leave no other way to tell where it ends.
+        texts: of the tokens in which the markers will be searched; default: those of the tokenizer.
+        system_prompts: known ones. If a template writes system text right before the user's words, with only white
+            space in between, there is no other way to tell where it ends.
     """
     tokenizer = getattr(processor, "tokenizer", processor)
     texts = TokenTexts(tokenizer) if texts is None else texts
@@ -61,7 +61,7 @@ def read_markers(
 
 @dataclass(frozen=True)
 class _Rendered:
-    """A conversation around its sentinels, in the order in which the template writes them."""
+    """The text around a conversation's sentinels, in the order in which the template writes them."""
 
     order: list[int]
     before: list[str]
@@ -69,7 +69,7 @@ class _Rendered:
 
 
 class _Template:
-    """A chat template, and what is learned by rendering it."""
+    """A chat template, and the markers learned by rendering it."""
 
     def __init__(self, renderer: Any, texts: TokenTexts, parts: Collection[str], sentinels: Sequence[str]) -> None:
         self.renderer = renderer
@@ -87,7 +87,7 @@ class _Template:
             return None
         first, to_answer, later, to_last_answer = answered.before
         answers = _nonempty(to_answer, to_last_answer, generating.rest)
-        # What the template writes after an answer belongs to the answer: labels may supervise it.
+        # The text that the template writes after an answer belongs to the answer: labels may supervise it.
         header = later.removeprefix(_common_prefix(later, answered.rest)) or later
         if not answers or not header:
             return None
@@ -98,8 +98,8 @@ class _Template:
             starts.texts += [BARRIER, BARRIER + header]
         closing = _common_prefix(asked.rest, *answers, generating.rest)
         if closing and closing != asked.rest and len(_units(closing)[-1]) == 1:
-            closing = ""  # Two words happen to begin alike; a whole tag would close the turn.
-        # Nobody can type a special token, so that a user's second message in a row begins a turn of its own.
+            closing = ""  # The texts merely begin with the same letters; only a whole tag would close the turn.
+        # Nobody can type a special token, so it marks a user's second message in a row as a turn of its own.
         ends = [closing] if closing else [*answers, *(text for text in starts.texts if SPECIAL in text)]
         for prompt in system_prompts:
             starts.learn_known_system(self._with_system(prompt))
@@ -118,16 +118,16 @@ class _Template:
         )
 
     def says(self, role: str, number: int, text: str | None = None, *, parts: bool | None = None) -> Message:
-        """A message of ``text``, by default the sentinel of this number."""
+        """Return a message of ``text``, by default the sentinel of this number."""
         text = self.sentinels[number] if text is None else text
         as_parts = role in self.parts if parts is None else parts
         return {"role": role, "content": [{"type": "text", "text": text}] if as_parts else text}
 
     def render(self, talk: list[Message], sentinels: Iterable[int] | None = None, **options: Any) -> _Rendered | None:
-        """None if the template refuses the conversation, or leaves something of it out."""
+        """Render a conversation; None if the template refuses it or leaves something out."""
         try:
             text = self.texts.of_text(self.renderer.apply_chat_template(talk, tokenize=False, **options))
-        except Exception:  # noqa: BLE001 - a template is a program of the user's; whatever it raises, it says nothing
+        except Exception:  # noqa: BLE001 - a template is a program of the user's, and may raise anything
             return None
         squeezed = ["".join(sentinel.split()) for sentinel in self.sentinels]
         places = [(text.find(squeezed[i]), i) for i in (range(len(talk)) if sentinels is None else sentinels)]
@@ -140,12 +140,12 @@ class _Template:
             end = place + len(squeezed[number])
         return _Rendered(order, before, text[end:])
 
-    def _with_system(self, known: str | None = None) -> _Rendered | None:
-        """The talk up to the second question, after a system message: its sentinel, or a known text."""
+    def _with_system(self, known_prompt: str | None = None) -> _Rendered | None:
+        """Render the talk up to the second question after a system message: a sentinel, or ``known_prompt``."""
         for parts in (False, True):
             rendered = self.render(
-                [self.says("system", _SYSTEM, known, parts=parts), *self.talk[:3]],
-                (0, 1, 2) if known else (0, 1, 2, _SYSTEM),
+                [self.says("system", _SYSTEM, known_prompt, parts=parts), *self.talk[:3]],
+                (0, 1, 2) if known_prompt else (0, 1, 2, _SYSTEM),
                 add_generation_prompt=True,
             )
             if rendered is not None:
@@ -153,8 +153,8 @@ class _Template:
         return None
 
     def _tool_starts(self, starts: Sequence[str]) -> list[str]:
-        """What precedes a tool's result where it looks like a user turn."""
-        found: set[str] = set()
+        """Return the texts before tools' results that look like user turns."""
+        tool_starts: set[str] = set()
         for calling in (*map(_tool_call, ({}, "{}")), self.says("assistant", 1)):
             for options in ({}, {"tools": [_TOOL]}):
                 for parts in (False, True):
@@ -162,29 +162,29 @@ class _Template:
                     rendered = self.render([self.says("user", 0), calling, result], (0, 2), **options)
                     if rendered is not None and rendered.order == [0, 2]:
                         before = rendered.before[1]
-                        at = max(before.rfind(start) for start in starts)
-                        # What follows the tool's name is not the same for another tool.
-                        text = before[max(at, 0) :].partition(_CALLED)[0]
-                        found |= {text} - {*starts} if at >= 0 else set()
+                        start_index = max(before.rfind(start) for start in starts)
+                        # The tool's name, and what follows it, differ for another tool.
+                        text = before[max(start_index, 0) :].partition(_CALLED)[0]
+                        tool_starts |= {text} - {*starts} if start_index >= 0 else set()
                         break
-        return sorted(found)
+        return sorted(tool_starts)
 
     def _definitions(self, starts: Sequence[str]) -> tuple[str, str] | None:
-        """The texts around the definitions of tools that are written into a user turn."""
+        """Return the texts around tool definitions that are written into a user turn; None if there are none."""
         rendered = self.render(self.talk[:3], tools=[_TOOL])
         for number, before in zip(rendered.order, rendered.before, strict=True) if rendered is not None else ():
-            at = max(before.rfind(start) + len(start) if start in before else -1 for start in starts)
-            if number == 1 or at < 0:
+            words_index = max(before.rfind(start) + len(start) if start in before else -1 for start in starts)
+            if number == 1 or words_index < 0:
                 continue
-            # At least one character further: else a question that begins with a bracket would be taken for a tool.
-            for bracket in re.compile(r"[\[{]").finditer(before, at + 1):
+            # At least one character further: a question that begins with a bracket must not be taken for a tool.
+            for bracket in re.compile(r"[\[{]").finditer(before, words_index + 1):
                 end = skip_json(before, bracket.start())
                 if _CALLED in before[bracket.start() : end]:
-                    return before[at : bracket.start()], before[end:]
+                    return before[words_index : bracket.start()], before[end:]
         return None
 
     def _media(self, first: str, to_answer: str) -> re.Pattern[str] | None:
-        """What the template writes for an image or a video, with any number where it counts them."""
+        """Return a pattern for what the template writes for an image or video, with any number where it counts them."""
         special = {text for token in self.texts.special_ids if (text := self.texts(token))}
         learned = set()
         for kind in ("image", "video"):
@@ -195,7 +195,7 @@ class _Template:
                 continue
             before, between, after = rendered.before
             for text in (before.removeprefix(first), between, after.removesuffix(to_answer)):
-                # Else nothing of it is text, or the template joins parts and ignores media.
+                # Otherwise none of it is text, or the template joins parts and ignores media.
                 words = text
                 for token_text in special:
                     words = words.replace(token_text, "")
@@ -205,7 +205,7 @@ class _Template:
 
 
 class _Starts:
-    """Texts before a user's words, as they are learned."""
+    """Texts that precede a user's words, learned from rendered conversations."""
 
     def __init__(self, header: str, first: str) -> None:
         if first and header.endswith(first):
@@ -215,22 +215,22 @@ class _Starts:
             self.learn(first)
 
     def learn(self, before: str) -> None:
-        """From all that stands between the message before, if any, and a user's words."""
+        """Learn from ``before``, all text between the previous message, if any, and a user's words."""
         if any(before.endswith(start) for start in self.texts):
             return
-        # After its header the template writes more, such as a default system message.
-        at = max(before.rfind(start) for start in self.texts)
-        if text := before[max(at, 0) :]:
+        # The template writes more after its header, such as a default system message.
+        start_index = max(before.rfind(start) for start in self.texts)
+        if text := before[max(start_index, 0) :]:
             self.texts.append(text)
 
     def learn_system(self, instructed: _Rendered | None) -> tuple[str, str] | None:
-        """The texts around a system message that is written into a user turn; None for one outside."""
+        """Return the texts around a system message that is written into a user turn; None for one outside."""
         if instructed is None:
             return None
-        at = instructed.order.index(_SYSTEM)
-        if instructed.order[at + 1 : at + 2] not in ([0], [2]):
+        position = instructed.order.index(_SYSTEM)
+        if instructed.order[position + 1 : position + 2] not in ([0], [2]):
             return None
-        opening, closing = instructed.before[at : at + 2]
+        opening, closing = instructed.before[position : position + 2]
         headers = [opening.rfind(start) + len(start) for start in self.texts if start in opening]
         if not headers or any(closing.endswith(start) for start in self.texts):
             self.learn(closing)
@@ -243,29 +243,29 @@ class _Starts:
                 self.learn(before)
 
     def closings(self, later: str, question: str, instructed: _Rendered | None) -> tuple[str, ...]:
-        """What stands before the header of a later turn; none if answers aren't closed. ``question``: closes that."""
+        """Return texts before a later turn's header; none if answers aren't closed. ``question``: what closes one."""
         header = max((start for start in self.texts if later.endswith(start)), key=len, default=later)
         before = later.removesuffix(header)
         if not before:
             return ()
-        found = {before, question, BARRIER}
+        texts = {before, question, BARRIER}
         if instructed is not None:
-            found |= {text.removesuffix(header) for text in instructed.before if text.endswith(header)}
-        return tuple(sorted(found - {""}))
+            texts |= {text.removesuffix(header) for text in instructed.before if text.endswith(header)}
+        return tuple(sorted(texts - {""}))
 
 
 def _sentinels(texts: TokenTexts) -> list[str] | None:
-    """What stands for what is said: texts that the tokenizer keeps and no template writes; None if there are none."""
+    """Return stand-ins for messages, which the tokenizer keeps and no template writes; None if there are none."""
     # Letters and digits, which a tokenizer that knows all characters doesn't change; without spaces.
-    made = [f"zqemma{number}qz" for number in range(_SYSTEM + 1)]
-    if all(texts.of_text(text) == text for text in made):
-        return made
-    # A vocabulary of whole words, to which ours are unknown: its own, each said three times.
+    sentinels = [f"zqemma{number}qz" for number in range(_SYSTEM + 1)]
+    if all(texts.of_text(text) == text for text in sentinels):
+        return sentinels
+    # A vocabulary of whole words lacks these: take words of its own, each three times in a row.
     words: list[str] = []
     for word in sorted(texts.vocabulary(), key=lambda word: (-len(word), word)):
         if word.isalnum() and texts.of_text(word) == word and not any(word in longer for longer in words):
             words.append(word)
-        if len(words) == len(made):
+        if len(words) == len(sentinels):
             return [" ".join([word] * 3) for word in words]
     return None
 
@@ -281,7 +281,7 @@ def _nonempty(*texts: str) -> list[str]:
 
 
 def _any_of(texts: Sequence[str]) -> str:
-    """A pattern for the longest of ``texts``; for nothing if there are none."""
+    """Return a pattern for the longest of ``texts``; one that matches nothing if there are none."""
     return "|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True)) or r"(?!)"
 
 

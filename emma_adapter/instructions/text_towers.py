@@ -30,7 +30,7 @@ class TransformersTextTower(nn.Module):
 
     - CLIP with token id 0, as the tokenizer of EMMA's authors does (transformers' own pads with the end token);
     - SigLIP and SigLIP2, of lower-cased texts, with the tokenizer's padding token. These towers aren't causal and get
-      no attention mask: what they say of a text rests on the padding behind it.
+      no attention mask: their encoding of a text depends on the padding after it.
 
     Raises:
         EncoderError: if the source can't be loaded, is of another family, or lacks weights of the text tower.
@@ -57,17 +57,17 @@ class TransformersTextTower(nn.Module):
         self.max_instruction_tokens = config.max_position_embeddings
 
     def forward(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        """``(tokens [B, T, Dt], mask bool [B, T])``, T the tower's context."""
+        """Return ``(tokens [B, T, Dt], mask bool [B, T])``, T being the tower's context length."""
         if self.lower_cases:
             texts = [text.lower() for text in texts]
         encoded = self.tokenizer(texts, truncation=True, max_length=self.max_instruction_tokens)["input_ids"]
-        # Padded here, where the texts' lengths are known: SigLIP's padding token is its end token, and what side a
-        # tokenizer pads on differs between transformers' versions.
+        # Padded here, where the texts' lengths are known: SigLIP's padding token is its end token, and the side that
+        # a tokenizer pads differs between transformers' versions.
         ids = torch.full((len(texts), self.max_instruction_tokens), self.pad_id, dtype=torch.long)
         mask = torch.zeros(len(texts), self.max_instruction_tokens, dtype=torch.bool)
-        for row, tokens in enumerate(encoded):
-            ids[row, : len(tokens)] = torch.tensor(tokens)
-            mask[row, : len(tokens)] = True
+        for row, text_ids in enumerate(encoded):
+            ids[row, : len(text_ids)] = torch.tensor(text_ids)
+            mask[row, : len(text_ids)] = True
         device = self.tower.device
         # No attention mask: SigLIP was trained without, and CLIP is causal, so that padding can't reach the text.
         hidden_states = self.tower(input_ids=ids.to(device), output_hidden_states=True).hidden_states
@@ -75,7 +75,7 @@ class TransformersTextTower(nn.Module):
 
 
 def _load_from_transformers(source: str, options: dict[str, Any]) -> tuple[Any, Any]:
-    """Tokenizer and text tower."""
+    """Load a checkpoint's tokenizer and text tower."""
     import transformers
 
     try:
@@ -87,7 +87,7 @@ def _load_from_transformers(source: str, options: dict[str, Any]) -> tuple[Any, 
                 f"{', '.join(_TEXT_MODELS)}"
             )
         model_class = getattr(transformers, _TEXT_MODELS[model_type])
-        # Not even after asking, as is the default.
+        # False, as by default transformers asks the user whether to run a checkpoint's own code.
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
         tower, info = model_class.from_pretrained(source, output_loading_info=True, weights_only=True, **options)
     except EncoderError:
@@ -98,7 +98,7 @@ def _load_from_transformers(source: str, options: dict[str, Any]) -> tuple[Any, 
             "Give a hub id or a local folder that holds a CLIP or SigLIP checkpoint and its tokenizer, or use "
             'instruction_encoder="llm"'
         ) from error
-    # transformers makes up what a checkpoint lacks, and only logs it.
+    # transformers initializes missing weights at random, and only logs it.
     if missing := sorted(info["missing_keys"]):
         raise EncoderError(
             f"{source!r} lacks {len(missing)} weights of its text tower: {', '.join(missing[:3])}"
@@ -127,13 +127,13 @@ class OpenClipTextTower(nn.Module):
         name, pretrained = _split_open_clip_source(source)
         try:
             text_config = (open_clip.get_model_config(name) or {}).get("text_cfg", {})
-            # Through AutoModel, which offers to run a checkpoint's own code.
+            # Its weights would be loaded through AutoModel, which offers to run a checkpoint's own code.
             if text_config.get("hf_model_name"):
                 raise EncoderError(
                     f"open_clip's {shown(source)} has a HFTextEncoder as text tower; a TextTransformer, as CLIP and "
                     "SigLIP have, is needed"
                 )
-            # A config may ask for a tokenizer's own code to be run. Tokenizers of open_clip don't have the option.
+            # A config may ask to run a tokenizer's own code. open_clip's own tokenizers don't take the option.
             options = {"trust_remote_code": False} if text_config.get("hf_tokenizer_name") else {}
             # The custom-text form holds the text tower as a module of its own, whatever the model. Weights are
             # required: open_clip's default is a tower of random ones.
@@ -161,25 +161,25 @@ class OpenClipTextTower(nn.Module):
         self.max_instruction_tokens = int(self.tower.context_length)
 
     def forward(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        """``(tokens [B, T, Dt], mask bool [B, T])``, T the tower's context."""
+        """Return ``(tokens [B, T, Dt], mask bool [B, T])``, T being the tower's context length."""
         ids, mask = self._tokenize(texts)
         ids = ids.to(self.tower.positional_embedding.device)
         out = self.tower.forward_intermediates(ids, indices=[self.block], output_fmt="NLC", intermediates_only=True)
         return out["text_intermediates"][0], mask.to(ids.device)
 
     def _tokenize(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        """Ids as open_clip makes them, and where the text is, both ``[B, T]``."""
+        """Return ids as open_clip makes them, and a mask of the text's tokens, both ``[B, T]``."""
         import open_clip
 
-        made = self.tokenizer
+        tokenizer = self.tokenizer
         length = self.max_instruction_tokens
-        if not isinstance(made, open_clip.tokenizer.HFTokenizer) or made.tokenizer_mode:
-            ids = made(texts, context_length=length)
-            return ids, _through_first(ids, _end_id(made))
-        # Its parts rather than HFTokenizer itself, which gives no mask, and in older versions of open_clip calls a
-        # method that transformers 5 dropped.
-        encoded = made.tokenizer(
-            [made.clean_fn(text) for text in texts],
+        if not isinstance(tokenizer, open_clip.tokenizer.HFTokenizer) or tokenizer.tokenizer_mode:
+            ids = tokenizer(texts, context_length=length)
+            return ids, _through_first(ids, _end_id(tokenizer))
+        # HFTokenizer itself gives no mask, and in older versions of open_clip calls a method that transformers 5
+        # dropped.
+        encoded = tokenizer.tokenizer(
+            [tokenizer.clean_fn(text) for text in texts],
             padding="max_length",
             truncation=True,
             max_length=length,
@@ -187,14 +187,13 @@ class OpenClipTextTower(nn.Module):
             return_tensors="pt",
         )
         ids, mask = encoded["input_ids"], encoded["attention_mask"].bool()
-        if made.strip_sep_token:
-            ids = ids.masked_fill(ids == made.tokenizer.sep_token_id, 0)
+        if tokenizer.strip_sep_token:
+            ids = ids.masked_fill(ids == tokenizer.tokenizer.sep_token_id, 0)
         return ids, mask
 
 
 def is_open_clip_name(source: str) -> bool:
-    """Whether open_clip would download this from where its own list says, or from the hub, and read no file that
-    ``source`` names."""
+    """Return whether open_clip would download ``source``, from its own list or the hub, and read no local file."""
     import open_clip
 
     name, pretrained = _split_open_clip_source(source)
@@ -213,7 +212,7 @@ def _split_open_clip_source(source: str) -> tuple[str, str | None]:
 
 
 def _checked_layer(layer: int, num_layers: int, source: str) -> int:
-    """``layer`` as an index from the front into the ``num_layers + 1`` hidden states."""
+    """Return ``layer`` as an index from the front into the ``num_layers + 1`` hidden states."""
     if not -(num_layers + 1) <= layer <= num_layers:
         raise EncoderError(
             f"instruction_layer={layer} doesn't exist in {source!r}, which has hidden states "
@@ -223,13 +222,13 @@ def _checked_layer(layer: int, num_layers: int, source: str) -> int:
 
 
 def _end_id(tokenizer: Any) -> int | None:
-    """Id of the end token of one of open_clip's tokenizers; those of transformers are wrapped in it."""
-    end: int | None = getattr(tokenizer, "eot_token_id", None)
-    return end if end is not None else getattr(getattr(tokenizer, "tokenizer", None), "eos_token_id", None)
+    """Return the end token's id of an open_clip tokenizer, which may wrap one of transformers."""
+    end_id: int | None = getattr(tokenizer, "eot_token_id", None)
+    return end_id if end_id is not None else getattr(getattr(tokenizer, "tokenizer", None), "eos_token_id", None)
 
 
 def _through_first(ids: Tensor, end_id: int | None) -> Tensor:
-    """True up to and with the first end token; everywhere if the tokenizer has none."""
+    """Return a mask that is true up to and including the first end token; everywhere if the tokenizer has none."""
     if end_id is None:
         return torch.ones_like(ids, dtype=torch.bool)
     ends = (ids == end_id).int()

@@ -1,4 +1,4 @@
-"""Token ids of words, without touching the tokenizer that the user works with."""
+"""Token ids of texts, without changing the tokenizer that the user works with."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 
 class Tokenization:
-    """Calls a tokenizer, or where that would leave traces, a copy of it.
+    """Calls a tokenizer, or a copy of it where a call would change the tokenizer.
 
-    A tokenizer of the ``tokenizers`` library keeps the padding and truncation that it was last asked for: a call in one
-    thread, between another thread's setting and its use, changes what that one gets. The copy, which takes half a
-    second for a large vocabulary, is made by the first call.
+    A tokenizer of the ``tokenizers`` library keeps the padding and truncation of the last call: a call in one thread,
+    between another thread's setting them and using them, changes that thread's result. The first call makes the copy,
+    which takes half a second for a large vocabulary.
     """
 
     def __init__(self, tokenizer: Any) -> None:
