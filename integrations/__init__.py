@@ -1,1 +1,1 @@
-"""Everything that knows a third-party model or tool. Imported as ``emma_adapter.integrations``."""
+"""Support for third-party models and tools. Imported as ``emma_adapter.integrations``."""

@@ -1,4 +1,4 @@
-"""Gemma 3 and PaliGemma: SigLIP vision towers, one entry an image (or a crop of pan-and-scan)."""
+"""Gemma 3 and PaliGemma: SigLIP vision towers, one entry per image (or crop of pan-and-scan)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Idefics3 and SmolVLM: images cut into tiles, each with placeholders of its own; frames of a video are images."""
+"""Idefics3 and SmolVLM: images cut into tiles, each with placeholders of its own; a video's frames are images."""
 
 from __future__ import annotations
 

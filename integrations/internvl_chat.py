@@ -10,8 +10,10 @@ from emma_adapter import MediaLayout, ModelFamily, ProjectorCall, RoutingError
 
 
 class InternVLChatFamily(ModelFamily):
-    """Features ``[tiles, N, D]`` after the pixel shuffle; in training, rows without an image bring a tile that is
-    flagged 0 and that nobody sees."""
+    """Features ``[tiles, N, D]`` after the pixel shuffle.
+
+    In training, a row without an image brings a tile that is flagged 0 and that no prompt shows.
+    """
 
     model_types = ("internvl_chat",)
     projector_path = "mlp1"

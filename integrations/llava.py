@@ -11,8 +11,8 @@ from emma_adapter import MediaLayout, ModelFamily, ProjectorCall
 
 from .llava_original import LlavaOriginalFamily
 
-# Tokens before the patches in the output of vision towers seen in LLaVAs. Of another tower the number of visual tokens
-# isn't known beforehand, and the adapter learns no positions.
+# Tokens before the patches in the output of vision towers seen in LLaVAs. For other towers the number of visual tokens
+# isn't known in advance, and the adapter learns no positions.
 _LEADING_TOKENS = {"clip_vision_model": 1, "dinov2": 1, "siglip_vision_model": 0, "vit": 1}
 
 #: A tower without a native size: learned positions live on this grid and are resampled to each image's own.
@@ -32,7 +32,7 @@ class LlavaFamily(ModelFamily):
 
     def visual_dim(self, inner: nn.Module) -> int:
         config: Any = inner.config
-        # transformers < 5.18 says vision_feature_layers for VipLLaVA.
+        # transformers < 5.18 names it vision_feature_layers for VipLLaVA.
         layers = getattr(config, "vision_feature_layer", None)
         layers = config.vision_feature_layers if layers is None else layers
         return int(config.vision_config.hidden_size) * (1 if isinstance(layers, int) else len(layers))
@@ -75,8 +75,10 @@ class VipLlavaFamily(LlavaFamily):
 
 
 def pixtral_layout(call: ProjectorCall, *, patch: int, merge: int = 1) -> MediaLayout:
-    """The layout of a Pixtral tower's output, all images in one sequence, ``merge ** 2`` visual tokens to one of the
-    language model."""
+    """Return the layout of a Pixtral tower's output, which has all images in one sequence.
+
+    ``merge ** 2`` visual tokens become one token of the language model.
+    """
     sizes = torch.as_tensor(call.size("image_sizes")).tolist()
     grids = [(int(height) // patch, int(width) // patch) for height, width in sizes]
     return MediaLayout(

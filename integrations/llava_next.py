@@ -15,7 +15,7 @@ from .llava import LlavaFamily
 
 
 class LlavaNextFamily(LlavaFamily):
-    """Features ``[tiles, N, D]``; of each image the whole picture comes first, then its tiles."""
+    """Features ``[tiles, N, D]``; each image begins with the whole picture, and its tiles follow."""
 
     model_types = ("llava_next",)
     size_arguments = ("image_sizes", "vision_feature_select_strategy")
@@ -51,7 +51,7 @@ class LlavaNextVideoFamily(LlavaNextFamily):
 
 
 def tiles_of(call: ProjectorCall, whole: Sequence[bool] | None = None) -> list[int]:
-    """How many tiles each image was cut into; ``whole`` are images that were not cut."""
+    """Return how many tiles each image was cut into; ``whole`` is true for images that were not cut."""
     from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
     config: Any = call.inner.config
@@ -65,7 +65,10 @@ def tiles_of(call: ProjectorCall, whole: Sequence[bool] | None = None) -> list[i
 
 
 def tile_boxes(call: ProjectorCall, layout: MediaLayout) -> list[Box | None]:
-    """The whole image, then its tiles row by row: the image is enlarged to the best resolution, and padded evenly."""
+    """Return the boxes of each whole image, then of its tiles row by row.
+
+    An image with tiles was enlarged to the best resolution, and padded evenly.
+    """
     from transformers.image_processing_utils import select_best_resolution
 
     if call.modality == "video":
@@ -79,17 +82,17 @@ def tile_boxes(call: ProjectorCall, layout: MediaLayout) -> list[Box | None]:
             continue
         padded = select_best_resolution(size, config.image_grid_pinpoints)
         scale = min(padded[0] / size[0], padded[1] / size[1])
-        own = [min(ceil(length * scale), limit) for length, limit in zip(size, padded, strict=True)]
-        margin = [(limit - length) // 2 for limit, length in zip(padded, own, strict=True)]
+        scaled = [min(ceil(length * scale), limit) for length, limit in zip(size, padded, strict=True)]
+        margin = [(limit - length) // 2 for limit, length in zip(padded, scaled, strict=True)]
         for y in range(0, padded[0], side):
             for x in range(0, padded[1], side):
-                top, left = (y - margin[0]) / own[0], (x - margin[1]) / own[1]
-                boxes.append((top, left, top + side / own[0], left + side / own[1]))
+                top, left = (y - margin[0]) / scaled[0], (x - margin[1]) / scaled[1]
+                boxes.append((top, left, top + side / scaled[0], left + side / scaled[1]))
     return boxes
 
 
 def packed_lengths(call: ProjectorCall, tiles: Sequence[int], **options: Any) -> list[int]:
-    """Tokens of each image in the language model, by running the model's own packing on tensors without data."""
+    """Return each image's tokens in the language model, by running the model's own packing on meta tensors."""
     inner: Any = call.inner
     per_tile = call.visual_tokens.shape[1]
     features = [torch.empty(number, per_tile, 1, device="meta") for number in tiles]
@@ -99,7 +102,7 @@ def packed_lengths(call: ProjectorCall, tiles: Sequence[int], **options: Any) ->
 
 
 def frames_of(call: ProjectorCall) -> tuple[int, int]:
-    """The number of videos, and of the frames of each."""
+    """Return the number of videos, and of frames of each."""
     if call.pixel_shape is None or len(call.pixel_shape) != 5:
         raise RoutingError(
             f"videos must come as one tensor [videos, frames, channels, height, width]; got {call.pixel_shape}"

@@ -14,8 +14,7 @@ from .llava_next import frames_of, packed_lengths, tile_boxes, tiles_of
 
 
 class LlavaOnevisionFamily(LlavaFamily):
-    """Features ``[tiles, N, D]`` of images, ``[videos * T, N, D]`` of videos; of each image the whole picture comes
-    first."""
+    """Features ``[tiles, N, D]`` of images, each beginning with the whole picture; ``[videos * T, N, D]`` of videos."""
 
     model_types = ("llava_onevision",)
     modalities = ("image", "video")
@@ -27,10 +26,10 @@ class LlavaOnevisionFamily(LlavaFamily):
             return self._video_layout(call)
         config: Any = call.inner.config
         images_per_row = call.sizes["batch_num_images"]
-        whole = None
+        uncut = None
         if images_per_row is not None:
-            whole = [int(number) > 1 for number in images_per_row for _ in range(int(number))]
-        tiles = tiles_of(call, whole)
+            uncut = [int(number) > 1 for number in images_per_row for _ in range(int(number))]
+        tiles = tiles_of(call, uncut)
         aspect = call.sizes["vision_aspect_ratio"] or config.vision_aspect_ratio
         return MediaLayout(tokens=packed_lengths(call, tiles, vision_aspect_ratio=aspect), entries=tiles)
 
@@ -39,6 +38,6 @@ class LlavaOnevisionFamily(LlavaFamily):
 
     def _video_layout(self, call: ProjectorCall) -> MediaLayout:
         videos, frames = frames_of(call)
-        # Each frame is halved in both directions, rounding up; one token more ends the video.
+        # Each frame is halved in both directions, rounding up; one extra token ends the video.
         side = (isqrt(call.visual_tokens.shape[1]) + 1) // 2
         return MediaLayout(tokens=[frames * side**2 + 1] * videos, entries=[frames] * videos)

@@ -1,4 +1,4 @@
-"""LLaVA's original classes (github.com/haotian-liu/LLaVA and forks): a ``mm_projector``, one placeholder an image."""
+"""LLaVA's original classes (github.com/haotian-liu/LLaVA and forks): a ``mm_projector``, one placeholder per image."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class LlavaOriginalFamily(ModelFamily):
     tiles = True
 
     def inner(self, model: nn.Module) -> nn.Module:
-        # Images are taken by the model with the language-model head.
+        # The model with the language-model head takes the images.
         return model
 
     def visual_dim(self, inner: nn.Module) -> int:
@@ -53,7 +53,7 @@ class LlavaOriginalFamily(ModelFamily):
         for placeholders in call.placeholders.tolist():
             tokens += [1] * placeholders or [0]
         if len(tokens) > len(tiles) and not any(tokens[len(tiles) :]):
-            # Some forks let the last rows go without the image that nobody sees.
+            # Some forks leave out the unseen images of the last rows.
             tokens = tokens[: len(tiles)]
         if len(tokens) != len(tiles):
             raise RoutingError(
@@ -63,13 +63,16 @@ class LlavaOriginalFamily(ModelFamily):
         return MediaLayout(tokens=tokens, entries=tiles)
 
     def boxes(self, call: ProjectorCall, layout: MediaLayout) -> Sequence[Box | None]:
-        # How forks arrange the tiles of an image, the call doesn't tell.
+        # The call doesn't tell how a fork arranges the tiles of an image.
         return [WHOLE_IMAGE if entries == 1 else None for entries in layout.entries for _ in range(entries)]
 
 
 def _tiles_of(call: ProjectorCall) -> Sequence[int]:
-    """Tiles of each image. Images come as one tensor, ``[images, C, H, W]`` or ``[images, tiles, C, H, W]``, or as a
-    list of ``[C, H, W]`` or ``[tiles, C, H, W]``."""
+    """Return the number of tiles of each image.
+
+    Images come as one tensor, ``[images, C, H, W]`` or ``[images, tiles, C, H, W]``, or as a list of ``[C, H, W]`` or
+    ``[tiles, C, H, W]``.
+    """
     shape = call.pixel_shape
     if not shape:
         return [1] * call.visual_tokens.shape[0]

@@ -41,22 +41,23 @@ class Emma(lmms):
         revision: branch, tag or commit of ``pretrained``.
         adapter: folder that ``save_pretrained`` wrote, or a hub id.
         adapter_revision: branch, tag or commit of ``adapter``.
-        adapter_subfolder: where in ``adapter`` it is, as ``last-checkpoint``.
-        instruction: what the adapter reads: ``"prompt"``, the user's turn as :func:`~emma_adapter.load_adapter` finds
-            it; ``"first_line"``, only the first line of that turn, as in the authors' evaluation.
-        instruction_encoder: where the adapter's instruction encoder is found now, if elsewhere than when it was saved.
-        kernel: what computes the adapter, as in :class:`~emma_adapter.EmmaConfig`.
+        adapter_subfolder: folder inside ``adapter``, such as ``last-checkpoint``.
+        instruction: the text that the adapter reads: ``"prompt"``, the user's turn as
+            :func:`~emma_adapter.load_adapter` finds it; ``"first_line"``, only the first line of that turn, as in the
+            authors' evaluation.
+        instruction_encoder: the current location of the adapter's instruction encoder, if it has moved since saving.
+        kernel: the implementation that computes the adapter, as in :class:`~emma_adapter.EmmaConfig`.
         device: default: the GPU of this process, or the CPU.
         device_map: spreads one model over several GPUs, as in ``from_pretrained``.
         dtype: of the base model; ``"auto"`` is the checkpoint's own.
         attn_implementation: as in ``from_pretrained``.
         trust_remote_code: as in ``from_pretrained``.
-        batch_size: rows of one ``generate``; on the command line it is ``--batch_size``.
-        max_new_tokens: where the task doesn't say.
+        batch_size: rows per ``generate``; on the command line it is ``--batch_size``.
+        max_new_tokens: used if the task sets none.
         system_prompt: a text, or a file with one.
         chat_template: a file with a Jinja template, for a processor that has none.
         num_frames: at most this many frames of a video, evenly spaced.
-        processor_kwargs: JSON object of arguments for each call of the processor, as ``{"max_patches": 6}``.
+        processor_kwargs: JSON object of arguments for each call of the processor, such as ``{"max_patches": 6}``.
 
     Raises:
         ConfigError: for an argument that is unknown or has a value that is not allowed.
@@ -96,16 +97,16 @@ class Emma(lmms):
         if pretrained is None:
             raise ConfigError("model argument pretrained is missing: --model_args pretrained=llava-hf/llava-1.5-7b-hf")
         texts = {"pretrained": pretrained, "revision": revision, "adapter": adapter}
-        of_adapter = {
+        adapter_options = {
             "adapter_revision": adapter_revision,
             "adapter_subfolder": adapter_subfolder,
             "instruction": instruction,
             "instruction_encoder": instruction_encoder,
             "kernel": kernel,
         }
-        _check_texts({**texts, **of_adapter, "chat_template": chat_template, "system_prompt": system_prompt})
-        if adapter is None and (idle := [name for name, value in of_adapter.items() if value is not None]):
-            raise ConfigError(f"model argument(s) {idle} say how to use an adapter, and none is named: add adapter=…")
+        _check_texts({**texts, **adapter_options, "chat_template": chat_template, "system_prompt": system_prompt})
+        if adapter is None and (unused := [name for name, value in adapter_options.items() if value is not None]):
+            raise ConfigError(f"model argument(s) {unused} say how to use an adapter, and none is named: add adapter=…")
         _check_choice("dtype", dtype, DTYPES)
         if instruction is not None:
             _check_choice("instruction", instruction, INSTRUCTIONS)
@@ -121,14 +122,14 @@ class Emma(lmms):
 
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
-        where = self._place(device, device_map)
+        placement = self._place(device, device_map)
         source: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
         self.processor = AutoProcessor.from_pretrained(pretrained, **source)
         self._prepare_processor(pretrained, chat_template)
         self.model = AutoModelForImageTextToText.from_pretrained(
-            pretrained, **source, dtype=dtype, device_map=where, attn_implementation=attn_implementation
+            pretrained, **source, dtype=dtype, device_map=placement, attn_implementation=attn_implementation
         ).eval()
-        # Where inputs go; lmms-eval puts what it gathers from all processes there too.
+        # Inputs go there, and so does what lmms-eval gathers from all processes.
         self.device = self.model.device
         if adapter is not None:
             loaded = load_adapter(
@@ -143,7 +144,7 @@ class Emma(lmms):
             logger.info(f"{loaded}")
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
-        """The answers, in the order of the requests. Rows are batched with others of the same generation settings."""
+        """Return the answers in the order of the requests; rows are batched by their generation settings."""
         # Long prompts first: if memory is short, that shows at once.
         collator = Collator(
             [request.args for request in requests],
@@ -174,7 +175,7 @@ class Emma(lmms):
         )
 
     def _place(self, device: str | None, device_map: str | None) -> str:
-        """The ``device_map`` of ``from_pretrained``."""
+        """Return the ``device_map`` for ``from_pretrained``."""
         if self.accelerator.num_processes == 1:
             return device_map or device or str(self.accelerator.device)
         if self.accelerator.distributed_type not in (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
@@ -220,21 +221,21 @@ class Emma(lmms):
                 pad_token_id=tokenizer.pad_token_id,
             )
         answers = []
-        for written in output[:, inputs["input_ids"].shape[1] :]:
-            text = tokenizer.decode(written, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        for generated_ids in output[:, inputs["input_ids"].shape[1] :]:
+            text = tokenizer.decode(generated_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
             for stop in stops:
                 text = text.split(stop)[0]
-            count = int((written != tokenizer.pad_token_id).sum())
+            count = int((generated_ids != tokenizer.pad_token_id).sum())
             answers.append(GenerationResult(text=text.strip(), token_counts=TokenCounts(output_tokens=count)))
         return answers
 
     def _encode(self, conversations: list[Conversation]) -> Any:
         settings = {**self.processor_kwargs, "padding": True, "padding_side": "left"}
-        parts = [part for talk in conversations for message in talk for part in message["content"]]
+        parts = [part for messages in conversations for message in messages for part in message["content"]]
         if any(part["type"] == "audio" for part in parts):
             raise UnsupportedModelError("the task has audio, which vision-language models don't take; choose another")
         for part in parts:
-            # Tasks open files as they are; what the processor opens itself, it turns.
+            # Tasks open image files as stored; the processor rotates only those that it opens itself.
             if isinstance(part.get("image"), Image.Image):
                 part["image"] = to_rgb(part["image"])
         videos = [part for part in parts if part["type"] == "video"]
@@ -255,7 +256,7 @@ class Emma(lmms):
         )
 
     def _load_video(self, part: dict[str, Any]) -> VideoMetadata:
-        """Replace the path in ``part`` by frames ``[at most num_frames, height, width, 3]``."""
+        """Replace the path in ``part`` by frames ``[at most num_frames, height, width, 3]``; return their metadata."""
         start, end = part.pop("video_start", None), part.pop("video_end", None)
 
         def sample(metadata: VideoMetadata, **_: Any) -> Any:
@@ -265,30 +266,30 @@ class Emma(lmms):
                 last = max(first, min(int(end * metadata.fps), last))
             return np.linspace(first, last, min(self.num_frames, last - first + 1)).round().astype(int)
 
-        # By PyAV, which lmms-eval brings along.
+        # PyAV is what lmms-eval installs.
         part["video"], metadata = load_video(part["video"], backend="pyav", sample_indices_fn=sample)
         return metadata
 
 
 def _first_line(conversation: Conversation) -> str:
-    """The first line of the last user turn, blank ones skipped; "" if there is none."""
+    """Return the first non-blank line of the last user turn; "" if there is none."""
     turn = [message for message in conversation if message["role"] == "user"][-1]
     text = "\n".join(part["text"] for part in turn["content"] if part["type"] == "text")
     return next((line.strip() for line in text.splitlines() if line.strip()), "")
 
 
 def _generation_settings(task_settings: dict[str, Any], max_new_tokens: int) -> tuple[list[str], dict[str, Any]]:
-    """Stop strings, and arguments of ``generate``, of a task's ``generation_kwargs``."""
+    """Return stop strings and arguments of ``generate`` for a task's ``generation_kwargs``."""
     settings = {"max_new_tokens": max_new_tokens, **task_settings}
     until = settings.pop("until", None) or []
     stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop != DEFAULT_STOP]
     temperature = settings.get("temperature")
-    # A temperature alone asks for sampling, as in lmms-eval's own models; 0 is greedy whatever else is said.
+    # A temperature alone turns sampling on, as in lmms-eval's own models; 0 is greedy whatever else is set.
     settings["do_sample"] = temperature != 0 and settings.get("do_sample", temperature is not None)
     if not settings["do_sample"]:
-        # None, so that a checkpoint's generation_config doesn't speak either.
+        # None, so that a checkpoint's generation_config doesn't set them either.
         settings |= {"temperature": None, "top_p": None, "top_k": None}
-    # Tasks also have settings for LLaVA's own code, such as image_aspect_ratio.
+    # Tasks also hold settings for LLaVA's own code, such as image_aspect_ratio.
     known = GenerationConfig().to_dict().keys()
     if foreign := sorted(settings.keys() - known):
         logger.warning(f"generation settings {foreign} of the task are not for transformers' generate: left out")
@@ -318,9 +319,9 @@ def _positive(name: str, value: Any) -> int:
 
 def _json_object(name: str, value: str | dict[str, Any] | None) -> dict[str, Any]:
     try:
-        made = json.loads(value) if isinstance(value, str) else value or {}
+        parsed = json.loads(value) if isinstance(value, str) else value or {}
     except ValueError as error:
         raise ConfigError(f"model argument {name} must be a JSON object; got {value!r}: {error}") from error
-    if not isinstance(made, dict):
+    if not isinstance(parsed, dict):
         raise ConfigError(f"model argument {name} must be a JSON object; got {value!r}")
-    return made
+    return parsed

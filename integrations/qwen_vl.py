@@ -18,7 +18,7 @@ _GRID = (24, 24)
 class Qwen2VLFamily(ModelFamily):
     """Features ``[sum(t * h * w), D]`` of the patches of all images, or of all videos.
 
-    Patches come in the blocks that the merger makes one token of, ``merge x merge`` each, and the blocks row by row.
+    Patches come in blocks of ``merge x merge``, each of which the merger makes one token of, and the blocks row by row.
     """
 
     model_types: ClassVar[tuple[str, ...]] = ("qwen2_vl",)
@@ -54,12 +54,12 @@ class Qwen2VLFamily(ModelFamily):
         )
 
     def order(self, vision_config: Any, grid: tuple[int, int]) -> Tensor:
-        """``[h * w]``, the place ``y * w + x`` of each patch of a frame, in the order of the projector's input."""
+        """Return ``[h * w]``, the place ``y * w + x`` of each patch of a frame, in the projector's input order."""
         return block_order(grid, vision_config.spatial_merge_size)
 
 
 class Qwen25VLFamily(Qwen2VLFamily):
-    """As Qwen2-VL, but the blocks are sorted by the attention window they are in."""
+    """As Qwen2-VL, but blocks are sorted by the attention window that they are in."""
 
     model_types = ("qwen2_5_vl",)
 
@@ -73,7 +73,7 @@ class Qwen25VLFamily(Qwen2VLFamily):
 
 
 class Qwen3VLFamily(Qwen2VLFamily):
-    """As Qwen2-VL, with deepstack: features of lower layers, too, are projected into the language model."""
+    """As Qwen2-VL, with deepstack: features of lower layers are projected into the language model as well."""
 
     model_types = ("qwen3_vl", "qwen3_vl_moe")
 
@@ -85,29 +85,30 @@ class Qwen3VLFamily(Qwen2VLFamily):
         return list(inner.get_submodule("visual.deepstack_merger_list").children())
 
 
-def _kept(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Keep what ``make`` returns for later calls, which may train: a tensor made in inference mode can't."""
+def _cached(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Cache the tensors that ``make`` returns, made outside inference mode as later calls may train with them."""
     make = torch.inference_mode(False)(make)
-    keep = lru_cache(maxsize=1024)(make)
+    make_cached = lru_cache(maxsize=1024)(make)
 
     @wraps(make)
-    def made(*arguments: Any) -> Tensor:
-        # torch.compile warns of what is kept and makes it anew, as a part of its graph.
-        return make(*arguments) if torch.compiler.is_compiling() else keep(*arguments)
+    def get(*arguments: Any) -> Tensor:
+        # torch.compile warns about a cache and bypasses it: the tensor is computed in its graph.
+        return make(*arguments) if torch.compiler.is_compiling() else make_cached(*arguments)
 
-    return made
+    return get
 
 
-@_kept
+@_cached
 def block_order(grid: tuple[int, int], merge: int) -> Tensor:
+    """Return the place of each patch, block by block."""
     height, width = grid
     places = torch.arange(height * width).view(height // merge, merge, width // merge, merge)
     return places.transpose(1, 2).reshape(-1)
 
 
-@_kept
+@_cached
 def window_order(grid: tuple[int, int], merge: int, window: int) -> Tensor:
-    """``window`` is the side of an attention window in blocks."""
+    """Return the place of each patch, sorted by attention windows; ``window`` is the side of a window in blocks."""
     rows, columns = grid[0] // merge, grid[1] // merge
     window_row = torch.arange(rows)[:, None] // window
     window_column = torch.arange(columns)[None, :] // window

@@ -1,7 +1,7 @@
 """References for TRL's trainers: the model that training starts from, its adapter included.
 
-Left to themselves, DPO, KTO, GRPO and RLOO compare with the base model, loaded again by its name, or, if a LoRA is
-trained, with the model without its LoRA, whose EMMA adapter goes on being trained.
+By default, DPO, KTO, GRPO and RLOO compare with the base model, loaded again by its name, or, if a LoRA is trained,
+with the model without its LoRA, whose EMMA adapter continues to be trained.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ __all__ = ["keep_reference", "reference_model"]
 def reference_model(model: nn.Module) -> nn.Module:
     """Return the model as it is now, frozen, for a trainer's ``ref_model=``.
 
-    What the model doesn't train is shared with it, and needs no memory. First make trainable what will be.
+    Parameters that the model doesn't train are shared with it, and need no memory: first make trainable what will be
+    trained.
 
     Args:
         model: a patched model, also a ``PeftModel`` around one.
@@ -34,12 +35,12 @@ def reference_model(model: nn.Module) -> nn.Module:
 
 
 def keep_reference(trainer: Any) -> None:
-    """Have a trainer's reference be the model as it is now. Call it once the trainer is made, before ``train()``.
+    """Make the model as it is now a trainer's reference. Call it once the trainer is made, before ``train()``.
 
-    A reference that the trainer has loaded becomes a frozen copy of the model, and shares what isn't trained. Where a
-    LoRA is trained, and the reference is the model without it, a frozen copy of the adapter is put on the model under
-    the name ``"reference"``, and used while the LoRA is off; ``adapter.delete_adapter("reference")`` takes it off.
-    A trainer that has no reference, as GRPO's with ``beta=0``, and one that was given a patched one, stay as they are.
+    A reference that the trainer has loaded becomes a frozen copy of the model, and shares what isn't trained. If a LoRA
+    is trained, and the reference is the model without it, a frozen copy of the adapter is added to the model under the
+    name ``"reference"``, and used while the LoRA is off; ``adapter.delete_adapter("reference")`` removes it. A trainer
+    without a reference, such as GRPO's with ``beta=0``, or with a patched one, stays as it is.
 
     Args:
         trainer: TRL's DPOTrainer, KTOTrainer, GRPOTrainer, RLOOTrainer, or one like them.
@@ -51,7 +52,7 @@ def keep_reference(trainer: Any) -> None:
     state_of(model)
     if trainer.state.global_step > 0:
         raise PatchError("the training has begun, and what it started from is gone: keep_reference before train()")
-    # The teacher of self-distillation is a reference by another name; any other teacher is a model of its own.
+    # The teacher of self-distillation is a reference by another name; any other teacher is a separate model.
     self_distills = hasattr(trainer.args, "teacher_model_kind")
     reference = getattr(trainer, "teacher_model" if self_distills else "ref_model", None)
     if reference is not None and base_of(reference) is not model:

@@ -1,1 +1,1 @@
-"""What is known of a stock model: its family, its prompts, and how it is loaded."""
+"""Stock models: their families, their prompts, and how they are loaded."""

@@ -1,6 +1,6 @@
-"""Model families: the contract one fulfils, and the registry that finds it by ``config.model_type``.
+"""Model families: the interface they implement, and the registry that finds one by ``config.model_type``.
 
-A family is stateless: it only knows where things are in its models. Register one with ``register_family``, or
+A family is stateless: it only describes how its models are built. Register one with ``register_family``, or
 from a package of your own through the entry-point group ``emma_adapter.integrations``: the entry's name is the
 model type, its value the class.
 """
@@ -19,14 +19,14 @@ from ..errors import RoutingError, UnsupportedModelError
 
 ENTRY_POINT_GROUP = "emma_adapter.integrations"
 
-#: ``(top, left, bottom, right)`` in shares of an image's height and width.
+#: ``(top, left, bottom, right)`` as fractions of an image's height and width.
 Box = tuple[float, float, float, float]
 WHOLE_IMAGE: Box = (0.0, 0.0, 1.0, 1.0)
 
 
 @dataclass(frozen=True)
 class ProjectorCall:
-    """One call of a projector: what the division of its input into media can depend on."""
+    """One call of a projector, with all that the division of its input into media can depend on."""
 
     #: The module whose ``forward`` takes pixels and token ids.
     inner: nn.Module
@@ -34,16 +34,18 @@ class ProjectorCall:
     modality: str
     #: The projector's first argument.
     visual_tokens: Tensor
-    #: The call's ``size_arguments``; those that were not given are None.
+    #: The call's ``size_arguments``; those that were not passed are None.
     sizes: Mapping[str, Any]
-    #: Of the pixels of this modality; a tuple of shapes if they are a list of tensors.
+    #: Shape of this modality's pixels; a tuple of shapes if they are a list of tensors.
     pixel_shape: tuple[Any, ...] | None
-    #: Placeholder tokens of this modality in each row ``[B]``; None where there is no prompt to count in.
+    #: Number of this modality's placeholder tokens in each row, ``[B]``; None without a prompt to count them in.
     placeholders: Tensor | None
 
     def size(self, name: str) -> Any:
-        """Raises:
-        RoutingError: if this size argument was not given.
+        """Return a size argument of the call.
+
+        Raises:
+            RoutingError: if it was not passed.
         """
         value = self.sizes.get(name)
         if value is None:
@@ -56,30 +58,30 @@ class ProjectorCall:
 
 @dataclass(frozen=True)
 class MediaLayout:
-    """How the first argument of a projector call divides into media (images or videos), in order."""
+    """The division of a projector call's first argument into media (images or videos), in order."""
 
-    #: Tokens that each medium takes in the language model. 0 is a medium that no prompt shows.
+    #: Number of tokens of each medium in the language model; 0 for a medium that no prompt shows.
     tokens: Sequence[int]
-    #: Entries (tiles, frames or whole images) that make up each medium. Unless ``packed``, an entry is a row of the
+    #: Number of entries (tiles, frames or whole images) of each medium. Unless ``packed``, an entry is a row of the
     #: projector's input.
     entries: Sequence[int]
     #: ``(height, width)`` of each entry in visual tokens. None if all have the model's native size.
     grids: Sequence[tuple[int, int]] | None = None
-    #: True if all entries stand one after another in one sequence, ``[sum(N), D]`` or ``[1, sum(N), D]``. Needs
+    #: True if all entries follow one another in one sequence, ``[sum(N), D]`` or ``[1, sum(N), D]``. Needs
     #: ``grids``.
     packed: bool = False
-    #: Where tokens don't come row by row: for each grid, ``[N]``, the place ``y * width + x`` of each token.
+    #: For tokens that don't come row by row: for each grid, ``[N]``, the place ``y * width + x`` of each token.
     orders: Mapping[tuple[int, int], Tensor] | None = None
-    #: True if ``tokens`` were divided off the placeholders of the prompt. The projector must then put out as many: that
-    #: is the only sign that the prompt holds placeholders of other images than those of this call.
+    #: True if ``tokens`` divide up the prompt's placeholders. The projector must then return as many: a difference is
+    #: the only sign that the prompt holds placeholders of images outside this call.
     tokens_from_prompt: bool = False
 
 
 class ModelFamily(ABC):
-    """Where the vision features of a family of models meet their projector.
+    """Describes where the vision features of a family of models enter their projector.
 
     The defaults fit models whose images (or tiles) are the rows of the projector's input, ``[images, N, D]``, and whose
-    prompts hold one placeholder for each token that the projector puts out.
+    prompts hold one placeholder for each token that the projector returns.
     """
 
     #: The ``config.model_type`` values this family is for.
@@ -93,17 +95,17 @@ class ModelFamily(ABC):
     #: For each modality, the method of the inner model that encodes it. Where there is none, pixels are of the first
     #: modality.
     feature_methods: ClassVar[Mapping[str, str]] = {"image": "get_image_features", "video": "get_video_features"}
-    #: Arguments of a call that ``layout`` needs: sizes only, never pixels, because they are kept for the call.
+    #: Arguments of a call that ``layout`` needs: sizes only, never pixels, because they stay alive during the call.
     size_arguments: ClassVar[tuple[str, ...]] = ()
     #: True if an image may be cut into several tiles.
     tiles: ClassVar[bool] = False
 
     def for_model(self, model: nn.Module) -> ModelFamily:
-        """The family to use for this very model: another one, where classes of several kinds share a model type."""
+        """Return the family to use for this model: another one, where different classes share a model type."""
         return self
 
     def inner(self, model: nn.Module) -> nn.Module:
-        """The module whose ``forward`` takes pixels and token ids, inside the one with the language-model head."""
+        """Return the module, inside the one with the language-model head, whose ``forward`` takes pixels and ids."""
         inner = getattr(model, "model", None)
         if not isinstance(inner, nn.Module):
             raise UnsupportedModelError(
@@ -113,56 +115,60 @@ class ModelFamily(ABC):
         return inner
 
     def projector(self, inner: nn.Module) -> nn.Module:
-        """The module between vision features and language model; its first argument is what EMMA aligns."""
+        """Return the module between vision features and language model; EMMA aligns its first argument."""
         return inner.get_submodule(self.projector_path)
 
     def deepstack_projectors(self, inner: nn.Module) -> Sequence[nn.Module]:
-        """Further projectors, for features of lower vision layers that enter the language model on their own."""
+        """Return further projectors, for features of lower vision layers that enter the language model separately."""
         return ()
 
     @abstractmethod
     def visual_dim(self, inner: nn.Module) -> int:
-        """Channels of a visual token before the projector."""
+        """Return the number of channels of a visual token before the projector."""
 
     def visual_size(self, inner: nn.Module) -> tuple[int | None, tuple[int, int] | None]:
-        """``(N, (height, width))`` of an entry in visual tokens: what learned positions are made for. N is None
-        where a model has no native size; the grid is None where the tokens don't form one."""
+        """Return ``(N, (height, width))`` of an entry in visual tokens, for which learned positions are made.
+
+        N is None where a model has no native size; the grid is None where the tokens don't form one.
+        """
         return None, None
 
     def has_fixed_size(self, inner: nn.Module) -> bool:
-        """True if every entry has the same number of visual tokens."""
+        """Return whether every entry has the same number of visual tokens."""
         return True
 
     def projector_merge(self, inner: nn.Module) -> int:
-        """Side of the square of visual tokens that the projector makes one token of; 1 where it keeps their number."""
+        """Return the side of the square of visual tokens that the projector merges into one; 1 if it merges none."""
         return 1
 
     def placeholder_id(self, inner: nn.Module, modality: str) -> int:
-        """The token id that stands for visual tokens of this modality in ``input_ids``."""
+        """Return the token id that stands for visual tokens of this modality in ``input_ids``."""
         return int(getattr(inner.config, f"{modality}_token_id"))
 
     def layout(self, call: ProjectorCall) -> MediaLayout:
-        """How ``call.visual_tokens`` divides into media.
+        """Return how ``call.visual_tokens`` divides into media.
 
         Raises:
-            RoutingError: if sizes, visual tokens and placeholders don't fit together.
+            RoutingError: if sizes, visual tokens and placeholders don't agree.
         """
         entries = call.visual_tokens.shape[0]
-        counted = call.placeholders is not None
-        return MediaLayout(tokens=share_evenly(call, entries), entries=[1] * entries, tokens_from_prompt=counted)
+        from_prompt = call.placeholders is not None
+        return MediaLayout(tokens=share_evenly(call, entries), entries=[1] * entries, tokens_from_prompt=from_prompt)
 
     def boxes(self, call: ProjectorCall, layout: MediaLayout) -> Sequence[Box | None]:
-        """Where in its image, or frame, each entry of ``layout`` lies, for the heat maps of ``emma_adapter.analysis``;
-        None where the call doesn't tell. A tile may reach over the edge of its image, where it is padded."""
-        whole = None if self.tiles and call.modality == "image" else WHOLE_IMAGE
-        return [whole] * sum(layout.entries)
+        """Return where each entry of ``layout`` lies in its image or frame; None where the call doesn't tell.
+
+        The heat maps of ``emma_adapter.analysis`` use it. A tile may extend beyond its image, where it is padded.
+        """
+        box = None if self.tiles and call.modality == "image" else WHOLE_IMAGE
+        return [box] * sum(layout.entries)
 
 
 def share_evenly(call: ProjectorCall, media: int) -> list[int]:
-    """The placeholders divided by the media, where all take the same number: also right if a projector pools.
+    """Divide the placeholders evenly among the media, which is right even if a projector pools.
 
     Raises:
-        RoutingError: if they can't be divided.
+        RoutingError: if they can't be divided evenly.
     """
     if call.placeholders is None:
         return [1] * media
@@ -177,8 +183,10 @@ def share_evenly(call: ProjectorCall, media: int) -> list[int]:
 
 
 def mismatch(modality: str, tokens: int, features: int) -> str:
-    """Return what transformers says where features and placeholder tokens differ in number, by which TRL's trainers
-    know a ``max_length`` that is too short."""
+    """Return transformers' message for features and placeholder tokens that differ in number.
+
+    TRL's trainers recognize a ``max_length`` that is too short by it.
+    """
     kind = modality.capitalize()
     return f"{kind} features and {modality} tokens do not match, tokens: {tokens}, features: {features}"
 
@@ -187,10 +195,10 @@ _FAMILIES: dict[str, ModelFamily] = {}
 
 
 def register_family(family: ModelFamily) -> ModelFamily:
-    """Make a family known under its ``model_types``; it replaces one found through an entry point.
+    """Register a family under its ``model_types``, in place of any other, and return it.
 
     Raises:
-        UnsupportedModelError: if it isn't a :class:`ModelFamily`, but its class, say.
+        UnsupportedModelError: if it isn't an instance of :class:`ModelFamily`, but a class, for example.
     """
     if not isinstance(family, ModelFamily):
         raise UnsupportedModelError(
@@ -203,13 +211,15 @@ def register_family(family: ModelFamily) -> ModelFamily:
 
 
 def family_names() -> tuple[str, ...]:
-    """Every supported ``config.model_type``, without importing the families."""
+    """Return every supported ``config.model_type``, without importing the families."""
     return tuple(sorted({*_FAMILIES, *_advertised()}))
 
 
 def require_model(model: Any) -> None:
-    """Raises:
-    UnsupportedModelError: if it isn't a model at all, but its name, say.
+    """Check that ``model`` is a model.
+
+    Raises:
+        UnsupportedModelError: if it isn't, but a model's name, for example.
     """
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(
@@ -219,7 +229,7 @@ def require_model(model: Any) -> None:
 
 
 def find_family(model: Any) -> ModelFamily:
-    """The family of a model.
+    """Return the family of a model.
 
     Raises:
         UnsupportedModelError: if there is none for its ``config.model_type``, or its package can't be imported.

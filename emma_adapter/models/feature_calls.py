@@ -1,4 +1,4 @@
-"""One call of a method that encodes images or videos, and how what it encodes divides into them."""
+"""One call of a method that encodes images or videos, and the division of its features into them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .families import MediaLayout, ModelFamily, ProjectorCall
 
 @dataclass(frozen=True)
 class FeatureCall:
-    """What is known of the images that are being encoded. Sizes only: pixels must not be kept alive."""
+    """The images or videos that are being encoded. Sizes only: pixels must not be kept alive."""
 
     modality: str
     sizes: Mapping[str, Any]
@@ -49,14 +49,14 @@ def checked_layout(family: ModelFamily, call: ProjectorCall) -> MediaLayout:
     layout = family.layout(call)
     shape = call.visual_tokens.shape
     grids = layout.grids
-    announced, found = sum(layout.entries), shape[0]
+    expected, actual = sum(layout.entries), shape[0]
     if layout.packed:
-        if grids is None or len(grids) != announced:
+        if grids is None or len(grids) != expected:
             raise RoutingError(f"the layout of {type(family).__name__} is packed and must name the grid of each entry")
-        announced, found = sum(height * width for height, width in grids), shape[:-1].numel()
-    if announced != found:
+        expected, actual = sum(height * width for height, width in grids), shape[:-1].numel()
+    if expected != actual:
         raise RoutingError(
-            f"the call announces {announced} {'visual tokens' if layout.packed else 'images, tiles or frames'}, but "
-            f"the projector got {found}: pass on everything that the model's processor returns"
+            f"the call announces {expected} {'visual tokens' if layout.packed else 'images, tiles or frames'}, but "
+            f"the projector got {actual}: pass on everything that the model's processor returns"
         )
     return layout

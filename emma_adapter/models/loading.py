@@ -10,7 +10,7 @@ from ..errors import UnsupportedModelError
 
 
 def model_without_weights(source: str, *, trust_remote_code: bool = False) -> Any:
-    """The model on the meta device: its configuration is all that is read.
+    """Return the model on the meta device; only its configuration is read.
 
     Raises:
         UnsupportedModelError: if there is no vision-language model of this name.
@@ -26,7 +26,7 @@ def model_without_weights(source: str, *, trust_remote_code: bool = False) -> An
 
 
 def load_model(source: str, dtype: str, *, trust_remote_code: bool = False) -> Any:
-    """The model with its weights.
+    """Load a model with its weights.
 
     Raises:
         UnsupportedModelError: if there is no vision-language model of this name.
@@ -41,7 +41,7 @@ def load_model(source: str, dtype: str, *, trust_remote_code: bool = False) -> A
 
 
 def load_processor(source: str, *, trust_remote_code: bool = False) -> Any:
-    """The processor of a model.
+    """Load the processor of a model.
 
     Raises:
         UnsupportedModelError: if it can't be loaded.
@@ -61,7 +61,7 @@ def load_processor(source: str, *, trust_remote_code: bool = False) -> Any:
 
 
 def _check_class(config: Any, source: str, trust_remote_code: bool) -> None:
-    """That the model isn't of a class of somebody else's, in whose place transformers would take one of its own."""
+    """Check that transformers has the class that the model was saved from: it would silently take another one."""
     import transformers
 
     saved_as = (getattr(config, "architectures", None) or [""])[0]
@@ -79,7 +79,7 @@ def _explained(source: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        # What a damaged or foreign folder makes transformers, safetensors and tokenizers raise is of any kind.
+        # On a damaged or foreign folder, transformers, safetensors and tokenizers raise errors of any kind, and
         # transformers lists every class it knows after its first sentence.
         reason = (str(error).strip() or type(error).__name__).split("\n", 1)[0][:300]
         raise UnsupportedModelError(

@@ -1,6 +1,6 @@
-"""Visual tokens behind the projector: how many there are, and how they divide into media.
+"""Visual tokens after the projector: how many there are, and how they divide into media.
 
-A projector makes one token of each square of ``ModelFamily.projector_merge`` visual tokens a side.
+A projector merges each square of visual tokens, ``ModelFamily.projector_merge`` on a side, into one.
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ Grid = tuple[int, int]
 
 
 class TokenSizes(NamedTuple):
-    """Of the visual tokens of an image, tile or frame."""
+    """Sizes of the visual tokens of an image, tile or frame."""
 
     #: Channels of a token.
     dim: int
-    #: Tokens, and ``(height, width)`` in tokens, as ``ModelFamily.visual_size`` has them.
+    #: Number of tokens, and ``(height, width)`` in tokens, as ``ModelFamily.visual_size`` returns them.
     number: int | None
     grid: Grid | None
 
 
 def token_sizes(family: ModelFamily, inner: nn.Module, *, projected: bool) -> TokenSizes:
-    """Return the sizes of the visual tokens before the projector, or of what it makes of them."""
+    """Return the sizes of the visual tokens before the projector, or of those that it returns."""
     number, grid = family.visual_size(inner)
     if not projected:
         return TokenSizes(family.visual_dim(inner), number, grid)
     merge = family.projector_merge(inner)
     if number is not None:
         number //= merge**2
-    # Projected tokens stand in the prompt in the place of embeddings.
+    # Projected tokens replace embeddings in the prompt.
     dim = int(inner.get_input_embeddings().weight.shape[1])  # type: ignore[operator]
     return TokenSizes(dim, number, None if grid is None else _merged(grid, merge))
 
 
 def projected_layout(layout: MediaLayout, merge: int, projected: Tensor) -> MediaLayout:
-    """Return how a projector's output divides into media, as its input does by ``layout``.
+    """Return how a projector's output divides into media, given the layout of its input.
 
     Args:
         layout: of the projector's input.
@@ -48,15 +48,15 @@ def projected_layout(layout: MediaLayout, merge: int, projected: Tensor) -> Medi
         projected: the output, ``[entries, N, D]``, or if packed ``[sum(N), D]`` or ``[1, sum(N), D]``.
 
     Raises:
-        RoutingError: if the output isn't divided so.
+        RoutingError: if the output doesn't fit this division.
     """
     grids = None if layout.grids is None else [_merged(grid, merge) for grid in layout.grids]
     if layout.packed:
         assert grids is not None
-        expected, found = sum(height * width for height, width in grids), projected.shape[:-1].numel()
+        expected, actual = sum(height * width for height, width in grids), projected.shape[:-1].numel()
     else:
-        expected, found = sum(layout.entries), projected.shape[0] if projected.ndim == 3 else -1
-    if expected != found:
+        expected, actual = sum(layout.entries), projected.shape[0] if projected.ndim == 3 else -1
+    if expected != actual:
         raise RoutingError(
             f"place='after_projector': the projector returned {list(projected.shape)}, which can't be divided into "
             f"{len(layout.entries)} images, videos or tiles: its family must say in projector_merge() how many visual "
@@ -73,6 +73,6 @@ def _merged(grid: Grid, merge: int) -> Grid:
 
 
 def _merged_order(order: Tensor, grid: Grid, merge: int) -> Tensor:
-    """The place of each merged token, where the tokens of a square follow one another."""
+    """Return the place of each merged token, if the tokens of a square follow one another."""
     y, x = order.view(-1, merge**2)[:, 0] // grid[1], order.view(-1, merge**2)[:, 0] % grid[1]
     return (y // merge) * (grid[1] // merge) + x // merge

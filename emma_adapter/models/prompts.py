@@ -1,4 +1,4 @@
-"""Prompts for conversations, by a processor's own chat template."""
+"""Prompts for conversations, rendered by a processor's own chat template."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..errors import DataError
 
 
 class Prompts:
-    """Renders conversations as text, and makes batches of them, as ``generate`` meets them.
+    """Renders conversations as text, and makes batches of them for ``generate``.
 
     Args:
         processor: a model's processor, with a chat template.
@@ -26,21 +26,21 @@ class Prompts:
         self._start: str = tokenizer.bos_token if first == tokenizer.bos_token_id is not None else ""
 
     def rendered(self, messages: Sequence[Any]) -> str:
-        """A whole conversation.
+        """Render a whole conversation.
 
         Raises:
-            DataError: if the template refuses it, as some do a system turn.
+            DataError: if the template refuses it, as some refuse a system turn.
         """
         return self._started(self._templated(messages))
 
     def answered(self, messages: Sequence[Any]) -> tuple[str, str]:
-        """A conversation that ends in an answer, as its prompt and as a whole, of which the prompt is the beginning.
+        """Render a conversation that ends in an answer; return its prompt, and the whole, which begins with the prompt.
 
-        The whole ends with a token at which ``generate`` stops. Where the template doesn't write one, as LLaVA-1.5's,
-        it is added, so that a model can learn to stop.
+        The whole ends with a token at which ``generate`` stops. If the template, like LLaVA-1.5's, writes none, it is
+        added, so that a model can learn to stop.
         """
         whole, prompt = self.rendered(messages), self.prompt(messages[:-1])
-        # Some templates write the generation prompt otherwise than before answers.
+        # Some templates write a generation prompt that differs from the text before answers.
         prompt = whole[: shared_length(prompt, whole)]
         answer = whole[len(prompt) :].rstrip()
         if self._stops and not answer.endswith(self._stops):
@@ -49,17 +49,17 @@ class Prompts:
 
     @property
     def _stop(self) -> str:
-        own = self.processor.tokenizer.eos_token
-        return own if own in self._stops else self._stops[0]
+        end_token = self.processor.tokenizer.eos_token
+        return end_token if end_token in self._stops else self._stops[0]
 
     def prompt(self, messages: Sequence[Any]) -> str:
-        """A conversation that ends where the model's answer begins."""
+        """Render a conversation that ends where the model's answer begins."""
         return self._started(self._templated(messages, add_generation_prompt=True))
 
     def batch(self, conversations: Sequence[Sequence[Any]], images: Sequence[Sequence[Any]]) -> Any:
-        """The model's inputs for some prompts, each with its images."""
+        """Return the model's inputs for the prompts of conversations, each with its images."""
         return self.processor(
-            images=[list(own) for own in images],
+            images=[list(prompt_images) for prompt_images in images],
             text=[self.prompt(messages) for messages in conversations],
             padding=True,
             padding_side="left",
@@ -84,12 +84,12 @@ class Prompts:
 
 
 def shared_length(one: Sequence[Any], other: Sequence[Any]) -> int:
-    """How long the beginning is that both have in common."""
+    """Return the length of the common prefix."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def stop_ids(model: Any, tokenizer: Any) -> list[int]:
-    """The tokens at which a model's ``generate`` stops; none if neither it nor the tokenizer names one."""
+    """Return the token ids at which a model's ``generate`` stops; none if neither it nor the tokenizer names one."""
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = configured if isinstance(configured, list) else [configured]
-    return sorted({number for number in (*ids, getattr(tokenizer, "eos_token_id", None)) if number is not None})
+    return sorted({token_id for token_id in (*ids, getattr(tokenizer, "eos_token_id", None)) if token_id is not None})

@@ -1,7 +1,7 @@
-"""What lmms-eval reads to know of ``--model emma``. Imported as ``emma_adapter_lmms_eval``.
+"""The manifest by which lmms-eval knows ``--model emma``. Imported as ``emma_adapter_lmms_eval``.
 
-lmms-eval loads every entry point as it starts, also for ``lmms-eval tasks``. Hence a package of its own: a module of
-``emma_adapter`` would import that, and with it torch.
+lmms-eval loads every entry point as it starts, even for ``lmms-eval tasks``. Hence a package of its own: a module of
+``emma_adapter`` would import that package, and with it torch.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 
 def manifest() -> ModelManifest:
-    """Of the entry point ``lmms_eval.models``: the name, and where the class is."""
-    # Not at the top: importing anything of lmms_eval.models loads the entry points, this one too.
+    """Return the manifest for the entry point ``lmms_eval.models``: the model's name and the path of its class."""
+    # Not at the top: importing anything from lmms_eval.models loads the entry points, including this one.
     from lmms_eval.models.registry_v2 import ModelManifest
 
     return ModelManifest(
