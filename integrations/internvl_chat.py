@@ -46,4 +46,4 @@ class InternVLChatFamily(ModelFamily):
         tiles, per_tile = call.visual_tokens.shape[:2]
         flags = call.sizes["image_flags"]
         shown = [True] * tiles if flags is None else [bool(flag) for flag in flags.flatten().tolist()]
-        return MediaLayout(tokens=[per_tile if seen else 0 for seen in shown], entries=[1] * len(shown))
+        return MediaLayout(tokens=[per_tile if is_shown else 0 for is_shown in shown], entries=[1] * len(shown))

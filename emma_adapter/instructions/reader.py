@@ -60,7 +60,7 @@ class _Turn:
 
 @dataclass(frozen=True)
 class _Known:
-    """What a reader has learned of its processor, valid while the processor's state is ``of``.
+    """Facts that a reader has learned about its processor, valid while the processor's state is ``of``.
 
     ``found`` caches the turns of rows.
     """
