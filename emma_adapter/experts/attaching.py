@@ -11,6 +11,7 @@ from ..errors import ConfigError, PatchError
 from ..models.families import find_family, require_model
 from ..modules import private, sharding, wrappers
 from ..modules.torch_modes import undisturbed
+from ..modules.trainability import is_trained
 from ..modules.wrappers import base_of
 from . import base_saves, hooks
 from .config import DEFAULT_LAYERS, DEFAULT_MARGIN, VisionExpertsConfig
@@ -100,7 +101,7 @@ def attach(model: nn.Module, config: VisionExpertsConfig) -> ExpertsState:
     model.add_module(MODULE_NAME, state.module)
     hooks.install(state, inner, routed_blocks(model, inner, config.layers))
     base_saves.install(model)
-    private.answer_trainer(model, MODULE_NAME, functools.partial(_is_trained, model))
+    private.answer_trainer(model, MODULE_NAME, functools.partial(is_trained, model))
     private.forget_compiled_code()
     return state
 
@@ -109,7 +110,3 @@ def mlp_parameters(model: Any, state: ExpertsState) -> tuple[list[dict[str, Tens
     """Return the parameters of each routed block's MLP, by path, and D of its tokens."""
     blocks = routed_blocks(model, state.family.inner(model), state.config.layers)
     return [base_parameters(mlp) for _, mlp in blocks], token_width(blocks[0][1])
-
-
-def _is_trained(model: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in model.parameters())

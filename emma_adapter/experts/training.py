@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, DataError, UnsupportedModelError
 from ..messages import listed, shown
-from ..modules import sharding
+from ..modules import sharding, trainability
 from .config import ORIGINAL
 from .hooks import pooled_features
 from .module import require_here
@@ -31,7 +31,7 @@ def train_only(model: nn.Module, expert: str | None, *, router: bool) -> None:
     if expert is not None:
         require_expert(state, expert)
     if state.trainable_before is None:
-        state.trainable_before = {name: p.requires_grad for name, p in model.named_parameters()}
+        state.trainable_before = trainability.trainable_flags(model)
     model.requires_grad_(False)
     trained_parameters = state.module.router.values() if expert is None else state.module.of(expert)
     for parameter in trained_parameters:
@@ -42,9 +42,7 @@ def train_only(model: nn.Module, expert: str | None, *, router: bool) -> None:
 def unfreeze(model: nn.Module) -> None:
     """Make trainable again what :func:`train_only` has frozen, and let the router choose again."""
     state = experts_state(model)
-    for name, parameter in model.named_parameters():
-        if (state.trainable_before or {}).get(name):
-            parameter.requires_grad_(True)
+    trainability.unfreeze(model, state.trainable_before)
     state.trainable_before = state.trained = None
 
 
@@ -120,14 +118,10 @@ def parameter_groups(model: nn.Module, lr: float, router_lr: float, weight_decay
     Raises:
         ConfigError: if a rate is not a number, or negative.
     """
-    for name, value in (("lr", lr), ("router_lr", router_lr), ("weight_decay", weight_decay)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
-            raise ConfigError(f"{name} must be a number >= 0; got {value!r}")
+    for name, rate in (("lr", lr), ("router_lr", router_lr), ("weight_decay", weight_decay)):
+        trainability.check_rate(name, rate)
     module = experts_state(model).module
-    trainable = [p for p in module.experts.values() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.ndim > 1], "lr": lr, "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.ndim <= 1], "lr": lr, "weight_decay": 0.0},
-        {"params": [p for p in module.router.values() if p.requires_grad], "lr": router_lr, "weight_decay": 0.0},
+    return [
+        *trainability.parameter_groups(module.experts.values(), lr, weight_decay),
+        *trainability.parameter_groups(module.router.values(), router_lr, 0.0),
     ]
-    return [group for group in groups if group["params"]]

@@ -12,6 +12,7 @@ from ..errors import PatchError
 from ..models.families import find_family, require_model
 from ..modules import private, sharding, wrappers
 from ..modules.torch_modes import undisturbed
+from ..modules.trainability import is_trained
 from ..modules.wrappers import base_of
 from . import base_saves, calls, fusion, generation_mode
 from .branches import make_branch
@@ -68,10 +69,6 @@ def unify_model(
     return EmmaUnified(model)
 
 
-def _is_trained(model: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in model.parameters())
-
-
 def install(model: nn.Module, state: UnifiedState) -> None:
     """Put a generation branch on a model: its state, parameters, hooks and guards."""
     inner = state.family.inner(model)
@@ -83,5 +80,5 @@ def install(model: nn.Module, state: UnifiedState) -> None:
     calls.install(model, inner)
     base_saves.install(model)
     generation_mode.install(model, EmmaUnified)
-    private.answer_trainer(model, MODULE_NAME, functools.partial(_is_trained, model))
+    private.answer_trainer(model, MODULE_NAME, functools.partial(is_trained, model))
     private.forget_compiled_code()

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import ConfigError
+from ..modules import trainability
 from .state import unified_state
 
 
@@ -14,7 +14,7 @@ def train_only(model: nn.Module) -> None:
     """Freeze everything but the active branch."""
     state = unified_state(model)
     if state.trainable_before is None:
-        state.trainable_before = {name: p.requires_grad for name, p in model.named_parameters()}
+        state.trainable_before = trainability.trainable_flags(model)
     model.requires_grad_(False)
     state.module.requires_grad_(True)
 
@@ -22,9 +22,7 @@ def train_only(model: nn.Module) -> None:
 def unfreeze(model: nn.Module) -> None:
     """Make trainable again what :func:`train_only` has frozen."""
     state = unified_state(model)
-    for name, parameter in model.named_parameters():
-        if (state.trainable_before or {}).get(name):
-            parameter.requires_grad_(True)
+    trainability.unfreeze(model, state.trainable_before)
     for name, branch in state.branches.items():
         if name != state.active:
             branch.module.requires_grad_(False)
@@ -32,16 +30,11 @@ def unfreeze(model: nn.Module) -> None:
 
 
 def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-    """Return groups for an optimizer: the active branch's matrices, and its vectors, which don't decay.
+    """Return an optimizer's groups: the active branch's trainable matrices, and its vectors, which don't decay.
 
     Raises:
         ConfigError: if a rate is not a number, or negative.
     """
-    for name, value in (("lr", lr), ("weight_decay", weight_decay)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
-            raise ConfigError(f"{name} must be a number >= 0; got {value!r}")
-    parameters = list(unified_state(model).module.parameters())
-    return [
-        {"params": [p for p in parameters if p.ndim > 1], "lr": lr, "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "lr": lr, "weight_decay": 0.0},
-    ]
+    for name, rate in (("lr", lr), ("weight_decay", weight_decay)):
+        trainability.check_rate(name, rate)
+    return trainability.parameter_groups(unified_state(model).module.parameters(), lr, weight_decay)

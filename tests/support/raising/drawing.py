@@ -471,7 +471,7 @@ def targets_from_zero_to_255(bench: Bench) -> None:
     lose(targets=torch.full((1, 3, 64, 64), 255.0))
 
 
-@raises(ConfigError, "unified/training.py:parameter_groups", "must be a number")
+@raises(ConfigError, "modules/trainability.py:check_rate", "must be a number")
 def a_rate_that_is_negative(bench: Bench) -> None:
     unify().parameter_groups(lr=-1.0)
 

@@ -152,7 +152,7 @@ def a_router_of_a_class_of_its_own(bench: Bench) -> None:
     with_expert("stem", 1, model=internvl_chat()).router_loss(labels=["stem"], pixel_values=torch.zeros(1, 3, 32, 32))
 
 
-@raises(ConfigError, f"{_TRAINING}:parameter_groups", "{name} must be a number >= 0")
+@raises(ConfigError, "modules/trainability.py:check_rate", "of parameter_groups must be a number >= 0")
 def an_expert_trained_at_a_negative_rate(bench: Bench) -> None:
     with_expert().parameter_groups(-1.0)
 
