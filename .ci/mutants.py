@@ -70,9 +70,9 @@ MUTANTS = (
     # Fewer and shorter lives, fewer calls of threads, one fusion of what is recomputed.
     Mutant(
         "a context that threads share",
-        "emma_adapter/patching/call_context.py",
-        "class CallContext(threading.local):",
-        "class CallContext:",
+        "emma_adapter/modules/per_thread.py",
+        "class PerThread(threading.local, Generic[Value]):",
+        "class PerThread(Generic[Value]):",
         ("tests/patching/test_concurrency.py", "-k", "thousand or training_in_threads"),
     ),
     Mutant(
@@ -136,7 +136,7 @@ MUTANTS = (
     ),
     Mutant(
         "an instruction that is all masked",
-        "emma_adapter/alignment/fusion/cross_attention.py",
+        "emma_adapter/alignment/fusion/nonfinite.py",
         "return uninstructed if bool(uninstructed.any()) else None",
         "return None",
         ("tests/alignment/test_numbers.py", "tests/alignment/test_fusion.py", "-k", "masked"),

@@ -96,7 +96,8 @@ def test_packed_entries_are_aligned_as_pictures_of_their_own(grids, data):
     packed = torch.cat([picture[0, orders[grid]] for picture, grid in zip(pictures, grids, strict=True)])
     layout = MediaLayout(tokens=[1] * len(grids), entries=[1] * len(grids), grids=grids, packed=True, orders=orders)
     with torch.no_grad():
-        out = RoutedInstruction(layout, torch.tensor(rows), "default", instruction).align(alignment, packed)
+        routed = RoutedInstruction(layout, torch.tensor(rows), "default", instruction, "image", projector_merge=2)
+        out = routed.align(alignment, packed)
         parts = out.split([h * w for h, w in grids])
         for part, picture, grid, row in zip(parts, pictures, grids, rows, strict=True):
             own = instruction.of_rows(torch.tensor([row]))
@@ -157,7 +158,7 @@ def test_aligned_deepstack_saves_loads_and_comes_off(name, projector, tmp_path):
     adapter.train_only(projector=projector)
     train(adapter)
     if projector:
-        merger = model.model.visual.deepstack_merger_list[1]
+        merger = adapter._state.current.own_projectors()["deepstack.1."].projector
         with torch.no_grad():
             merger.linear_fc1.weight.add_(0.1)
     trained = logits(model, batch)
