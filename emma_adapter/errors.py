@@ -24,7 +24,7 @@ class PatchError(EmmaError, RuntimeError):
 
 
 class InstructionError(EmmaError, ValueError):
-    """The instruction of a call can't be known, or doesn't fit the call."""
+    """The instruction of a call can't be determined, or doesn't fit the call."""
 
 
 class KernelError(EmmaError, RuntimeError):
@@ -52,4 +52,4 @@ class DataError(EmmaError, ValueError):
 
 
 class AnalysisError(EmmaError, ValueError):
-    """What was asked of :mod:`emma_adapter.analysis` can't be told from this model or these data."""
+    """:mod:`emma_adapter.analysis` can't answer the question from this model or these data."""

@@ -1,4 +1,4 @@
-"""What is said to people: values as messages quote them, and warnings that name the user's line."""
+"""Messages to people: how values are quoted, and warnings that name the user's line."""
 
 from __future__ import annotations
 
@@ -12,17 +12,16 @@ _PACKAGE = __name__.partition(".")[0]
 
 
 def warn_caller(message: str, *through: str) -> None:
-    """Warn at the line that led here, outside of this library and of the packages ``through``, however many of their
-    functions lie between."""
-    # Decorators that are context managers put a line of contextlib between.
-    level, frame, passed = 2, sys._getframe(1), {_PACKAGE, "contextlib", *through}
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in passed:
+    """Warn at the innermost line that led here outside of this library and of the packages ``through``."""
+    # A context manager that decorates a function adds a frame of contextlib.
+    level, frame, skipped = 2, sys._getframe(1), {_PACKAGE, "contextlib", *through}
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in skipped:
         level, frame = level + 1, frame.f_back
     warnings.warn(message, stacklevel=level)
 
 
 def shown(value: object) -> str:
-    """``repr(value)`` for a message, cut if it is long."""
+    """Return ``repr(value)`` for a message, cut if it is long."""
     try:
         return _cut(repr(value), _MAX_SHOWN)
     except (ValueError, RecursionError):  # an integer of thousands of digits; a value that holds itself
@@ -30,14 +29,14 @@ def shown(value: object) -> str:
 
 
 def listed(names: Iterable[object]) -> str:
-    """The first of some names for a message, and how many more there are."""
+    """Return the first few names for a message, and how many more there are."""
     names = list(names)
     more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
     return f"[{', '.join(map(shown, names[:_MAX_NAMED]))}]{more}"
 
 
 def plain(text: str, longest: int = 600) -> str:
-    """A text for a message or a terminal: on one line, control characters escaped, and cut if it is long."""
+    """Return a text for a message or a terminal: on one line, control characters escaped, cut if it is long."""
     text = _cut(" ".join(text.split()), longest)
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 

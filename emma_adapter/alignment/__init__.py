@@ -1,1 +1,1 @@
-"""The adapter's trainable module, and how an instruction enters visual tokens. Knows no transformers."""
+"""The adapter's trainable module, and how an instruction enters visual tokens. Independent of transformers."""

@@ -15,9 +15,9 @@ from ..messages import listed, shown
 from .fusion.dispatch import Kernel
 from .fusion.registry import fusion_names
 
-#: Of any size: products of two still fit into 64 bits.
+#: The largest size: a product of two still fits into 64 bits.
 _MAX_SIZE = 2**31 - 1
-#: Of ``fusion_options``, in levels and in characters of the config file: what is saved must load again.
+#: Limits of ``fusion_options``, in levels and in characters of the config file: what is saved must load again.
 _MAX_OPTIONS_NESTING, _MAX_OPTIONS_LENGTH = 64, 2**19
 _MAX_ENCODER_LENGTH = 4096
 
@@ -27,7 +27,7 @@ Place = Literal["before_projector", "after_projector"]
 
 @dataclass(frozen=True, kw_only=True)
 class EmmaConfig:
-    """What an adapter is made of.
+    """The description of an adapter: its fusion, sizes and instruction, and how it runs.
 
     ``patch_model`` fills in the sizes that are left ``None`` from the model and the encoder;
     :class:`~emma_adapter.EmmaAlignment` on its own needs ``visual_dim`` and ``instruction_dim``.
@@ -37,8 +37,7 @@ class EmmaConfig:
             update that is added; both for any number of visual tokens), ``"linear"`` (the paper: a fixed number), or a
             registered one; ``"moda"`` is :meth:`moda`'s.
         place: which tokens are aligned: ``"before_projector"``, the vision encoder's (the paper), or
-            ``"after_projector"``, what the projector makes of them, in the space of the language model's embeddings
-            (MoDA).
+            ``"after_projector"``, the projector's, in the space of the language model's embeddings (MoDA).
         visual_dim: D, channels of a visual token at that place.
         instruction_dim: Dt, channels of an instruction token.
         num_visual_tokens: N, visual tokens of an image. ``linear`` needs it; the others learn one query term
@@ -65,8 +64,8 @@ class EmmaConfig:
             ``adapter.kernel_report()`` tells what ran. Not saved with an adapter.
         align_deepstack: Qwen3-VL also feeds features of lower vision layers into the language model, through
             projectors of their own. True aligns these too, each with its own weights. By default they stay as they
-            are: the paper aligns what *the* projector reads, lower layers have other statistics and would multiply the
-            adapter's parameters, and what they carry is a path on which nothing an instruction hides is lost.
+            are: the paper aligns what *the* projector reads; lower layers have other statistics and would multiply the
+            adapter's parameters; and through them the language model still sees what an instruction hides.
         fusion_options: JSON values for a fusion you registered yourself, or ``moda``.
 
     Raises:
@@ -102,7 +101,7 @@ class EmmaConfig:
             self._require_int(name, minimum=1)
         self._require_int("cache_size", minimum=0, maximum=2**63 - 1)
         self._require_int("instruction_layer", minimum=-_MAX_SIZE)
-        # The heads of moda divide the channels of its tokens.
+        # moda's heads divide the channels of its tokens instead.
         if self.fusion != "moda" and self.inner_dim % self.num_heads:
             raise self._error("inner_dim", f"a multiple of num_heads={self.num_heads}")
         self._check_grid()
@@ -124,8 +123,11 @@ class EmmaConfig:
 
     @classmethod
     def paper(cls, text_tower: str = "openai/clip-vit-large-patch14-336", **changes: Any) -> EmmaConfig:
-        """The set-up of the paper (arXiv 2410.02080, section 3): ``linear``, all positions of CLIP's text
-        tower, its last hidden state but one, and the shortest turn of a conversation."""
+        """Return the set-up of the paper (arXiv 2410.02080, section 3).
+
+        That is ``linear``, all positions of CLIP's text tower, its last hidden state but one, and the shortest turn of
+        a conversation.
+        """
         settings: dict[str, Any] = {
             "fusion": "linear",
             "instruction_encoder": text_tower,
@@ -136,10 +138,10 @@ class EmmaConfig:
 
     @classmethod
     def moda(cls, **changes: Any) -> EmmaConfig:
-        """The set-up of MoDA (arXiv 2506.01850, and github.com/waybarrios/MoDA for what it leaves open): behind the
-        projector, a channel mask drawn by a decoder of two layers from the embeddings of all user turns.
+        """Return the set-up of MoDA: arXiv 2506.01850, and github.com/waybarrios/MoDA for what it leaves open.
 
-        Its mask is ``2 sigmoid`` of a projection that starts at zero, where MoDA's is ``sigmoid``: an untrained adapter
+        Behind the projector, a decoder of two layers draws a channel mask from the embeddings of all user turns. The
+        mask is ``2 sigmoid`` of a projection that starts at zero, where MoDA's is ``sigmoid``: an untrained adapter
         is the identity. ``fusion_options``: ``num_layers`` (2), ``dropout`` (0.1), ``mask_scale`` (2.0).
         """
         settings: dict[str, Any] = {
@@ -153,15 +155,15 @@ class EmmaConfig:
 
     @property
     def aligns_projected(self) -> bool:
-        """Whether what is aligned is the projector's output."""
+        """True if the projector's output is aligned, not its input."""
         return self.place == "after_projector"
 
     def replace(self, **changes: Any) -> EmmaConfig:
-        """A copy with other values, validated again."""
+        """Return a copy with other values, validated again."""
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON types only; ``EmmaConfig.from_dict`` gives back an equal config."""
+        """Return the fields as JSON types; ``EmmaConfig.from_dict`` makes an equal config of them."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         values["visual_grid"] = None if self.visual_grid is None else list(self.visual_grid)
         values["fusion_options"] = json.loads(json.dumps(dict(self.fusion_options)))
@@ -219,14 +221,14 @@ class EmmaConfig:
         if not isinstance(options, Mapping) or not all(isinstance(key, str) for key in options):
             raise self._error("fusion_options", "a mapping from names to JSON values")
         # A private copy in JSON's own types, so that the round trip is exact and nobody changes it later.
-        private = {key: self._json_value(value, _MAX_OPTIONS_NESTING) for key, value in options.items()}
+        json_options = {key: self._json_value(value, _MAX_OPTIONS_NESTING) for key, value in options.items()}
         try:
-            length = len(json.dumps({"config": {"fusion_options": private}}, indent=2))  # as it will lie in the file
+            length = len(json.dumps({"config": {"fusion_options": json_options}}, indent=2))  # as in the file
         except ValueError:
             raise self._error("fusion_options", "made of JSON values, and integers of at most 4300 digits") from None
         if length > _MAX_OPTIONS_LENGTH:
             raise self._error("fusion_options", f"at most {_MAX_OPTIONS_LENGTH:,} characters in the config file")
-        object.__setattr__(self, "fusion_options", private)
+        object.__setattr__(self, "fusion_options", json_options)
 
     def _json_value(self, value: Any, levels: int) -> Any:
         if levels < 0:

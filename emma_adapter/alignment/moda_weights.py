@@ -18,10 +18,10 @@ from ..files.untrusted import open_regular, parse_json
 from ..messages import listed, plain, shown
 from .config import EmmaConfig
 
-#: What the module is called in LLaVA's checkpoints, in earlier ones of these, and in Qwen3-VL's.
+#: The module by its names in LLaVA's checkpoints, in earlier ones of these, and in Qwen3-VL's.
 _MODULE = re.compile(r"(?:.*\.)?(?:moda|masking|moda_adapter)\.(?P<name>.+)")
 _LAYER = re.compile(r"(?:decoder\.)?layers\.(?P<number>\d+)\.(?P<name>.+)")
-#: Of the layer that LLaVA's decoder was copied from, which computes nothing.
+#: Prefix of the layer that LLaVA's decoder was copied from, which computes nothing.
 _TEMPLATE = "decoder_layer."
 _REMEDY = "give a folder or a file of safetensors with MoDA's module, as github.com/waybarrios/MoDA writes them"
 
@@ -48,15 +48,15 @@ _STACKED = {
 
 
 def read_moda(source: str | PathLike[str], num_heads: int | None) -> tuple[EmmaConfig, dict[str, Tensor]]:
-    """Return config and ``EmmaAlignment`` state dict, float32, of the module in a checkpoint of MoDA's.
+    """Return config and ``EmmaAlignment`` state dict, float32, of the module in a MoDA checkpoint.
 
     Args:
-        source: a folder of safetensors, of which only the module's are read, or one such file.
-        num_heads: of its attentions, which the weights don't tell. Default: what ``config.json`` of the folder says, or
-            16, as in the paper's models.
+        source: a folder of safetensors, or one such file; only the module's tensors are read.
+        num_heads: attention heads, which the weights don't tell. Default: the number in the folder's ``config.json``,
+            or 16, as in the paper's models.
 
     Raises:
-        CheckpointError: if there is no such module in it, or one that doesn't fit together.
+        CheckpointError: if there is no such module in it, or its tensors don't fit together.
     """
     source = Path(source)
     stored = _read(source)
@@ -79,7 +79,7 @@ def read_moda(source: str | PathLike[str], num_heads: int | None) -> tuple[EmmaC
 
 
 def _read(source: Path) -> dict[str, Tensor]:
-    """The module's tensors, by their names in it."""
+    """Return the module's tensors, by their names in it."""
     files = sorted(source.glob("*.safetensors")) if source.is_dir() else [source]
     if not files:
         raise CheckpointError(f"there are no safetensors in {source}; {_REMEDY}")
@@ -88,7 +88,7 @@ def _read(source: Path) -> dict[str, Tensor]:
         try:
             with open_regular(path) as file:
                 names = {
-                    name: found["name"] for name in read_header(file, path)[0] if (found := _MODULE.fullmatch(name))
+                    name: match["name"] for name in read_header(file, path)[0] if (match := _MODULE.fullmatch(name))
                 }
         except FileNotFoundError as error:
             raise CheckpointError(f"there is no file {path}; {_REMEDY}") from error
@@ -104,7 +104,7 @@ def _renamed(stored: Mapping[str, Tensor], source: Path) -> Iterator[tuple[str, 
     unknown = []
     for name, tensor in stored.items():
         if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(f"{source}: {plain(name)} holds other than finite floats; take another copy")
+            raise CheckpointError(f"{source}: {plain(name)} holds values that aren't finite floats; take another copy")
         value = tensor.float()
         layer = _LAYER.fullmatch(name)
         part, _, kind = ("", "", "") if layer is None else layer["name"].rpartition(".")
@@ -128,10 +128,10 @@ def _heads_in_config(source: Path) -> int:
         return 16
     try:
         with open_regular(path) as file:
-            described: Any = parse_json(file.read())
+            model_config: Any = parse_json(file.read())
     except ValueError as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}; take another copy") from error
-    number = described.get("moda_num_heads", 16) if isinstance(described, dict) else 16
+    number = model_config.get("moda_num_heads", 16) if isinstance(model_config, dict) else 16
     if not isinstance(number, int):
         raise CheckpointError(f"{path}: moda_num_heads should be a number and is {shown(number)}; take another copy")
     return number

@@ -19,9 +19,9 @@ from .official_weights import read_official
 class EmmaAlignment(nn.Module):
     """Mixes an instruction into visual tokens; the identity, bit for bit, until it is trained.
 
-    Weights are float32; the work is done in the dtype of the visual tokens. What is not finite in them is returned as
-    it is and left out of everything else: the whole token by ``attention`` and ``modulation``, the value alone by
-    ``linear``. NaN in a valid instruction token, and weights that float16 can't hold, make NaN of what they reach.
+    Weights are float32; the work is done in the dtype of the visual tokens. Values that are not finite are returned as
+    they are and left out of everything else: ``attention`` and ``modulation`` leave out the whole token, ``linear`` the
+    value alone. NaN in a valid instruction token, and weights that float16 can't hold, turn what they reach into NaN.
 
     Raises:
         ConfigError: if ``config`` lacks a size that the fusion needs.
@@ -53,9 +53,9 @@ class EmmaAlignment(nn.Module):
             instruction_tokens: ``[B, T, Dt]``; cast to the dtype of the visual tokens.
             instruction_mask: ``[B, T]``, true or 1 at valid tokens (a key padding mask in the sense of
                 transformers' ``attention_mask``); None if all are valid.
-            grid: ``(height, width)`` of the image in visual tokens, where it differs from the config's.
-            packing: how images of different sizes lie one after another, and which row of ``instruction_tokens``
-                each meets.
+            grid: ``(height, width)`` of the image in visual tokens, if it differs from the config's.
+            packing: how images of different sizes lie one after another, and each one's row of
+                ``instruction_tokens``.
 
         Returns:
             A tensor of the shape and dtype of ``visual_tokens``.
@@ -73,7 +73,7 @@ class EmmaAlignment(nn.Module):
             instruction_mask = instruction_mask.to(visual_tokens.device, torch.bool)
         instruction_tokens = instruction_tokens.to(visual_tokens.device, visual_tokens.dtype)
         if instruction_tokens.shape[1] == 0:
-            # No token means the same as one that is masked.
+            # An instruction without tokens means the same as a masked one.
             instruction_tokens = instruction_tokens.new_zeros(len(instruction_tokens), 1, instruction_tokens.shape[2])
             instruction_mask = instruction_tokens.new_zeros(instruction_tokens.shape[:2], dtype=torch.bool)
         if packing is not None:
@@ -83,7 +83,7 @@ class EmmaAlignment(nn.Module):
         return aligned.to(visual_tokens.dtype)
 
     def use_kernel(self, kernel: Kernel) -> None:
-        """Change ``EmmaConfig.kernel``; the report starts anew.
+        """Change ``EmmaConfig.kernel`` and start the report anew.
 
         Raises:
             ConfigError: if the fusion has no Triton kernel and ``kernel`` is ``"triton"``.
@@ -93,12 +93,12 @@ class EmmaAlignment(nn.Module):
         self.config = config
 
     def kernel_report(self) -> tuple[KernelUse, ...]:
-        """What computed the calls so far, one entry for each kind of call."""
+        """Return what computed the calls so far, one entry for each kind of call."""
         return self.fusion.dispatch.report()
 
     @classmethod
     def from_official(cls, path: str | PathLike[str]) -> EmmaAlignment:
-        """The trained alignment from the authors' ``vision_tower.bin`` (github.com/SaraGhazanfari/EMMA).
+        """Return the trained alignment from the authors' ``vision_tower.bin`` (github.com/SaraGhazanfari/EMMA).
 
         The towers in that file are ignored; it is read without running any code in it.
 
@@ -112,13 +112,13 @@ class EmmaAlignment(nn.Module):
 
     @classmethod
     def from_moda(cls, source: str | PathLike[str], *, num_heads: int | None = None) -> EmmaAlignment:
-        """Return the trained module of a checkpoint of MoDA's (arXiv 2506.01850, github.com/waybarrios/MoDA).
+        """Return the trained module of a MoDA checkpoint (arXiv 2506.01850, github.com/waybarrios/MoDA).
 
         Only the module is read; its checkpoints hold a language model that was trained with it.
 
         Args:
             source: a folder of safetensors, or one such file.
-            num_heads: heads of its attentions. Default: what ``config.json`` in the folder says, or 16.
+            num_heads: attention heads. Default: the number in the folder's ``config.json``, or 16.
 
         Raises:
             CheckpointError: if ``source`` has no such module.
@@ -139,9 +139,9 @@ class EmmaAlignment(nn.Module):
         packing: Packing | None,
     ) -> None:
         config = self.config
-        for name, given in (("visual_tokens", visual_tokens), ("instruction_tokens", instruction_tokens)):
-            if not isinstance(given, Tensor):
-                raise ShapeError(f"{name} must be a tensor; got a {type(given).__name__}")
+        for name, value in (("visual_tokens", visual_tokens), ("instruction_tokens", instruction_tokens)):
+            if not isinstance(value, Tensor):
+                raise ShapeError(f"{name} must be a tensor; got a {type(value).__name__}")
         shape = f"[B, N, {config.visual_dim}]" if packing is None else f"[M, {config.visual_dim}] with packing"
         if visual_tokens.ndim != (3 if packing is None else 2) or visual_tokens.shape[-1] != config.visual_dim:
             raise ShapeError(f"visual_tokens must be {shape}; got {list(visual_tokens.shape)}")
@@ -161,8 +161,8 @@ class EmmaAlignment(nn.Module):
         if instruction_mask is None:
             return
         if not isinstance(instruction_mask, Tensor) or instruction_mask.shape != instruction_tokens.shape[:2]:
-            found = list(instruction_mask.shape) if isinstance(instruction_mask, Tensor) else type(instruction_mask)
-            raise ShapeError(f"instruction_mask must be {list(instruction_tokens.shape[:2])}; got {found}")
+            actual = list(instruction_mask.shape) if isinstance(instruction_mask, Tensor) else type(instruction_mask)
+            raise ShapeError(f"instruction_mask must be {list(instruction_tokens.shape[:2])}; got {actual}")
 
 
 def _is_grid_of(visual_tokens: Tensor, grid: Grid) -> bool:
@@ -181,7 +181,7 @@ def _check_packing(packing: Packing, num_visual_tokens: int, num_instructions: i
         raise ShapeError(
             f"packing.rows must name the instruction of {len(packing.grids)} images; got {list(packing.rows.shape)}"
         )
-    # On a GPU a look at the rows would wait for it; there indexing complains.
+    # Looking at rows on a GPU would wait for it; there, indexing reports rows that don't exist.
     if packing.rows.device.type == "cpu" and len(packing.grids):
         first, last = packing.rows.aminmax()
         if not 0 <= int(first) <= int(last) < num_instructions:

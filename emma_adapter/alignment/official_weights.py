@@ -29,12 +29,12 @@ _PREFIX = "model.vision_tower."
 _REMEDY = "give the vision_tower.bin that the authors' training wrote"
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
-#: All that the pickle of a state dict refers to.
+#: Everything that the pickle of a state dict may refer to.
 _GLOBALS = re.compile(
     r"collections OrderedDict|torch\._utils (_rebuild_tensor_v2|_rebuild_parameter)|torch [A-Z][A-Za-z0-9]*Storage"
 )
 _TUPLES = frozenset({"TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"})
-#: In bytes: what describes the tensors of the authors' file has a hundred thousand.
+#: In bytes; the description of the tensors in the authors' file has a hundred thousand.
 _MAX_PICKLE = 2**20
 _MAX_TUPLES = 8
 #: The pickles at the beginning of a file in PyTorch's older format: two numbers, the machine, the dict and its keys.
@@ -42,7 +42,7 @@ _LEGACY_PICKLES = 5
 
 
 def read_official(path: str | PathLike[str]) -> tuple[EmmaConfig, dict[str, Tensor]]:
-    """Config and ``EmmaAlignment`` state dict, float32, of a ``vision_tower.bin``.
+    """Return config and ``EmmaAlignment`` state dict, float32, of a ``vision_tower.bin``.
 
     Both key forms are understood: bare, and prefixed with ``model.vision_tower.``.
 
@@ -51,13 +51,13 @@ def read_official(path: str | PathLike[str]) -> tuple[EmmaConfig, dict[str, Tens
             aren't finite.
     """
     stored, size = _load(Path(path))
-    found = {name: _one_of(stored, name, path, size) for name in _TENSORS}
+    tensors = {name: _one_of(stored, name, path, size) for name in _TENSORS}
     if any(key.removeprefix(_PREFIX) == "learnable_tokens" for key in stored):
         raise CheckpointError(
             f"{path} holds learnable tokens: it is the authors' variant v2 or v3; only the published EMMA, v1, is "
             f"read; {_REMEDY}"
         )
-    projection, infusion = found["text_projection.weight"], found["image_text_infusion.weight"]
+    projection, infusion = tensors["text_projection.weight"], tensors["image_text_infusion.weight"]
     matrices = projection.ndim == infusion.ndim == 2 and projection.numel() > 0 and infusion.numel() > 0
     if not matrices or infusion.shape[1] <= infusion.shape[0]:
         raise CheckpointError(
@@ -67,9 +67,9 @@ def read_official(path: str | PathLike[str]) -> tuple[EmmaConfig, dict[str, Tens
     visual_dim, instruction_dim = projection.shape
     num_visual = infusion.shape[0]
     for name, size in (("text_projection.bias", visual_dim), ("image_text_infusion.bias", num_visual)):
-        if found[name].shape != (size,):
+        if tensors[name].shape != (size,):
             raise CheckpointError(
-                f"{path}: {name} should be [{size}] and is {shown(list(found[name].shape))}; {_REMEDY}"
+                f"{path}: {name} should be [{size}] and is {shown(list(tensors[name].shape))}; {_REMEDY}"
             )
     side = math.isqrt(num_visual)
     config = EmmaConfig.paper(
@@ -81,20 +81,20 @@ def read_official(path: str | PathLike[str]) -> tuple[EmmaConfig, dict[str, Tens
     )
     image_weight = infusion[:, :num_visual].to(torch.float64, copy=True)
     image_weight.diagonal().sub_(1)
-    read = {
+    state_dict = {
         "fusion.instruction_projection.weight": projection.float(),
-        "fusion.instruction_projection.bias": found["text_projection.bias"].float(),
+        "fusion.instruction_projection.bias": tensors["text_projection.bias"].float(),
         "fusion.image_weight": image_weight.float(),
         "fusion.text_weight": infusion[:, num_visual:].float().contiguous(),
-        "fusion.bias": found["image_text_infusion.bias"].float(),
+        "fusion.bias": tensors["image_text_infusion.bias"].float(),
     }
-    if not all(bool(torch.isfinite(value).all()) for value in read.values()):
+    if not all(bool(torch.isfinite(value).all()) for value in state_dict.values()):
         raise CheckpointError(f"{path} holds values that are NaN, infinite or too large for float32; take another copy")
-    return config, read
+    return config, state_dict
 
 
 def _load(path: Path) -> tuple[dict[str, object], int]:
-    """The state dict, and the size of the file in bytes."""
+    """Return the state dict, and the size of the file in bytes."""
     try:
         with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
@@ -105,7 +105,7 @@ def _load(path: Path) -> tuple[dict[str, object], int]:
             else:
                 for _ in range(_LEGACY_PICKLES):
                     _check_pickle(file)
-        # mmap leaves the towers, which are hundreds of times larger than what is wanted, on disk.
+        # mmap leaves the towers on disk, which are hundreds of times larger than the rest.
         stored = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except FileNotFoundError as error:
         raise CheckpointError(f"there is no file {path}; give the path of the authors' vision_tower.bin") from error
@@ -130,11 +130,11 @@ class _ForeignPickleError(Exception):
 
 
 def _check_zip(file: BinaryIO) -> None:
-    """That an archive is one as ``torch.save`` makes them: uncompressed, with one pickle, of a state dict."""
+    """Check that an archive is as ``torch.save`` makes them: uncompressed, with one pickle, of a state dict."""
     with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-            raise _ForeignPickleError("its parts are compressed, as PyTorch leaves none")
+            raise _ForeignPickleError("its parts are compressed, which PyTorch's never are")
         pickles = [entry for entry in entries if entry.filename.lower().endswith(".pkl")]
         if len(pickles) != 1:
             raise _ForeignPickleError(f"it has {len(pickles)} pickles instead of one")
@@ -143,18 +143,17 @@ def _check_zip(file: BinaryIO) -> None:
 
 
 def _check_pickle(file: IO[bytes]) -> None:
-    """That the pickle which begins here refers to nothing but tensors, and can be unpickled in a time and memory that
-    its length bounds.
+    """Check that the pickle which begins here refers only to tensors, and that its length bounds the cost to load it.
 
-    PyTorch's own check, ``weights_only``, lets calls pass that allocate any amount; and to put a tuple of tuples into
-    a dict, each of them the same one twice, Python hashes the innermost 2^depth times.
+    PyTorch's own check, ``weights_only``, lets calls pass that allocate any amount of memory; and to put nested tuples
+    into a dict, each of which holds the next one twice, Python hashes the innermost 2^depth times.
 
     Raises:
-        _ForeignPickleError: if it does else.
+        _ForeignPickleError: if it isn't.
         ValueError: if it is no pickle.
     """
     begin = file.tell()
-    depths: list[int | None] = []  # tuples within each other, for each value on the stack; None is a mark
+    depths: list[int | None] = []  # of nested tuples, for each value on the stack; None is a mark
     memo: dict[object, int] = {}
     for opcode, argument, position in pickletools.genops(file):
         if position is not None and position - begin > _MAX_PICKLE:
@@ -164,8 +163,8 @@ def _check_pickle(file: IO[bytes]) -> None:
         if opcode.name in ("BINPUT", "LONG_BINPUT"):
             memo[argument] = depths[-1] or 0
             continue
-        taken = _take(depths, opcode)
-        depth = max(taken, default=0) + 1 if opcode.name in _TUPLES else 0
+        operand_depths = _pop_operands(depths, opcode)
+        depth = max(operand_depths, default=0) + 1 if opcode.name in _TUPLES else 0
         if opcode.name in ("BINGET", "LONG_BINGET") and memo.get(argument):
             raise _ForeignPickleError("it uses a tuple twice")
         if depth > _MAX_TUPLES:
@@ -173,15 +172,15 @@ def _check_pickle(file: IO[bytes]) -> None:
         depths += [None if kind is pickletools.markobject else depth for kind in opcode.stack_after]
 
 
-def _take(depths: list[int | None], opcode: pickletools.OpcodeInfo) -> list[int]:
-    """Take from the stack what an opcode takes from it."""
-    wanted = opcode.stack_before
-    taken: list[int] = []
-    if pickletools.markobject in wanted:
+def _pop_operands(depths: list[int | None], opcode: pickletools.OpcodeInfo) -> list[int]:
+    """Pop what an opcode takes from the stack, and return the depths."""
+    operands = opcode.stack_before
+    popped: list[int] = []
+    if pickletools.markobject in operands:
         while (depth := depths.pop()) is not None:
-            taken.append(depth)
-        wanted = wanted[: wanted.index(pickletools.markobject)]
-    return taken + [depths.pop() or 0 for _ in wanted]
+            popped.append(depth)
+        operands = operands[: operands.index(pickletools.markobject)]
+    return popped + [depths.pop() or 0 for _ in operands]
 
 
 def _one_of(stored: dict[str, object], name: str, path: str | PathLike[str], size: int) -> Tensor:
@@ -194,7 +193,7 @@ def _one_of(stored: dict[str, object], name: str, path: str | PathLike[str], siz
                     f"{path}: {key} should be a plain tensor of floating-point weights and is a {type(value).__name__} "
                     f"of {value.dtype}; {_REMEDY}"
                 )
-            # Strides of zero make much of little.
+            # With strides of zero, a small file can hold a tensor of any size.
             if value.numel() * value.itemsize > min(value.untyped_storage().nbytes(), size):
                 raise CheckpointError(
                     f"{path}: {key} would be {shown(list(value.shape))}, more than is in the file; {_REMEDY}"

@@ -1,4 +1,4 @@
-"""What a fusion is, and how one gets a name."""
+"""Fusion, the base class of all fusions, and their registration by name."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Fusion(nn.Module, ABC):
-    """How an instruction enters visual tokens.
+    """Base class of fusions: how an instruction enters visual tokens.
 
     A subclass takes the config as its only constructor argument, and must return ``visual_tokens`` bit for bit
     at initialisation. Register it with :func:`register_fusion`.
@@ -30,7 +30,7 @@ class Fusion(nn.Module, ABC):
     reads_padding: ClassVar[bool] = False
     #: True if the number of visual tokens is fixed by the weights.
     fixed_num_visual_tokens: ClassVar[bool] = False
-    #: True if ``self.dispatch`` is asked which implementation runs, and ``kernel="triton"`` can be.
+    #: True if there is a Triton kernel, and ``self.dispatch`` is asked which implementation runs.
     has_kernel: ClassVar[bool] = False
 
     def __init__(self, config: EmmaConfig) -> None:
@@ -38,10 +38,10 @@ class Fusion(nn.Module, ABC):
         self.use_kernel(config)
 
     def use_kernel(self, config: EmmaConfig) -> None:
-        """Choose the implementation as ``config.kernel`` says; the report starts anew.
+        """Choose the implementation as ``config.kernel`` says, and start the report anew.
 
         Raises:
-            ConfigError: if that is ``"triton"``, and the fusion has no kernel.
+            ConfigError: if that is ``"triton"`` and the fusion has no kernel.
         """
         if config.kernel == "triton" and not self.has_kernel:
             raise ConfigError(
@@ -51,8 +51,11 @@ class Fusion(nn.Module, ABC):
 
     @property
     def trains(self) -> bool:
-        """Whether a backward may follow. Not only where gradients are recorded: reentrant checkpointing computes a call
-        without, and later again with them."""
+        """True if a backward may follow.
+
+        Not only where gradients are recorded: reentrant checkpointing computes a call without them, and later again
+        with them.
+        """
         return self.training or torch.is_grad_enabled()
 
     @abstractmethod
@@ -63,12 +66,12 @@ class Fusion(nn.Module, ABC):
         instruction_mask: Tensor | None,
         grid: tuple[int, int] | None = None,
     ) -> Tensor:
-        """``[B, N, D], [B, T, Dt], bool [B, T] or None (all valid), (height, width) -> [B, N, D]``."""
+        """Align tokens: ``[B, N, D], [B, T, Dt], bool [B, T] or None (all valid), (height, width) -> [B, N, D]``."""
 
     def forward_packed(
         self, visual_tokens: Tensor, instruction_tokens: Tensor, instruction_mask: Tensor | None, packing: Packing
     ) -> Tensor:
-        """``[M, D], [R, T, Dt], bool [R, T] or None (all valid) -> [M, D]``: images of any size in one tensor."""
+        """Align images of any size in one tensor: ``[M, D], [R, T, Dt], bool [R, T] or None (all valid) -> [M, D]``."""
         return by_grid(self, visual_tokens, instruction_tokens, instruction_mask, packing)
 
 
@@ -76,10 +79,10 @@ FusionClass = TypeVar("FusionClass", bound=type[Fusion])
 
 
 def register_fusion(name: str) -> Callable[[FusionClass], FusionClass]:
-    """Class decorator: make a :class:`Fusion` known as ``EmmaConfig(fusion=name)``.
+    """Register the decorated :class:`Fusion` for ``EmmaConfig(fusion=name)``.
 
     Raises:
-        ConfigError: if the name is none, or another class has it already.
+        ConfigError: if the name is not a text or taken by another class, or the class is no :class:`Fusion`.
     """
     if not isinstance(name, str) or not name:
         raise ConfigError(f'the name of a fusion must be a non-empty text, as @register_fusion("mine"); got {name!r}')

@@ -66,8 +66,10 @@ class CrossAttention(nn.Module):
         instruction_mask: Tensor | None,
         grid: Grid | None,
     ) -> Tensor:
-        """``[B, N, D], [B, T, Dt], bool [B, T] or None -> [B, N, D]``. Rows without a valid instruction token
-        hold arbitrary finite values."""
+        """Attend to the instruction: ``[B, N, D], [B, T, Dt], bool [B, T] or None -> [B, N, D]``.
+
+        Rows without a valid instruction token hold arbitrary finite values.
+        """
         keys, values = self._keys_and_values(instruction_tokens, instruction_mask)
         mask = None
         if instruction_mask is not None:
@@ -91,8 +93,10 @@ class CrossAttention(nn.Module):
         epilogue: Literal["add", "modulate"],
         **layout: Tensor | None,
     ) -> Tensor:
-        """Update and residual together, by the Triton kernels; ``layout`` as
-        :func:`~emma_adapter.kernels.cross_attention.cross_attention` takes it."""
+        """Compute update and residual together, by the Triton kernels.
+
+        ``layout`` holds further arguments of :func:`~emma_adapter.kernels.cross_attention.cross_attention`.
+        """
         from ...kernels.cross_attention import cross_attention, keys_and_values
 
         assert self.query.bias is not None and self.output.bias is not None and self.value.bias is not None
@@ -127,7 +131,7 @@ class CrossAttention(nn.Module):
         )
 
     def kernel_problem(self, visual_tokens: Tensor) -> str | None:
-        """Why the Triton kernels can't compute :meth:`fused`, or None."""
+        """Return why the Triton kernels can't compute :meth:`fused`, or None."""
         from ...kernels.cross_attention import unsupported_reason
 
         weight = self.query.weight
@@ -136,8 +140,10 @@ class CrossAttention(nn.Module):
         )
 
     def positions(self, num_visual_tokens: int, grid: Grid | None) -> Tensor | None:
-        """The query term of each visual token ``[N, inner_dim]``, resampled if the image has another grid; None if the
-        adapter has learned none."""
+        """Return the query term of each visual token ``[N, inner_dim]``, or None if the adapter has learned none.
+
+        The terms are resampled if the image has another grid.
+        """
         if self.position is None:
             return None
         native = self.position.shape[0]
@@ -145,7 +151,7 @@ class CrossAttention(nn.Module):
             if num_visual_tokens != native:
                 raise ShapeError(
                     f"the adapter has learned positions for {native} visual tokens an image and got "
-                    f"{num_visual_tokens}. The image or the features selected from the vision tower are other than "
+                    f"{num_visual_tokens}. The image or the features selected from the vision tower are not those "
                     "the adapter was made for; with EmmaConfig.visual_grid, grid=(height, width) resamples positions"
                 )
             return self.position
@@ -154,7 +160,7 @@ class CrossAttention(nn.Module):
         return resample(self.position, self.native_grid, grid)
 
     def _keys_and_values(self, instruction_tokens: Tensor, instruction_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """``[B, T, inner_dim]`` each."""
+        """Return keys and values, ``[B, T, inner_dim]`` each."""
         if instruction_mask is not None:
             instruction_tokens = instruction_tokens.masked_fill(~instruction_mask[..., None], 0)
         instruction = self.instruction_norm(instruction_tokens)
@@ -168,7 +174,7 @@ class CrossAttentionFusion(Fusion):
     """A fusion that applies the result of :class:`CrossAttention` to the visual tokens one by one."""
 
     has_kernel = True
-    #: What :meth:`apply_update` is for the kernels.
+    #: The kernels' name for what :meth:`apply_update` does.
     epilogue: ClassVar[Literal["add", "modulate"]]
 
     def __init__(self, config: EmmaConfig) -> None:
@@ -177,7 +183,7 @@ class CrossAttentionFusion(Fusion):
 
     @abstractmethod
     def apply_update(self, visual_tokens: Tensor, update: Tensor) -> Tensor:
-        """``[B, N, D], [B, N, D] -> [B, N, D]``; the visual tokens bit for bit where the update is zero."""
+        """Update ``[B, N, D], [B, N, D] -> [B, N, D]``; where the update is zero, keep the tokens bit for bit."""
 
     def forward(
         self,
@@ -217,7 +223,7 @@ class CrossAttentionFusion(Fusion):
         )
 
     def _kernel_layout(self, packing: Packing) -> dict[str, Tensor | None]:
-        """Where each entry begins, and one table of the query terms of every grid with where each entry's begin."""
+        """Return where each entry begins, a table of all grids' query terms, and where each entry's begin in it."""
         device = self.cross_attention.query.weight.device
         layout: dict[str, Tensor | None] = {
             "cu_seqlens": packing.starts(device),

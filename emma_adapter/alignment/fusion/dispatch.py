@@ -1,4 +1,4 @@
-"""Which implementation runs: PyTorch's own operations ("eager") or the Triton kernels; and a record of what ran."""
+"""The choice between PyTorch's own operations ("eager") and the Triton kernels, and a record of what ran."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import Tensor
 from ...errors import KernelError
 
 Implementation = Literal["eager", "triton"]
-#: What ``EmmaConfig.kernel`` may be.
+#: The values of ``EmmaConfig.kernel``.
 Kernel = Literal["auto", "eager", "triton"]
 
 # Triton's interpreter runs kernels on the CPU, for tests.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# As many kinds of call as are remembered: a reason may name sizes, of which there is no end.
+# Kinds of call that are remembered; without a limit there would be ever more, since a reason may name sizes.
 _MAX_REMEMBERED = 64
 
 
@@ -56,19 +56,19 @@ class Dispatch:
         self.fusion = fusion
         self.kernel = kernel
         self._uses: dict[tuple[object, ...], KernelUse] = {}
-        # Apart from the others: a compiler that saw them grow would compile again whenever they do.
+        # Apart from the others: a compiler that read those would compile again whenever they grow.
         self._traced: tuple[Implementation, str, torch.device, torch.dtype] | None = None
 
     def takes_triton(self, visual_tokens: Tensor, problem: Callable[[], str | None], *, trains: bool) -> bool:
-        """Whether the Triton kernels compute this call.
+        """Decide whether the Triton kernels compute this call, and note what does.
 
         Args:
             visual_tokens: ``[B, N, D]``, or ``[M, D]`` if packed.
-            problem: says why the kernels can't compute it, or None; asked only where Triton can be imported.
+            problem: returns why the kernels can't compute it, or None; called only where Triton can be imported.
             trains: whether a backward may follow, also one that computes this call again.
 
         Raises:
-            KernelError: if they should and can't.
+            KernelError: if they can't, and ``kernel="triton"`` says that they must.
         """
         if self.kernel == "eager":
             return self._note("eager", 'kernel="eager"', visual_tokens)
@@ -89,12 +89,12 @@ class Dispatch:
         return self._note("eager", reason, visual_tokens)
 
     def report(self) -> tuple[KernelUse, ...]:
-        """What ran, the kind of call that was seen first first."""
+        """Return what ran, each kind of call in the order of its first call."""
         traced = () if self._traced is None else (KernelUse(self.fusion, *self._traced, None),)
         return (*self._uses.values(), *traced)
 
     def _not_measured(self, visual_tokens: Tensor, trains: bool) -> str | None:
-        """Why the kernels aren't known to be as fast for this call, or None."""
+        """Return why the kernels aren't known to be as fast for this call, or None if they are."""
         device, dtype = visual_tokens.device, visual_tokens.dtype
         if dtype == torch.float32 and (torch.is_autocast_enabled(device.type) or torch.backends.cuda.matmul.allow_tf32):
             return "float32 products may be rounded here, by autocast or tf32, and the kernels' are not"
@@ -125,14 +125,14 @@ class Dispatch:
 
 
 def weights_elsewhere(visual_tokens: Tensor, weight: Tensor) -> str | None:
-    """Why the kernels can't read a weight that another tool moves when its module is called, or None."""
+    """Return why the kernels can't read a weight that another tool moves when its module is called, or None."""
     if weight.device == visual_tokens.device:
         return None
     return f"the visual tokens are on {visual_tokens.device} and the adapter's weights on {weight.device}"
 
 
 def _no_triton(device: torch.device) -> str | None:
-    """Why there is no Triton for a device, or None. It is imported only where it may run."""
+    """Return why there is no Triton for a device, or None; Triton is imported only here, where it may run."""
     try:
         from ...kernels.launch import device_problem
     except ImportError as error:

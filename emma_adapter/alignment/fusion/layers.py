@@ -1,8 +1,8 @@
 """Linear and LayerNorm that compute in the dtype of their input.
 
 The adapter keeps float32 weights beside a half-precision model, because steps of 1e-3 vanish in bfloat16
-weights; the product itself is computed in the dtype of the visual tokens. They are no subclasses of
-``nn.Linear``: tools that rewrite every ``nn.Linear`` of a model (LoRA on "all-linear", quantisation)
+weights; the product itself is computed in the dtype of the visual tokens. They don't subclass
+``nn.Linear``, so that tools that rewrite every ``nn.Linear`` of a model (LoRA on "all-linear", quantisation)
 leave the adapter alone.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 
 def add_update(visual_tokens: Tensor, update: Tensor) -> Tensor:
-    """``visual_tokens + update``, bit for bit ``visual_tokens`` where the update is zero.
+    """Return ``visual_tokens + update``, bit for bit ``visual_tokens`` where the update is zero.
 
     ``-0.0 + 0.0`` is ``+0.0``, but ``x - 0.0`` is ``x`` for every x; the negation is exact.
     """

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
 @register_fusion("linear")
 class LinearFusion(Fusion):
-    """``V + (dW_img V + W_txt T' + b)`` with ``T' = GELU(T P^T + p)``: EMMA's visual alignment, arXiv 2410.02080,
-    section 3.
+    """EMMA's visual alignment: ``V + (dW_img V + W_txt T' + b)`` with ``T' = GELU(T P^T + p)``.
+
+    See arXiv 2410.02080, section 3.
 
     The paper's image weight is ``W_img = I + dW_img``; storing the update keeps an untrained adapter exact in
     every dtype, where a product with an identity matrix would round. ``dW_img [N, N]`` (or ``A B`` of rank
@@ -34,8 +35,8 @@ class LinearFusion(Fusion):
     as in the paper.
 
     The weights live on the native grid, ``config.visual_grid``. For an image on another grid its visual tokens are
-    resampled to the native one, and the update, ``dW_img V + W_txt T' + b``, back to the image's own; which is the
-    same as resampling the rows of ``W_txt`` and ``b``. V itself is never resampled.
+    resampled to the native one, and the update, ``dW_img V + W_txt T' + b``, back to the image's own grid, which is
+    the same as resampling the rows of ``W_txt`` and ``b``. V itself is never resampled.
     """
 
     reads_padding = True
@@ -98,7 +99,7 @@ class LinearFusion(Fusion):
         return add_update(visual_tokens, update)
 
     def _kernel_problem(self, visual_tokens: Tensor, num_instruction: int, own_grid: Grid | None) -> str | None:
-        """Why the Triton kernels can't compute a call, or None."""
+        """Return why the Triton kernels can't compute a call, or None."""
         from ...kernels.token_mixing import unsupported_reason
 
         if not hasattr(self, "image_weight"):
@@ -108,7 +109,7 @@ class LinearFusion(Fusion):
         return weights_elsewhere(visual_tokens, self.bias) or unsupported_reason(visual_tokens, num_instruction)
 
     def _own_grid(self, num_visual_tokens: int, grid: Grid | None) -> Grid | None:
-        """The grid of these visual tokens, or None if it is the native one."""
+        """Return the grid of these visual tokens, or None if it is the native one."""
         if grid is not None and grid != self.native_grid:
             if self.native_grid is None:
                 raise ShapeError(f"weights can't be resampled to grid={grid} without EmmaConfig.visual_grid")

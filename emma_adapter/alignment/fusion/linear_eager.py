@@ -16,9 +16,11 @@ from .nonfinite import finite_values, may_look
 
 
 def mix_tokens(x: Tensor, projected: Tensor, image_weight: Tensor, text_weight: Tensor, bias: Tensor) -> Tensor:
-    """``[B, N, D], [B, T, D], [N, N], [N, T], [N] -> [B, N, D]``; bit for bit x while the weights are zero. Values of
-    x that aren't finite stay where they are, and count as zero for the others."""
-    # A compiler finds its own way, and autocast mixes dtypes.
+    """Align ``[B, N, D], [B, T, D], [N, N], [N, T], [N] -> [B, N, D]``; bit for bit x while the weights are zero.
+
+    Values of x that aren't finite stay where they are, and count as zero for the others.
+    """
+    # A compiler optimises the plain form itself, and autocast mixes dtypes.
     if (
         type(x) is Tensor
         and x.device.type in ("cpu", "cuda")
@@ -31,7 +33,7 @@ def mix_tokens(x: Tensor, projected: Tensor, image_weight: Tensor, text_weight: 
         if torch.is_grad_enabled() or _is_transformed(*tensors):
             y: Tensor = MixTokens.apply(*tensors)
             return y
-        # What apply prepares for derivatives takes as long as all operations of a small call.
+        # In a small call, preparing for derivatives, as apply does, takes as long as all operations.
         return MixTokens.forward(*tensors)
     return _plain(x, projected, image_weight, text_weight, bias)
 
@@ -57,7 +59,7 @@ class MixTokens(torch.autograd.Function):
             negated = MixTokens._negated_update(finite, projected, image_weight, text_weight, bias)
             return torch.sub(x, negated, out=negated)
         negated = MixTokens._negated_update(x, projected, image_weight, text_weight, bias)
-        # Every token's update is a sum over all tokens of its image, so that one that isn't finite shows in the first.
+        # Every update is a sum over all tokens of the image, so that a token that isn't finite shows in the first one.
         if not _all_finite(negated[:, 0]):
             finite = x.nan_to_num(0.0, 0.0, 0.0)
             negated = MixTokens._negated_update(finite, projected, image_weight, text_weight, bias)
@@ -67,8 +69,10 @@ class MixTokens(torch.autograd.Function):
     def _negated_update(
         x: Tensor, projected: Tensor, image_weight: Tensor, text_weight: Tensor, bias: Tensor
     ) -> Tensor:
-        """It starts at 0 - bias, which is never -0.0, and so it isn't -0.0 where all weights are zero: subtracted, it
-        then leaves every x, -0.0 too, bit for bit."""
+        """Return the update's negative, which is 0.0 and not -0.0 where all weights are zero.
+
+        It starts at 0 - bias, which is never -0.0. Subtracting 0.0 leaves every x as it is bit for bit, -0.0 too.
+        """
         negated = torch.baddbmm((0 - bias)[None, :, None], _repeated(text_weight, x), projected, alpha=-1)
         return negated.baddbmm_(_repeated(image_weight, x), x, alpha=-1)
 
@@ -91,7 +95,7 @@ class MixTokens(torch.autograd.Function):
         if need_image_weight:
             dimage_weight = _image_weight_gradient(dy, x).to(image_weight.dtype)
         if need_text_weight:
-            # Short times long is faster than long times short.
+            # A short matrix times a long one is faster than long times short.
             dtext_weight = _sum_of_products(projected, dy).mT.to(text_weight.dtype)
         if need_bias:
             dbias = dy.sum((0, 2)).to(ctx.bias_dtype)
@@ -117,27 +121,30 @@ class MixTokens(torch.autograd.Function):
         return torch.vmap(_plain, in_dims)(*tensors), 0
 
 
-# Every apply asks for it, and finds out anew what isn't kept here.
+# Every apply asks for the signature, and would inspect the function anew if it weren't kept here.
 MixTokens.forward.__signature__ = inspect.signature(MixTokens.forward)  # type: ignore[attr-defined]
 
 
 def _is_transformed(*tensors: Tensor) -> bool:
-    """Whether derivatives or batches are formed even where no gradients are: by torch.func, or in forward mode."""
+    """Return whether torch.func or forward mode runs, which needs ``apply`` even if no gradients are recorded."""
     return is_transformed() or any(unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
 def _all_finite(tensor: Tensor) -> bool:
-    """False also where only the sum of all values isn't finite: what follows then is slower, and gives the same."""
+    """Return whether all values, and their sum, are finite.
+
+    If only the sum isn't, what follows is slower, but gives the same.
+    """
     return math.isfinite(tensor.sum().item())
 
 
 def _repeated(weight: Tensor, batch: Tensor) -> Tensor:
-    """One view of the matrix an image."""
+    """Return the matrix once for each image of a batch, without a copy."""
     return weight.expand(len(batch), -1, -1)
 
 
 def _image_weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
-    """``sum_b dy[b] x[b]^T`` over the values of x that are finite."""
+    """Return ``sum_b dy[b] x[b]^T`` over the values of x that are finite."""
     if may_look(x):
         gradient = _sum_of_products(dy, x)
         # As in forward: what isn't finite shows in the first row.
@@ -147,10 +154,10 @@ def _image_weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
 
 
 def _sum_of_products(left: Tensor, right: Tensor) -> Tensor:
-    """``sum_b left[b] right[b]^T``, added up in float32 at least."""
+    """Return ``sum_b left[b] right[b]^T``, added up in float32 at least."""
     if len(left) == 1:
         return left[0] @ right[0].mT
-    # On a GPU addbmm is one product after another.
+    # On a GPU, addbmm computes one product after another.
     if left.device.type == "cpu" and left.dtype in (torch.float32, torch.float64):
         unread = left.new_empty(left.shape[1], right.shape[1])
         return torch.addbmm(unread, left, right.mT, beta=0)

@@ -20,12 +20,12 @@ from .nonfinite import untouched_tokens
 if TYPE_CHECKING:
     from ..config import EmmaConfig
 
-#: What an adapter is made with, unless ``EmmaConfig.fusion_options`` says otherwise.
+#: The options of a new adapter, unless ``EmmaConfig.fusion_options`` says otherwise.
 DEFAULTS: Mapping[str, float] = {"num_layers": 2, "dropout": 0.1, "mask_scale": 2.0}
 
 
 class Attention(nn.Module):
-    """Multi-head attention, all of ``dim`` channels; each projection has a bias."""
+    """Multi-head attention over ``dim`` channels; each projection has a bias."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Attention(nn.Module):
         self.output = CastingLinear(dim, dim)
 
     def forward(self, queries: Tensor, memory: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-        """``[B, N, D], [B, T, D], bool [B, T] or None -> [B, N, D]``."""
+        """Attend from queries to memory: ``[B, N, D], [B, T, D], bool [B, T] or None -> [B, N, D]``."""
         query, key, value = (
             rearrange(projected, "b n (h d) -> b h n d", h=self.num_heads)
             for projected in (self.query(queries), self.key(memory), self.value(memory))
@@ -47,8 +47,11 @@ class Attention(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """A layer of the Transformer's decoder with norms behind its parts (``torch.nn.TransformerDecoderLayer``, GELU):
-    attention between the visual tokens of an image, then to the instruction, then a feed-forward network."""
+    """A layer of the Transformer's decoder with norms behind its parts: ``torch.nn.TransformerDecoderLayer``, GELU.
+
+    Its parts are attention between the visual tokens of an image, attention to the instruction, and a feed-forward
+    network.
+    """
 
     def __init__(self, dim: int, inner_dim: int, num_heads: int, dropout: float) -> None:
         super().__init__()
@@ -60,7 +63,7 @@ class DecoderLayer(nn.Module):
         self.norms = nn.ModuleList(CastingLayerNorm(dim) for _ in range(3))
 
     def forward(self, x: Tensor, instruction: Tensor, visual_mask: Tensor | None, mask: Tensor | None) -> Tensor:
-        """``[B, N, D], [B, T, D], bool [B, N] or None, bool [B, T] or None -> [B, N, D]``."""
+        """Apply all parts: ``[B, N, D], [B, T, D], bool [B, N] or None, bool [B, T] or None -> [B, N, D]``."""
         dropout = self.dropout if self.training else 0.0
         x = self.norms[0](x + self._dropped(self.self_attention(x, x, visual_mask, dropout)))
         x = self.norms[1](x + self._dropped(self.cross_attention(x, instruction, mask, dropout)))
@@ -110,37 +113,39 @@ class ModaFusion(Fusion):
             return visual_tokens * self._mask(visual_tokens, instruction_tokens, instruction_mask, None)
         # Blanked before anything is computed from them: a NaN there would reach all gradients through `where`.
         blanked = visual_tokens.masked_fill(untouched, 0)
-        visible = _some(~untouched.squeeze(-1).expand(visual_tokens.shape[:2]))
+        visible = _never_empty(~untouched.squeeze(-1).expand(visual_tokens.shape[:2]))
         aligned = blanked * self._mask(blanked, instruction_tokens, instruction_mask, visible)
         return torch.where(untouched, visual_tokens, aligned)
 
     def _mask(
         self, visual: Tensor, instruction: Tensor, instruction_mask: Tensor | None, visible: Tensor | None
     ) -> Tensor:
-        # No norm comes before the first projections, whose values float16 may not hold.
+        # No norm comes before the first projections, so that float16 may not hold their values.
         wide = torch.float32 if visual.dtype == torch.float16 else visual.dtype
         x, instruction = visual.to(wide), instruction.to(wide)
         if instruction_mask is not None:
             instruction = instruction.masked_fill(~instruction_mask[..., None], 0)
-            instruction_mask = _some(instruction_mask)
+            instruction_mask = _never_empty(instruction_mask)
         for layer in self.layers:
             x = layer(x, instruction, visible, instruction_mask)
         return (self.mask_scale * torch.sigmoid(self.mask(x))).to(visual.dtype)
 
 
-def _some(mask: Tensor) -> Tensor:
-    """A softmax over no key is NaN: where nothing is valid, attend to what was blanked."""
+def _never_empty(mask: Tensor) -> Tensor:
+    """Return the mask, all true in rows where nothing is valid: a softmax over no key is NaN."""
     return mask | ~mask.any(dim=1, keepdim=True)
 
 
 def _options(config: EmmaConfig) -> dict[str, float]:
-    """Raises:
-    ConfigError: if an option isn't one of ``moda``'s, or not a number that it can be.
+    """Return ``EmmaConfig.fusion_options``, completed by the defaults.
+
+    Raises:
+        ConfigError: if an option is not one of ``moda``'s, or its value is not allowed.
     """
-    given: Mapping[str, Any] = config.fusion_options
-    if unknown := sorted(set(given) - set(DEFAULTS)):
+    fusion_options: Mapping[str, Any] = config.fusion_options
+    if unknown := sorted(set(fusion_options) - set(DEFAULTS)):
         raise ConfigError(f"fusion='moda' has no option(s) {listed(unknown)}; there are {sorted(DEFAULTS)}")
-    options = {**DEFAULTS, **given}
+    options = {**DEFAULTS, **fusion_options}
     for name, low, high in (("num_layers", 1, 64), ("dropout", 0, 0.99), ("mask_scale", 1e-3, 1e3)):
         value = options[name]
         kinds = int if name == "num_layers" else (int, float)

@@ -1,7 +1,7 @@
 """Visual tokens that hold NaN or Inf. They are returned as they are, and nothing is computed from them.
 
-What a vision tower gives that isn't finite says nothing. Without this, an untrained adapter would not be the identity
-(``0 * Inf`` is NaN), and a trained one would spread a NaN over its image.
+What isn't finite carries no information. Without this, an untrained adapter would not be the identity (``0 * Inf`` is
+NaN), and a trained one would spread a NaN over its image.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ from ...modules.private import is_transformed
 
 
 def broken_tokens(visual_tokens: Tensor) -> Tensor | None:
-    """True for tokens with a value that isn't finite, ``[..., D] -> [..., 1]``; None if it is known that there are
-    none. float32 tokens whose sum overflows count as well: LayerNorm has no mean of them."""
+    """Return which tokens have a value that isn't finite, ``[..., D] -> [..., 1]``; None if it is known that none has.
+
+    float32 tokens whose sum overflows count as well: LayerNorm has no mean of them.
+    """
     tokens = visual_tokens.detach()
-    # This sum may overflow in float16, where the one below decides; it is faster.
+    # Faster than the sum below, but it may overflow in float16; then the one below decides.
     if may_look(tokens) and bool(tokens.sum(-1).isfinite().all()):
         return None
     wide = torch.promote_types(tokens.dtype, torch.float32)
@@ -24,20 +26,22 @@ def broken_tokens(visual_tokens: Tensor) -> Tensor | None:
 
 
 def untouched_tokens(visual_tokens: Tensor, instruction_mask: Tensor | None) -> Tensor | None:
-    """Visual tokens that are returned as they are, true in ``[B, N, 1]`` or ``[B, 1, 1]``: those of rows whose
-    instruction has no valid token, and those that aren't finite; None if it is known that there are none."""
+    """Return which visual tokens stay as they are, ``[B, N, 1]`` or ``[B, 1, 1]``; None if it is known that none does.
+
+    They are those of rows whose instruction has no valid token, and those that aren't finite.
+    """
     untouched = broken_tokens(visual_tokens)
     if instruction_mask is None:
         return untouched
     uninstructed = ~instruction_mask.any(dim=1)[:, None, None]
     if untouched is not None:
         return untouched | uninstructed
-    # None of them broken: somebody has looked, and may look again.
+    # Only a look at the values could tell that none is broken, so that another look is allowed.
     return uninstructed if bool(uninstructed.any()) else None
 
 
 def finite_values(visual_tokens: Tensor) -> Tensor:
-    """``visual_tokens`` with zeros for values that aren't finite; itself if it is known that there are none."""
+    """Return ``visual_tokens`` with zeros for values that aren't finite; itself if it is known that all are."""
     tokens = visual_tokens.detach()
     if may_look(tokens) and bool(tokens.sum(-1).isfinite().all()):
         return visual_tokens
@@ -45,7 +49,7 @@ def finite_values(visual_tokens: Tensor) -> Tensor:
 
 
 def may_look(tensor: Tensor) -> bool:
-    """Whether code may depend on values: a GPU would have to be waited for, and a tracer or ``vmap`` has none."""
+    """Return whether code may depend on values: a GPU would make it wait, and a tracer or ``vmap`` has none."""
     return (
         tensor.device.type == "cpu"
         and type(tensor) is Tensor

@@ -15,11 +15,11 @@ Grid = tuple[int, int]
 
 @dataclass(frozen=True)
 class Packing:
-    """How S entries (images, frames or tiles) lie in packed visual tokens ``[M, D]``.
+    """The order of S entries (images, frames or tiles) in packed visual tokens ``[M, D]``.
 
     Args:
-        grids: ``(height, width)`` of each entry in visual tokens; together M.
-        rows: integers ``[S]``, the row of the instruction that each entry meets.
+        grids: ``(height, width)`` of each entry in visual tokens, which add up to M.
+        rows: integers ``[S]``, the row of each entry's instruction.
         orders: where the tokens of a grid don't lie row by row: for each token of an entry, its place in raster
             order ``[height * width]``.
     """
@@ -27,7 +27,7 @@ class Packing:
     grids: Sequence[Grid]
     rows: Tensor
     orders: Mapping[Grid, Tensor] | None = None
-    # What was sent to a device, for the next call: a CUDA graph reads it again whenever it runs.
+    # Tensors on their devices, for the next call: a CUDA graph reads them again whenever it runs.
     _sent: dict[Any, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -35,7 +35,7 @@ class Packing:
 
     @property
     def lengths(self) -> list[int]:
-        """How many visual tokens each entry has."""
+        """The number of visual tokens of each entry."""
         return [height * width for height, width in self.grids]
 
     def order(self, grid: Grid, device: torch.device) -> Tensor | None:
@@ -46,30 +46,30 @@ class Packing:
         return self._on(device, "rows", lambda: self.rows)
 
     def starts(self, device: torch.device) -> Tensor:
-        """int32 ``[S + 1]``: entry s is tokens ``starts[s]`` to ``starts[s + 1]``."""
+        """Return int32 ``[S + 1]``: entry s is tokens ``starts[s]`` to ``starts[s + 1]``."""
         return self._on(device, "starts", lambda: _integers([0, *accumulate(self.lengths)]))
 
     def table_starts(self, device: torch.device) -> Tensor:
-        """int32 ``[S]``: where the grid of each entry begins if every grid has its tokens once, one after another."""
+        """Return int32 ``[S]``: where each entry's grid begins in a table of all tokens of each different grid."""
         grids = list(dict.fromkeys(self.grids))
         lengths = [height * width for height, width in grids]
         places = dict(zip(grids, accumulate([0, *lengths]), strict=False))
         return self._on(device, "table_starts", lambda: _integers([places[grid] for grid in self.grids]))
 
     def _on(self, device: torch.device, name: Any, make: Callable[[], Tensor]) -> Tensor:
-        """A tensor on a device; without waiting for it, and sent there once."""
+        """Return a tensor on a device, to which it is sent once, without waiting for it."""
         if torch.compiler.is_compiling():
             return make().to(device)
         key = name, device
-        known = self._sent.get(key)
-        if known is None:
+        tensor = self._sent.get(key)
+        if tensor is None:
             with torch.inference_mode(False):  # The next call may train.
-                known = make()
-                if device.type == "cuda" and known.device.type == "cpu":
+                tensor = make()
+                if device.type == "cuda" and tensor.device.type == "cpu":
                     # Only pinned memory is copied to a GPU without waiting for it.
-                    known = known.pin_memory().to(device, non_blocking=True)
-                self._sent[key] = known = known.to(device)
-        return known
+                    tensor = tensor.pin_memory().to(device, non_blocking=True)
+                self._sent[key] = tensor = tensor.to(device)
+        return tensor
 
 
 def _integers(values: list[int]) -> Tensor:
@@ -83,7 +83,7 @@ def by_grid(
     instruction_mask: Tensor | None,
     packing: Packing,
 ) -> Tensor:
-    """``[M, D], [R, T, Dt], bool [R, T] or None -> [M, D]``: entries of the same grid are aligned together."""
+    """Align entries of the same grid together: ``[M, D], [R, T, Dt], bool [R, T] or None -> [M, D]``."""
     pieces = list(visual_tokens.split(packing.lengths))
     members: dict[Grid, list[int]] = {}
     for entry, grid in enumerate(packing.grids):

@@ -1,11 +1,11 @@
-"""The fusions there are, by name."""
+"""The registered fusions, by name."""
 
 from __future__ import annotations
 
 from typing import Any
 
-#: The classes, each a :class:`~emma_adapter.Fusion`. This file doesn't know that class, so that a config, which the
-#: class is made from, can ask for the names.
+#: Subclasses of :class:`~emma_adapter.Fusion`. This file doesn't import that class: the config, from which a fusion is
+#: built, needs the names.
 FUSIONS: dict[str, Any] = {}
 
 

@@ -1,4 +1,4 @@
-"""From one grid of visual tokens to another: bilinear, as PyTorch's ``interpolate`` without aligned corners."""
+"""Bilinear resampling between grids of visual tokens, as PyTorch's ``interpolate`` without aligned corners."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _MAX_WEIGHTS = 512
 
 
 def resample(tokens: Tensor, source: Grid, target: Grid, *, antialias: bool = False) -> Tensor:
-    """``[..., H * W, C] -> [..., h * w, C]``, row by row on both grids.
+    """Resample ``[..., H * W, C] -> [..., h * w, C]``, row by row on both grids.
 
     Two products with small matrices instead of ``F.interpolate``: these are deterministic on a GPU, also backward.
 
@@ -20,14 +20,14 @@ def resample(tokens: Tensor, source: Grid, target: Grid, *, antialias: bool = Fa
         tokens: on the grid ``source``.
         source: ``(H, W)``.
         target: ``(h, w)``.
-        antialias: average over all source tokens where the target is coarser, so that none is passed over.
+        antialias: average over all source tokens where the target is coarser, so that none is skipped.
     """
     if source == target:
         return tokens
     rows = _weights(source[0], target[0], antialias, tokens)
     columns = _weights(source[1], target[1], antialias, tokens)
     grid = tokens.unflatten(-2, source)
-    # The shorter of both results first.
+    # First the axis that leaves fewer tokens.
     if target[0] * source[1] <= source[0] * target[1]:
         grid = torch.einsum("yh,...hwc->...ywc", rows, grid)
         return torch.einsum("xw,...ywc->...yxc", columns, grid).flatten(-3, -2)
@@ -36,25 +36,30 @@ def resample(tokens: Tensor, source: Grid, target: Grid, *, antialias: bool = Fa
 
 
 def _weights(source: int, target: int, antialias: bool, like: Tensor) -> Tensor:
-    """``[target, source]`` on the device and in the dtype of another tensor. Kept there for the next call, which a copy
-    from the host would make wait."""
+    """Return the weights ``[target, source]`` on the device and in the dtype of another tensor.
+
+    They are kept there for the next call, which would have to wait for another copy from the host.
+    """
     if torch.compiler.is_compiling():
-        # A graph that had looked it up would be compiled again whenever there is more to look up.
+        # A graph that read the kept ones would be compiled again whenever there are more.
         return _triangles(source, target, antialias).to(like.device, like.dtype)
     key = (source, target, antialias, like.device, like.dtype)
-    known = _WEIGHTS.get(key)
-    if known is None:
+    weights = _WEIGHTS.get(key)
+    if weights is None:
         with torch.inference_mode(False):
-            known = _triangles(source, target, antialias).to(like.device, like.dtype)
-        # In a tracer's tensors there are no numbers.
-        if type(known) is Tensor and len(_WEIGHTS) < _MAX_WEIGHTS:
-            _WEIGHTS[key] = known
-    return known
+            weights = _triangles(source, target, antialias).to(like.device, like.dtype)
+        # A tracer's tensors hold no numbers.
+        if type(weights) is Tensor and len(_WEIGHTS) < _MAX_WEIGHTS:
+            _WEIGHTS[key] = weights
+    return weights
 
 
 def _triangles(source: int, target: int, antialias: bool) -> Tensor:
-    """PyTorch's weights: around the centre of each target token a triangle, which falls to zero at the next source
-    token or, where it averages, at the next target token."""
+    """Return PyTorch's weights ``[target, source]``.
+
+    They are triangles around the centre of each target token, which fall to zero at the next source token or, where
+    they average, at the next target token.
+    """
     with torch.inference_mode(False), torch.no_grad():
         step = source / target
         width = max(step, 1.0) if antialias else 1.0
