@@ -1,4 +1,4 @@
-"""What a call knew, for when a checkpointed part of it is computed again in backward.
+"""Memories of calls, for when a checkpointed part of one is computed again in backward.
 
 Recomputation may run in another thread, outside of the call and of the blocks it was made in, and long after other
 calls. What it shares with the call is the memory of the tensors that the checkpointed part was given. A weak reference
@@ -22,7 +22,7 @@ from .private import is_backward_running, storage_address
 Value = TypeVar("Value")
 _Key = tuple[int, int | torch.SymInt, torch.Size]
 
-# A dataset that is kept in memory keeps every tensor that a call was given.
+# A dataset that is kept in memory would otherwise add an entry for each of its tensors.
 _MOST_ENTRIES = 256
 
 _AMBIGUOUS = (
@@ -33,7 +33,7 @@ _AMBIGUOUS = (
 
 
 def may_be_recomputed(module: nn.Module) -> bool:
-    """Whether a backward may follow a call of ``module``."""
+    """Return whether a backward may follow a call of ``module``."""
     # Not only where gradients are recorded: reentrant checkpointing records none at first.
     return (
         (module.training or torch.is_grad_enabled())
@@ -42,24 +42,27 @@ def may_be_recomputed(module: nn.Module) -> bool:
     )
 
 
-def with_own_memory(given: Any) -> Any:
-    """A tensor, or a list of tensors, for a part of a call to be recognised by, also where the same tensor is given to
-    several calls: a copy, unless that would be laid out in another way, which kernels round for."""
-    if isinstance(given, Tensor):
-        copied = given.clone()
-        return copied if copied.stride() == given.stride() else given
-    if isinstance(given, (list, tuple)) and given:
-        return type(given)([with_own_memory(given[0]), *given[1:]])
-    return given
+def with_own_memory(tensors: Any) -> Any:
+    """Return a copy of a tensor, or of the first one in a list, by which a part of a call is recognised.
+
+    The tensor itself may be given to several calls. It is not copied if the copy would have other strides, for which
+    kernels may round differently.
+    """
+    if isinstance(tensors, Tensor):
+        copied = tensors.clone()
+        return copied if copied.stride() == tensors.stride() else tensors
+    if isinstance(tensors, (list, tuple)) and tensors:
+        return type(tensors)([with_own_memory(tensors[0]), *tensors[1:]])
+    return tensors
 
 
 def is_recomputing() -> bool:
-    """Whether this thread runs a backward: a forward that runs inside of one is a recomputation."""
+    """Return whether this thread runs a backward: a forward that runs inside of one is a recomputation."""
     return not torch.compiler.is_compiling() and is_backward_running()
 
 
 class RecomputationMemory(Generic[Value]):
-    """What calls knew, by a tensor that each was given: of the last 256 whose tensor still exists.
+    """A value for each call, by a tensor that the call was given: of the last 256 whose tensor still exists.
 
     Args:
         same: whether two values mean the same for a call; asked only where one tensor was given to several calls.
@@ -72,12 +75,12 @@ class RecomputationMemory(Generic[Value]):
 
     def remember(self, tensor: Tensor, value: Value) -> None:
         if torch.compiler.is_compiling():
-            # Of this function alone, where the compiler gave up on its caller.
+            # The compiler gave up on the caller, and compiles this function alone.
             return
         key, reference = _key_of(tensor), StorageWeakRef(tensor.untyped_storage())
         with self._lock:
-            for other in [other for other, entry in self._entries.items() if entry.reference.expired()]:
-                del self._entries[other]
+            for expired_key in [key for key, entry in self._entries.items() if entry.reference.expired()]:
+                del self._entries[expired_key]
             entry = self._entries.get(key)
             if entry is None or entry.pending == 0:
                 self._entries[key] = _Entry(reference, value)
@@ -88,10 +91,10 @@ class RecomputationMemory(Generic[Value]):
             entry.ambiguous = entry.ambiguous or not (value is entry.value or self._same(value, entry.value))
 
     def recall(self, tensor: Tensor) -> Value | None:
-        """What the call that was given this tensor knew; None if none was.
+        """Return the value of the call that was given this tensor; None if none was.
 
         Raises:
-            InstructionError: if several calls were, and knew different things.
+            InstructionError: if several calls were, and their values differ.
         """
         with self._lock:
             entry = self._entries.get(_key_of(tensor))
@@ -110,7 +113,7 @@ class _Entry(Generic[Value]):
     def __init__(self, reference: StorageWeakRef, value: Value) -> None:
         self.reference = reference
         self.value = value
-        #: Calls that weren't computed again yet. Once all were, the next one may know something else.
+        #: Calls that weren't computed again yet. Once all were, the next one may have another value.
         self.pending = 1
         self.ambiguous = False
 

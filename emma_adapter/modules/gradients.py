@@ -10,14 +10,16 @@ from torch import Tensor, nn
 
 
 def with_zero_gradient(values: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
-    """Return ``values`` as they are, with the parameters in their graph, which get a gradient of zero: other processes
-    wait for one."""
+    """Return ``values`` as they are, with the parameters in their graph, so that these get a gradient of zero.
+
+    Other processes wait for one.
+    """
     tied: Tensor = _ZeroGradient.apply(values, *parameters) if parameters else values
     return tied
 
 
 class _ZeroGradient(torch.autograd.Function):
-    """The first argument as it is; the others get a gradient of zero."""
+    """Returns the first argument as it is, and gives the others a gradient of zero."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, *parameters: Tensor) -> Tensor:

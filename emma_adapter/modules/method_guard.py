@@ -16,12 +16,12 @@ STATE_ATTRIBUTE = "_emma"
 
 
 class MethodGuard:
-    """Stands before a method of one model, as an attribute of that instance.
+    """A guard before a method of one model, as an attribute of that instance.
 
     ``guard(model, original, *args, **kwargs)`` is called instead; ``original`` is the method as it was, bound.
     The model is held weakly, so that deleting it frees its memory at once, and a copy or pickle of the model carries a
-    guard of its own. Like a bound method, a guard that is held itself still works without the model: it is looked up on
-    one that is deleted before the call, as in ``PeftModel.from_pretrained(model, path).merge_and_unload()``.
+    guard of its own. Like a bound method, a guard that is held itself still works without the model: in
+    ``PeftModel.from_pretrained(model, path).merge_and_unload()``, the model is gone between the look-up and the call.
     """
 
     def __init__(self, model: nn.Module, name: str, guard: Callable[..., Any], switch: str = STATE_ATTRIBUTE) -> None:
@@ -29,7 +29,7 @@ class MethodGuard:
         self.guard = guard
         #: The attribute of the model without which the guard only passes calls on.
         self.switch = switch
-        #: What another tool had put on the instance under this name before.
+        #: What another tool had put on the instance under this name before, if any did.
         self.previous = model.__dict__.get(name)
         self._bind(model)
 
@@ -46,23 +46,23 @@ class MethodGuard:
 
     @classmethod
     def remove_all(cls, model: nn.Module, switch: str) -> None:
-        """Remove every guard of a model that has this switch."""
+        """Remove every guard with this switch from a model."""
         for value in list(vars(model).values()):
             for guard in [guard for guard in _chain(value) if guard.switch == switch]:
                 guard.remove(model)
 
     def remove(self, model: nn.Module) -> None:
-        """Take the guard out, also from behind other guards that were installed since."""
+        """Remove the guard, even from behind guards that were installed later."""
         present = model.__dict__.get(self.name)
         if present is self:
             if self.previous is None:
                 del model.__dict__[self.name]
             else:
                 model.__dict__[self.name] = self.previous
-        # Another tool may have wrapped us: without state, the guard only passes calls on.
-        for other in _chain(present):
-            if other.previous is self:
-                other.previous = self.previous
+        # A guard that another tool has wrapped stays, and only passes calls on, since the switch is gone.
+        for later_guard in _chain(present):
+            if later_guard.previous is self:
+                later_guard.previous = self.previous
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model = self._model_or_twin()
@@ -90,27 +90,28 @@ class MethodGuard:
         return twin
 
     def bound_to(self, model: nn.Module) -> MethodGuard:
-        """This guard for a shallow copy of its model."""
+        """Return a copy of this guard for a shallow copy of its model."""
         twin = object.__new__(type(self))
         twin.name, twin.guard, twin.switch, twin.previous = self.name, self.guard, self.switch, self.previous
         twin._bind(model)
         return twin
 
     def _bind(self, model: nn.Module) -> None:
-        # As Python ends, names of this module may be gone before the model is.
-        guard, kind = weakref.ref(self), type(self)
+        # When Python exits, the names of this module may be gone before the model.
+        reference, kind = weakref.ref(self), type(self)
 
         def outlive(_: object) -> None:
-            # The model is about to be freed, and its attributes with it, unless somebody holds this guard.
-            if (own := guard()) is not None:
-                own._attributes = {n: v for n, v in own._attributes.items() if not isinstance(v, kind)}
+            # The model is about to be freed. Its attributes outlive it only in a guard that somebody holds.
+            if (guard := reference()) is not None:
+                attributes = guard._attributes.items()
+                guard._attributes = {name: value for name, value in attributes if not isinstance(value, kind)}
 
         self._type = type(model)
         self._attributes: dict[str, Any] = model.__dict__
         self._model = weakref.ref(model, outlive)
 
     def _model_or_twin(self) -> nn.Module:
-        """The model, or one with its attributes if it was deleted while this guard was held."""
+        """Return the model, or one with its attributes if it was deleted while this guard was held."""
         model = self._model()
         if model is None:
             model = object.__new__(self._type)
@@ -118,8 +119,8 @@ class MethodGuard:
         return model
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"name": self.name, "guard": self.guard, "switch": self.switch, "previous": self.previous}
-        return {**own, "model": self._model_or_twin()}
+        attributes = {"name": self.name, "guard": self.guard, "switch": self.switch, "previous": self.previous}
+        return {**attributes, "model": self._model_or_twin()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.name, self.guard, self.switch = state["name"], state["guard"], state["switch"]
@@ -128,16 +129,16 @@ class MethodGuard:
 
 
 def _chain(value: object) -> list[MethodGuard]:
-    """A guard, and those that were installed before it."""
-    found = []
+    """Return a guard, and those that were installed before it."""
+    guards = []
     while isinstance(value, MethodGuard):
-        found.append(value)
+        guards.append(value)
         value = value.previous
-    return found
+    return guards
 
 
 def arguments_by_name(method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call of a bound method, those given by position too."""
+    """Return the arguments of a call of a bound method by name, including those given by position."""
     return {**dict(zip(inspect.signature(method).parameters, args, strict=False)), **kwargs}
 
 

@@ -10,10 +10,10 @@ Value = TypeVar("Value")
 
 
 class PerThread(threading.local, Generic[Value]):
-    """Holds what ``make`` returns, made anew in each thread that looks.
+    """Holds what ``make`` returns, made anew in each thread that reads ``value``.
 
-    What changes are the attributes of ``value``, never an attribute of this: ``torch.compile`` (seen in torch 2.14)
-    forgets those that it has set on a ``threading.local`` wherever it breaks its graph.
+    Set attributes of ``value``, never ``value`` itself: wherever ``torch.compile`` breaks its graph, it forgets what it
+    has set on a ``threading.local`` (seen in torch 2.14).
     """
 
     def __init__(self, make: Callable[[], Value]) -> None:

@@ -1,4 +1,4 @@
-"""What this library uses of other libraries that is private there, or changes between their releases.
+"""Everything that this library uses of others, and that is private there or changes between their releases.
 
 Every function says whose name it is, what it is for, and which test fails first when the owner changes it.
 """
@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 #: What transformers has called the cache argument: ``past_key_values`` before 5.24, and until 5.40 as an alias.
 _CACHE_NAMES = ("cache", "past_key_values")
-#: Of transformers' ``PushToHubMixin``, PEFT's models too: what uploads the folder that was saved. It uploads the files
-#: of a folder and of its folders, and fails at folders in those. Held by ``checkpoints/test_hub_pushes.py``.
+#: The method of transformers' ``PushToHubMixin``, and so of PEFT's models, that uploads the folder that was saved. It
+#: uploads the files of a folder and of its folders, and fails at folders in those. Held by
+#: ``checkpoints/test_hub_pushes.py``.
 UPLOAD = "_upload_modified_files"
 _IGNORED_ON_SAVE = "_keys_to_ignore_on_save"
 _REPLACED_FORWARD = ("forward", "_hf_hook", "_old_forward")
@@ -30,11 +31,12 @@ _TRAINER_MODULES = ("transformers.trainer", "transformers.trainer_utils")
 
 #: The submodule in which ``torch.compile``'s wrapper holds its model. Held by ``patching/test_wrapped.py``.
 COMPILED = "_orig_mod"
-#: The same of every wrapper: ``torch.compile``'s; those of DataParallel, DistributedDataParallel, AveragedModel and
+#: The same for every wrapper: ``torch.compile``'s; those of DataParallel, DistributedDataParallel, AveragedModel and
 #: DeepSpeed; FullyShardedDataParallel's. Held by ``patching/test_wrapped.py``.
 HELD_AS = (COMPILED, "module", "_fsdp_wrapped_module")
-#: Of PyTorch's ``nn.Module``: what ``nn.DataParallel`` makes replicas by. Without it, replicas would run the methods of
-#: the model they were made of. Held by ``modules/test_private.py::test_replicas_are_made_by_a_method_of_the_module``.
+#: The method of PyTorch's ``nn.Module`` by which ``nn.DataParallel`` makes replicas. Without it, replicas would run the
+#: methods of the model they were made of. Held by
+#: ``modules/test_private.py::test_replicas_are_made_by_a_method_of_the_module``.
 REPLICATE = "_replicate_for_data_parallel"
 
 
@@ -55,7 +57,7 @@ def is_transformed() -> bool:
 
 
 def storage_address(tensor: Tensor) -> int:
-    """Return what names a tensor's memory while that exists: ``UntypedStorage._cdata``, as torch.multiprocessing does.
+    """Return the key of a tensor's memory while that exists: ``UntypedStorage._cdata``, as torch.multiprocessing does.
 
     Held by ``modules/test_private.py::test_memory_has_an_address``.
     """
@@ -80,8 +82,9 @@ def is_last_hook(module: nn.Module, hook: Callable[..., Any]) -> bool:
 
 
 def remove_hooks(module: nn.Module, functions: Collection[Callable[..., Any]]) -> None:
-    """Remove these functions from the forward hooks and pre-hooks of a module, also of a copy of the module that they
-    were registered on, to which no handle belongs.
+    """Remove these functions from the forward hooks and pre-hooks of a module.
+
+    It may be a copy of the module that they were registered on, to which no handle belongs.
 
     Held by ``modules/test_private.py::test_hooks_are_found_and_removed``.
     """
@@ -97,9 +100,9 @@ def remove_hooks(module: nn.Module, functions: Collection[Callable[..., Any]]) -
 
 
 def parameters_of_running_ddp() -> set[int] | None:
-    """Return the identities of the parameters whose gradients the running ``DistributedDataParallel`` averages; None if
-    none runs, or the release of PyTorch doesn't tell: ``_get_active_ddp_module`` and ``_module_parameters``.
+    """Return the identities of the parameters whose gradients the running ``DistributedDataParallel`` averages.
 
+    None if none runs, or the release of PyTorch doesn't tell: ``_get_active_ddp_module`` and ``_module_parameters``.
     Without them, a model that was patched after it was wrapped isn't refused. Held by
     ``distributed/test_processes.py``.
     """
@@ -120,18 +123,18 @@ def accelerate_hooks(module: nn.Module) -> list[Any]:
 
 
 def offloaded_values(module: nn.Module) -> dict[str, Tensor]:
-    """Return what accelerate has offloaded of a module's own parameters, from where it lies to where the module runs.
+    """Return those of a module's own parameters that accelerate has offloaded, on the device where the module runs.
 
-    Its hooks keep the values in ``weights_map``. Held by
+    accelerate's hooks keep the values in ``weights_map``. Held by
     ``modules/test_private.py::test_what_accelerate_has_offloaded_is_found_where_it_keeps_it``.
     """
-    lacking = [name for name, value in module.named_parameters(recurse=False) if value.is_meta]
-    found: dict[str, Tensor] = {}
-    for hook in accelerate_hooks(module) if lacking else ():
-        kept = getattr(hook, "weights_map", None)
-        if kept is not None and getattr(hook, "offload", False):
-            found |= {name: kept[name].to(hook.execution_device) for name in lacking if name in kept}
-    return found
+    offloaded = [name for name, value in module.named_parameters(recurse=False) if value.is_meta]
+    values: dict[str, Tensor] = {}
+    for hook in accelerate_hooks(module) if offloaded else ():
+        weights = getattr(hook, "weights_map", None)
+        if weights is not None and getattr(hook, "offload", False):
+            values |= {name: weights[name].to(hook.execution_device) for name in offloaded if name in weights}
+    return values
 
 
 def is_cache(value: Any) -> bool:
@@ -144,11 +147,10 @@ def is_cache(value: Any) -> bool:
 
 
 def cache_names_to_bridge(kind: type[nn.Module]) -> dict[str, str]:
-    """Return the names that transformers may pass a cache by and this class's ``forward`` doesn't take, each with the
-    name that it does take.
+    """Return names by which transformers may pass a cache and this ``forward`` takes none, each with the one it takes.
 
-    transformers 5.24 passes ``cache``, which classes written for older releases, as LLaVA's own, don't know; what they
-    call their base class with, it understands.
+    transformers 5.24 passes ``cache``, which classes written for older releases, such as LLaVA's own, don't know. It
+    still understands the name by which they pass a cache to their base class.
 
     Held by ``modules/test_private.py::test_generate_passes_a_cache_by_a_name_that_is_known``.
     """
@@ -160,7 +162,7 @@ def cache_names_to_bridge(kind: type[nn.Module]) -> dict[str, str]:
 
 
 def has_compiled_code() -> bool:
-    """Whether ``torch.compile`` has compiled anything in this process.
+    """Return whether ``torch.compile`` has compiled anything in this process.
 
     Reads ``torch._dynamo.convert_frame.output_codes``, PyTorch's list of what it has compiled. True in a release that
     has none. Held by ``patching/test_wrapped.py::test_what_was_compiled_is_kept_where_nothing_is_patched``.
@@ -170,9 +172,9 @@ def has_compiled_code() -> bool:
 
 
 def forget_compiled_code() -> None:
-    """Have ``torch.compile`` compile again what it is asked for from now on.
+    """Make ``torch.compile`` compile everything anew from now on.
 
-    It checks nearly everything that its code depends on at each call, but hooks it leaves out for speed
+    At each call it checks nearly everything that its code depends on, but for speed not the hooks
     (``torch._dynamo.config.skip_nnmodule_hook_guards``): code made before a model had hooks would go on without them.
     """
     if has_compiled_code():
@@ -180,18 +182,18 @@ def forget_compiled_code() -> None:
 
 
 def running_trainer() -> Any:
-    """Return the ``transformers.Trainer`` in whose ``train`` or ``save_model`` this thread is, or None.
+    """Return the ``transformers.Trainer`` whose ``train`` or ``save_model`` this thread runs, or None.
 
     Trainer tells a model neither that training starts nor where checkpoints will go. It is found as the first argument
-    of these two methods, and only its public attributes are used. Without it, what is checked at the start is found out
-    when the first checkpoint is written.
+    of these two methods, and only its public attributes are used. Without it, what is checked at the start would show
+    only when the first checkpoint is written.
 
     Held by ``modules/test_private.py::test_a_running_trainer_is_found`` and ``checkpoints/test_output_folders.py``.
     """
     module: Any = sys.modules.get("transformers.trainer")
     frame = sys._getframe(1) if module is not None else None
     while frame is not None:
-        # Of these frames only: what asks for a frame's variables keeps them alive, until Python 3.13.
+        # Only these frames: until Python 3.13, whoever reads a frame's variables keeps them alive.
         if frame.f_globals.get("__name__") == module.__name__ and frame.f_code.co_name in ("train", "save_model"):
             first = frame.f_locals.get(frame.f_code.co_varnames[0])
             if isinstance(first, module.Trainer):
@@ -201,7 +203,7 @@ def running_trainer() -> Any:
 
 
 class LeftOutOfSaves(Set[str]):
-    """The names that transformers leaves out of a save, worked out whenever somebody asks.
+    """The names that transformers leaves out of a save, worked out whenever they are read.
 
     ``_keys_to_ignore_on_save`` of ``PreTrainedModel``. ``Trainer`` compares it with the keys that it misses in a
     checkpoint, and warns where they differ. Without it, resuming from a checkpoint of the adapter alone would warn.
@@ -228,7 +230,7 @@ class LeftOutOfSaves(Set[str]):
 
 
 def leave_out_of_saves(model: nn.Module, names: Callable[[], set[str] | None]) -> None:
-    """Have transformers expect that a checkpoint lacks ``names()``; None means what it expected before."""
+    """Make transformers expect that a checkpoint lacks ``names()``; None means what it expected before."""
     model.__dict__[_IGNORED_ON_SAVE] = LeftOutOfSaves(model.__dict__.get(_IGNORED_ON_SAVE), names)
 
 
@@ -245,7 +247,7 @@ def expect_whole_saves(model: nn.Module) -> LeftOutOfSaves | None:
 
 @contextmanager
 def whole_saves(model: nn.Module) -> Iterator[None]:
-    """In the block, ``model.save_pretrained`` leaves out what it would leave out of a model that isn't patched."""
+    """Make ``model.save_pretrained`` leave out, in the block, what it leaves out of a model that isn't patched."""
     left_out = expect_whole_saves(model)
     try:
         yield
@@ -255,8 +257,10 @@ def whole_saves(model: nn.Module) -> Iterator[None]:
 
 
 def has_peft_adapters(model: nn.Module) -> bool:
-    """Whether ``model.add_adapter`` has put an adapter of PEFT into a model, of which ``model.save_pretrained`` then
-    writes the adapter only. ``_hf_peft_config_loaded`` of ``PreTrainedModel``.
+    """Return whether ``model.add_adapter`` has put an adapter of PEFT into a model.
+
+    Of such a model, ``model.save_pretrained`` writes the adapter only. ``_hf_peft_config_loaded`` of
+    ``PreTrainedModel``.
 
     Held by ``adapter/test_trainer.py::test_lora_by_add_adapter``.
     """
@@ -264,7 +268,7 @@ def has_peft_adapters(model: nn.Module) -> bool:
 
 
 class HasTrainableAdapters:
-    """What stands in ``_hf_peft_config_loaded`` of a patched model whose base is quantized.
+    """The value of ``_hf_peft_config_loaded`` of a patched model whose base is quantized.
 
     transformers reads that attribute for two questions. ``Trainer`` asks when it is made: are there trainable adapters
     on top of the quantized weights? There are if one of ``answers`` says so. All others ask: is there an adapter of
@@ -275,18 +279,18 @@ class HasTrainableAdapters:
     """
 
     def __init__(self) -> None:
-        #: By what they are about.
+        #: By the kind of adapter that they are about.
         self.answers: dict[str, Callable[[], bool]] = {}
 
     def __bool__(self) -> bool:
         if sys._getframe(1).f_globals.get("__name__") not in _TRAINER_MODULES:
             return False
-        # All are asked: it is how an adapter meets its Trainer.
+        # All are asked: being asked, an adapter learns that there is a Trainer.
         return True in [answer() for answer in self.answers.values()]
 
 
 def answer_trainer(model: nn.Module, about: str, answer: Callable[[], bool]) -> None:
-    """Have ``answer()`` tell ``Trainer`` whether the quantized model has trainable adapters of one kind."""
+    """Let ``answer()`` tell ``Trainer`` whether the quantized model has trainable adapters of one kind."""
     if getattr(model, "is_quantized", False) and not has_peft_adapters(model):
         present = model.__dict__.get(_HAS_PEFT_ADAPTERS)
         if not isinstance(present, HasTrainableAdapters):
@@ -304,13 +308,14 @@ def stop_answering_trainer(model: nn.Module, about: str) -> None:
 
 
 def may_be_trained_through(model: Any) -> bool:
-    """Whether gradients pass through the quantized layers of a model: ``hf_quantizer.is_trainable``."""
+    """Return whether gradients pass through the quantized layers of a model: ``hf_quantizer.is_trainable``."""
     return bool(getattr(getattr(model, "hf_quantizer", None), "is_trainable", True))
 
 
 def remove_replaced_forwards(module: nn.Module) -> None:
-    """Take off a copy of a module what other tools, accelerate among them, have put on the instances: their ``forward``
-    would go on calling the module that it was made for.
+    """Remove from a copy of a module what other tools, accelerate among them, have put on the instances.
+
+    Their ``forward`` would go on calling the module that it was made for.
 
     Held by ``modules/test_private.py::test_a_copy_of_a_dispatched_module_runs_by_itself``.
     """
@@ -322,27 +327,29 @@ def remove_replaced_forwards(module: nn.Module) -> None:
 def view_of(
     module: nn.Module, modules: dict[str, nn.Module], parameters: dict[str, Tensor], **attributes: Any
 ) -> nn.Module:
-    """Return a second instance that shares everything with ``module`` but what is given: its own children and
-    parameters of these names, and no hooks.
+    """Return a second instance that has these children and parameters, and shares the rest with ``module``.
+
+    It has no hooks.
 
     PyTorch keeps a module's parts in ``_modules`` and ``_parameters``, and finds a replaced ``forward`` (accelerate's,
     say) on the instance. Held by ``modules/test_private.py::test_a_view_shares_all_but_what_is_given``.
     """
     view = object.__new__(type(module))
-    own = vars(module)
-    for name, value in own.items():
+    shared = vars(module)
+    for name, value in shared.items():
         if name not in _REPLACED_FORWARD:
             # Emptied rather than left out: every release of PyTorch has other dictionaries of hooks.
             view.__dict__[name] = type(value)() if "_hooks" in name and isinstance(value, dict) else value
-    view.__dict__["_modules"] = {**own["_modules"], **modules}
-    view.__dict__["_parameters"] = {**own["_parameters"], **parameters}
+    view.__dict__["_modules"] = {**shared["_modules"], **modules}
+    view.__dict__["_parameters"] = {**shared["_parameters"], **parameters}
     view.__dict__.update(attributes)
     return view
 
 
 def checkpointed_with_cache() -> dict[str, Any]:
-    """Return the attributes by which transformers' ``GradientCheckpointingLayer`` keeps a cache that the layer only
-    reads, and computes it again by PyTorch's non-reentrant function: the other one would go through the cache's graph
+    """Return the attributes by which transformers' ``GradientCheckpointingLayer`` keeps a cache that it only reads.
+
+    With them it is recomputed by PyTorch's non-reentrant function: the reentrant one would go through the cache's graph
     once for each layer.
 
     Held by ``unified/test_training.py::test_gradient_checkpointing_changes_no_gradient``.

@@ -14,14 +14,14 @@ from .private import accelerate_hooks
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether ``tensor`` is a ``DTensor``, of which this process may hold a part only."""
+    """Return whether ``tensor`` is a ``DTensor``, of which this process may hold only a part."""
     # Importing it takes seconds, and whoever holds one has imported it.
     module: Any = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def is_partitioned(tensor: Tensor) -> bool:
-    """Whether DeepSpeed ZeRO-3 holds the values of ``tensor``, and left it empty here."""
+    """Return whether DeepSpeed ZeRO-3 holds the values of ``tensor`` and left it empty here."""
     return hasattr(tensor, "ds_id") and tensor.numel() == 0
 
 
@@ -30,7 +30,7 @@ def is_elsewhere(tensor: Tensor) -> bool:
 
 
 def is_fully_sharded(model: nn.Module) -> bool:
-    """Whether ``fully_shard`` (FSDP2) or ``FullyShardedDataParallel`` was applied to the model or a part of it."""
+    """Return whether ``fully_shard`` (FSDP2) or ``FullyShardedDataParallel`` was applied to any part of the model."""
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")
     if fsdp is None or not torch.distributed.is_available():
         return False
@@ -38,8 +38,10 @@ def is_fully_sharded(model: nn.Module) -> bool:
 
 
 def execution_device(module: nn.Module) -> torch.device | None:
-    """Where accelerate's hooks run a module, if it has any: its inputs may come from elsewhere, and its weights lie
-    elsewhere."""
+    """Return where accelerate's hooks run a module, or None if it has none.
+
+    Its inputs may come from elsewhere, and its weights lie elsewhere.
+    """
     for part in module.modules():
         for hook in accelerate_hooks(part):
             device = getattr(hook, "execution_device", None)
@@ -50,18 +52,18 @@ def execution_device(module: nn.Module) -> torch.device | None:
 
 def computing_device(module: nn.Module) -> torch.device:
     """Return where a module computes: where its first parameter is, or where accelerate brings it."""
-    own = next(module.parameters()).device
-    return own if own.type != "meta" else execution_device(module) or own
+    device = next(module.parameters()).device
+    return device if device.type != "meta" else execution_device(module) or device
 
 
 def gather(
     model: nn.Module, tensors: Mapping[str, Tensor], given: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """The tensors whole, on the CPU.
+    """Return the tensors whole, on the CPU.
 
     Args:
-        model: that they are part of.
-        tensors: under any names, the model's own objects (``state_dict(keep_vars=True)``).
+        model: the model that they are part of.
+        tensors: the model's own objects (``state_dict(keep_vars=True)``), under any names.
         given: a state dict of the model that was gathered already. Without it, sharded tensors are gathered here,
             which every process that holds a part must take part in.
 
@@ -69,13 +71,13 @@ def gather(
         PatchError: if a tensor can't be gathered from here.
     """
     elsewhere = {id(value) for value in tensors.values() if is_elsewhere(value)}
-    found: dict[int, Tensor] = {}
+    gathered: dict[int, Tensor] = {}
     if elsewhere and given is not None:
-        held = model.state_dict(keep_vars=True)
-        found = {id(value): given[name] for name, value in held.items() if id(value) in elsewhere and name in given}
+        values = model.state_dict(keep_vars=True).items()
+        gathered = {id(value): given[name] for name, value in values if id(value) in elsewhere and name in given}
     elif any(tensor.is_meta for tensor in tensors.values()):
-        found = _offloaded(model, elsewhere)
-    whole = {name: found.get(id(value), value) for name, value in tensors.items()}
+        gathered = _offloaded(model, elsewhere)
+    whole = {name: gathered.get(id(value), value) for name, value in tensors.items()}
     if given is None:
         whole = {name: _full(value) for name, value in whole.items()}
     if missing := sorted(name for name, value in whole.items() if is_elsewhere(value)):
@@ -87,21 +89,22 @@ def gather(
     return {name: value.detach().cpu().contiguous() for name, value in whole.items()}
 
 
-def _offloaded(model: nn.Module, wanted: set[int]) -> dict[int, Tensor]:
-    """Copies of offloaded tensors, by the identity of what stands in for them."""
+def _offloaded(model: nn.Module, placeholder_ids: set[int]) -> dict[int, Tensor]:
+    """Return copies of offloaded tensors, by the identity of what stands in for them."""
     from accelerate.utils import align_module_device, has_offloaded_params
 
-    found: dict[int, Tensor] = {}
+    copies: dict[int, Tensor] = {}
     for module in model.modules():
         if not has_offloaded_params(module):
             continue
-        before = {name: value for name, value in module.state_dict(keep_vars=True).items() if id(value) in wanted}
-        if not before:
+        tensors = module.state_dict(keep_vars=True).items()
+        placeholders = {name: tensor for name, tensor in tensors if id(tensor) in placeholder_ids}
+        if not placeholders:
             continue
         with align_module_device(module, torch.device("cpu")):
-            now = module.state_dict()
-            found |= {id(value): now[name].clone() for name, value in before.items() if not now[name].is_meta}
-    return found
+            values = module.state_dict()
+            copies |= {id(p): values[name].clone() for name, p in placeholders.items() if not values[name].is_meta}
+    return copies
 
 
 def _full(tensor: Tensor) -> Tensor:
@@ -132,7 +135,7 @@ class _Averaged(torch.autograd.Function):
 
 
 def is_main_process() -> bool:
-    """True on rank 0, and where there is one process only."""
+    """Return True on rank 0, and where there is only one process."""
     return not are_many_processes() or torch.distributed.get_rank() == 0
 
 

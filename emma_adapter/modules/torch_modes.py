@@ -1,4 +1,4 @@
-"""What a caller may have switched on around a call to this library, and what must not depend on it."""
+"""Protection from what a caller may have switched on around a call to this library."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Make tensors as PyTorch does by default: float32, on the CPU, and such that can be trained.
+    """Let the block make tensors as PyTorch does by default: in float32, on the CPU, and such that can be trained.
 
     An adapter that is made under ``torch.inference_mode()``, ``torch.set_default_dtype(torch.bfloat16)`` or
     ``with torch.device("meta")`` is to be the same as any other.

@@ -1,5 +1,4 @@
-"""Parts of a module as they are in the base, whatever PEFT has put around them; and second instances with other
-parameters."""
+"""A module's parts without what PEFT has put around them, and second instances with other parameters."""
 
 from __future__ import annotations
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from . import private
 
-#: Between the names of modules in the name of a parameter: a ParameterDict's names can't have dots.
+#: Between the names of modules in a parameter's path: names in a ParameterDict can't have dots.
 SEPARATOR = "/"
 _WRAPPED = "base_layer"
 
@@ -24,7 +23,7 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 
 def base_parts(module: nn.Module, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], nn.Module]]:
-    """Return a module and all below it that are the base's, with their paths."""
+    """Yield a module and all below it that are the base's, with their paths."""
     module = unwrapped(module)
     yield path, module
     for name, child in module.named_children():
@@ -38,32 +37,35 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def is_quantized(module: Any, value: Tensor) -> bool:
-    """Return whether a parameter of a module is not a plain float: one of 8 bits or less, a stand-in for others, as
-    quantizers' subclasses of tensors are, or of another shape than its layer's sizes say."""
+    """Return whether a parameter of a module is quantized, or stands in for others.
+
+    That is, if it has 8 bits or less, is not of float type, is of a quantizer's subclass of tensors, or has another
+    shape than its layer's sizes say.
+    """
     if not value.is_floating_point() or value.itemsize == 1 or type(value) is not nn.Parameter:
         return True
     return is_linear(module) and value.ndim == 2 and tuple(value.shape) != (module.out_features, module.in_features)
 
 
 def with_parameters(module: nn.Module, parameters: Mapping[str, Tensor]) -> nn.Module:
-    """Return a second instance of a module, which shares everything with it but the parameters that are given, by
-    path, in the dtypes of its own. What PEFT has put around its layers adds to these, too; it has no hooks.
+    """Return a second instance of a module with other parameters, given by path, in the dtypes of those they replace.
 
-    Nothing is swapped meanwhile in the module itself, so that other threads may run it.
+    It shares all else with the module, but has no hooks. What PEFT has put around its layers adds to them here, too.
+    Nothing is swapped in the module itself, so that other threads may run it meanwhile.
     """
     inside = module._modules.get(_WRAPPED)
     if isinstance(inside, nn.Module):
         return private.view_of(module, {_WRAPPED: with_parameters(inside, parameters)}, {})
-    below: dict[str, dict[str, Tensor]] = {}
-    own: dict[str, Tensor] = {}
+    of_children: dict[str, dict[str, Tensor]] = {}
+    replaced: dict[str, Tensor] = {}
     for path, value in parameters.items():
         name, _, rest = path.partition(SEPARATOR)
         if rest:
-            below.setdefault(name, {})[rest] = value
+            of_children.setdefault(name, {})[rest] = value
         else:
-            own[name] = value.to(module.get_parameter(name).dtype)
-    children = {name: with_parameters(module.get_submodule(name), values) for name, values in below.items()}
-    return private.view_of(module, children, own)
+            replaced[name] = value.to(module.get_parameter(name).dtype)
+    children = {name: with_parameters(module.get_submodule(name), values) for name, values in of_children.items()}
+    return private.view_of(module, children, replaced)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""What other tools put around a model, and the model in it."""
+"""The wrappers that other tools put around a model, and the model inside."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from . import private
 
 def around(model: nn.Module) -> list[nn.Module]:
     """Return the wrappers around a transformers model, a ``PeftModel`` among them, from the outside."""
-    found = []
+    wrappers = []
     while (inside := _inside(model)) is not None:
-        found.append(model)
+        wrappers.append(model)
         model = inside
-    return found
+    return wrappers
 
 
 def base_of(model: nn.Module) -> nn.Module:
@@ -26,7 +26,7 @@ def base_of(model: nn.Module) -> nn.Module:
 
 
 def is_peft_model(model: nn.Module) -> bool:
-    # Of the class: a wrapper may look attributes up on what it holds.
+    # On the class: a wrapper may look attributes up on what it holds.
     return callable(getattr(type(model), "get_base_model", None))
 
 
