@@ -173,9 +173,9 @@ class EmmaConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> EmmaConfig:
         if not isinstance(values, Mapping):
             raise ConfigError(f"an adapter's config must be a JSON object, not {type(values).__name__}")
-        known = {f.name for f in dataclasses.fields(cls)}
-        if unknown := sorted(set(values) - known, key=repr):
-            raise ConfigError(f"unknown config field(s) {listed(unknown)}; known are {sorted(known)}")
+        names = {f.name for f in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - names, key=repr):
+            raise ConfigError(f"unknown config field(s) {listed(unknown)}; known are {sorted(names)}")
         return cls(**values)
 
     def to_json(self) -> str:

@@ -1,4 +1,4 @@
-"""What the kernels share: how one is launched, as a value that tests can compile without a GPU, and exact products."""
+"""Shared by all kernels: launches, described by values that tests can compile without a GPU, and exact products."""
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, import-untyped"
 
@@ -27,7 +27,7 @@ DIRECT = not INTERPRETED.value and torch.version.hip is None
 
 TRITON_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 
-#: What visual tokens may be.
+#: The dtypes that visual tokens may have.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 TRITON_TYPES = {
@@ -41,7 +41,7 @@ TRITON_TYPES = {
 
 @triton.jit
 def dot(a, b, accumulator):
-    """``accumulator + a b``, summed in float32; float32 factors are not rounded to tf32."""
+    """Return ``accumulator + a b``, summed in float32; float32 factors are not rounded to tf32."""
     if INTERPRETED:  # The interpreter multiplies the raw bits of bfloat16.
         a = a.to(tl.float32)
         b = b.to(tl.float32)
@@ -50,7 +50,7 @@ def dot(a, b, accumulator):
 
 @triton.jit
 def rounded(x, dtype: tl.constexpr):
-    """float32 to ``dtype``, to the nearest."""
+    """Round float32 to the nearest number of ``dtype``."""
     if dtype == tl.float32:
         return x
     if INTERPRETED and dtype == tl.bfloat16:
@@ -62,8 +62,11 @@ def rounded(x, dtype: tl.constexpr):
 
 
 def specialisation(value: Any) -> Any:
-    """What of an argument Triton may compile another kernel for: of a tensor the dtype, and whether its address is
-    divisible by 16; of an integer its width, and whether it is 1 or divisible by 16; of a float nothing."""
+    """Return the properties of an argument for which Triton may compile another kernel.
+
+    They are a tensor's dtype, and whether its address is divisible by 16; an integer's width, and whether it is 1 or
+    divisible by 16; and nothing of a float.
+    """
     if isinstance(value, Tensor):
         return value.dtype, value.data_ptr() % 16 == 0
     if type(value) is int:
@@ -81,13 +84,13 @@ class Configuration:
     constants: tuple[tuple[str, int], ...]
     num_warps: int
     num_stages: int
-    #: What Triton compiled, by device and all that it specialises code on.
+    #: Triton's compiled kernels, by device and everything that it specialises code on.
     compiled: dict[tuple[Any, ...], CompiledKernel] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def launch(self, grid: tuple[int, ...], device: torch.device, **arguments: Any) -> None:
-        """Launch it on the current stream of a device.
+        """Launch the kernel on the current stream of a device.
 
-        The first time Triton binds the arguments, looks the compiled kernel up and launches it, which takes as long as
+        The first time, Triton binds the arguments, looks the compiled kernel up and launches it, which takes as long as
         a small kernel. From then on the same compiled kernel is launched with the same arguments as Triton would pass.
         """
         if 0 in grid:  # CUDA refuses an empty grid.
@@ -100,14 +103,14 @@ class Configuration:
                 return
             values = [arguments[name] for name in self._passed]
             key = (device.index, *map(specialisation, values))
-            known = self.compiled.get(key)
-            if known is not None:
+            compiled = self.compiled.get(key)
+            if compiled is not None:
                 # In the order of the kernel's parameters, in which constants come last.
-                known[(*grid, 1, 1)[:3]](*values, *self._constants)
+                compiled[(*grid, 1, 1)[:3]](*values, *self._constants)
                 return
-            launched = self._bind_and_launch(grid, arguments)
-            if isinstance(launched, CompiledKernel):
-                self.compiled[key] = launched
+            compiled = self._bind_and_launch(grid, arguments)
+            if isinstance(compiled, CompiledKernel):
+                self.compiled[key] = compiled
 
     def _bind_and_launch(self, grid: tuple[int, ...], arguments: dict[str, Any]) -> Any:
         return self.kernel[grid](**arguments, **dict(self.constants), **self.options())
@@ -124,11 +127,11 @@ class Configuration:
         return tuple(constants[name] for name in self.kernel.arg_names[len(self._passed) :])
 
     def options(self) -> dict[str, Any]:
-        """What Triton's compiler is told."""
+        """Return the options of Triton's compiler."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
     def signature(self) -> dict[str, str]:
-        """The type of each parameter, as :meth:`launch` passes it."""
+        """Return the type of each parameter, as :meth:`launch` passes it."""
         constants, types = dict(self.constants), dict(self.types)
         signature = {}
         for parameter in self.kernel.params:
@@ -142,7 +145,7 @@ class Configuration:
         return signature
 
     def divisible_by_16(self) -> list[int]:
-        """Which parameters a launch is specialised on: aligned pointers and widths, and no others."""
+        """Return the indices of the parameters that code is specialised on: only aligned pointers and widths."""
         return [
             index
             for index, parameter in enumerate(self.kernel.params)
@@ -154,7 +157,7 @@ class Configuration:
 
 @torch.compiler.assume_constant_result
 def device_problem(device: torch.device) -> str | None:
-    """Why kernels can't run on a device, or None. While tracing, it is asked once."""
+    """Return why kernels can't run on a device, or None; while tracing, asked only once."""
     if INTERPRETED.value and device.type == "cpu":
         return None
     if device.type != "cuda":
@@ -173,7 +176,7 @@ def device_problem(device: torch.device) -> str | None:
 
 
 def visual_tokens_problem(visual_tokens: Tensor) -> str | None:
-    """Why no kernel can take visual tokens ``[..., D]``, or None. Looks at device, dtype and width."""
+    """Return why no kernel can take visual tokens ``[..., D]``, because of device, dtype or width, or None."""
     if problem := device_problem(visual_tokens.device):
         return problem
     if visual_tokens.dtype not in DTYPES:
@@ -185,7 +188,7 @@ def visual_tokens_problem(visual_tokens: Tensor) -> str | None:
 
 
 def refuse_forward_mode(*tensors: Tensor) -> None:
-    """The operators have no forward-mode derivative, and PyTorch would take it for zero.
+    """Refuse forward mode: the operators have no derivative there, and PyTorch would take it for zero.
 
     Raises:
         KernelError: if a tensor has a tangent.
@@ -199,6 +202,6 @@ def cdiv(a: int, b: int) -> int:
 
 
 def aligned(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Contiguous, at an address divisible by 16, in ``dtype``: what the kernels are compiled for."""
+    """Return a tensor as the kernels are compiled for: contiguous, at an address divisible by 16, in ``dtype``."""
     tensor = tensor.detach().to(dtype or tensor.dtype).contiguous()
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()

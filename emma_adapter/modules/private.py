@@ -157,8 +157,8 @@ def cache_names_to_bridge(kind: type[nn.Module]) -> dict[str, str]:
     parameters = inspect.signature(kind.forward).parameters
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
         return {}
-    known = next((name for name in _CACHE_NAMES if name in parameters), None)
-    return {} if known is None else {name: known for name in _CACHE_NAMES if name not in parameters}
+    accepted = next((name for name in _CACHE_NAMES if name in parameters), None)
+    return {} if accepted is None else {name: accepted for name in _CACHE_NAMES if name not in parameters}
 
 
 def has_compiled_code() -> bool:

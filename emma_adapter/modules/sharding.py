@@ -57,28 +57,28 @@ def computing_device(module: nn.Module) -> torch.device:
 
 
 def gather(
-    model: nn.Module, tensors: Mapping[str, Tensor], given: Mapping[str, Tensor] | None = None
+    model: nn.Module, tensors: Mapping[str, Tensor], gathered: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
     """Return the tensors whole, on the CPU.
 
     Args:
         model: the model that they are part of.
         tensors: the model's own objects (``state_dict(keep_vars=True)``), under any names.
-        given: a state dict of the model that was gathered already. Without it, sharded tensors are gathered here,
-            which every process that holds a part must take part in.
+        gathered: a state dict of the model that was gathered already. Without it, sharded tensors are gathered here,
+            in which every process that holds a part must take part.
 
     Raises:
         PatchError: if a tensor can't be gathered from here.
     """
     elsewhere = {id(value) for value in tensors.values() if is_elsewhere(value)}
-    gathered: dict[int, Tensor] = {}
-    if elsewhere and given is not None:
+    copies: dict[int, Tensor] = {}
+    if elsewhere and gathered is not None:
         values = model.state_dict(keep_vars=True).items()
-        gathered = {id(value): given[name] for name, value in values if id(value) in elsewhere and name in given}
+        copies = {id(value): gathered[name] for name, value in values if id(value) in elsewhere and name in gathered}
     elif any(tensor.is_meta for tensor in tensors.values()):
-        gathered = _offloaded(model, elsewhere)
-    whole = {name: gathered.get(id(value), value) for name, value in tensors.items()}
-    if given is None:
+        copies = _offloaded(model, elsewhere)
+    whole = {name: copies.get(id(value), value) for name, value in tensors.items()}
+    if gathered is None:
         whole = {name: _full(value) for name, value in whole.items()}
     if missing := sorted(name for name, value in whole.items() if is_elsewhere(value)):
         raise PatchError(

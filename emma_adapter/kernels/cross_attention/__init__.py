@@ -13,7 +13,7 @@ __all__ = ["configurations", "cross_attention", "cross_attention_reference", "ke
 
 
 def configurations() -> Iterator[Configuration]:
-    """Every variant of every kernel that :func:`cross_attention` and its backward can launch, and that of its keys."""
+    """Yield every variant of every kernel that :func:`cross_attention`, its backward and its keys can launch."""
     yield from instruction.configurations()
     yield from forward.configurations()
     yield from gradients.configurations()

@@ -14,14 +14,14 @@ from .tiles import attended_tile, output_tile, updated_rows, weight_tile
 
 @triton.jit
 def through_gate(gradient, x, z):
-    """The gradient of the update z from that of ``x 2 sigmoid(z)``."""
+    """Return the gradient of the update z from that of ``x 2 sigmoid(z)``."""
     gate = tl.sigmoid(z)
     return gradient * x * (2.0 * gate * (1.0 - gate))
 
 
 @triton.jit
 def normalised(x_ptr, center_ptr, rstd_ptr, rows, row_inside, channels, D):
-    """LN(x) before its scale and shift, float32 ``[rows, channels]``; 0 outside of ``row_inside``."""
+    """Return LN(x) before its scale and shift, float32 ``[rows, channels]``; 0 outside of ``row_inside``."""
     x_rows = x_ptr + rows.to(tl.int64) * D
     inside = row_inside[:, None] & (channels < D)[None, :]
     x = tl.load(x_rows[:, None] + channels[None, :], mask=inside, other=0.0).to(tl.float32)
@@ -51,8 +51,10 @@ def output_backward(
     MODULATE: tl.constexpr,
     ONE_TILE: tl.constexpr,
 ):
-    """``do = dz W_o``; one program for BLOCK_M tokens and BLOCK_I columns. With ONE_TILE, I is at most BLOCK_I: o is
-    read once, and a tile of W_o serves z and do."""
+    """Compute ``do = dz W_o``; one program for BLOCK_M tokens and BLOCK_I columns.
+
+    With ONE_TILE, I is at most BLOCK_I: o is read once, and a tile of W_o serves z and do.
+    """
     inner_blocks = tl.cdiv(I, BLOCK_I)
     rows = tl.program_id(0) // inner_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     inner = tl.program_id(0) % inner_blocks * BLOCK_I + tl.arange(0, BLOCK_I)
@@ -101,7 +103,7 @@ def query_weight_backward(
     BLOCK_D: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
-    """``dq^T x_hat``, x_hat being LN(x) before scale and shift; a tile of W_q over a split of the tokens."""
+    """Compute ``dq^T x_hat``, x_hat being LN(x) before scale and shift; a tile of W_q over a split of the tokens."""
     channel_blocks = tl.cdiv(D, BLOCK_D)
     channels = tl.program_id(0) % channel_blocks * BLOCK_D + tl.arange(0, BLOCK_D)
     inner = tl.program_id(0) // channel_blocks * BLOCK_I + tl.arange(0, BLOCK_I)
@@ -147,7 +149,7 @@ def output_weight_backward(
     MODULATE: tl.constexpr,
     ONE_TILE: tl.constexpr,
 ):
-    """``dz^T o`` and the sum of dz, over ``rows_per_split`` tokens, BLOCK_D channels, BLOCK_I columns.
+    """Compute ``dz^T o`` and the sum of dz, over ``rows_per_split`` tokens, BLOCK_D channels, BLOCK_I columns.
 
     dz^T is computed as such, from ``z^T = W_o o^T``: compilers were seen to transpose the result of a product wrongly.
     With ONE_TILE, I is at most BLOCK_I: W_o is read once, and a tile of o serves z and the gradient.
@@ -207,7 +209,7 @@ def normed_gradient(
     BLOCK_D: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
-    """``dq W_q`` times the scale of the norm: the gradient of x_hat, float32 ``[BLOCK_M, BLOCK_D]``."""
+    """Return ``dq W_q`` times the scale of the norm: the gradient of x_hat, float32 ``[BLOCK_M, BLOCK_D]``."""
     gradient = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for first in range(0, I, BLOCK_I):
         inner = first + tl.arange(0, BLOCK_I)
@@ -248,7 +250,7 @@ def visual_backward(
     BLOCK_I: tl.constexpr,
     MODULATE: tl.constexpr,
 ):
-    """dx, through the residual and through LayerNorm; one program for BLOCK_M tokens."""
+    """Compute dx, through the residual and through LayerNorm; one program for BLOCK_M tokens."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     updated = updated_rows(lse_ptr, rstd_ptr, rows, rows < M, num_heads)
     rstd = tl.load(rstd_ptr + rows, mask=updated, other=0.0)

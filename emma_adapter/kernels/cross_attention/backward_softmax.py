@@ -30,7 +30,7 @@ def softmax_tile(
     BLOCK_M: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """Keys t, what queries weigh them by, and the gradient of that; both 0 at padding."""
+    """Return keys t, the weights that queries give them, and the gradient of these; both 0 at padding."""
     valid = tl.load(key_mask_ptr + first_key + t, mask=t < T, other=0) != 0
     places = (first_key + t)[:, None] * I + columns[None, :]
     inside = valid[:, None] & column_inside[None, :]
@@ -71,7 +71,7 @@ def query_backward(
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """Through the softmax to the query; one program for one head and at most BLOCK_M tokens of one segment."""
+    """Compute dq, through the softmax; one program for one head and at most BLOCK_M tokens of one segment."""
     segment, start, stop = segment_slice(tl.program_id(0), cu_seqlens_ptr, N, num_segments, search_steps, BLOCK_M)
     if start >= stop:
         return
@@ -87,9 +87,9 @@ def query_backward(
     key_columns = head * head_dim + channels
     column_inside = channels < head_dim
     keys = number_of_keys(key_mask_ptr, first_key, T)
-    # do . o as the sum that it stands for: that of the rounded o would be off by as much as small gradients measure.
-    # The weights, computed again from a rounded sum, don't add up to 1 exactly. Where one of them is nearly 1, the
-    # gradient of its score is a small difference, and what they add up to is no part of it.
+    # do . o is computed as the sum that it stands for: from the rounded o, it would be off by as much as small
+    # gradients are large. The weights, computed again from a rounded sum, don't add up to exactly 1. Where one of them
+    # is nearly 1, the gradient of its score is a small difference, from which the error of their sum must be kept out.
     delta = tl.zeros([BLOCK_M], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     for first in range(0, keys, BLOCK_T):
@@ -144,9 +144,9 @@ def key_value_backward(
     BLOCK_H: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Through the softmax to BLOCK_T keys and values, summed over at most CHUNK tokens of one segment.
+    """Compute dK and dV, through the softmax, of BLOCK_T keys, summed over at most CHUNK tokens of one segment.
 
-    The number of the program is the place of its sum: no two programs meet, and nothing need be zero beforehand.
+    The program's number is the place of its sum: no two programs write to the same one, and none need be zeroed before.
     """
     slot = tl.program_id(0)
     segment, start, stop = segment_slice(slot, cu_seqlens_ptr, N, num_segments, search_steps, CHUNK)
@@ -163,7 +163,7 @@ def key_value_backward(
     value = tl.load(value_ptr + key_places, mask=key_inside, other=0.0)
     key_grad = tl.zeros([BLOCK_T, BLOCK_H], tl.float32)
     value_grad = tl.zeros([BLOCK_T, BLOCK_H], tl.float32)
-    # Of nothing but padding there is nothing to sum.
+    # Where all keys are padding, there is nothing to sum.
     stop = tl.where(tl.max(valid.to(tl.int32), 0) == 0, start, stop)
     for first in range(start, stop, BLOCK_M):
         rows = first + tl.arange(0, BLOCK_M)
@@ -208,7 +208,7 @@ def key_value_sum(
     CHUNK: tl.constexpr,
     BLOCK_SUM: tl.constexpr,
 ):
-    """The partial sums of all segments that share an instruction; for an instruction and BLOCK_SUM numbers."""
+    """Add the partial sums of all segments that share an instruction; for an instruction and BLOCK_SUM numbers."""
     row = tl.program_id(0)
     places = tl.program_id(1) * BLOCK_SUM + tl.arange(0, BLOCK_SUM)
     inside = places < width
@@ -252,7 +252,7 @@ def position_backward(
     BLOCK_M: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """dq summed over the segments that use a position; one program for BLOCK_M positions and BLOCK_T columns."""
+    """Sum dq over the segments that use a position; one program for BLOCK_M positions and BLOCK_T columns."""
     positions = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     inner = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     gradient = tl.zeros([BLOCK_M, BLOCK_T], tl.float32)

@@ -62,7 +62,7 @@ def query_forward(
     BLOCK_D: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
-    """``q = LN(x) W_q^T + b_q + position``; one program for BLOCK_M tokens and BLOCK_I columns."""
+    """Compute ``q = LN(x) W_q^T + b_q + position``; one program for BLOCK_M tokens and BLOCK_I columns."""
     inner_blocks = tl.cdiv(I, BLOCK_I)
     rows = tl.program_id(0) // inner_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     inner = tl.program_id(0) % inner_blocks * BLOCK_I + tl.arange(0, BLOCK_I)
@@ -145,7 +145,7 @@ def attention_forward(
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """``softmax(q K^T scale + mask) V``; one program for one head and at most BLOCK_M tokens of one segment."""
+    """Compute ``softmax(q K^T scale + mask) V``; one program for a head and at most BLOCK_M tokens of one segment."""
     segment, start, stop = segment_slice(tl.program_id(0), cu_seqlens_ptr, N, num_segments, search_steps, BLOCK_M)
     if start >= stop:
         return
@@ -205,8 +205,10 @@ def output_forward(
     MODULATE: tl.constexpr,
     ONE_TILE: tl.constexpr,
 ):
-    """``y = x + z`` or ``x 2 sigmoid(z)``; one program for BLOCK_M tokens and ``channels_a_program`` channels. With
-    ONE_TILE, I is at most BLOCK_I, and o is read once."""
+    """Compute ``y = x + z`` or ``x 2 sigmoid(z)``; one program for BLOCK_M tokens and ``channels_a_program`` channels.
+
+    With ONE_TILE, I is at most BLOCK_I, and o is read once.
+    """
     channel_programs = tl.cdiv(D, channels_a_program)
     rows = tl.program_id(0) // channel_programs * BLOCK_M + tl.arange(0, BLOCK_M)
     first_channel = tl.program_id(0) % channel_programs * channels_a_program
@@ -309,7 +311,7 @@ def attend(
         num_heads=num_heads,
         scale=1 / math.sqrt(head_dim),
     )
-    # A program for each block of tokens reads o once; where those are too few for a GPU, more of them.
+    # One program for each block of tokens reads o once; where those are too few for a GPU, there are more programs.
     channel_blocks = cdiv(width, block["BLOCK_D"])
     channels_a_program = cdiv(channel_blocks, min(channel_blocks, cdiv(MANY_PROGRAMS, row_blocks))) * block["BLOCK_D"]
     one_tile = inner <= block["BLOCK_I"]

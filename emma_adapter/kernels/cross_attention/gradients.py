@@ -1,4 +1,4 @@
-"""Cross-attention, backward: which kernels run, and what becomes of their sums.
+"""Cross-attention, backward: which kernels run, and how their sums are put together.
 
 Of the chain ``x -> LN -> q -> attention o -> update z -> y`` only q and o were kept; LN(x), the softmax and, for
 ``modulate``, z are computed again, tile by tile. Sums over tokens (gradients of weights, keys and values) go through
@@ -52,7 +52,10 @@ def cross_attention_backward(
     need_instruction: bool,
     need_weights: bool,
 ) -> list[Tensor]:
-    """Gradients of x, key, value, norm scale and shift, W_q, b_q, position, W_o, b_o; empty where not needed."""
+    """Return the gradients of x, key, value, norm scale and shift, W_q, b_q, position, W_o and b_o.
+
+    Those that are not needed are empty.
+    """
     dtype, device = x.dtype, x.device
     (tokens, width), inner = x.shape, query.shape[1]
     length = key.shape[1]
@@ -170,7 +173,7 @@ def cross_attention_backward(
     query_weight_32, norm_weight_32, norm_bias_32 = (
         aligned(weight, torch.float32) for weight in (query_weight, norm_weight, norm_bias)
     )
-    found = [
+    computed = [
         (query_weight_32 * normed_product).sum(0),
         (query_weight_32 * query_bias_grad[:, None]).sum(0),
         normed_product * norm_weight_32 + query_bias_grad[:, None] * norm_bias_32,
@@ -179,8 +182,8 @@ def cross_attention_backward(
         output_partial.sum(0),
         bias_partial.sum(0),
     ]
-    found = [gradient.to(like.dtype) for gradient, like in zip(found, weight_grads, strict=True)]
-    return [x_grad, key_grad, value_grad, *found]
+    computed = [gradient.to(like.dtype) for gradient, like in zip(computed, weight_grads, strict=True)]
+    return [x_grad, key_grad, value_grad, *computed]
 
 
 def _key_value_gradients(
@@ -210,7 +213,7 @@ def _key_value_gradients(
 def _position_gradient(
     query_grad: Tensor, position: Tensor | None, position_start: Tensor | None, cu_seqlens: Tensor | None, segments: int
 ) -> Tensor:
-    """float32 ``[P, I]``, or empty if there are no positions."""
+    """Return the gradient of the positions, float32 ``[P, I]``, or empty if there are none."""
     inner = query_grad.shape[1]
     if position is None:
         return query_grad.new_empty(0, dtype=torch.float32)
@@ -277,7 +280,7 @@ def _empty_gradients(
     need_instruction: bool,
     need_weights: bool,
 ) -> list[Tensor]:
-    """Contiguous, with the dtypes and shapes that :func:`cross_attention_backward` returns."""
+    """Return contiguous tensors of the dtypes and shapes that :func:`cross_attention_backward` returns."""
     none = (0,)
 
     def like(tensor: Tensor, needed: bool, shape: tuple[int, ...] | None = None) -> Tensor:

@@ -1,8 +1,8 @@
-"""What doesn't depend on visual tokens, in one launch: keys, values, and the two large weights in the tokens' dtype.
+"""All that is independent of visual tokens, in one launch: keys, values, and two large weights in the tokens' dtype.
 
 Keys and values are ``LN(t) W_k^T`` and ``LN(t) W_v^T + b_v`` of the instruction tokens. Weights are read as they are
-stored and rounded on the chip. W_q and W_o are the exception: every block of visual tokens reads them again, so that
-programs of the same launch write them once in the dtype that they are multiplied in. Nothing is kept from one call to
+stored and rounded on the chip. W_q and W_o are the exception: every block of visual tokens reads them again, so
+programs of the same launch write them once in the dtype in which they are multiplied. Nothing is kept from one call to
 the next: a weight that was assigned through ``.data`` has no new version, and a copy of it would be stale unnoticed.
 
 Sizes: R instructions of T tokens of width E; I inner width, D width of the visual tokens.
@@ -52,7 +52,10 @@ def instruction_forward(
     BLOCK_KEY: tl.constexpr,
     BLOCK_CAST: tl.constexpr,
 ):
-    """One program for BLOCK_M instruction tokens and BLOCK_KEY columns; further ones cast BLOCK_CAST numbers each."""
+    """Make keys and values, and cast W_q and W_o.
+
+    One program for BLOCK_M instruction tokens and BLOCK_KEY columns; further ones cast BLOCK_CAST numbers each.
+    """
     inner_blocks = tl.cdiv(I, BLOCK_KEY)
     projections = tl.cdiv(M, BLOCK_M) * inner_blocks
     if tl.program_id(0) >= projections:
@@ -110,13 +113,12 @@ def _instruction(
     output_weight: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys and values ``[R, T, I]``; and W_q and W_o in the dtype of the tokens ``[2, I D]``, or nothing if they have
-    it."""
+    """Return keys and values ``[R, T, I]``; W_q and W_o in the tokens' dtype ``[2, I D]``, empty if they have it."""
     key, value, cast = outputs = _empty_outputs(tokens, key_weight, query_weight, output_weight)
     dtype = tokens.dtype
     weights = (norm_weight, norm_bias, key_weight, value_weight, value_bias)
     weight_dtype = dtype if all(weight.dtype == dtype for weight in weights) else torch.float32
-    norm_weight, norm_bias, key_weight, value_weight, value_bias = (aligned(own, weight_dtype) for own in weights)
+    norm_weight, norm_bias, key_weight, value_weight, value_bias = (aligned(weight, weight_dtype) for weight in weights)
     if cast.numel():
         to_cast = aligned(query_weight, torch.float32), aligned(output_weight, torch.float32)
     else:
@@ -187,14 +189,17 @@ def _instruction_backward(
     eps: float,
     need_tokens: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the tokens (empty unless ``need_tokens``), W_k and W_v, in the tokens' dtype; of the norm's scale
-    and shift and b_v, in float32. By PyTorch's own operations, since the instruction is short."""
+    """Return the gradients of the tokens, W_k and W_v, in the tokens' dtype; of scale, shift and b_v, in float32.
+
+    That of the tokens is empty unless ``need_tokens``. Scale and shift are those of the norm. Computed by PyTorch's own
+    operations, since the instruction is short.
+    """
     dtype, width = tokens.dtype, tokens.shape[-1:]
     scale, shift = norm_weight.float(), norm_bias.float()
     wide = (tokens if mask is None else tokens.masked_fill(~mask[..., None], 0)).float()
     normed, mean, rstd = torch.native_layer_norm(wide, width, scale, shift, eps)
     key_rows, value_rows, rows = (x.reshape(-1, x.shape[-1]) for x in (key_grad, value_grad, normed.to(dtype)))
-    # As the kernels do, whatever surrounds the call.
+    # As in the kernels, autocast around the call changes nothing.
     with torch.autocast(tokens.device.type, enabled=False):
         grad = torch.addmm(key_rows @ key_weight.to(dtype), value_rows, value_weight.to(dtype)).view(tokens.shape)
         weight_grads = key_rows.mT @ rows, value_rows.mT @ rows
@@ -245,9 +250,9 @@ def _backward(
     )
     weight_grads = (scale_grad, shift_grad, key_weight_grad, value_weight_grad, bias_grad)
     dtypes = (*(weight.dtype for weight in weights), ctx.bias_dtype)
-    found = (token_grad, None, *(grad.to(dtype) for grad, dtype in zip(weight_grads, dtypes, strict=True)))
-    needed = ctx.needs_input_grad[: len(found)]
-    return *(grad if need else None for grad, need in zip(found, needed, strict=True)), None, None, None
+    grads = (token_grad, None, *(grad.to(dtype) for grad, dtype in zip(weight_grads, dtypes, strict=True)))
+    needed = ctx.needs_input_grad[: len(grads)]
+    return *(grad if need else None for grad, need in zip(grads, needed, strict=True)), None, None, None
 
 
 _instruction.register_autograd(_backward, setup_context=_save_for_backward)
@@ -269,12 +274,12 @@ def keys_and_values(
     output_weight: Tensor,
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """``LN(t) W_k^T`` and ``LN(t) W_v^T + b_v``; beside them W_q and W_o as :func:`cross_attention` multiplies them.
+    """Return ``LN(t) W_k^T`` and ``LN(t) W_v^T + b_v``; also W_q and W_o as :func:`cross_attention` multiplies them.
 
     Differentiable once in the tokens and the weights of keys and values.
 
     Args:
-        tokens: of the instructions, ``[R, T, E]``, float32, float16 or bfloat16, on a device that has the kernels.
+        tokens: instruction tokens ``[R, T, E]``, float32, float16 or bfloat16, on a device that has the kernels.
         mask: bool ``[R, T]``, true at valid tokens; None if all are. The others are not read.
         norm_weight: ``[E]``. All weights may have any floating dtype; gradients have the same.
         norm_bias: ``[E]``.

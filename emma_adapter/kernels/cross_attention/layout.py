@@ -1,4 +1,4 @@
-"""Where the segments of a call lie, and its weights, as the kernels are told."""
+"""The segments and the weights of a call, in the form that the kernels take."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from ..launch import aligned, cdiv
 
 @dataclass(frozen=True)
 class Layout:
-    """S segments in M tokens, and which instruction each meets.
+    """S segments in M tokens, and each one's instruction.
 
     Args:
         tokens: M.
         segments: S.
-        cu_seqlens: int32 ``[S + 1]``; None if all segments are as long.
+        cu_seqlens: int32 ``[S + 1]``; None if all segments are equally long.
         instruction: int32 ``[S]``; None if segment s meets instruction s.
-        unused: a pointer in the place of those that are None, which nobody reads.
+        unused: stands in for the pointers that are None; nobody reads it.
     """
 
     tokens: int
@@ -33,16 +33,16 @@ class Layout:
     def of(
         cls, tokens: int, segments: int, cu_seqlens: Tensor | None, instruction: Tensor | None, *, unused: Tensor
     ) -> Layout:
-        """``unused``: any tensor of four bytes a number on the right device."""
+        """Return a layout; ``unused`` is any tensor with numbers of four bytes on the right device."""
         return cls(tokens, segments, cu_seqlens, instruction, unused.view(torch.int32))
 
     @property
     def tokens_a_segment(self) -> int:
-        """0 if ``cu_seqlens`` says how many."""
+        """The tokens of every segment; 0 if ``cu_seqlens`` says how many."""
         return self.tokens // self.segments if self.cu_seqlens is None else 0
 
     def slots(self, block: int) -> int:
-        """Pieces of at most ``block`` tokens of one segment, as ``segment_slice`` numbers them."""
+        """Return the number of pieces of at most ``block`` tokens of one segment that ``segment_slice`` numbers."""
         if self.cu_seqlens is None:
             return self.segments * cdiv(self.tokens_a_segment, block)
         return cdiv(self.tokens, block) + self.segments
@@ -63,7 +63,7 @@ class Layout:
 
 
 def mask_bytes(key_mask: Tensor) -> Tensor:
-    """uint8, 1 at valid keys; without a copy of one that is boolean already."""
+    """Return the mask as uint8, 1 at valid keys; a boolean one is not copied."""
     mask = key_mask if key_mask.dtype == torch.bool else key_mask != 0
     return mask.contiguous().view(torch.uint8)
 
@@ -71,7 +71,7 @@ def mask_bytes(key_mask: Tensor) -> Tensor:
 def in_dtype(
     query_weight: Tensor, output_weight: Tensor, cast_weights: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """W_q and W_o as they are multiplied: from ``cast_weights [2, I D]``, or else cast here."""
+    """Return W_q and W_o as they are multiplied: from ``cast_weights [2, I D]``, or else cast here."""
     if cast_weights is None:
         return aligned(query_weight, dtype), aligned(output_weight, dtype)
     query, output = aligned(cast_weights)

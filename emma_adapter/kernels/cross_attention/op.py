@@ -7,7 +7,7 @@ visual tokens or over tensors of the inner width (``forward.py``):
 2. ``attention_forward``: softmax over the few instruction tokens, for one head and one block of a segment's tokens.
 3. ``output_forward``: output projection and residual; the update stays on the chip.
 
-Backward (``gradients.py``) needs what 1 and 2 wrote, which is of the inner width, and the visual tokens.
+Backward (``gradients.py``) needs the visual tokens and what 1 and 2 wrote, which is of the inner width.
 
 Sizes: M visual tokens of width D in S segments, R instructions of T tokens, H heads, I inner width, P positions.
 """
@@ -52,7 +52,7 @@ def cross_attention_reference(
     eps: float = 1e-5,
     epilogue: Epilogue = "add",
 ) -> Tensor:
-    """:func:`cross_attention`, one segment after another and in any dtype and on any device."""
+    """Compute :func:`cross_attention`, one segment after another, in any dtype and on any device."""
     if cu_seqlens is None:
         segments = list(visual_tokens.unbind(0))
     else:
@@ -102,7 +102,7 @@ def _cross_attention(
     eps: float,
     modulate: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The result, and for backward query, attended ``[M, I]``, lse ``[M, H]``, center ``[M, 2]`` and rstd ``[M]``."""
+    """Return y and, for backward, query, attended ``[M, I]``, lse ``[M, H]``, center ``[M, 2]`` and rstd ``[M]``."""
     outputs = _empty_outputs(x, query_weight, num_heads)
     if len(x):
         forward.attend(
@@ -159,7 +159,7 @@ def _(
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, segments, num_heads, _eps, modulate = inputs
-    del tensors[9]  # the bias of the query has no part in any gradient
+    del tensors[9]  # no gradient needs the bias of the query
     ctx.save_for_backward(*tensors, *output[1:])
     ctx.segments, ctx.num_heads, ctx.modulate = segments, num_heads, modulate
     ctx.set_materialize_grads(False)
@@ -171,10 +171,10 @@ def _backward(ctx: Any, grad: Tensor | None, *_intermediates: Tensor | None) -> 
         return (None,) * len(needed)
     weights = needed[6:14]
     options = (ctx.segments, ctx.num_heads, ctx.modulate)
-    found = cross_attention_backward(
+    computed = cross_attention_backward(
         grad, *ctx.saved_tensors, *options, needed[0], needed[1] or needed[2], any(weights)
     )
-    x, key, value, norm_weight, norm_bias, query_weight, query_bias, position, output_weight, output_bias = found
+    x, key, value, norm_weight, norm_bias, query_weight, query_bias, position, output_weight, output_bias = computed
     gradients = (
         *(x, key, value, None, None, None),
         *(norm_weight, norm_bias, query_weight, query_bias, position, None, output_weight, output_bias),
@@ -207,7 +207,9 @@ def cross_attention(  # noqa: PLR0912 (it is checks)
     eps: float = 1e-5,
     epilogue: Epilogue = "add",
 ) -> Tensor:
-    """``x + z`` or ``x 2 sigmoid(z)``; ``z = softmax((LN(x) W_q^T + b_q + pos) K^T / sqrt(d) + mask) V W_o^T + b_o``.
+    """Return ``x + z`` or ``x 2 sigmoid(z)``, with z the result of cross-attention to an instruction.
+
+    ``z = softmax((LN(x) W_q^T + b_q + pos) K^T / sqrt(d) + mask) V W_o^T + b_o``.
 
     Computed in the dtype of the visual tokens, with sums in float32; deterministic, backward included. Where z is 0, in
     segments whose instruction has no valid key, and for tokens that hold NaN or Inf, the result is x bit for bit.
@@ -229,9 +231,9 @@ def cross_attention(  # noqa: PLR0912 (it is checks)
         position_start: integers ``[S]``; None if all segments start at row 0.
         cu_seqlens: integers ``[S + 1]`` on the device of x, from 0 to M: segment s is rows ``cu_seqlens[s]`` to
             ``cu_seqlens[s + 1]``, and may be empty. Their values are not checked: that would wait for the GPU.
-        instruction_rows: integers ``[S]``, which key and value each segment meets; None if segment s meets row s.
-        cast_weights: ``query_weight`` and ``output_weight`` in the dtype of x, ``[2, I D]``, where there is a copy of
-            them; None to make one. Their gradients are those of the weights.
+        instruction_rows: integers ``[S]``, the row of key and value for each segment; None if segment s meets row s.
+        cast_weights: ``query_weight`` and ``output_weight`` in the dtype of x, ``[2, I D]``, if there is such a copy;
+            None to make one. Their gradients are those of the weights.
         eps: of the LayerNorm.
         epilogue: ``"add"`` or ``"modulate"``.
 
@@ -284,7 +286,7 @@ def cross_attention(  # noqa: PLR0912 (it is checks)
     elif position_start is None and cu_seqlens is not None and position is not None:
         position_start = cu_seqlens.new_zeros(segments)
     if instruction_rows is not None:
-        # Indexing complains of rows that don't exist, on a GPU too; a kernel would read what lies there.
+        # Indexing reports rows that don't exist, on a GPU too; a kernel would read whatever lies there.
         instruction_rows = torch.arange(key.shape[0], device=x.device)[instruction_rows.to(x.device)]
     instruction_rows, cu_seqlens, position_start = (
         _integers(tensor, x.device) for tensor in (instruction_rows, cu_seqlens, position_start)
@@ -320,7 +322,7 @@ def _integers(tensor: Tensor | None, device: torch.device) -> Tensor | None:
 
 
 def unsupported_reason(visual_tokens: Tensor, inner_dim: int, num_heads: int) -> str | None:
-    """Why :func:`cross_attention` can't take visual tokens ``[..., D]`` and keys ``[R, T, inner_dim]``, or None."""
+    """Return why :func:`cross_attention` can't take tokens ``[..., D]`` and keys ``[R, T, inner_dim]``, or None."""
     if problem := visual_tokens_problem(visual_tokens):
         return problem
     head_dim = inner_dim // num_heads if num_heads > 0 else 0

@@ -1,4 +1,4 @@
-"""What forward and backward of cross-attention share: tiles, and the one table of their sizes."""
+"""Shared by forward and backward of cross-attention: tiles, and the one table of their sizes."""
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, import-untyped"
 # ruff: noqa: E741, N803 (sizes are upper-case in Triton code)
@@ -18,7 +18,7 @@ import triton.language as tl
 from ..launch import Configuration, dot
 
 LOG2_E = tl.constexpr(math.log2(math.e))
-#: Bytes of the keys' mask that are looked at together; most instructions are no longer.
+#: Bytes of the keys' mask that are read together; most instructions are no longer.
 MASK_BLOCK = tl.constexpr(128)
 
 # --- the sizes of tiles ----------------------------------------------------------------------------------------
@@ -26,7 +26,7 @@ MASK_BLOCK = tl.constexpr(128)
 _SHARED = {"CHUNK": 512, "BLOCK_SUM": 512, "BLOCK_CAST": 2048}
 #: Tokens (M), channels (D), inner width (I) and instruction tokens (T) of a tile. Instructions are short, and a loop
 #: over blocks of 32 computes less padding than one tile for the longest. float32 has no tensor cores: small tiles.
-#: Gradients of keys and values are first summed over CHUNK tokens, then those sums, BLOCK_SUM numbers in a program.
+#: Gradients of keys and values are first summed over CHUNK tokens, then over chunks, BLOCK_SUM numbers in a program.
 #: Keys and values are made BLOCK_KEY columns of both at once; BLOCK_CAST numbers are cast in a program.
 BLOCKS: dict[torch.dtype, dict[str, int]] = {
     torch.bfloat16: {"BLOCK_M": 64, "BLOCK_D": 64, "BLOCK_I": 128, "BLOCK_T": 32, "BLOCK_KEY": 32, **_SHARED},
@@ -52,7 +52,7 @@ SCHEDULES = {
     "position_backward": (4, 2),
     "visual_backward": (8, 1),
 }
-#: Variants that need another: by kernel, whether their tiles are those of float32, and what else they are.
+#: Variants with another schedule: by kernel, whether their tiles are those of float32, and their other constants.
 EXCEPTIONS: tuple[tuple[str, bool, dict[str, int], tuple[int, int]], ...] = (
     ("attention_forward", True, {}, (4, 2)),
     ("output_forward", False, {"ONE_TILE": False}, (8, 2)),
@@ -84,15 +84,18 @@ _TO_CAST = dict.fromkeys(("query_weight_ptr", "output_weight_ptr"), torch.float3
 def configuration(
     kernel: Any, dtype: torch.dtype, *, weights: torch.dtype | None = None, **variant: int
 ) -> Configuration:
-    """The variant of a kernel for tokens of a dtype; ``BLOCK_H``, ``MODULATE`` and ``ONE_TILE`` where it has them.
-    ``weights``: the dtype in which it reads weights as they are stored, if it does."""
+    """Return the variant of a kernel for tokens of a dtype.
+
+    ``weights`` is the dtype in which it reads weights as they are stored, if it does; ``variant`` are ``BLOCK_H``,
+    ``MODULATE`` and ``ONE_TILE`` where it has them.
+    """
     names = kernel.arg_names
     types = _TYPES if weights is None else {**_TYPES, **_TO_CAST, **dict.fromkeys(_AS_STORED, weights)}
     constants = {**BLOCKS[dtype], **variant}
     name = kernel.fn.__name__
     num_warps, num_stages = SCHEDULES[name]
-    for exception, wide, also, schedule in EXCEPTIONS:
-        if (exception, wide) == (name, dtype == torch.float32) and also.items() <= variant.items():
+    for exception, is_float32, others, schedule in EXCEPTIONS:
+        if (exception, is_float32) == (name, dtype == torch.float32) and others.items() <= variant.items():
             num_warps, num_stages = schedule
     return Configuration(
         kernel,
@@ -105,12 +108,12 @@ def configuration(
 
 
 def variants(kernel: Any) -> Iterator[Configuration]:
-    """Every variant of a kernel that can be dispatched."""
+    """Yield every variant of a kernel that can be dispatched."""
     names = kernel.arg_names
     choices = {"BLOCK_H": HEAD_BLOCKS, "MODULATE": (False, True), "ONE_TILE": (True, False)}
-    own = {name: values for name, values in choices.items() if name in names}
-    for dtype, values in product(BLOCKS, product(*own.values())):
-        variant = dict(zip(own, values, strict=True))
+    choices = {name: values for name, values in choices.items() if name in names}
+    for dtype, values in product(BLOCKS, product(*choices.values())):
+        variant = dict(zip(choices, values, strict=True))
         if kernel.fn.__name__ in READ_TILES_IN_GATE and variant["ONE_TILE"] and not variant["MODULATE"]:
             continue
         yield configuration(kernel, dtype, **variant)
@@ -125,7 +128,7 @@ def head_block(head_dim: int) -> int:
 
 @triton.jit
 def segment_slice(slot, cu_seqlens_ptr, N, num_segments, search_steps, BLOCK: tl.constexpr):
-    """Which rows ``[start, stop)`` of which segment a program with the number ``slot`` works on.
+    """Return the segment and its rows ``[start, stop)`` on which the program with the number ``slot`` works.
 
     If all segments have N tokens, each is cut at multiples of BLOCK from its own start: ``S cdiv(N, BLOCK)`` programs.
     If N is 0, rows are cut at the ends of segments and at multiples of BLOCK. On the way through the pieces either the
@@ -153,7 +156,7 @@ def segment_slice(slot, cu_seqlens_ptr, N, num_segments, search_steps, BLOCK: tl
 
 @triton.jit
 def instruction_row(segment, instruction_ptr, shared):
-    """The row of the keys that a segment meets: what ``instruction_ptr`` names, or, if not ``shared``, its own."""
+    """Return the row of a segment's keys: the one in ``instruction_ptr``, or, if not ``shared``, the segment's own."""
     row = segment
     if shared != 0:
         row = tl.load(instruction_ptr + segment)
@@ -162,7 +165,7 @@ def instruction_row(segment, instruction_ptr, shared):
 
 @triton.jit
 def number_of_keys(key_mask_ptr, first_key, T):
-    """How many of the keys have to be looked at: those up to the last valid one."""
+    """Return how many keys have to be read: those up to the last valid one."""
     keys = T * 0
     for first in range(0, T, MASK_BLOCK):
         t = first + tl.arange(0, MASK_BLOCK)
@@ -173,11 +176,13 @@ def number_of_keys(key_mask_ptr, first_key, T):
 
 @triton.jit
 def row_statistics(x_rows, row_inside, D, eps, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
-    """For LayerNorm of rows of width D at the pointers ``x_rows [BLOCK_M]``: the mean in two parts, reference and
-    center, and the reciprocal of the standard deviation."""
+    """Return the statistics for LayerNorm of rows of width D at the pointers ``x_rows [BLOCK_M]``.
+
+    They are the mean in two parts, reference and center, and the reciprocal of the standard deviation.
+    """
     # Mean and variance, block by block (Chan et al. 1983), of the difference to one of the token's own entries: where
-    # the mean is much larger than the deviation, float32 can't hold both the mean and what is to be left of it. The
-    # smallest entry is no outlier, and beside a large mean as good as any.
+    # the mean is much larger than the deviation, float32 can't hold both the mean and what remains without it. The
+    # smallest entry is no outlier, and as good as any other beside a large mean.
     channels = tl.arange(0, BLOCK_D)
     inside = row_inside[:, None] & (channels < D)[None, :]
     x = tl.load(x_rows[:, None] + channels[None, :], mask=inside, other=0.0).to(tl.float32)
@@ -204,7 +209,7 @@ def row_statistics(x_rows, row_inside, D, eps, BLOCK_M: tl.constexpr, BLOCK_D: t
 
 @triton.jit
 def attended_tile(attended_ptr, rows, row_inside, first, I, BLOCK_I: tl.constexpr):
-    """o at rows, from the column ``first`` on, ``[rows, BLOCK_I]``."""
+    """Load o at rows, from the column ``first`` on, ``[rows, BLOCK_I]``."""
     inner = first + tl.arange(0, BLOCK_I)
     return tl.load(
         attended_ptr + rows.to(tl.int64)[:, None] * I + inner[None, :],
@@ -215,7 +220,7 @@ def attended_tile(attended_ptr, rows, row_inside, first, I, BLOCK_I: tl.constexp
 
 @triton.jit
 def weight_tile(weight_ptr, channels, first, D, I, BLOCK_I: tl.constexpr):
-    """W_o at channels, from the column ``first`` on, ``[channels, BLOCK_I]``."""
+    """Load W_o at channels, from the column ``first`` on, ``[channels, BLOCK_I]``."""
     inner = first + tl.arange(0, BLOCK_I)
     return tl.load(
         weight_ptr + channels[:, None] * I + inner[None, :],
@@ -238,7 +243,7 @@ def output_tile(
     BLOCK_D: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
-    """The update ``z = o W_o^T + b_o`` at rows and columns, float32 ``[BLOCK_M, BLOCK_D]``."""
+    """Compute the update ``z = o W_o^T + b_o`` at rows and columns, float32 ``[BLOCK_M, BLOCK_D]``."""
     z = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for first in range(0, I, BLOCK_I):
         attended = attended_tile(attended_ptr, rows, row_inside, first, I, BLOCK_I)
@@ -249,13 +254,13 @@ def output_tile(
 
 @triton.jit
 def is_finite_token(rstd):
-    """False for tokens that hold NaN or Inf: their standard deviation is NaN."""
+    """Return False for tokens that hold NaN or Inf: their standard deviation is NaN."""
     return rstd == rstd  # noqa: PLR0124
 
 
 @triton.jit
 def updated_rows(lse_ptr, rstd_ptr, rows, row_inside, num_heads):
-    """Which rows are tokens that are finite and whose instruction has a key; the others are passed on untouched."""
+    """Return which rows are finite tokens whose instruction has a key; the others are passed on untouched."""
     lse = tl.load(lse_ptr + rows.to(tl.int64) * num_heads, mask=row_inside, other=float("-inf"))
     rstd = tl.load(rstd_ptr + rows, mask=row_inside, other=0.0)
     return row_inside & (lse != float("-inf")) & is_finite_token(rstd)

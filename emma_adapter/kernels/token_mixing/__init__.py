@@ -12,6 +12,6 @@ __all__ = ["configurations", "token_mixing", "token_mixing_reference", "unsuppor
 
 
 def configurations() -> Iterator[Configuration]:
-    """Every variant of every kernel that :func:`token_mixing` and its backward can launch."""
+    """Yield every variant of every kernel that :func:`token_mixing` and its backward can launch."""
     yield from forward.configurations()
     yield from backward.configurations()

@@ -46,8 +46,10 @@ def mix_backward_inputs(
     BLOCK_K: tl.constexpr,
     PADDING: tl.constexpr,
 ):
-    """``dx = dy + dW_img^T dy`` and ``dT' = W_txt^T dy``; one program for BLOCK_M packed columns, which are all of one
-    kind, and BLOCK_N channels of one image."""
+    """Compute ``dx = dy + dW_img^T dy`` and ``dT' = W_txt^T dy``.
+
+    One program for BLOCK_M packed columns, which are all of one kind, and BLOCK_N channels of one image.
+    """
     channel_blocks = tl.cdiv(D, BLOCK_N)
     column = packed_column(first_block + tl.program_id(0) % row_blocks, N, BLOCK_M, PADDING)
     channels = tl.program_id(0) // row_blocks % channel_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -101,8 +103,10 @@ def weight_products(
     BLOCK_K: tl.constexpr,
     FINITE: tl.constexpr,
 ):
-    """``dy z^T``, float32 ``[BLOCK_M, BLOCK_N]``, and the sum of dy over channels; with FINITE, values of z that aren't
-    count as zero."""
+    """Return ``dy z^T``, float32 ``[BLOCK_M, BLOCK_N]``, and the sum of dy over channels.
+
+    With FINITE, values of z that aren't finite count as zero.
+    """
     k = tl.arange(0, BLOCK_K)
     product = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
@@ -150,7 +154,7 @@ def mix_backward_weights(
     BLOCK_K: tl.constexpr,
     PADDING: tl.constexpr,
 ):
-    """``dy [x ; T']^T`` over one split of the images and channels; one program for a block of weights."""
+    """Compute ``dy [x ; T']^T`` over one split of the images and channels; one program for a block of weights."""
     padded = padded_size(N, PADDING)
     column_block = tl.program_id(0) % column_blocks
     row = tl.program_id(0) // column_blocks * BLOCK_M
@@ -158,7 +162,7 @@ def mix_backward_weights(
     split = tl.program_id(1)
     first_chunk = split * chunks_a_split
     last_chunk = tl.minimum(first_chunk + chunks_a_split, num_chunks)
-    # The bias needs the sum of dy alone, which one column of programs has in its hands anyway.
+    # The bias needs only the sum of dy, which one column of programs reads anyway.
     with_sum = column_block == 0
     # The block's columns belong to visual tokens or to instruction tokens, z [B, num_z, D].
     is_image = column < padded
@@ -171,7 +175,7 @@ def mix_backward_weights(
     product, row_sum = weight_products(
         *(dy_ptr, z_ptr, rows, z_rows, N, num_z, D, first_chunk, last_chunk, with_sum, BLOCK_M, BLOCK_N, BLOCK_K, False)
     )
-    # As in forward: visual tokens that aren't finite have no part in the update.
+    # As in forward, visual tokens that aren't finite have no part in the update.
     if is_image & (not all_finite(product)):
         product, _ = weight_products(
             *(dy_ptr, z_ptr, rows, z_rows, N, num_z, D, first_chunk, last_chunk, False),
@@ -197,7 +201,7 @@ def add_splits(
     BLOCK_N: tl.constexpr,
     PADDING: tl.constexpr,
 ):
-    """The sum over splits, first to last; one program for BLOCK_M rows and BLOCK_N columns."""
+    """Add the splits up, first to last; one program for BLOCK_M rows and BLOCK_N columns."""
     padded = padded_size(N, PADDING)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     row = rows[:, None]
@@ -229,7 +233,7 @@ def input_gradients(dy: Tensor, packed: Tensor, dx: Tensor | None, dprojected: T
     configuration = product(mix_backward_inputs, dy.dtype, tile_for(batch, t if dx is None else n + t, d))
     blocks = dict(configuration.constants)
     image_blocks = cdiv(n, blocks["BLOCK_M"])
-    # Those of x are skipped if it needs no gradient, which is usual: the vision tower is frozen.
+    # The blocks of x are skipped if it needs no gradient, which is usual: the vision tower is frozen.
     first_block = image_blocks if dx is None else 0
     row_blocks = image_blocks - first_block + cdiv(t, blocks["BLOCK_M"])
     configuration.launch(
@@ -237,7 +241,7 @@ def input_gradients(dy: Tensor, packed: Tensor, dx: Tensor | None, dprojected: T
         dy.device,
         dy_ptr=dy,
         packed_ptr=packed,
-        # A gradient that is not needed is not written; the pointer only has to be of the right type.
+        # Where no gradient is needed, none is written; the pointer must only be of the right type.
         dx_ptr=dy if dx is None else dx,
         dprojected_ptr=dy if dprojected is None else dprojected,
         N=n,
@@ -295,7 +299,7 @@ def weight_gradients(
 
 
 def configurations() -> Iterator[Configuration]:
-    """Every variant that can be launched."""
+    """Yield every variant that can be launched."""
     yield _adding()
     for dtype in DTYPES:
         yield product(mix_backward_weights, dtype, "large")

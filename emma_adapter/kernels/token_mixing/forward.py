@@ -45,7 +45,7 @@ def pack_weights(
     BLOCK_N: tl.constexpr,
     PADDING: tl.constexpr,
 ):
-    """One program for BLOCK_M rows and BLOCK_N columns."""
+    """Pack the weights; one program for BLOCK_M rows and BLOCK_N columns."""
     row = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
     column = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
     t = column - padded_size(N, PADDING)
@@ -73,15 +73,18 @@ def image_update(
     PADDING: tl.constexpr,
     FINITE: tl.constexpr,
 ):
-    """``dW_img x + W_txt T'``, float32 ``[BLOCK_M, BLOCK_N]``; with FINITE, values of x that aren't count as zero."""
+    """Return ``dW_img x + W_txt T'``, float32 ``[BLOCK_M, BLOCK_N]``.
+
+    With FINITE, values of x that aren't finite count as zero.
+    """
     channel_inside = (channels < D)[None, :]
     k = tl.arange(0, BLOCK_K)
     update = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     image_blocks = tl.cdiv(N, BLOCK_K)
-    # Rarely run, and so not worth the shared memory of a pipeline.
+    # FINITE rarely runs, and isn't worth the shared memory of a pipeline.
     stages: tl.constexpr = 1 if FINITE else None
     for block in tl.range(0, image_blocks + tl.cdiv(T, BLOCK_K), num_stages=stages):
-        # First over x, then over T': z is whichever it is.
+        # First over x, then over T'; z stands for either.
         is_image = block < image_blocks
         z_rows = tl.where(is_image, block, block - image_blocks) * BLOCK_K + k
         z = tl.load(
@@ -112,8 +115,10 @@ def mix_forward(
     BLOCK_K: tl.constexpr,
     PADDING: tl.constexpr,
 ):
-    """One program for BLOCK_M tokens and BLOCK_N channels of one image; those that read the same channels of the same
-    image are neighbours, which finds them in L2."""
+    """Compute y; one program for BLOCK_M tokens and BLOCK_N channels of one image.
+
+    Programs that read the same channels of the same image are neighbours, so that these are still in L2.
+    """
     row_blocks = tl.cdiv(N, BLOCK_M)
     channel_blocks = tl.cdiv(D, BLOCK_N)
     rows = tl.program_id(0) % row_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -168,7 +173,7 @@ def mix(x: Tensor, projected: Tensor, image_weight: Tensor, text_weight: Tensor,
 
 
 def pack(image_weight: Tensor, text_weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """``[padded N, padded N + 128]`` in ``dtype``."""
+    """Return the packed weights, ``[padded N, padded N + 128]`` in ``dtype``."""
     image_weight, text_weight = (_with_unit_stride(weight.detach().float()) for weight in (image_weight, text_weight))
     n, t = text_weight.shape
     padded = round_up(n)
@@ -189,7 +194,7 @@ def pack(image_weight: Tensor, text_weight: Tensor, dtype: torch.dtype) -> Tenso
 
 
 def configurations() -> Iterator[Configuration]:
-    """Every variant that can be launched."""
+    """Yield every variant that can be launched."""
     for dtype in DTYPES:
         yield _packing(dtype)
         yield from (product(mix_forward, dtype, tile) for tile in tiles_of(dtype))
@@ -202,5 +207,5 @@ def _packing(dtype: torch.dtype) -> Configuration:
 
 
 def _with_unit_stride(weight: Tensor) -> Tensor:
-    """Rows may lie apart, as in the first columns of a wider matrix; a row itself may not."""
+    """Return a weight with contiguous rows; these may lie apart, as in the first columns of a wider matrix."""
     return weight if weight.stride(1) == 1 else weight.contiguous()

@@ -1,4 +1,4 @@
-"""The paper's visual alignment as one product: every visual token is updated from all of them and the instruction.
+"""The paper's visual alignment as one product: every visual token is updated from all tokens and the instruction.
 
 ``y[b] = x[b] + (dW_img x[b] + W_txt T'[b] + bias)``, along the token axis. As a matrix product for each image:
 
@@ -33,7 +33,7 @@ from .tiles import MAX_INSTRUCTION_TOKENS, PADDING, round_up
 def token_mixing_reference(
     x: Tensor, projected: Tensor, image_weight: Tensor, text_weight: Tensor, bias: Tensor
 ) -> Tensor:
-    """:func:`token_mixing`, in any dtype and on any device."""
+    """Compute :func:`token_mixing` in any dtype and on any device."""
     return x + (image_weight @ x + text_weight @ projected + bias[:, None])
 
 
@@ -64,7 +64,7 @@ def _token_mixing_backward(
     need_projected: bool,
     need_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, projected, and, in float32, of the weights and the bias; empty where not needed."""
+    """Return the gradients of x, projected and, in float32, the weights and the bias; empty where not needed."""
     gradients = _empty_gradients(x, projected, need_x, need_projected, need_weights)
     dx, dprojected, *dweights = gradients
     if x.shape[0] == 0:
@@ -139,7 +139,7 @@ _token_mixing.register_autograd(_backward, setup_context=_save_inputs)
 
 
 def unsupported_reason(x: Tensor, num_instruction_tokens: int) -> str | None:
-    """Why :func:`token_mixing` can't take x ``[B, N, D]`` with so many instruction tokens, or None."""
+    """Return why :func:`token_mixing` can't take x ``[B, N, D]`` with so many instruction tokens, or None."""
     _, n, d = x.shape
     if problem := visual_tokens_problem(x):
         return problem
@@ -155,12 +155,12 @@ def unsupported_reason(x: Tensor, num_instruction_tokens: int) -> str | None:
 
 
 def token_mixing(x: Tensor, projected: Tensor, image_weight: Tensor, text_weight: Tensor, bias: Tensor) -> Tensor:
-    """``x + (image_weight x + text_weight projected + bias)`` along the token axis, on a GPU; bit for bit x while the
-    weights are zero.
+    """Compute ``x + (image_weight x + text_weight projected + bias)`` along the token axis, on a GPU.
 
-    Products are summed in float32, in half precision of factors rounded to the dtype of x. Differentiable once in
-    every argument; gradients are the same bits for the same inputs. Neither forward nor backward waits for the GPU.
-    Values of x that aren't finite stay where they are, and count as zero for all others and in the weights' gradients.
+    The result is bit for bit x while the weights are zero. Products are summed in float32; in half precision, their
+    factors are rounded to the dtype of x. Differentiable once in every argument; the same inputs give gradients of the
+    same bits. Neither forward nor backward waits for the GPU. Values of x that aren't finite stay where they are, and
+    count as zero for all others and in the weights' gradients.
 
     Args:
         x: visual tokens ``[B, N, D]``, float32, float16 or bfloat16; D a multiple of 16.
@@ -184,10 +184,10 @@ def token_mixing(x: Tensor, projected: Tensor, image_weight: Tensor, text_weight
         )
     batch, n, d = x.shape
     t = projected.shape[1]
-    wanted = [(batch, n, d), (batch, t, d), (n, n), (n, t), (n,)]
-    if [tuple(tensor.shape) for tensor in tensors] != wanted:
+    shapes = [(batch, n, d), (batch, t, d), (n, n), (n, t), (n,)]
+    if [tuple(tensor.shape) for tensor in tensors] != shapes:
         raise ShapeError(
-            f"shapes {[list(tensor.shape) for tensor in tensors]} should be {[list(shape) for shape in wanted]}"
+            f"shapes {[list(tensor.shape) for tensor in tensors]} should be {[list(shape) for shape in shapes]}"
         )
     if projected.dtype != x.dtype:
         raise ShapeError(f"x and projected must have the same dtype; got {x.dtype} and {projected.dtype}")
