@@ -52,10 +52,7 @@ def cross_attention_backward(
     need_instruction: bool,
     need_weights: bool,
 ) -> list[Tensor]:
-    """Return the gradients of x, key, value, norm scale and shift, W_q, b_q, position, W_o and b_o.
-
-    Those that are not needed are empty.
-    """
+    """Return gradients of x, key, value, norm scale and shift, W_q, b_q, position, W_o, b_o; empty where not needed."""
     dtype, device = x.dtype, x.device
     (tokens, width), inner = x.shape, query.shape[1]
     length = key.shape[1]

@@ -210,7 +210,6 @@ def cross_attention(  # noqa: PLR0912 (it is checks)
     """Return ``x + z`` or ``x 2 sigmoid(z)``, with z the result of cross-attention to an instruction.
 
     ``z = softmax((LN(x) W_q^T + b_q + pos) K^T / sqrt(d) + mask) V W_o^T + b_o``.
-
     Computed in the dtype of the visual tokens, with sums in float32; deterministic, backward included. Where z is 0, in
     segments whose instruction has no valid key, and for tokens that hold NaN or Inf, the result is x bit for bit.
 
