@@ -202,6 +202,25 @@ def running_trainer() -> Any:
     return None
 
 
+def is_being_called(module: nn.Module) -> bool:
+    """Return whether this thread is in a call of a module: in ``torch.nn.Module._call_impl``.
+
+    PyTorch runs no hooks after an interrupt, which would tell that a call has ended.
+
+    Held by ``modules/test_private.py::test_a_call_of_a_module_is_noticed``.
+    """
+    code = nn.Module._call_impl.__code__
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is code and frame.f_locals.get("self") is module:
+            return True
+        if frame.f_code.co_name.startswith("torch_dynamo_resume_in_"):
+            # The rest of a compiled function after a break of its graph, which may be that call's.
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
 class LeftOutOfSaves(Set[str]):
     """The names that transformers leaves out of a save, worked out whenever they are read.
 

@@ -21,6 +21,8 @@ class CallContext:
         #: What a wrapper was given that puts virtual tokens before the prompt, until the model's call takes it.
         self.given: GivenPrompt | None = None
         self.plan: CallPlan | Bypass | None = None
+        #: The inner model whose call the plan is of.
+        self.caller: nn.Module | None = None
         self.feature_call: FeatureCall | None = None
         #: The prompt of a running ``generate`` and its instruction.
         self.pinned: PinnedPrompt | None = None

@@ -120,6 +120,7 @@ def before_inner(inner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     told = kwargs
     if given is not None and given.is_end_of(kwargs):
         outer, told = dataclasses.replace(outer, labels=given.labels), given.in_place_of(kwargs)
+    context.caller = inner
     disabled = state.scope.disabled
     if not has_pixels(state.family, kwargs):
         if not disabled and context.pinned is None:
@@ -138,7 +139,7 @@ def before_inner(inner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 def after_inner(inner: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
     context = state_of(inner).context
-    context.ties_embeddings = False
+    context.ties_embeddings, context.caller = False, None
     _leave_call(context, inner)
     context.plan = None if context.pinned is None else context.pinned.plan
 
@@ -274,6 +275,7 @@ def _route(state: AdapterState, projector: nn.Module, visual_tokens: Tensor) -> 
 
 def _new_route(state: AdapterState, visual_tokens: Tensor) -> RoutedInstruction | Bypass:
     context = state.context
+    _forget_interrupted_call(state)
     plan = context.plan
     if isinstance(plan, Bypass):
         return plan
@@ -295,6 +297,16 @@ def _new_route(state: AdapterState, visual_tokens: Tensor) -> RoutedInstruction 
         'model.generate(**inputs), or say which instruction: with adapter.instruction("…"): …, or want none: '
         "with adapter.disable_adapter(): …"
     )
+
+
+def _forget_interrupted_call(state: AdapterState) -> None:
+    """Drop the plan of a call that was interrupted, after which PyTorch has run no hooks."""
+    context = state.context
+    belongs_to_a_block = context.pinned is not None or context.recomputed is not None
+    if context.plan is None or belongs_to_a_block or torch.compiler.is_compiling():
+        return
+    if context.caller is not None and not private.is_being_called(context.caller):
+        context.plan = context.caller = None
 
 
 def _by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

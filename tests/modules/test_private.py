@@ -87,6 +87,25 @@ def test_a_backward_is_noticed():
     assert seen == [True] and not private.is_backward_running()
 
 
+def test_a_call_of_a_module_is_noticed():
+    seen = []
+
+    class Outer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inside = torch.nn.Linear(1, 1)
+
+        def forward(self, x):
+            seen.append((private.is_being_called(self), private.is_being_called(self.inside)))
+            return self.inside(x)
+
+    outer = Outer()
+    outer.inside.register_forward_pre_hook(lambda *args: seen.append(private.is_being_called(outer)))
+    outer(torch.ones(1))
+    assert seen == [(True, False), True]
+    assert not private.is_being_called(outer)
+
+
 def test_a_transform_is_noticed():
     seen = []
     torch.vmap(lambda value: seen.append(private.is_transformed()) or value)(torch.ones(2))
