@@ -1,8 +1,7 @@
-"""What an adapter does, and whether one could help: weights, maps over the image, information, and a diagnosis.
+"""Analysis of what an adapter does, and whether one could help: weights, maps, information, and a diagnosis.
 
-Functions that return arrays and small frozen dataclasses; pictures of them are in
-:mod:`emma_adapter.analysis.plots`. Needs ``pip install "emma_adapter[analysis]"``: scikit-learn for ``probe`` and
-``diagnose``, matplotlib for the pictures.
+Functions return arrays and small frozen dataclasses, which :mod:`emma_adapter.analysis.plots` draws. Needs
+``pip install "emma_adapter[analysis]"``: scikit-learn for ``probe`` and ``diagnose``, matplotlib for the plots.
 """
 
 from .attending import AttentionMass, MaskStatistics, attention_maps, attention_mass, mask_statistics

@@ -1,4 +1,4 @@
-"""Where ``attention`` and ``modulation`` look in an instruction, and what the mask of ``modulation`` does."""
+"""Statistics of ``attention`` and ``modulation``: attention to the instruction, and factors of the channel mask."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..errors import AnalysisError
 from ..instructions.pipeline import Instruction
 from .observing import Model, VisualEntry, alignment_of, observe, observed_batches
 
-#: Below and above which a factor of the mask counts as suppressing or amplifying.
+#: A factor of the mask below the first suppresses, one above the second amplifies.
 SUPPRESSED, AMPLIFIED = 0.5, 1.5
 
 
@@ -33,12 +33,12 @@ class AttentionMass:
     positions: NDArray[np.float64]
     #: ``[heads, T]``, mean over visual tokens and images.
     heads: NDArray[np.float64]
-    #: ``[T]``, what ``positions`` would be if all attended evenly to all tokens of their instruction.
+    #: ``[T]``, what ``positions`` would be if every visual token attended evenly to its whole instruction.
     uniform: NDArray[np.float64]
     #: Mean entropy of a head's attention as a share of the largest possible, ``log`` of the instruction's length:
     #: 1 is even attention, 0 is a single token. NaN if all instructions have one token.
     entropy: float
-    #: How many images, tiles and frames were counted.
+    #: Number of images, tiles and frames counted.
     entries: int
 
 
@@ -55,27 +55,27 @@ class MaskStatistics:
     #: ``[41]`` bin edges from 0 to 2 and ``[40]`` shares of all factors.
     edges: NDArray[np.float64]
     histogram: NDArray[np.float64]
-    #: How many images, tiles and frames were counted.
+    #: Number of images, tiles and frames counted.
     entries: int
 
 
 def attention_mass(model: Model, batches: Iterable[Mapping[str, Any]]) -> AttentionMass:
-    """How attention divides over the positions of the instructions of a data set.
+    """Return how attention is distributed over the positions of the instructions of a data set.
 
-    Computed from the adapter's weights and what it read, in float32. Visual tokens of images whose instruction is
-    empty, which the adapter leaves as they are, don't count.
+    It is computed from the adapter's weights and inputs, in float32. Visual tokens of images whose instruction is
+    empty, which the adapter leaves unchanged, don't count.
 
     Args:
         model: a patched model with ``fusion="attention"`` or ``"modulation"``, or its handle.
-        batches: of what the processor returns, as a ``DataLoader``.
+        batches: outputs of the processor, such as a ``DataLoader`` gives.
 
     Raises:
         PatchError: if the model is not patched.
-        AnalysisError: if the fusion is another, or there is nothing to analyse.
+        AnalysisError: if the adapter has another fusion, or there is nothing to analyse.
     """
     attention = _cross_attention(model)
     mass, uniform = torch.zeros(attention.num_heads, 0, dtype=torch.float64), torch.zeros(0, dtype=torch.float64)
-    entropy, entropies, entries = 0.0, 0, 0
+    entropy_sum, entropy_count, entries = 0.0, 0, 0
     for batch in observed_batches(model, batches):
         for entry in (entry for _, row in batch for entry in row):
             weights = _weights(attention, entry)
@@ -89,8 +89,8 @@ def attention_mass(model: Model, batches: Iterable[Mapping[str, Any]]) -> Attent
             uniform[:length] += 1 / length
             entries += 1
             if length > 1:
-                entropy += float(torch.special.entr(weights).sum(-1).mean()) / math.log(length)
-                entropies += 1
+                entropy_sum += float(torch.special.entr(weights).sum(-1).mean()) / math.log(length)
+                entropy_count += 1
     if not entries:
         raise AnalysisError("no image of these batches has an instruction that attention could look at")
     mass /= entries
@@ -98,7 +98,7 @@ def attention_mass(model: Model, batches: Iterable[Mapping[str, Any]]) -> Attent
         positions=mass.mean(0).numpy(),
         heads=mass.numpy(),
         uniform=(uniform / entries).numpy(),
-        entropy=entropy / entropies if entropies else math.nan,
+        entropy=entropy_sum / entropy_count if entropy_count else math.nan,
         entries=entries,
     )
 
@@ -106,7 +106,7 @@ def attention_mass(model: Model, batches: Iterable[Mapping[str, Any]]) -> Attent
 def attention_maps(
     model: Model, inputs: Mapping[str, Any], instruction: Instruction | None = None
 ) -> list[NDArray[np.float32]]:
-    """Attention of each visual token of a call to each instruction token.
+    """Return the attention of each visual token of a call to each instruction token.
 
     Args:
         model: a patched model with ``fusion="attention"`` or ``"modulation"``, or its handle.
@@ -119,7 +119,7 @@ def attention_maps(
 
     Raises:
         PatchError: if the model is not patched.
-        AnalysisError: if the fusion is another, the call has no image, or the adapter is disabled.
+        AnalysisError: if the adapter has another fusion or is disabled, or the call has no image.
     """
     attention = _cross_attention(model)
     maps = []
@@ -132,15 +132,15 @@ def attention_maps(
 
 
 def mask_statistics(model: Model, batches: Iterable[Mapping[str, Any]]) -> MaskStatistics:
-    """What ``modulation`` does to the channels, over a data set.
+    """Return statistics of the factors that ``modulation`` multiplies channels with, over a data set.
 
     Args:
         model: a patched model with ``fusion="modulation"``, or its handle.
-        batches: of what the processor returns, as a ``DataLoader``.
+        batches: outputs of the processor, such as a ``DataLoader`` gives.
 
     Raises:
         PatchError: if the model is not patched.
-        AnalysisError: if the fusion is another, or there is nothing to analyse.
+        AnalysisError: if the adapter has another fusion, or there is nothing to analyse.
     """
     attention = _cross_attention(model)
     if not isinstance(alignment_of(model).fusion, ModulationFusion):
@@ -181,7 +181,7 @@ def _cross_attention(model: Model) -> CrossAttention:
 
 @torch.no_grad()
 def _weights(attention: CrossAttention, entry: VisualEntry) -> Tensor | None:
-    """float64 ``[heads, N, T]`` over the valid instruction tokens; None if there is none."""
+    """Return attention, float64 ``[heads, N, T]``, over the valid instruction tokens; None if there are none."""
     instruction = _valid_instruction(entry)
     if not len(instruction):
         return None
@@ -197,7 +197,7 @@ def _weights(attention: CrossAttention, entry: VisualEntry) -> Tensor | None:
 
 @torch.no_grad()
 def _factors(attention: CrossAttention, entry: VisualEntry) -> Tensor:
-    """float64 ``[N, D]``."""
+    """Return the mask's factors, float64 ``[N, D]``."""
     instruction = _valid_instruction(entry)
     if not len(instruction):
         return torch.ones(entry.before.shape, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Could an adapter help? What the model's own representations say before any training."""
+"""A diagnosis, before any training, of whether an adapter could help a model, from the model's own representations."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ Verdict = Literal[
 
 #: Grid that visual tokens are averaged to, so that images of all sizes have as many features.
 _COARSE = 4
-#: Of the way from chance to always right: as far as a probe gets that can't know which of two questions is asked.
+#: How far from chance to always right a probe gets that can't know which of two questions is asked.
 _HALF = 0.5
-#: Rows with the same instruction that are probed apart.
+#: The fewest rows with the same instruction that are probed on their own.
 _ROWS_APART = 25
 #: Instructions are the same if their encodings differ by less than this share of their length, which is rounding.
 _ROUNDING = 3e-3
@@ -49,14 +49,14 @@ class Asked:
     """The rows that ask for one attribute."""
 
     name: str
-    #: Of the answer, from the visual tokens, and from the projector's output without an adapter.
+    #: Probes of the answer, from the visual tokens and from the projector's output without an adapter.
     visual: Probe
     projected: Probe
     #: ``visual.accuracy - projected.accuracy`` on the same rows, and its standard error.
     lost: float
     lost_error: float
     verdict: Verdict
-    #: How many different instructions these rows have, and whether each was probed on its own.
+    #: The number of different instructions of these rows, and whether each was probed on its own.
     instructions: int = 1
     apart: bool = False
 
@@ -71,16 +71,16 @@ class Diagnosis:
     """Whether an adapter can help a model with some questions."""
 
     attributes: tuple[Asked, ...]
-    #: Of what is asked, from the instruction tokens; None if all rows ask the same.
+    #: Probe of what is asked, from the instruction tokens; None if all rows ask the same.
     instruction: Probe | None
 
     @property
     def verdict(self) -> Verdict:
-        """That of most rows of which something can be told."""
+        """The verdict on the most rows, where ``"can't be told"`` counts only if there is no other."""
         rows: dict[Verdict, int] = {"can't be told": 0}
-        for asked in self.attributes:
-            if asked.verdict != "can't be told":
-                rows[asked.verdict] = rows.get(asked.verdict, 0) + asked.visual.samples
+        for attribute in self.attributes:
+            if attribute.verdict != "can't be told":
+                rows[attribute.verdict] = rows.get(attribute.verdict, 0) + attribute.visual.samples
         return max(rows, key=lambda verdict: rows[verdict])
 
     @property
@@ -89,21 +89,21 @@ class Diagnosis:
         return _MEANINGS[self.verdict]
 
     def table(self) -> str:
-        """GitHub Markdown: accuracies in %, with 95 % intervals, beside chance and the shuffled control."""
+        """Return a GitHub Markdown table: accuracies in % with 95 % intervals, chance, and the shuffled control."""
         lines = [
             "| asked | rows | chance | shuffled | visual tokens | behind the projector | verdict |",
             "| --- | ---: | ---: | ---: | ---: | ---: | --- |",
         ]
-        for asked in self.attributes:
-            own = asked.visual
+        for attribute in self.attributes:
+            visual = attribute.visual
             lines.append(
-                f"| {asked.name} | {own.samples} | {own.chance:.0%} | {own.shuffled:.0%} | {own.told()} | "
-                f"{asked.projected.told()} | {asked.verdict} |"
+                f"| {attribute.name} | {visual.samples} | {visual.chance:.0%} | {visual.shuffled:.0%} | "
+                f"{visual.told()} | {attribute.projected.told()} | {attribute.verdict} |"
             )
-        if (told := self.instruction) is not None:
+        if (instruction := self.instruction) is not None:
             lines.append(
-                f"| *what is asked* | {told.samples} | {told.chance:.0%} | {told.shuffled:.0%} | instruction: "
-                f"{told.told()} | | |"
+                f"| *what is asked* | {instruction.samples} | {instruction.chance:.0%} | {instruction.shuffled:.0%} | "
+                f"instruction: {instruction.told()} | | |"
             )
         return "\n".join([*lines, "", f"**{self.verdict}**: {self.meaning}"])
 
@@ -118,106 +118,106 @@ def diagnose(
     shuffles: int = 19,
     seed: int = 0,
 ) -> Diagnosis:
-    """Is the answer linearly decodable from the visual tokens, still so behind the projector, and is what is asked
-    decodable from the instruction tokens?
+    """Diagnose with linear probes whether an adapter could help a model with some questions.
 
-    An adapter can only keep what the visual tokens hold, tells from the instruction alone what to keep, and gains
-    nothing where the projector lets everything pass. The original model's visual tokens don't know what is asked: so
-    answers are probed among the rows that ask for the same. Where rows that should do so have different instructions,
-    as "what is at the top left?" and "what is at the top right?", each instruction is probed on its own, if at least
-    half of the rows have one that 25 of them share; else they are probed together, and what the probe then doesn't
-    read proves nothing.
+    The probes tell whether the answer is linearly decodable from the visual tokens, whether it still is behind the
+    projector, and whether what is asked is decodable from the instruction tokens. An adapter can only keep what the
+    visual tokens hold, decides from the instruction alone what to keep, and gains nothing where the projector lets
+    everything pass. The original model's visual tokens don't depend on the question, so answers are probed among the
+    rows that ask for the same. Where such rows have different instructions nevertheless, as "what is at the top left?"
+    and "what is at the top right?", each instruction is probed on its own if at least half of the rows have one that 25
+    of them share; else they are probed together, and what the probe then doesn't read proves nothing.
 
     Args:
-        model: a patched model, trained or not, or its handle: visual tokens and the projector's output are read as
-            without an adapter, instructions as its encoder encodes them.
-        batches: of what the processor returns, prompts without answers.
+        model: a patched model, trained or not, or its handle. Visual tokens and the projector's output are those
+            without an adapter; instructions are encoded by the adapter's encoder.
+        batches: outputs of the processor for prompts without answers.
         answers: one for each row that shows an image, in order: the label to decode, texts or integers.
         asked: what each of these rows asks for, such as ``"top left"``; default: all ask for the same.
         folds: of the cross-validation.
         shuffles: of the labels, for the control.
-        seed: of both.
+        seed: of folds and shuffles.
 
     Raises:
         PatchError: if the model is not patched.
         AnalysisError: if labels are missing, or nothing is asked often enough for a probe.
     """
     visual, projected, instructions, wordings = _features(model, batches)
-    names = np.array(["all"] * len(visual) if asked is None else [str(one) for one in asked])
-    labels = np.array([str(one) for one in answers])
+    names = np.array(["all"] * len(visual) if asked is None else [str(name) for name in asked])
+    labels = np.array([str(answer) for answer in answers])
     if not len(visual) == len(names) == len(labels):
         raise AnalysisError(
             f"{len(visual)} rows show an image, and there are {len(labels)} answers and {len(names)} of what is asked: "
             "give one of each for each row"
         )
     settings = {"folds": folds, "shuffles": shuffles, "seed": seed}
-    told = probe(instructions, names, **settings) if len(set(names)) > 1 else None
-    found = []
-    numbers = _numbered(wordings)
+    instruction_probe = probe(instructions, names, **settings) if len(set(names)) > 1 else None
+    attributes = []
+    numbers = _instruction_numbers(wordings)
     for name in dict.fromkeys(names.tolist()):
         rows = np.flatnonzero(names == name)
         if not _enough(labels[rows], folds):
             continue
-        alone = _probed_apart(numbers[rows], labels[rows], folds)
-        apart = 2 * alone.sum() >= len(rows)
+        can_be_apart = _probed_apart(numbers[rows], labels[rows], folds)
+        apart = 2 * can_be_apart.sum() >= len(rows)
         groups = None
         if apart:
-            rows = rows[alone]
+            rows = rows[can_be_apart]
             groups = numbers[rows]
-        own, behind = (
+        before, behind = (
             probe(features[rows], labels[rows], groups=groups, **settings) for features in (visual, projected)
         )
-        lost, error = _difference(own, behind)
-        instructions_of = len(np.unique(numbers[names == name]))
-        verdict = _verdict(own, behind, lost - Z * error > 0, told, mixed=instructions_of > 1 and not apart)
-        found.append(Asked(name, own, behind, lost, error, verdict, instructions_of, bool(apart)))
-    if not found:
+        lost, error = _difference(before, behind)
+        count = len(np.unique(numbers[names == name]))
+        verdict = _verdict(before, behind, lost - Z * error > 0, instruction_probe, mixed=count > 1 and not apart)
+        attributes.append(Asked(name, before, behind, lost, error, verdict, count, bool(apart)))
+    if not attributes:
         raise AnalysisError(
             f"nothing is asked often enough: a probe with {folds} folds needs two answers with at least {folds} rows "
             "each"
         )
-    return Diagnosis(tuple(found), told)
+    return Diagnosis(tuple(attributes), instruction_probe)
 
 
-def _verdict(visual: Probe, projected: Probe, loses: bool, told: Probe | None, *, mixed: bool) -> Verdict:
+def _verdict(visual: Probe, projected: Probe, loses: bool, instruction: Probe | None, *, mixed: bool) -> Verdict:
     if visual.decodable and loses:
-        return "can help" if told is None or told.decodable else "not in the instruction"
+        return "can help" if instruction is None or instruction.decodable else "not in the instruction"
     if projected.decodable and projected.level[0] > _HALF:
         return "reaches the model already"
-    nothing = not visual.decodable and not projected.decodable and visual.level[1] < _HALF
-    return "not linear in the visual tokens" if nothing and not mixed else "can't be told"
+    unreadable = not visual.decodable and not projected.decodable and visual.level[1] < _HALF
+    return "not linear in the visual tokens" if unreadable and not mixed else "can't be told"
 
 
-def _difference(one: Probe, other: Probe) -> tuple[float, float]:
-    """``one.accuracy - other.accuracy``, and its standard error: they are paired."""
-    each = one.right.astype(float) - other.right  # 0 of samples that were left out
-    mean = each.sum() / one.samples
-    return float(mean), float(np.sqrt(((each**2).sum() / one.samples - mean**2) / (one.samples - 1)))
+def _difference(first: Probe, second: Probe) -> tuple[float, float]:
+    """Return ``first.accuracy - second.accuracy`` and its standard error, from the paired samples."""
+    differences = first.right.astype(float) - second.right  # 0 for samples that were left out
+    mean = differences.sum() / first.samples
+    return float(mean), float(np.sqrt(((differences**2).sum() / first.samples - mean**2) / (first.samples - 1)))
 
 
 def _probed_apart(numbers: Any, labels: Any, folds: int) -> Any:
-    """bool ``[n]``, which rows have an instruction that is asked often enough for a probe of its own."""
-    enough = [
+    """Return which rows have an instruction that is asked often enough for a probe of its own, bool ``[n]``."""
+    frequent = [
         number
         for number, count in zip(*np.unique(numbers, return_counts=True), strict=True)
         if count >= _ROWS_APART and _enough(labels[numbers == number], folds)
     ]
-    return np.isin(numbers, enough)
+    return np.isin(numbers, frequent)
 
 
-def _numbered(wordings: Any) -> Any:
-    """int ``[n]``, equal for equal instructions."""
+def _instruction_numbers(wordings: Any) -> Any:
+    """Return int ``[n]``, equal for equal instructions."""
     rng = np.random.default_rng(0)
-    # Distances stay, and are cheap.
+    # A random projection keeps distances, and makes them cheap.
     keys = wordings @ rng.standard_normal((wordings.shape[1], 32)) / np.sqrt(32)
-    first: list[int] = []
+    first_rows: list[int] = []
     numbers = np.zeros(len(keys), dtype=int)
     for row, key in enumerate(keys):
-        distances = np.linalg.norm(keys[first] - key, axis=1)
+        distances = np.linalg.norm(keys[first_rows] - key, axis=1)
         near = np.flatnonzero(distances <= _ROUNDING * max(float(np.linalg.norm(key)), 1e-12))
         if not len(near):
-            first.append(row)
-        numbers[row] = near[0] if len(near) else len(first) - 1
+            first_rows.append(row)
+        numbers[row] = near[0] if len(near) else len(first_rows) - 1
     return numbers
 
 
@@ -226,8 +226,11 @@ def _enough(labels: Any, folds: int) -> bool:
 
 
 def _features(model: Model, batches: Iterable[Mapping[str, Any]]) -> tuple[Any, Any, Any, Any]:
-    """``[n, F]`` each: of the visual tokens, the projector's output, the instruction tokens of each row, and what tells
-    its instruction from all others."""
+    """Return features of each row, ``[n, F]`` each.
+
+    They are of its visual tokens, the projector's output and its instruction tokens; the last ones are equal for equal
+    instructions and differ for all others.
+    """
     visual: list[list[Tensor]] = []
     projected: list[list[Tensor]] = []
     instructions: list[Tensor] = []
@@ -239,18 +242,18 @@ def _features(model: Model, batches: Iterable[Mapping[str, Any]]) -> tuple[Any, 
             projected.append([_pooled(part) for part in parts if part is not None])
             tokens = _instruction(entries[0])
             instructions.append(torch.cat([tokens.mean(0), tokens[-1]]))
-            wordings.append(_wording(tokens))
+            wordings.append(_order_sensitive_sum(tokens))
     return _stacked(visual), _stacked(projected), torch.stack(instructions).numpy(), torch.stack(wordings).numpy()
 
 
 def _stacked(parts: list[list[Tensor]]) -> Any:
-    """Side by side if all rows have as many parts, else their means."""
-    same = len({len(row) for row in parts}) == 1
-    return torch.stack([torch.cat(row) if same else torch.stack(row).mean(0) for row in parts]).numpy()
+    """Return the concatenated parts of each row if all rows have as many, else their means."""
+    equally_many = len({len(row) for row in parts}) == 1
+    return torch.stack([torch.cat(row) if equally_many else torch.stack(row).mean(0) for row in parts]).numpy()
 
 
 def _coarse(entry: VisualEntry) -> Tensor:
-    """``[F]``, the tokens averaged to a coarse grid."""
+    """Return the tokens averaged to a coarse grid, ``[F]``."""
     if entry.grid is None:
         return _pooled(entry.before)
     image = entry.before.T.unflatten(1, entry.grid)
@@ -258,16 +261,16 @@ def _coarse(entry: VisualEntry) -> Tensor:
 
 
 def _pooled(tokens: Tensor) -> Tensor:
-    """``[F]``, the tokens of a sequence averaged to at most as many as a coarse grid has."""
+    """Return a sequence's tokens averaged to as many as a coarse grid has, ``[F]``."""
     return F.adaptive_avg_pool1d(tokens.T, _COARSE**2).flatten()
 
 
 def _instruction(entry: VisualEntry) -> Tensor:
-    """``[T, Dt]``; of an empty instruction a zero."""
+    """Return the instruction tokens, ``[T, Dt]``; a single one of zeros for an empty instruction."""
     tokens = entry.instruction if entry.instruction_mask is None else entry.instruction[entry.instruction_mask]
     return tokens if len(tokens) else torch.zeros(1, entry.instruction.shape[-1])
 
 
-def _wording(tokens: Tensor) -> Tensor:
-    """``[Dt]``, a sum in which each position has a weight of its own, so that the order of the words counts."""
+def _order_sensitive_sum(tokens: Tensor) -> Tensor:
+    """Return the sum of the tokens, ``[Dt]``, each weighted by its position so that the order of the words counts."""
     return (tokens * torch.sin(torch.arange(1.0, len(tokens) + 1)).unsqueeze(1)).sum(0)

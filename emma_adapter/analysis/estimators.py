@@ -1,4 +1,4 @@
-"""Nearest-neighbour estimators of mutual information, in nats. Both compare distances and assume no distribution."""
+"""Nearest-neighbour estimators of mutual information, in nats. They assume no distribution."""
 
 from __future__ import annotations
 
@@ -9,50 +9,50 @@ from numpy.typing import NDArray
 Samples = NDArray[np.float64]
 Labels = NDArray[np.int64]
 
-# Of a block of a distance matrix, in numbers.
+# The most elements of a distance matrix that are in memory at once.
 _BLOCK = 2**22
 
 
 def ksg(x: Samples, y: Samples, k: int = 3) -> float:
-    """The first estimator of Kraskov, Stögbauer and Grassberger (Phys. Rev. E 69, 066138, 2004, eq. 8):
+    """Estimate mutual information as Kraskov, Stögbauer and Grassberger do (Phys. Rev. E 69, 066138, 2004, eq. 8).
 
-    ``psi(k) + psi(n) - <psi(n_x + 1) + psi(n_y + 1)>``, where n_x and n_y count the samples nearer in one space than
-    the k-th neighbour is in both, all by the largest coordinate difference.
+    Their first estimator is ``psi(k) + psi(n) - <psi(n_x + 1) + psi(n_y + 1)>``, where n_x and n_y count the samples
+    nearer in one space than the k-th neighbour is in both, all by the largest coordinate difference.
 
     Args:
         x: float64 ``[n, dx]``.
         y: float64 ``[n, dy]``, without repeated samples.
-        k: neighbours; fewer are less biased and vary more.
+        k: number of neighbours; fewer have less bias and more variance.
     """
     n = len(x)
     terms = np.empty(n)
     for rows in _blocks(n):
         in_x, in_y = (_distances(space[rows], space) for space in (x, y))
-        own = (np.arange(len(in_x)), np.arange(n)[rows])
+        itself = (np.arange(len(in_x)), np.arange(n)[rows])
         joint = np.maximum(in_x, in_y)
-        joint[own] = np.inf
+        joint[itself] = np.inf
         radius = np.partition(joint, k - 1, axis=1)[:, k - 1 : k]
-        # The sample itself is among those that are nearer: n_x + 1. But not where the radius is 0.
+        # The sample itself is among the nearer ones, which makes n_x + 1, except where the radius is 0.
         counts = [np.maximum((space < radius).sum(axis=1), 1) for space in (in_x, in_y)]
         terms[rows] = _digamma(counts[0]) + _digamma(counts[1])
     return float(_digamma(np.array(k)) + _digamma(np.array(n)) - terms.mean())
 
 
 def ross(x: Samples, labels: Labels, k: int = 3) -> float:
-    """The estimator of Ross (PLoS ONE 9(2): e87357, 2014) between samples and labels:
+    """Estimate mutual information between samples and labels as Ross does (PLoS ONE 9(2): e87357, 2014).
 
-    ``psi(n) + <psi(k)> - <psi(n_label)> - <psi(m)>``, where m counts the samples no farther than the k-th neighbour of
-    the same label. Labels with one sample tell nothing and are left out; those with k or fewer use as many neighbours
-    as they have.
+    It is ``psi(n) + <psi(k)> - <psi(n_label)> - <psi(m)>``, where m counts the samples no farther than the k-th
+    neighbour of the same label. Labels with one sample tell nothing and are left out; those with k or fewer use as many
+    neighbours as they have.
 
     Args:
         x: float64 ``[n, dx]``.
         labels: int64 ``[n]``.
-        k: neighbours.
+        k: number of neighbours.
     """
     sizes = np.bincount(labels)
-    keep = sizes[labels] > 1
-    x, labels = x[keep], labels[keep]
+    repeated = sizes[labels] > 1
+    x, labels = x[repeated], labels[repeated]
     n = len(x)
     if n == 0:
         return 0.0
@@ -69,12 +69,12 @@ def ross(x: Samples, labels: Labels, k: int = 3) -> float:
     return float(_digamma(np.array(n)) + _digamma(neighbours).mean() - _digamma(size).mean() - _digamma(m).mean())
 
 
-def _distances(some: Samples, all_: Samples) -> Samples:
-    """``[m, d], [n, d] -> [m, n]``, the largest coordinate difference."""
-    found = np.abs(some[:, :1] - all_[:, 0])
-    for column in range(1, all_.shape[1]):
-        np.maximum(found, np.abs(some[:, column, None] - all_[:, column]), out=found)
-    return found
+def _distances(x: Samples, y: Samples) -> Samples:
+    """Return the largest coordinate differences, ``[m, d], [n, d] -> [m, n]``."""
+    distances = np.abs(x[:, :1] - y[:, 0])
+    for column in range(1, y.shape[1]):
+        np.maximum(distances, np.abs(x[:, column, None] - y[:, column]), out=distances)
+    return distances
 
 
 def _blocks(n: int) -> list[slice]:

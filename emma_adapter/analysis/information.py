@@ -1,4 +1,4 @@
-"""Mutual information with an error bar, and how much of it about the responses an adapter adds to visual tokens."""
+"""Mutual information with an error bar, and how much an adapter adds between visual tokens and responses."""
 
 from __future__ import annotations
 
@@ -27,19 +27,20 @@ _PERMUTATIONS = 10
 class MutualInformation:
     """An estimate, in nats (1 nat is 1.44 bits).
 
-    The estimator reads the leading principal components only, so that ``nats`` is about the information in these: the
-    data-processing inequality makes it at most that in the whole.
+    The estimator reads only the leading principal components, and ``nats`` is about the information in these: by the
+    data-processing inequality, it is at most that in the whole.
     """
 
     #: The estimate, corrected for the estimator's bias; never negative.
     nats: float
-    #: Its standard error: of the sample, by a delete-a-block jackknife or as seen on Gaussians, whichever is larger,
-    #: and of the correction.
+    #: Its standard error: that of the sample, by a delete-a-block jackknife or as seen on Gaussians, whichever is
+    #: larger, combined with that of the correction.
     error: float
-    #: What the estimator gave.
+    #: The estimator's output.
     raw: float
-    #: ``raw`` less the truth, on average over Gaussians with as many samples and dimensions, and as much information
-    #: divided as the data's linear part over canonical pairs (over Gaussian classes of the same sizes, for labels).
+    #: ``raw`` minus the truth, on average over Gaussians with as many samples and dimensions and as much information,
+    #: divided over canonical pairs as the linear part of the data's (over Gaussian classes of the same sizes, for
+    #: labels).
     bias: float
     #: Standard deviation of ``raw`` over such samples.
     spread: float
@@ -51,14 +52,14 @@ class MutualInformation:
     saturated: bool
     estimator: Literal["ksg", "ross"]
     samples: int
-    #: Dimensions read of x and of y; 0 for labels.
+    #: Principal components read of x and of y; 0 for labels.
     dims: tuple[int, int]
-    #: Shares of the variances of x and y in them; 1 for labels.
+    #: The shares of the variances of x and y in these; 1 for labels.
     explained: tuple[float, float]
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 %, if the data are as benign as Gaussians; without an upper end if ``saturated``."""
+        """The 95 % interval, if the data are as benign as Gaussians; without an upper end if ``saturated``."""
         return max(0.0, self.nats - Z * self.error), math.inf if self.saturated else self.nats + Z * self.error
 
 
@@ -66,7 +67,7 @@ class MutualInformation:
 class InformationGain:
     """Mutual information between visual representations and responses, before and after alignment.
 
-    Both are of the same samples: the intervals take into account that they vary together.
+    Both are estimated from the same samples; the intervals take into account that they vary together.
     """
 
     before: MutualInformation
@@ -82,25 +83,25 @@ class InformationGain:
 def mutual_information(
     x: ArrayLike, y: ArrayLike, *, dims: int = 8, neighbours: int = 3, seed: int = 0
 ) -> MutualInformation:
-    """Mutual information between representations and others, or labels.
+    """Estimate the mutual information between representations and others, or labels.
 
-    By nearest neighbours (Kraskov et al. 2004; with labels Ross 2014) in the leading principal components of each side,
-    each component mapped to a normal distribution by ranks, which keeps the information. Then corrected by what the
-    same estimator gives on Gaussians whose information is known. Of the neural bounds, InfoNCE (van den Oord et al.
-    2018) can't exceed log n, and those that can have a variance that grows exponentially with the information (Poole et
-    al. 2019; McAllester and Stratos 2020), and each needs a network trained for it; this one is deterministic, takes
-    seconds, and its error can be measured.
+    The estimate is by nearest neighbours (Kraskov et al. 2004; with labels Ross 2014) in the leading principal
+    components of each side, each component mapped to a normal distribution by ranks, which keeps the information. It is
+    corrected by what the same estimator gives on Gaussians whose information is known. Of the neural bounds, InfoNCE
+    (van den Oord et al. 2018) can't exceed log n, those that can have a variance that grows exponentially with the
+    information (Poole et al. 2019; McAllester and Stratos 2020), and each needs a network trained for it; this one is
+    deterministic, takes seconds, and its error can be measured.
 
     Args:
         x: ``[n, dx]`` floats.
         y: ``[n, dy]`` floats, or ``[n]`` labels, strings or integers.
-        dims: principal components to read of each side. More miss less and are more biased.
+        dims: principal components to read of each side. More miss less information and have more bias.
         neighbours: k of the estimators.
-        seed: of the samples that calibrate.
+        seed: of the samples for the calibration.
 
     Raises:
-        AnalysisError: if there are fewer than 50 samples, they aren't finite, have no variance, or are repeated
-            although they are no labels.
+        AnalysisError: if there are fewer than 50 samples, or they aren't finite, have no variance, or are repeated
+            although they aren't labels.
     """
     return _Estimation(x, y, dims, neighbours, seed).result
 
@@ -116,19 +117,20 @@ def information_gain(
     neighbours: int = 3,
     seed: int = 0,
 ) -> InformationGain:
-    """How much more the visual tokens tell of the response once they have met the instruction.
+    """Estimate how much more the visual tokens tell about the response once they are aligned with the instruction.
 
-    The paper asks the same (arXiv 2410.02080, analysis of the alignment) of another quantity: its authors' script
+    The paper (arXiv 2410.02080, analysis of the alignment) measures another quantity: its authors' script
     (``llava/eval/eval_redun.py`` at commit 899b6ae) takes the channels of one visual token and of the response's
-    encoding as samples of two numbers. Here a sample is a row of the data set. Only ratios of one run compare.
+    encoding as samples of two numbers. Here a sample is a row of the data set. Only ratios within one run can be
+    compared.
 
     Args:
         model: a patched model, or its handle.
-        batches: of what the processor returns, prompts without answers.
+        batches: outputs of the processor for prompts without answers.
         responses: one for each row that shows an image, in order: texts, which are taken as labels, or encodings
             ``[n, F]`` of longer responses, such as mean embeddings of their tokens.
-        where: ``"visual"``, what the projector reads; or ``"projected"``, what it returns, where a projector
-            that compresses has already done so.
+        where: ``"visual"``, the projector's input; or ``"projected"``, its output, which a compressing projector has
+            compressed.
         pool: makes one vector ``[F]`` of the tokens ``[N, D]`` of a row; default: their mean.
         dims: as for :func:`mutual_information`.
         neighbours: as for :func:`mutual_information`.
@@ -143,12 +145,12 @@ def information_gain(
     pooled: tuple[list[Tensor], list[Tensor]] = ([], [])
     for batch in observed_batches(model, batches, projected=where == "projected"):
         for _, entries in batch:
-            for found, tokens in zip(pooled, _representations(entries, where), strict=True):
-                found.append(tokens.mean(0) if pool is None else pool(tokens))
+            for vectors, tokens in zip(pooled, _representations(entries, where), strict=True):
+                vectors.append(tokens.mean(0) if pool is None else pool(tokens))
     y = np.asarray(responses)
     if len(y) != len(pooled[0]):
         raise AnalysisError(f"{len(pooled[0])} rows show an image and there are {len(y)} responses: give one for each")
-    estimations = [_Estimation(torch.stack(found).numpy(), y, dims, neighbours, seed) for found in pooled]
+    estimations = [_Estimation(torch.stack(vectors).numpy(), y, dims, neighbours, seed) for vectors in pooled]
     before, after = (estimation.result for estimation in estimations)
     covariance = estimations[0].correlation(estimations[1]) * before.error * after.error
     difference = after.nats - before.nats
@@ -164,27 +166,27 @@ def information_gain(
 
 
 class _Estimation:
-    """An estimate with the jackknife's replicates, which those of another estimate on the same samples go with."""
+    """An estimate with its jackknife replicates, which pair with those of another estimate on the same samples."""
 
     def __init__(self, x: ArrayLike, y: ArrayLike, dims: int, k: int, seed: int) -> None:
-        values = _checked(x, "x")
-        other = np.asarray(y)
-        n = len(values)
-        if len(other) != n or n < _MIN_SAMPLES:
+        x_values = _checked(x, "x")
+        y_values = np.asarray(y)
+        n = len(x_values)
+        if len(y_values) != n or n < _MIN_SAMPLES:
             raise AnalysisError(
                 f"mutual information needs at least {_MIN_SAMPLES} samples, as many of x as of y; got {n} and "
-                f"{len(other)}"
+                f"{len(y_values)}"
             )
-        self.x, explained_x = _components(values, dims)
+        self.x, explained_x = _components(x_values, dims)
         calibration: Calibration
-        if other.ndim == 1:
-            labels: Labels = np.unique(other, return_inverse=True)[1].astype(np.int64)
+        if y_values.ndim == 1:
+            labels: Labels = np.unique(y_values, return_inverse=True)[1].astype(np.int64)
             self.y: Any = labels
             self.estimate: Callable[..., float] = ross
             calibration = calibrate_classes(self.x, labels, k, seed, lambda drawn: _components(drawn, dims)[0])
             dims_y, explained_y = 0, 1.0
         else:
-            self.y, explained_y = _components(_checked(other, "y"), dims)
+            self.y, explained_y = _components(_checked(y_values, "y"), dims)
             self.estimate = ksg
             for name, side in (("x", self.x), ("y", self.y)):
                 if len(np.unique(side, axis=0)) < 0.9 * n:
@@ -203,7 +205,7 @@ class _Estimation:
         self.deviations = (np.array(replicates) - np.mean(replicates)) * self.slope
         jackknife = math.sqrt((len(blocks) - 1) / len(blocks) * float((self.deviations**2).sum()))
         sampling = max(jackknife, spread * self.slope)
-        # The correction is a mean over four samples.
+        # The correction is a mean over four replicates, so its standard error is half their spread.
         self.result = MutualInformation(
             nats=nats,
             error=math.hypot(sampling, spread * self.slope / 2),
@@ -213,20 +215,20 @@ class _Estimation:
             shuffled=float(np.mean(shuffled)),
             shuffled_spread=float(np.std(shuffled, ddof=1)),
             saturated=calibration.is_saturated(raw),
-            estimator="ross" if other.ndim == 1 else "ksg",
+            estimator="ross" if y_values.ndim == 1 else "ksg",
             samples=n,
             dims=(self.x.shape[1], dims_y),
             explained=(explained_x, explained_y),
         )
 
     def correlation(self, other: _Estimation) -> float:
-        """Of the two estimates over samples, by the jackknife."""
+        """Return the correlation of the two estimates over samples, by the jackknife."""
         lengths = np.linalg.norm(self.deviations) * np.linalg.norm(other.deviations)
         return float((self.deviations * other.deviations).sum() / lengths) if lengths > 0 else 0.0
 
 
 def _representations(entries: Sequence[VisualEntry], where: str) -> tuple[Tensor, Tensor]:
-    """``[N, D]`` before and after, of all media of a row."""
+    """Return the tokens of all media of a row before and after alignment, ``[N, D]`` each."""
     if where == "visual":
         return torch.cat([entry.before for entry in entries]), torch.cat([entry.after for entry in entries])
     parts = [entry for entry in entries if entry.projected is not None and not (entry.shared and entry.index)]
@@ -248,7 +250,7 @@ def _checked(values: ArrayLike, name: str) -> Samples:
 
 
 def _components(values: Samples, dims: int) -> tuple[Samples, float]:
-    """The leading principal components, each mapped to a normal distribution, and their share of the variance."""
+    """Return the leading principal components, mapped to normal distributions, and their share of the variance."""
     if not isinstance(dims, int) or dims < 1:
         raise AnalysisError(f"dims= must be a number of principal components, at least 1; got {dims!r}")
     centred = values - values.mean(0)
@@ -256,16 +258,16 @@ def _components(values: Samples, dims: int) -> tuple[Samples, float]:
     rank = int((scales > max(values.shape) * np.finfo(np.float64).eps * max(scales[0], np.abs(values).max())).sum())
     if rank == 0:
         raise AnalysisError("all samples are the same, so that they can tell nothing")
-    kept = min(dims, rank)
+    leading = min(dims, rank)
     variance = scales**2
-    return _normal_scores(left[:, :kept]), float(variance[:kept].sum() / variance.sum())
+    return _normal_scores(left[:, :leading]), float(variance[:leading].sum() / variance.sum())
 
 
 def _normal_scores(values: Samples) -> Samples:
-    """Each column's ranks as quantiles of the normal distribution; samples that are the same stay the same."""
+    """Return each column's ranks as quantiles of the normal distribution; equal values stay equal."""
     scores = np.empty_like(values)
     for column in range(values.shape[1]):
-        # Up to rounding in the decomposition.
+        # Values that differ only by rounding in the decomposition count as equal.
         rounded = np.round(values[:, column], 12)
         _, inverse, counts = np.unique(rounded, return_inverse=True, return_counts=True)
         middle = np.cumsum(counts) - counts / 2
@@ -284,7 +286,7 @@ def _divided(after: float, before: float) -> float:
 
 
 def _fieller(after: MutualInformation, before: MutualInformation, covariance: float) -> tuple[float, float]:
-    """The 95 % interval of a ratio (Fieller, 1954); without an upper end where ``before`` may be 0."""
+    """Return the 95 % interval of a ratio (Fieller, 1954); without an upper end where ``before`` may be 0."""
     a, b = after.nats, before.nats
     # |a - r b|^2 <= z^2 var(a - r b), a quadratic in r.
     square = b**2 - Z**2 * before.error**2

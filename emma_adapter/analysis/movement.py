@@ -1,4 +1,4 @@
-"""How far the adapter moved each visual token, as maps over the image."""
+"""Maps over the image of how far the adapter moves each visual token."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Field = Literal["norm", "relative", "cosine", "gain"]
 
 @dataclass(frozen=True, eq=False)
 class TokenMap:
-    """The visual tokens of one image, tile or frame: V of the vision encoder, V' of the adapter.
+    """How far the visual tokens of one image, tile or frame moved: V is the vision encoder's, V' the adapter's.
 
     Arrays are float32 ``[H, W]``, top row first; ``[N]`` where the tokens form no grid. They are NaN where a token
     isn't finite.
@@ -34,8 +34,8 @@ class TokenMap:
     relative: Array
     #: Cosine of the angle between V and V'; 1 where both are 0.
     cosine: Array
-    #: ``|V'| / |V|``: above 1 where the adapter amplifies a token, below where it suppresses it. ``modulation`` shows
-    #: here what it keeps; a token that it all but erases has moved the farthest.
+    #: ``|V'| / |V|``: above 1 where the adapter amplifies a token, below where it suppresses it. For ``modulation``
+    #: this shows what it keeps: a token that it all but erases has the largest ``relative``.
     gain: Array
     #: ``"image"`` or ``"video"``.
     modality: str
@@ -44,10 +44,10 @@ class TokenMap:
     #: Number of the image or video among those of its modality in the call.
     medium: int
     #: Number of the tile in its image, or of the frame in its video. Families that treat each tile as an image of its
-    #: own (InternVL, Idefics3, SmolVLM) count them as media.
+    #: own (InternVL, Idefics3, SmolVLM) count tiles as media.
     index: int
-    #: ``(top, left, bottom, right)`` of the entry in shares of its image's height and width, as the processor resized
-    #: or cropped it; a tile may reach over the edge, where the image is padded. None if the call doesn't tell.
+    #: ``(top, left, bottom, right)`` of the entry as shares of its image's height and width, as the processor resized
+    #: or cropped it; a tile may extend beyond the edge, where the image is padded. None if the call doesn't tell.
     box: Box | None
 
 
@@ -62,15 +62,16 @@ class Comparison:
 
 
 def token_movement(model: Model, inputs: Mapping[str, Any], instruction: Instruction | None = None) -> list[TokenMap]:
-    """How far the adapter moves each visual token of a call.
+    """Measure how far the adapter moves each visual token of a call.
 
     Args:
         model: a patched model, or its :class:`~emma_adapter.EmmaAdapter`.
         inputs: what the model's processor returned; any number of rows, images, tiles and videos.
-        instruction: as the call's own ``instruction=``; default: what the prompt asks.
+        instruction: as the call's own ``instruction=``; default: that of the prompt.
 
     Returns:
-        One map for each image, tile and frame, in the order of the call. Qwen's blocks and windows are undone.
+        One map for each image, tile and frame, in the order of the call. Qwen's blocks and windows are put back in
+        raster order.
 
     Raises:
         PatchError: if the model is not patched.
@@ -80,32 +81,29 @@ def token_movement(model: Model, inputs: Mapping[str, Any], instruction: Instruc
 
 
 def compare(model: Model, inputs: Mapping[str, Any], first: Instruction, second: Instruction) -> list[Comparison]:
-    """Two instructions on the same images: a map of each, and how far apart they move each token.
+    """Map the visual tokens of a call under two instructions, and measure how far apart these move each token.
 
     Args:
         model: a patched model, or its handle.
         inputs: what the model's processor returned, with any prompt.
         first: an instruction, as the call's ``instruction=``.
-        second: another one.
+        second: another instruction.
 
     Raises:
         PatchError: if the model is not patched.
         AnalysisError: if the call has no image, or the adapter is disabled.
     """
-    both = zip(observe(model, inputs, first), observe(model, inputs, second), strict=True)
-    return [
-        Comparison(_token_map(one), _token_map(other), _array(_ratio(other.after - one.after, one.before), one))
-        for one, other in both
-    ]
+    pairs = zip(observe(model, inputs, first), observe(model, inputs, second), strict=True)
+    return [Comparison(_token_map(a), _token_map(b), _array(_ratio(b.after - a.after, a.before), a)) for a, b in pairs]
 
 
 def stitch(maps: Sequence[TokenMap], rows: int, columns: int, field: Field = "relative") -> Array:
-    """The tiles of an image as one map, for families whose calls don't tell how an image was cut.
+    """Join the tiles of an image to one map, for families whose calls don't tell how an image was cut.
 
     Args:
         maps: of the tiles, row by row, without the thumbnail.
-        rows: of tiles.
-        columns: of tiles.
+        rows: number of rows of tiles.
+        columns: number of columns of tiles.
         field: ``"norm"``, ``"relative"``, ``"cosine"`` or ``"gain"``.
 
     Returns:
@@ -114,7 +112,7 @@ def stitch(maps: Sequence[TokenMap], rows: int, columns: int, field: Field = "re
     Raises:
         AnalysisError: if there are not ``rows * columns`` maps of one grid.
     """
-    tiles = [getattr(one, field) for one in maps]
+    tiles = [getattr(token_map, field) for token_map in maps]
     shapes = {tile.shape for tile in tiles}
     if len(tiles) != rows * columns or len(shapes) != 1 or len(next(iter(shapes))) != 2:
         raise AnalysisError(
@@ -125,12 +123,12 @@ def stitch(maps: Sequence[TokenMap], rows: int, columns: int, field: Field = "re
 
 
 def on_image(maps: Sequence[TokenMap], height: int, width: int, field: Field = "relative") -> Array:
-    """The maps of one image painted over it: where tiles cover the image, its whole view is painted over.
+    """Paint the maps of one image where they lie in it, tiles over the map of the whole image.
 
     Args:
         maps: of one image, all with a ``box``.
-        height: of the result, as of the image in pixels.
-        width: of the result.
+        height: of the result, such as the image's in pixels.
+        width: likewise.
         field: ``"norm"``, ``"relative"``, ``"cosine"`` or ``"gain"``.
 
     Returns:
@@ -140,14 +138,14 @@ def on_image(maps: Sequence[TokenMap], height: int, width: int, field: Field = "
         AnalysisError: if a map has no grid or no box.
     """
     painted = np.full((height, width), np.nan, dtype=np.float32)
-    for one in sorted(maps, key=lambda one: one.box != WHOLE_IMAGE):
-        values = getattr(one, field)
-        if one.box is None or values.ndim != 2:
+    for token_map in sorted(maps, key=lambda token_map: token_map.box != WHOLE_IMAGE):
+        values = getattr(token_map, field)
+        if token_map.box is None or values.ndim != 2:
             raise AnalysisError(
                 "where this map lies in its image isn't known, or its tokens form no grid; stitch(maps, rows, columns) "
                 "puts tiles together if you know how the image was cut"
             )
-        top, left, bottom, right = one.box
+        top, left, bottom, right = token_map.box
         y = ((np.arange(height) + 0.5) / height - top) / (bottom - top) * values.shape[0]
         x = ((np.arange(width) + 0.5) / width - left) / (right - left) * values.shape[1]
         inside_y, inside_x = (y >= 0) & (y < values.shape[0]), (x >= 0) & (x < values.shape[1])
@@ -158,17 +156,17 @@ def on_image(maps: Sequence[TokenMap], height: int, width: int, field: Field = "
 def _token_map(entry: VisualEntry) -> TokenMap:
     before, after = entry.before, entry.after
     moved = after - before
-    # In float64: of tokens that hardly moved, the cosine is the small difference to 1.
-    one, other = before.double(), after.double()
-    lengths = one.norm(dim=-1) * other.norm(dim=-1)
-    cosine = torch.where(lengths > 0, (one * other).sum(-1) / lengths, 0.0)
+    # In float64: what tells of tokens that hardly moved is the small difference of the cosine from 1.
+    before64, after64 = before.double(), after.double()
+    lengths = before64.norm(dim=-1) * after64.norm(dim=-1)
+    cosine = torch.where(lengths > 0, (before64 * after64).sum(-1) / lengths, 0.0)
     cosine = torch.where((before == 0).all(-1) & (after == 0).all(-1), 1.0, cosine)
     cosine = torch.where(lengths.isfinite(), cosine, torch.nan)
     return TokenMap(
         norm=_array(moved.norm(dim=-1), entry),
         relative=_array(_ratio(moved, before), entry),
         cosine=_array(cosine, entry),
-        gain=_array(_gain(one, other), entry),
+        gain=_array(_gain(before64, after64), entry),
         modality=entry.modality,
         row=entry.row,
         medium=entry.medium,
@@ -178,13 +176,13 @@ def _token_map(entry: VisualEntry) -> TokenMap:
 
 
 def _gain(before: Tensor, after: Tensor) -> Tensor:
-    """``|after| / |before|``; 1 where both are 0."""
+    """Return ``|after| / |before|``; 1 where both are 0."""
     length = after.norm(dim=-1)
     return torch.where((before == 0).all(-1) & (length == 0), 1.0, length / before.norm(dim=-1))
 
 
 def _ratio(moved: Tensor, before: Tensor) -> Tensor:
-    """``|moved| / |before|``; 0 where nothing moved."""
+    """Return ``|moved| / |before|``; 0 where nothing moved."""
     distance = moved.norm(dim=-1)
     return torch.where(distance == 0, 0.0, distance / before.norm(dim=-1))
 

@@ -1,4 +1,4 @@
-"""What the adapter does in one call of a model: visual tokens before and after, in the raster of each image."""
+"""Visual tokens before and after the adapter in one call of a model, in the raster of each image."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ Model = nn.Module | EmmaAdapter
 class VisualEntry:
     """An image, a tile or a frame in one call. Tensors are float32 on the CPU, tokens row by row."""
 
-    #: ``[N, D]``, what the adapter aligns: the vision encoder's output, or the projector's.
+    #: ``[N, D]``, the adapter's input: the vision encoder's output, or the projector's.
     before: Tensor
-    #: ``[N, D]``, what the projector, or the language model, reads instead.
+    #: ``[N, D]``, the adapter's output, which the projector, or the language model, reads instead.
     after: Tensor
     #: ``(height, width)`` in visual tokens; None where the tokens form no grid, as with a class token among them.
     grid: Grid | None
@@ -42,35 +42,36 @@ class VisualEntry:
     row: int
     medium: int
     index: int
-    #: Where in its image the entry lies; None if the call doesn't tell.
+    #: The entry's place in its image; None if the call doesn't tell.
     box: Box | None
     #: ``[T, Dt]``, and bool ``[T]`` or None if all positions count.
     instruction: Tensor
     instruction_mask: Tensor | None
-    #: ``[P, L]``, the projector's output, and what it is without the adapter, if they were asked for: of the entry, or
-    #: of the whole medium if ``shared``.
+    #: ``[P, L]``, the projector's output with and without the adapter, if requested: of the entry, or of the whole
+    #: medium if ``shared``.
     projected: Tensor | None = None
     projected_before: Tensor | None = None
     shared: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of a map of its tokens: the grid, or ``(N,)``."""
+        """The shape of a map of its tokens: the grid, or ``(N,)``."""
         return self.grid or (len(self.before),)
 
 
 def observe(
     model: Model, inputs: Mapping[str, Any], instruction: Instruction | None = None, *, projected: bool = False
 ) -> list[VisualEntry]:
-    """Call the model once, without gradients and in eval mode, and return what the adapter saw and made, in the order
-    of the call. The model is left as it was, also when it raises.
+    """Call the model, and return the adapter's inputs and outputs in the order of the call.
+
+    The call is without gradients and in eval mode. The model is left as it was, even when it raises.
 
     Args:
         model: a patched model, or a wrapper around one, or its handle.
         inputs: what the model's processor returned; moved to the model's device.
         instruction: as the call's own ``instruction=``.
-        projected: also return what the projector makes of the visual tokens, with and without the adapter, for which
-            the model is called twice.
+        projected: also return the projector's outputs with and without the adapter, for which the model is called
+            twice.
 
     Raises:
         PatchError: if the model is not patched.
@@ -81,7 +82,7 @@ def observe(
     state = state_of(base)
     if not isinstance(inputs, Mapping):
         raise AnalysisError(f"a batch must be what the processor returns, a mapping; got a {type(inputs).__name__}")
-    seen: list[ObservedAlignment] = []
+    alignments: list[ObservedAlignment] = []
     outputs: list[Tensor] = []
     originals: list[Tensor] = []
     arguments = {name: _to_device(value, base) for name, value in inputs.items()}
@@ -89,21 +90,21 @@ def observe(
         arguments["instruction"] = instruction
     projector = state.family.projector(state.family.inner(base))
     with torch.no_grad(), in_eval_mode(model):
-        with state.observing(seen.append), _output_of(projector, outputs) if projected else nullcontext():
+        with state.observing(alignments.append), _output_of(projector, outputs) if projected else nullcontext():
             model(**arguments)
         if projected:
             with state.disabled(), _output_of(projector, originals):
                 model(**arguments)
-    main = [one for one in seen if one.place == MAIN_PLACE]
+    main = [alignment for alignment in alignments if alignment.place == MAIN_PLACE]
     native = token_sizes(state.family, state.family.inner(base), projected=state.current.config.aligns_projected)
     entries: list[VisualEntry] = []
     media: dict[str, int] = {}
-    for number, one in enumerate(main):
-        boxes = state.family.boxes(one.call, one.route.layout)
+    for number, alignment in enumerate(main):
+        boxes = state.family.boxes(alignment.call, alignment.route.layout)
         output = (outputs[number], originals[number]) if projected else (None, None)
-        first = media.get(one.call.modality, 0)
-        media[one.call.modality] = first + len(one.route.layout.entries)
-        entries += _entries(one, native, boxes, output, first)
+        first_medium = media.get(alignment.call.modality, 0)
+        media[alignment.call.modality] = first_medium + len(alignment.route.layout.entries)
+        entries += _entries(alignment, native, boxes, output, first_medium)
     if not entries:
         raise AnalysisError(
             "the adapter saw no visual tokens in this call: pass everything that the processor returns for a prompt "
@@ -115,7 +116,7 @@ def observe(
 def observed_batches(
     model: Model, batches: Any, *, projected: bool = False
 ) -> Iterator[list[tuple[int, list[VisualEntry]]]]:
-    """For each batch, its rows that show an image, ``(row, entries)`` in order.
+    """Yield for each batch its rows that show an image, ``(row, entries)`` in order.
 
     Raises:
         AnalysisError: if ``batches`` is a single batch, or holds none.
@@ -134,7 +135,7 @@ def observed_batches(
 
 
 def alignment_of(model: Model | EmmaAlignment) -> EmmaAlignment:
-    """The active adapter's module at the projector.
+    """Return the active adapter's module at the projector.
 
     Raises:
         PatchError: if the model is not patched.
@@ -146,21 +147,21 @@ def alignment_of(model: Model | EmmaAlignment) -> EmmaAlignment:
 
 
 def _entries(
-    one: ObservedAlignment,
+    alignment: ObservedAlignment,
     native: TokenSizes,
     boxes: Any,
     output: tuple[Tensor | None, Tensor | None],
     first_medium: int,
 ) -> Iterator[VisualEntry]:
-    layout, instruction = one.route.layout, one.route.instruction
-    before, after = (_split(tokens, layout) for tokens in (one.visual_tokens, one.aligned))
-    projected, originals = (_split_output(one, layout) for one in output)
-    rows = one.route.rows.tolist()
+    layout, instruction = alignment.route.layout, alignment.route.instruction
+    before, after = (_split(tokens, layout) for tokens in (alignment.visual_tokens, alignment.aligned))
+    projected, originals = (_split_output(tokens, layout) for tokens in output)
+    rows = alignment.route.rows.tolist()
     mask = None if instruction.mask is None else instruction.mask.cpu()
     number = 0
     for medium, size in enumerate(layout.entries):
         for index in range(size):
-            if layout.tokens[medium]:  # else nobody sees it
+            if layout.tokens[medium]:  # else the language model reads none of it
                 n = len(before[number])
                 grid = layout.grids[number] if layout.grids is not None else native.grid if n == native.number else None
                 order = None if layout.orders is None or grid is None else layout.orders[grid].cpu().argsort()
@@ -168,7 +169,7 @@ def _entries(
                     before=before[number] if order is None else before[number][order],
                     after=after[number] if order is None else after[number][order],
                     grid=None if grid is None else (int(grid[0]), int(grid[1])),
-                    modality=one.call.modality,
+                    modality=alignment.call.modality,
                     row=rows[medium],
                     medium=first_medium + medium,
                     index=index,
@@ -191,7 +192,7 @@ def _split(tokens: Tensor, layout: MediaLayout) -> list[Tensor]:
 
 
 def _split_output(output: Tensor | None, layout: MediaLayout) -> tuple[list[Tensor], list[Tensor]]:
-    """A projector's output by entry, or else by medium."""
+    """Split a projector's output by entry or, where that isn't possible, by medium; the other list is empty."""
     if output is None:
         return [], []
     if output.ndim == 3 and len(output) == sum(layout.entries) and not layout.packed:
@@ -220,7 +221,7 @@ def _to_device(value: Any, model: nn.Module) -> Any:
 
 @contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """In the block no module is in training mode; after it, those that were are again."""
+    """Keep all modules out of training mode in the block, and put them back into it after."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
@@ -235,12 +236,12 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
 def _output_of(projector: nn.Module, outputs: list[Tensor]) -> Iterator[None]:
     thread = get_ident()
 
-    def look(module: nn.Module, args: Any, output: Tensor) -> None:
+    def record(module: nn.Module, args: Any, output: Tensor) -> None:
         # Other threads may be using the model.
         if get_ident() == thread:
             outputs.append(output.detach().float().cpu())
 
-    handle = projector.register_forward_hook(look)
+    handle = projector.register_forward_hook(record)
     try:
         yield
     finally:

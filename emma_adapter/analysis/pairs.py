@@ -1,4 +1,4 @@
-"""Near-identical images: does the instruction pull apart what the vision encoder sees as the same?"""
+"""Distances between near-identical images, which the vision encoder hardly tells apart, before and after alignment."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from .observing import Model, VisualEntry, observe
 class PairDistances:
     """Distances between the representations of the two images of each pair, float64 ``[P]``.
 
-    A distance is ``|A - B| / sqrt((|A|^2 + |B|^2) / 2)`` over all visual tokens of the images, so that making all
-    tokens longer makes no difference; 0 are equal images, 2 is the most.
+    A distance is ``|A - B| / sqrt((|A|^2 + |B|^2) / 2)`` over all visual tokens of the images, so that it doesn't
+    change if all tokens become longer. It is 0 for equal images and at most 2.
     """
 
     before: NDArray[np.float64]
@@ -28,22 +28,21 @@ class PairDistances:
 
     @property
     def ratio(self) -> NDArray[np.float64]:
-        """``after / before``: above 1 where alignment pulls a pair apart; NaN where the vision encoder sees no
-        difference and none is made."""
+        """``after / before``: above 1 where alignment pulls a pair apart; NaN where both distances are 0."""
         with np.errstate(divide="ignore", invalid="ignore"):
             return self.after / self.before
 
 
 def pair_distances(model: Model, pairs: Iterable[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> PairDistances:
-    """How far apart the representations of near-identical images are, before and after alignment.
+    """Measure how far apart the representations of near-identical images are, before and after alignment.
 
-    The paper argues so with MMVP, whose pairs CLIP sees as almost the same (arXiv 2410.02080, analysis of the
+    The paper measures this on MMVP, whose pairs CLIP sees as almost the same (arXiv 2410.02080, analysis of the
     alignment; Tong et al. 2024, arXiv 2401.06209).
 
     Args:
         model: a patched model, or its handle.
-        pairs: of batches, as the processor returns them: row i of the first shows one image of a pair, row i of the
-            second the other, each with its question.
+        pairs: of batches, as the processor returns them: row i of the first batch shows one image of a pair, row i of
+            the second batch the other, each with its question.
 
     Raises:
         PatchError: if the model is not patched.
@@ -56,7 +55,8 @@ def pair_distances(model: Model, pairs: Iterable[tuple[Mapping[str, Any], Mappin
             raise AnalysisError(f"pairs must hold two batches each, (first, second); number {number} doesn't")
         first, second = (_by_row(observe(model, batch)) for batch in pair)
         shapes = [
-            {row: [entry.before.shape for entry in entries] for row, entries in own.items()} for own in (first, second)
+            {row: [entry.before.shape for entry in entries] for row, entries in rows.items()}
+            for rows in (first, second)
         ]
         if shapes[0] != shapes[1]:
             raise AnalysisError(
@@ -64,9 +64,9 @@ def pair_distances(model: Model, pairs: Iterable[tuple[Mapping[str, Any], Mappin
                 "to one size, and keep the order of the rows"
             )
         for row in sorted(first):
-            for found, name in ((before, "before"), (after, "after")):
-                one, other = (torch.cat([getattr(entry, name) for entry in own[row]]) for own in (first, second))
-                found.append(_distance(one, other))
+            for distances, name in ((before, "before"), (after, "after")):
+                a, b = (torch.cat([getattr(entry, name) for entry in rows[row]]) for rows in (first, second))
+                distances.append(_distance(a, b))
     if not before:
         raise AnalysisError("there is no pair to measure: an iterator that was read before is empty")
     return PairDistances(np.array(before), np.array(after))
@@ -79,7 +79,7 @@ def _by_row(entries: list[VisualEntry]) -> dict[int, list[VisualEntry]]:
     return rows
 
 
-def _distance(one: Tensor, other: Tensor) -> float:
-    one, other = one.double(), other.double()
-    length = ((one.square().sum() + other.square().sum()) / 2).sqrt()
-    return float((one - other).norm() / length) if length > 0 else 0.0
+def _distance(a: Tensor, b: Tensor) -> float:
+    a, b = a.double(), b.double()
+    length = ((a.square().sum() + b.square().sum()) / 2).sqrt()
+    return float((a - b).norm() / length) if length > 0 else 0.0

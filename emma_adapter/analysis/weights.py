@@ -1,4 +1,4 @@
-"""What the weights of ``linear`` say: how much of each visual token is image, and how much instruction."""
+"""Shares of image and instruction in the weights of ``linear``."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from .observing import Model, alignment_of
 
 @dataclass(frozen=True, eq=False)
 class WeightShares:
-    """Of ``V' = W_img V + W_txt T' + b``, with N visual tokens and T instruction positions; float64.
+    """Shares of the weights in ``V' = W_img V + W_txt T' + b``, with N visual tokens and T instruction positions.
 
-    Weights are read as they are: how much a position contributes also depends on how large its input is.
+    All are float64. How much a position contributes also depends on how large its input is, which isn't considered.
     """
 
-    #: ``[N]``, share of ``sum_j |W_img[n, j]|`` in the absolute weights of output token n, the bias left out.
+    #: ``[N]``, share of ``sum_j |W_img[n, j]|`` in the absolute weights of output token n, without the bias.
     image: NDArray[np.float64]
-    #: ``[N, T]``, share of ``|W_txt[n, t]|`` in the same sum: with ``image``, each row adds up to 1.
+    #: ``[N, T]``, share of ``|W_txt[n, t]|`` in the same sum; together with ``image``, each row adds up to 1.
     instruction: NDArray[np.float64]
     #: ``[N]``, Euclidean norm of each column of ``W_img``.
     image_norms: NDArray[np.float64]
@@ -33,7 +33,7 @@ class WeightShares:
 
 
 def weight_shares(model: Model | EmmaAlignment) -> WeightShares:
-    """The shares of image and instruction in the weights of an adapter with ``fusion="linear"``.
+    """Return the shares of image and instruction in the weights of an adapter with ``fusion="linear"``.
 
     Args:
         model: a patched model, its handle, or an :class:`~emma_adapter.EmmaAlignment`.
@@ -57,7 +57,7 @@ def weight_shares(model: Model | EmmaAlignment) -> WeightShares:
             image = fusion.image_up.detach().double().cpu() @ fusion.image_down.detach().double().cpu()
         image = image + torch.eye(len(image), dtype=torch.float64)
     image_sum, text_abs = image.abs().sum(1), text.abs()
-    # Never zero but where W_img cancels the identity, and then the whole token is bias.
+    # Zero only where W_img cancels the identity and W_txt is zero, so that the whole token is bias.
     total = (image_sum + text_abs.sum(1)).clamp_min(torch.finfo(torch.float64).tiny)
     return WeightShares(
         image=(image_sum / total).numpy(),
