@@ -226,10 +226,9 @@ def _enough(labels: Any, folds: int) -> bool:
 
 
 def _features(model: Model, batches: Iterable[Mapping[str, Any]]) -> tuple[Any, Any, Any, Any]:
-    """Return features of each row, ``[n, F]`` each.
+    """Return features of each row's visual tokens, projector output and instruction, and what identifies the latter.
 
-    They are of its visual tokens, the projector's output and its instruction tokens; the last ones are equal for equal
-    instructions and differ for all others.
+    Each is ``[n, F]``. The last ones are equal for equal instructions, and else differ.
     """
     visual: list[list[Tensor]] = []
     projected: list[list[Tensor]] = []

@@ -35,7 +35,7 @@ class TokenMap:
     #: Cosine of the angle between V and V'; 1 where both are 0.
     cosine: Array
     #: ``|V'| / |V|``: above 1 where the adapter amplifies a token, below where it suppresses it. For ``modulation``
-    #: this shows what it keeps: a token that it all but erases has the largest ``relative``.
+    #: this shows what it keeps: a token that it all but erases has moved the farthest.
     gain: Array
     #: ``"image"`` or ``"video"``.
     modality: str

@@ -1,9 +1,9 @@
-"""A page about one adapter: what the model answers with it and without, and the tables and figures of the analysis; or
-about a model that draws: prompts and pictures.
+"""Reports: a page about an adapter, or about a model that draws.
 
-:func:`make_report` or :func:`make_drawing_report` computes what the page holds, :func:`render` writes it as HTML that
-needs nothing else. Needs
-``pip install "emma_adapter[report]"``. ``emma-adapter report`` is both in one command.
+The first shows answers with the adapter and without, and tables and figures of the analysis; the second prompts and
+pictures. :func:`make_report` or :func:`make_drawing_report` computes the contents, :func:`render` makes
+self-contained HTML of them. Needs ``pip install "emma_adapter[report]"``. ``emma-adapter report`` does both in one
+command.
 """
 
 from .compute import make_report

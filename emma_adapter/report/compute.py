@@ -1,4 +1,4 @@
-"""From a patched model and questions to what a report holds."""
+"""make_report, which computes a report from a patched model and questions."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from .examples import explain, explain_twins
 from .questions import Entry, Question, choose, entry_of, find_twins
 
 T = TypeVar("T")
-#: Takes a label and what is gone through, and gives what is gone through instead, as
-#: ``click.progressbar`` does.
+#: Takes a label and a sequence, and returns a context manager of what to iterate over instead, as does
+#: ``click.progressbar``.
 Watch = Callable[[str, Sequence[Any]], AbstractContextManager[Any]]
 
 
@@ -33,18 +33,18 @@ def make_report(
     max_new_tokens: int = 32,
     watch: Watch | None = None,
 ) -> Report:
-    """Everything that the page says, computed. The model is left as it was.
+    """Compute everything that the page shows. The model is left as it was.
 
     Args:
         adapter: of a patched model; see :func:`~emma_adapter.load_adapter`.
         processor: the model's, with a chat template.
-        questions: read one by one, several times, a batch at most at once.
+        questions: read one by one, several times; at most a batch of them is held at once.
         model_name: for the page.
         adapter_name: for the page.
-        show: how many questions to show with their answers; which, doesn't depend on the answers.
+        show: how many questions to show with their answers; the choice doesn't depend on the answers.
         batch_size: of the other sections, which read all questions.
         max_new_tokens: of each answer.
-        watch: tells the progress; default: nobody.
+        watch: shows the progress; default: nothing does.
 
     Raises:
         AnalysisError: if no question shows an image, or the processor has no chat template.
@@ -57,16 +57,16 @@ def make_report(
     prompts = Prompts(processor)
     watch = unwatched if watch is None else watch
     with watch("Reading the questions", range(len(questions))) as numbers:
-        read = [entry_of(questions[number], number) for number in numbers]
-    entries = [entry for entry in read if entry is not None]
+        possible_entries = [entry_of(questions[number], number) for number in numbers]
+    entries = [entry for entry in possible_entries if entry is not None]
     if not entries:
         raise AnalysisError(
             f"none of the {len(questions)} questions shows an image, and an adapter does nothing else: name the images "
             "of each question"
         )
 
-    def batches(label: str | None, chosen: Sequence[Entry]) -> AbstractContextManager[Iterator[Any]]:
-        chunks = [chosen[start : start + batch_size] for start in range(0, len(chosen), batch_size)]
+    def batches(label: str | None, subset: Sequence[Entry]) -> AbstractContextManager[Iterator[Any]]:
+        chunks = [subset[start : start + batch_size] for start in range(0, len(subset), batch_size)]
         return _Batches(nullcontext(chunks) if label is None else watch(label, chunks), questions, prompts)
 
     shown = choose(entries, show)
@@ -103,22 +103,23 @@ def make_report(
 
 
 class _Batches:
-    """A context manager of the batches of some questions, made as they are asked for."""
+    """A context manager of the batches of some questions, which are made one at a time."""
 
     def __init__(self, chunks: AbstractContextManager[Any], questions: Sequence[Question], prompts: Prompts) -> None:
         self._chunks, self._questions, self._prompts = chunks, questions, prompts
 
     def __enter__(self) -> Iterator[Any]:
-        return self._made(self._chunks.__enter__())
+        return self._make(self._chunks.__enter__())
 
     def __exit__(self, *error: Any) -> None:
         self._chunks.__exit__(*error)
 
-    def _made(self, chunks: Any) -> Iterator[Any]:
+    def _make(self, chunks: Any) -> Iterator[Any]:
         for chunk in chunks:
-            own = [self._questions[entry.place] for entry in chunk]
-            yield self._prompts.batch([one.messages for one in own], [one.images for one in own])
+            questions = [self._questions[entry.place] for entry in chunk]
+            yield self._prompts.batch([each.messages for each in questions], [each.images for each in questions])
 
 
 def unwatched(label: str, items: Sequence[T]) -> AbstractContextManager[Sequence[T]]:
+    """Return a context manager of the items themselves: a ``Watch`` that shows nothing."""
     return nullcontext(items)

@@ -1,4 +1,4 @@
-"""From a model that draws and rows of prompts to what a report holds."""
+"""make_drawing_report, which computes a report from a model that draws and rows of prompts."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from .questions import spread
 
 
 class Rows(Protocol):
-    """Rows that are read when they are wanted; a list, say."""
+    """Rows by number, such as a list; each is read when it is needed."""
 
     def __len__(self) -> int: ...
 
@@ -42,7 +42,7 @@ class Rows(Protocol):
 class _Row:
     prompt: str
     sources: list[Any]
-    wanted: Any
+    target: Any
 
 
 def make_drawing_report(
@@ -69,25 +69,25 @@ def make_drawing_report(
 
     Args:
         unified: of a model; see :func:`~emma_adapter.load_unified`.
-        rows: ``{"prompt": …, "image"?: …, "target"?: …}``: a text, a PIL image or a list of them, and the PIL image
-            that is wanted. Only those that are shown are read.
+        rows: ``{"prompt": …, "image"?: …, "target"?: …}``: a text, a PIL image or a list of them, and a PIL image of
+            the desired result. Only rows that are shown are read.
         model_name: for the page.
         adapter_name: for the page.
         show: how many rows to draw, spread over the data.
-        seed: of the first row of the data; each other row's is greater by its place.
-        height: in pixels; default: as :meth:`EmmaUnified.generate_images` has it.
+        seed: of the first row of the data; each other row's seed is greater by its place.
+        height: in pixels; default: that of :meth:`EmmaUnified.generate_images`.
         width: likewise.
         num_inference_steps: of the solver.
-        guidance_scale: of the text; 1 is none.
-        image_guidance_scale: of reference pictures; 1 is none.
+        guidance_scale: of the text; 1 means no guidance.
+        image_guidance_scale: of reference pictures; 1 means no guidance.
         previews: how many steps to show, spread over all but the last, which ends in the picture itself.
         amplification: factor of the differences between edits and their sources.
-        watch: tells the progress; default: nobody.
+        watch: shows the progress; default: nothing does.
 
     Raises:
         ConfigError: if an argument has a value that is not allowed.
         DataError: if there is no row, or one can't be used.
-        ShapeError: if a size is no multiple of the autoencoder's compression.
+        ShapeError: if a size is not a multiple of the autoencoder's compression.
         AutoencoderError: if a picture has NaN or infinite values.
     """
     for name, value, least in (("show", show, 1), ("previews", previews, 0), ("seed", seed, 0)):
@@ -105,11 +105,11 @@ def make_drawing_report(
         "image_guidance_scale": image_guidance_scale,
     }
     places = spread(range(len(rows)), show)
-    # All that can be wrong with them, before minutes of drawing.
+    # Every error in the rows is raised now, before minutes of drawing.
     for place in places:
         _read(unified, rows, place)
     experts = EmmaVisionExperts(unified.model) if STATE_ATTRIBUTE in vars(unified.model) else None
-    draw = partial(_drawn, unified, experts, settings=settings, previews=previews, amplification=amplification)
+    draw = partial(_draw, unified, experts, settings=settings, previews=previews, amplification=amplification)
     with (unwatched if watch is None else watch)("Drawing", places) as watched:
         drawn = [draw(_read(unified, rows, place), place, seed + place) for place in watched]
     sides = [f"{name} {side}" for name, side in (("height", height), ("width", width)) if side is not None]
@@ -137,13 +137,13 @@ def _read(unified: EmmaUnified, rows: Rows, place: int) -> _Row:
     try:
         check_prompts([row.get("prompt")])
         check_placeholders(unified_state(unified.model).processor, row["prompt"])
-        wanted = None if row.get("target") is None else rgb(row["target"])
-        return _Row(row["prompt"], reference_lists([row.get("image")], 1)[0], wanted)
+        target = None if row.get("target") is None else rgb(row["target"])
+        return _Row(row["prompt"], reference_lists([row.get("image")], 1)[0], target)
     except DataError as error:
         raise DataError(f"row {place + 1} can't be drawn: {error}") from error
 
 
-def _drawn(
+def _draw(
     unified: EmmaUnified,
     experts: EmmaVisionExperts | None,
     row: _Row,
@@ -163,9 +163,9 @@ def _drawn(
     noise = random_normal(shape, torch.Generator().manual_seed(seed), torch.device("cpu"))[None]
     states, times = [noise], []
 
-    def note(_: Any, step: int, time: float, given: dict[str, Tensor]) -> None:
+    def record(_: Any, step: int, time: float, tensors: dict[str, Tensor]) -> None:
         times.append(time)
-        states.append(given["latents"].cpu())
+        states.append(tensors["latents"].cpu())
 
     with nullcontext(RoutingReport()) if experts is None else experts.watched() as routing:
         latents = unified.generate_images(
@@ -174,29 +174,29 @@ def _drawn(
             **settings,
             latents=noise,
             output_type="latent",
-            callback_on_step_end=note,
+            callback_on_step_end=record,
         ).images
-    # Guidance reads the reference pictures once more, without the prompt.
-    readings = 1 if settings["guidance_scale"] == settings["image_guidance_scale"] == 1 else 2
-    picture = _decoded(unified, latents)
-    passes = list(zip(pairwise(states), pairwise([*times, 0.0]), strict=True))
+    # For guidance the reference pictures are encoded once more, without the prompt.
+    encodings = 1 if settings["guidance_scale"] == settings["image_guidance_scale"] == 1 else 2
+    picture = _decode(unified, latents)
+    steps = list(zip(pairwise(states), pairwise([*times, 0.0]), strict=True))
     return Drawn(
         number=place + 1,
         prompt=row.prompt,
         seed=seed,
         sources=tuple(sources),
-        wanted=row.wanted,
+        wanted=row.target,
         picture=picture,
         previews=tuple(
-            Preview(step + 1, passes[step][1][0], _decoded(unified, clean_estimate(*passes[step][0], *passes[step][1])))
-            for step in spread(range(len(passes) - 1), previews)
+            Preview(step + 1, steps[step][1][0], _decode(unified, clean_estimate(*steps[step][0], *steps[step][1])))
+            for step in spread(range(len(steps) - 1), previews)
         ),
         difference=_difference(sources[0], picture, amplification) if sources else None,
-        routed=tuple(routing.images[: len(routing.images) // readings]),
+        routed=tuple(routing.images[: len(routing.images) // encodings]),
     )
 
 
-def _decoded(unified: EmmaUnified, latents: Tensor) -> Any:
+def _decode(unified: EmmaUnified, latents: Tensor) -> Any:
     return converted(unified.decode_latents(latents.to(next(unified.parameters()).device)), "pil")[0]
 
 

@@ -1,4 +1,4 @@
-"""The sections that read all questions; each is there, or says why it isn't."""
+"""The sections that read all questions; each function returns a section, or why it can't be computed."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ from ..models.prompts import Prompts
 from .contents import Absent, Information, Reading
 from .questions import Entry, find_pairs, normalised
 
-#: A label for the progress, if it is to be told, and some questions; gives their batches.
+#: Takes a label for the progress (None shows none) and some questions, and returns their batches.
 Batches = Callable[[str | None, Sequence[Entry]], AbstractContextManager[Iterator[Any]]]
 
 _MIN_ANSWERED = 50
-#: On average; answers that are rarer are no labels.
+#: On average; rarer answers are not taken as labels.
 _ROWS_PER_LABEL = 5
-#: Of free answers, the share that must be unlike all others.
+#: The least share of different answers among free answers.
 _DIFFERENT = 0.9
 
 
 def reading(adapter: EmmaAdapter, entries: Sequence[Entry], batches: Batches) -> Reading | Absent:
-    """What the adapter reads of an instruction."""
+    """Compute which parts of an instruction the adapter reads."""
     fusion = adapter.alignment.fusion
     if not isinstance(fusion, (LinearFusion, CrossAttentionFusion)):
         return Absent(
@@ -47,12 +47,12 @@ def reading(adapter: EmmaAdapter, entries: Sequence[Entry], batches: Batches) ->
     try:
         if isinstance(fusion, LinearFusion):
             return Reading(weights=weight_shares(adapter))
-        with batches("Attention", entries) as own:
-            attention = attention_mass(adapter, own)
+        with batches("Attention", entries) as inputs:
+            attention = attention_mass(adapter, inputs)
         if not isinstance(fusion, ModulationFusion):
             return Reading(attention=attention)
-        with batches("Mask", entries) as own:
-            return Reading(attention=attention, mask=mask_statistics(adapter, own))
+        with batches("Mask", entries) as inputs:
+            return Reading(attention=attention, mask=mask_statistics(adapter, inputs))
     except AnalysisError as error:
         return _absent(error)
 
@@ -60,7 +60,7 @@ def reading(adapter: EmmaAdapter, entries: Sequence[Entry], batches: Batches) ->
 def information(
     adapter: EmmaAdapter, entries: Sequence[Entry], batches: Batches, prompts: Prompts
 ) -> Information | Absent:
-    """What the visual tokens tell of the answers in the data, before and after."""
+    """Compute the information of the visual tokens about the answers in the data, before and after alignment."""
     answered = [entry for entry in entries if entry.answer is not None]
     if len(answered) < _MIN_ANSWERED:
         return Absent(
@@ -72,9 +72,10 @@ def information(
     if labels < 2:
         return Absent("All answers in the data are the same, so that nothing can be told of them.")
     responses: Any = answers
-    few = labels * _ROWS_PER_LABEL <= len(answers)
-    if not few:
-        # As vectors no two may be the same; before alignment, all questions about an image see it alike.
+    are_labels = labels * _ROWS_PER_LABEL <= len(answers)
+    if not are_labels:
+        # The estimator for vectors allows no repeated samples, and before alignment an image's tokens are the same for
+        # all its questions.
         answered = list({entry.images: entry for entry in reversed(answered)}.values())[::-1]
         answers = [normalised(str(entry.answer)) for entry in answered]
         if len(answered) < _MIN_ANSWERED or len(set(answers)) < _DIFFERENT * len(answers):
@@ -83,41 +84,43 @@ def information(
                 f"needs at least {_MIN_ANSWERED} images whose answers differ; there are {len(answered):,} images with "
                 f"{len(set(answers)):,} answers."
             )
-        responses = torch.stack([_encoded(adapter, prompts, answer) for answer in answers]).numpy()
+        responses = torch.stack([_encode(adapter, prompts, answer) for answer in answers]).numpy()
     try:
-        with batches("Information", answered) as own:
-            return Information(information_gain(adapter, own, responses), labels if few else None)
+        with batches("Information", answered) as inputs:
+            return Information(information_gain(adapter, inputs, responses), labels if are_labels else None)
     except AnalysisError as error:
         return _absent(error)
 
 
 def pairs(adapter: EmmaAdapter, entries: Sequence[Entry], batches: Batches) -> PairDistances | Absent | None:
-    """Distances of near-identical images; None if the data name none."""
-    found, odd = find_pairs(entries)
-    if odd:
-        return Absent(f"Of the names in the column “pair”, {odd} are not those of exactly two questions with an image.")
-    if not found:
+    """Compute distances between near-identical images; None if the data name none."""
+    couples, odd_names = find_pairs(entries)
+    if odd_names:
+        return Absent(
+            f"Of the names in the column “pair”, {odd_names} are not those of exactly two questions with an image."
+        )
+    if not couples:
         return None
-    first, second = ([couple[side] for couple in found] for side in (0, 1))
+    first, second = ([couple[side] for couple in couples] for side in (0, 1))
     try:
-        with batches("Pairs", first) as one, batches(None, second) as other:
-            return pair_distances(adapter, zip(one, other, strict=True))
+        with batches("Pairs", first) as first_inputs, batches(None, second) as second_inputs:
+            return pair_distances(adapter, zip(first_inputs, second_inputs, strict=True))
     except AnalysisError as error:
         return _absent(error)
 
 
 def diagnosis(adapter: EmmaAdapter, entries: Sequence[Entry], batches: Batches) -> Diagnosis | Absent:
-    """Whether an adapter can help with such questions at all."""
-    known = [entry for entry in entries if entry.answer is not None and entry.attribute is not None]
-    if not known:
+    """Diagnose whether an adapter can help with such questions at all."""
+    labelled = [entry for entry in entries if entry.answer is not None and entry.attribute is not None]
+    if not labelled:
         return Absent(
             f"{_rows(0, len(entries))} both an answer and an attribute (a column that says in few words what is "
             "asked), so that nothing can be probed."
         )
-    answers = [normalised(str(entry.answer)) for entry in known]
+    answers = [normalised(str(entry.answer)) for entry in labelled]
     try:
-        with batches("Diagnosis", known) as own:
-            return diagnose(adapter, own, answers, [entry.attribute for entry in known])
+        with batches("Diagnosis", labelled) as inputs:
+            return diagnose(adapter, inputs, answers, [entry.attribute for entry in labelled])
     except AnalysisError as error:
         return _absent(error)
 
@@ -127,13 +130,12 @@ def _absent(error: AnalysisError) -> Absent:
     return Absent(f"{text[0].upper()}{text[1:]}.")
 
 
-def _rows(some: int, all_: int) -> str:
-    some_text = "None" if not some else f"{some:,}"
-    return f"{some_text} of the {all_:,} questions {'have' if some != 1 else 'has'}"
+def _rows(count: int, total: int) -> str:
+    return f"{f'{count:,}' if count else 'None'} of the {total:,} questions {'has' if count == 1 else 'have'}"
 
 
-def _encoded(adapter: EmmaAdapter, prompts: Prompts, answer: str) -> Tensor:
-    """``[L]``, the mean of the language model's embeddings of an answer's tokens."""
+def _encode(adapter: EmmaAdapter, prompts: Prompts, answer: str) -> Tensor:
+    """Return the mean of the language model's embeddings of an answer's tokens, ``[L]``."""
     model: Any = adapter.model
     embed = model.get_input_embeddings()
     ids = prompts.processor.tokenizer(answer or " ", add_special_tokens=False, return_tensors="pt")["input_ids"]

@@ -1,4 +1,4 @@
-"""What a report holds, before it is a page."""
+"""The contents of a report on an adapter, before they become a page."""
 
 from __future__ import annotations
 
@@ -29,28 +29,28 @@ class Absent:
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """A part of what a question is asked about, and how far its visual tokens were moved."""
+    """An image, tile or frame of a question, and how far its visual tokens were moved."""
 
     #: ``"image 1"``, ``"tile 2"``, ...
     name: str
-    #: A PIL image, as the vision encoder saw it; None if that can't be told.
+    #: A PIL image, as the vision encoder saw it; None if that isn't known.
     picture: Any
-    #: One map, or those of all tiles of an image, each with its place.
+    #: One map, or those of all tiles of an image, each with its ``box``.
     maps: tuple[TokenMap, ...]
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What the model says to a question, greedily, with the adapter and without."""
+    """The model's answers to a question, generated greedily, with the adapter and without."""
 
     with_adapter: str
     without: str
-    #: What the data say; None if they don't.
+    #: The answer in the data; None if there is none.
     expected: str | None
 
     @property
     def changed(self) -> bool:
-        """Whether the adapter makes a difference."""
+        """Whether the adapter changes the answer."""
         return self.with_adapter != self.without
 
 
@@ -62,7 +62,7 @@ class Example:
     number: int
     question: str
     answers: Answers
-    #: PIL images, as the data have them.
+    #: PIL images, as in the data.
     images: tuple[Any, ...]
     views: tuple[View, ...]
 
@@ -75,14 +75,14 @@ class Twins:
     numbers: tuple[int, int]
     questions: tuple[str, str]
     answers: tuple[Answers, Answers]
-    #: The part of the image that is compared: the first, if it has several. A PIL image, or None.
+    #: The image, or its first part if it has several, which is the one that is compared. A PIL image, or None.
     picture: Any
     comparison: Comparison
 
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """Which parts of an instruction an adapter reads: the weights of ``linear``, else attention; and the mask."""
+    """Which parts of an instruction an adapter reads: the weights of ``linear``; else attention, and any mask."""
 
     weights: WeightShares | None = None
     attention: AttentionMass | None = None
@@ -91,26 +91,26 @@ class Reading:
 
 @dataclass(frozen=True, eq=False)
 class Information:
-    """What the visual tokens tell of the answers."""
+    """Information of the visual tokens about the answers."""
 
     gain: InformationGain
-    #: How many different answers there are if they were taken as labels; None if their words' embeddings were taken.
+    #: The number of different answers if they were taken as labels; None if embeddings of their tokens were taken.
     labels: int | None
 
 
 @dataclass(frozen=True, eq=False)
 class Report:
-    """What :func:`~emma_adapter.report.make_report` found."""
+    """The result of :func:`~emma_adapter.report.make_report`."""
 
-    #: Names of the model and the adapter, as for a title.
+    #: Names of the model and the adapter, for a title.
     model: str
     adapter: str
-    #: The adapter's settings and what else is worth knowing, by name.
+    #: The adapter's settings and other facts, by name.
     facts: Mapping[str, str]
-    #: Rows that were read, and of these, rows that show no image and were left out.
+    #: The number of rows that were read, and how many of them show no image and were left out.
     rows: int
     imageless: int
-    #: What the maps show: ``"gain"`` for ``modulation``, else ``"relative"``.
+    #: The quantity that the maps show: ``"gain"`` for ``modulation``, else ``"relative"``.
     field: Field
     examples: tuple[Example, ...]
     twins: tuple[Twins, ...] | Absent

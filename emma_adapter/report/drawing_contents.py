@@ -1,4 +1,4 @@
-"""What a report on a model that draws holds, before it is a page."""
+"""The contents of a report on a model that draws, before they become a page."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from ..experts.scopes import RoutedImage
 
 @dataclass(frozen=True, eq=False)
 class Preview:
-    """What the model took the finished picture to be at one step: x0 = x_t - t·v, decoded."""
+    """The model's estimate of the finished picture at one step: x0 = x_t - t·v, decoded."""
 
     #: From 1.
     step: int
-    #: t at which the step began, 1 being noise.
+    #: t at which the step began; 1 is noise.
     time: float
     #: A PIL image.
     picture: Any
@@ -23,18 +23,18 @@ class Preview:
 
 @dataclass(frozen=True, eq=False)
 class Difference:
-    """How far an edit is from its first reference picture, which is resized to it if it has another size."""
+    """How far an edit is from its first reference picture, which is resized if the sizes differ."""
 
     #: |edited - source| of each colour, times the report's ``amplification``; a PIL image.
     picture: Any
-    #: Of all pixels and colours, before it is amplified; 1 is from black to white.
+    #: Mean over all pixels and colours, before amplification; 1 is the difference between black and white.
     mean: float
     resized: bool
 
 
 @dataclass(frozen=True, eq=False)
 class Drawn:
-    """A row, and what was drawn of it."""
+    """A row, and the picture that was drawn for it."""
 
     #: Its row in the data, from 1.
     number: int
@@ -43,32 +43,33 @@ class Drawn:
     seed: int
     #: Reference pictures; PIL images.
     sources: tuple[Any, ...]
-    #: As the data have it; None if they don't.
+    #: The target picture in the data; None if there is none.
     wanted: Any
-    #: What was drawn, a PIL image.
+    #: The picture that was drawn, a PIL image.
     picture: Any
     previews: tuple[Preview, ...]
     #: None without reference pictures.
     difference: Difference | None
-    #: Of each reference picture, or of each of their tiles where the model routes these; empty without vision experts.
+    #: Where each reference picture went, or each of its tiles where the model routes these; empty without vision
+    #: experts.
     routed: tuple[RoutedImage, ...]
 
 
 @dataclass(frozen=True, eq=False)
 class DrawingReport:
-    """What :func:`~emma_adapter.report.make_drawing_report` found."""
+    """The result of :func:`~emma_adapter.report.make_drawing_report`."""
 
-    #: Names of the model and of what draws, as for a title.
+    #: Names of the model and of what draws, for a title.
     model: str
     adapter: str
-    #: What draws, and what else is worth knowing, by name.
+    #: Facts about what draws, by name.
     facts: Mapping[str, str]
     #: How the pictures were drawn, by name.
     settings: Mapping[str, str]
-    #: In the data.
+    #: The number of rows in the data.
     rows: int
     drawn: Sequence[Drawn]
-    #: Factor of the differences.
+    #: The factor of the differences.
     amplification: float
-    #: By how much an expert's probability must exceed the original's; None without vision experts.
+    #: The excess over the original's probability that an expert's needs; None without vision experts.
     margin: float | None

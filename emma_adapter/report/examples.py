@@ -1,4 +1,4 @@
-"""Questions that are shown: what the model answers, and where the adapter acts."""
+"""The questions that a report shows: the model's answers, and where the adapter acts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .questions import Question
 
 
 def explain(adapter: EmmaAdapter, prompts: Prompts, question: Question, number: int, max_new_tokens: int) -> Example:
-    """One question: its answers and its maps."""
+    """Compute the answers and the maps of one question."""
     inputs = prompts.batch([question.messages], [question.images])
     return Example(
         number=number,
@@ -30,18 +30,19 @@ def explain(adapter: EmmaAdapter, prompts: Prompts, question: Question, number: 
 
 
 def explain_twins(
-    adapter: EmmaAdapter, prompts: Prompts, both: Sequence[Question], numbers: tuple[int, int], max_new_tokens: int
+    adapter: EmmaAdapter, prompts: Prompts, couple: Sequence[Question], numbers: tuple[int, int], max_new_tokens: int
 ) -> Twins:
-    """Two questions about one image."""
-    inputs = [prompts.batch([question.messages], [question.images]) for question in both]
+    """Compute the answers to two questions about one image, and compare their maps."""
+    inputs = [prompts.batch([question.messages], [question.images]) for question in couple]
     answers = [
-        _answers(adapter, prompts, own, question.answer, max_new_tokens)
-        for own, question in zip(inputs, both, strict=True)
+        _answers(adapter, prompts, batch, question.answer, max_new_tokens)
+        for batch, question in zip(inputs, couple, strict=True)
     ]
-    texts = (both[0].text, both[1].text)
-    compared = compare(adapter, inputs[0], [texts[0]], [texts[1]])
-    views = _views([one.first for one in compared], inputs[0], both[0].images, prompts.processor)
-    return Twins(numbers, texts, (answers[0], answers[1]), views[0].picture, compared[0])
+    texts = (couple[0].text, couple[1].text)
+    comparisons = compare(adapter, inputs[0], [texts[0]], [texts[1]])
+    first_maps = [comparison.first for comparison in comparisons]
+    views = _views(first_maps, inputs[0], couple[0].images, prompts.processor)
+    return Twins(numbers, texts, (answers[0], answers[1]), views[0].picture, comparisons[0])
 
 
 def _answers(adapter: EmmaAdapter, prompts: Prompts, inputs: Any, expected: str | None, max_new_tokens: int) -> Answers:
@@ -53,32 +54,32 @@ def _answers(adapter: EmmaAdapter, prompts: Prompts, inputs: Any, expected: str 
 
 def _generate(adapter: EmmaAdapter, prompts: Prompts, inputs: Any, max_new_tokens: int) -> str:
     model: Any = adapter.model
-    given = inputs.to(next(model.parameters()).device)
+    inputs = inputs.to(next(model.parameters()).device)
     with torch.no_grad(), in_eval_mode(model):
-        ids = model.generate(**given, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
-    new = ids[0, given["input_ids"].shape[1] :]
+        ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
+    new = ids[0, inputs["input_ids"].shape[1] :]
     return str(prompts.processor.tokenizer.decode(new, skip_special_tokens=True)).strip()
 
 
 def _views(maps: Sequence[TokenMap], inputs: Mapping[str, Any], images: Sequence[Any], processor: Any) -> list[View]:
-    """One for each image where its tiles are known to lie; else one for each tile."""
+    """Return one view for each image whose tiles have known places in it; else one for each tile."""
     pictures = encoded_pictures(inputs, processor)
-    # Where every entry has a picture of its own, and they are in the same order.
-    own = dict(zip(map(id, maps), pictures, strict=True)) if len(pictures) == len(maps) else {}
-    found: list[View] = []
-    for medium, entries in groupby(maps, key=lambda one: one.medium):
+    # If there is one picture for each map, they are in the same order.
+    picture_of = dict(zip(map(id, maps), pictures, strict=True)) if len(pictures) == len(maps) else {}
+    views: list[View] = []
+    for medium, entries in groupby(maps, key=lambda token_map: token_map.medium):
         tiles = list(entries)
-        placed = all(one.box is not None and one.norm.ndim == 2 for one in tiles)
+        placed = all(tile.box is not None and tile.norm.ndim == 2 for tile in tiles)
         if placed and len(tiles) > 1:
-            found.append(View(f"image {medium + 1}", _named(images, medium), tuple(tiles)))
+            views.append(View(f"image {medium + 1}", _image(images, medium), tuple(tiles)))
             continue
-        for one in tiles:
-            picture = own.get(id(one)) or (_named(images, medium) if placed else None)
-            # Some families take each tile for an image of its own.
+        for tile in tiles:
+            picture = picture_of.get(id(tile)) or (_image(images, medium) if placed else None)
+            # Some families treat each tile as an image of its own.
             kind = "image" if len(maps) == len(images) else "tile"
-            found.append(View(f"{kind} {len(found) + 1}", picture, (one,)))
-    return found
+            views.append(View(f"{kind} {len(views) + 1}", picture, (tile,)))
+    return views
 
 
-def _named(images: Sequence[Any], number: int) -> Any:
+def _image(images: Sequence[Any], number: int) -> Any:
     return images[number] if number < len(images) else None

@@ -20,18 +20,20 @@ _ROWS, _COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
 
 
 class Figures:
-    """Draws one figure after another, so that they can stand in one page: no two have an id in common, and lines and
-    words have the colour of the text around them."""
+    """Draws figures that can stand in one page.
+
+    No two of one ``Figures`` share an id, and their lines and words have the colour of the text around them.
+    """
 
     def __init__(self) -> None:
         self._count = 0
 
     def inline(self, draw: Callable[[], Figure], description: str) -> str:
-        """An ``<svg>`` element.
+        """Draw a figure as an ``<svg>`` element.
 
         Args:
             draw: makes the figure.
-            description: what is seen, for those who don't see it.
+            description: the alternative text.
         """
         from ..analysis import plots
 
@@ -41,28 +43,29 @@ class Figures:
         prefix = f"figure-{self._count}-"
         parents = [(parent, child) for parent in root.iter() for child in parent]
         for parent, child in parents:
-            # Its rules would hold for the whole page; the page has them. Metadata name the program's site.
+            # Style rules would apply to the whole page, which has its own. Metadata name matplotlib's site.
             if child.tag in (f"{{{_SVG}}}style", f"{{{_SVG}}}metadata"):
                 parent.remove(child)
         for element in root.iter():
             for name, value in element.attrib.items():
-                element.set(name, _own(name, value, prefix).replace(plots.GREY, "currentColor"))
+                element.set(name, _prefixed(name, value, prefix).replace(plots.GREY, "currentColor"))
         root.set("role", "img")
         root.set("aria-label", description)
-        # Without its own prefixes, which HTML doesn't know.
+        # HTML doesn't know the prefixes that ElementTree would invent.
         ElementTree.register_namespace("", _SVG)
         ElementTree.register_namespace("xlink", _XLINK)
         return ElementTree.tostring(root, encoding="unicode")
 
 
 def place_of(values: ArrayLike) -> str:
-    """Where the values of a map are highest, in words."""
+    """Say in words where the values of a map are highest."""
     array = np.asarray(values, dtype=np.float64)
     finite = array[np.isfinite(array)]
     if not len(finite):
         return "not finite anywhere"
     low, high = float(finite.min()), float(finite.max())
-    # Maps are shares of a token's length: what is smaller is rounding, and what looks the same is.
+    # Values are shares of a token's length, so that smaller differences are rounding. Ends that are printed alike tell
+    # nothing either.
     if high - low <= 1e-6 * max(abs(high), 1) or f"{low:.3g}" == f"{high:.3g}":
         return f"the same everywhere, {high:.3g}"
     if array.ndim != 2:
@@ -75,8 +78,11 @@ def place_of(values: ArrayLike) -> str:
 
 
 def common_limits(maps: list[NDArray[np.float32]]) -> tuple[float, float] | None:
-    """Of the colours of several maps: but for the outermost hundredths, which would leave the rest in one colour."""
-    values = np.concatenate([one.ravel() for one in maps]) if maps else np.empty(0, np.float32)
+    """Return limits for the colours of several maps, or None if no value is finite.
+
+    They leave out the outermost hundredths, which would give all others one colour.
+    """
+    values = np.concatenate([array.ravel() for array in maps]) if maps else np.empty(0, np.float32)
     values = values[np.isfinite(values)]
     if not len(values):
         return None
@@ -87,11 +93,11 @@ def common_limits(maps: list[NDArray[np.float32]]) -> tuple[float, float] | None
 def _third(place: int, length: int, names: tuple[str, ...]) -> str:
     if length == 1:
         return names[1]
-    # By the middle of the cell: of two rows, the first is at the top.
+    # By the middle of the cell, so that the first of two rows is at the top.
     return names[min(2, int(3 * (place + 0.5) / length))]
 
 
-def _own(name: str, value: str, prefix: str) -> str:
+def _prefixed(name: str, value: str, prefix: str) -> str:
     if name == "id":
         return prefix + value
     if name.endswith("href") and value.startswith("#"):
@@ -101,11 +107,11 @@ def _own(name: str, value: str, prefix: str) -> str:
 
 @contextmanager
 def _defaults() -> Iterator[None]:
-    """matplotlib as it comes, whatever the user's settings, and the same ids each time."""
+    """Use matplotlib's default settings in the block instead of the user's, and the same ids each time."""
     import matplotlib as mpl
 
     with mpl.rc_context():
-        # The backend is no setting of a figure that is only saved; naming one would load it.
+        # A figure that is only saved needs no backend, and setting one would load it.
         mpl.rcParams.update({k: v for k, v in mpl.rcParamsDefault.items() if not k.startswith("backend")})
         mpl.rcParams["svg.hashsalt"] = "emma_adapter"
         yield

@@ -1,4 +1,4 @@
-"""A report as one HTML file that needs nothing else: no script, no network, no other file."""
+"""Rendering of a report as one HTML file that needs no script, no network and no other file."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from .drawing_contents import DrawingReport
 from .figures import Figures
 
 _HERE = Path(__file__).parent
-#: What HTML can't hold, or what only moves a terminal's cursor.
+#: Characters that HTML can't hold, and control characters.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 _LONGEST = 1500
 
 
 def render(report: Report | DrawingReport) -> str:
-    """The page. The same report gives the same text, with the same versions of matplotlib and Pillow.
+    """Render a report as an HTML page.
 
-    Questions, answers, prompts and names are shown as text, whatever they contain.
+    The same report gives the same text, with the same versions of matplotlib and Pillow. Questions, answers, prompts
+    and names are shown as text, whatever they contain.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup

@@ -1,4 +1,4 @@
-"""What the page says of the sections that read all questions: each in a sentence, a figure, and how to read it."""
+"""The page's sections that read all questions: a sentence, a figure, and how to read it for each."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from ..analysis import Diagnosis, InformationGain, MutualInformation, PairDistan
 from ..analysis.probes import Z
 from .contents import Absent, Information, Reading, Report
 
-#: Makes a part of the page of a function that draws a figure, and a description of what is seen.
+#: Takes a function that makes a figure, and an alternative text; returns the figure as a part of the page.
 Draw = Callable[[Callable[[], Any], str], str]
 #: Differences below this share of a number are rounding.
 _ROUNDING = 1e-4
-#: Of a figure that is read on a phone.
+#: So that the figure can be read on a phone.
 _MAX_BARS = 12
 
 
 @dataclass(frozen=True)
 class Part:
-    """A figure, and what is under it."""
+    """A figure and its texts."""
 
     svg: str
     caption: str
@@ -43,7 +43,7 @@ class Table:
 
 
 def in_short(report: Report) -> list[str]:
-    """The findings as lines of a summary."""
+    """Return the findings as lines of a summary."""
     lines = []
     if isinstance(report.information, Information):
         lines.append(_conclusion(report.information.gain))
@@ -52,18 +52,18 @@ def in_short(report: Report) -> list[str]:
     return lines
 
 
-def reading(found: Reading | Absent, draw: Draw) -> dict[str, Any]:
-    """Weights, attention and mask, as far as the fusion has them."""
-    if isinstance(found, Absent):
-        return {"absent": found.reason, "parts": []}
-    parts = [_weights(found, draw), _attention(found, draw), _mask(found, draw)]
+def reading(section: Reading | Absent, draw: Draw) -> dict[str, Any]:
+    """Return the section about weights, attention and mask, as far as the fusion has them."""
+    if isinstance(section, Absent):
+        return {"absent": section.reason, "parts": []}
+    parts = [_weights(section, draw), _attention(section, draw), _mask(section, draw)]
     return {"absent": None, "parts": [part for part in parts if part is not None]}
 
 
-def _weights(found: Reading, draw: Draw) -> Part | None:
+def _weights(section: Reading, draw: Draw) -> Part | None:
     from ..analysis.plots import plot_weight_shares
 
-    shares = found.weights
+    shares = section.weights
     if shares is None:
         return None
     mean = shares.instruction.mean(0)
@@ -79,10 +79,10 @@ def _weights(found: Reading, draw: Draw) -> Part | None:
     )
 
 
-def _attention(found: Reading, draw: Draw) -> Part | None:
+def _attention(section: Reading, draw: Draw) -> Part | None:
     from ..analysis.plots import plot_attention_mass
 
-    mass = found.attention
+    mass = section.attention
     if mass is None:
         return None
     spread = "" if math.isnan(mass.entropy) else f" It is spread {mass.entropy:.0%} as evenly as it could be."
@@ -101,13 +101,13 @@ def _attention(found: Reading, draw: Draw) -> Part | None:
     )
 
 
-def _mask(found: Reading, draw: Draw) -> Part | None:
+def _mask(section: Reading, draw: Draw) -> Part | None:
     from ..analysis.plots import plot_mask
 
-    mask = found.mask
+    mask = section.mask
     if mask is None:
         return None
-    kept = 1 - mask.suppressed - mask.amplified
+    between = 1 - mask.suppressed - mask.amplified
     return Part(
         svg=draw(
             lambda: plot_mask(mask),
@@ -116,22 +116,22 @@ def _mask(found: Reading, draw: Draw) -> Part | None:
         caption=f"The factors that channels are multiplied with, over {mask.entries:,} images.",
         title="Mask",
         says=f"Of all factors, {mask.suppressed:.0%} are below 0.5, which suppresses a channel of a token, "
-        f"{mask.amplified:.0%} above 1.5, which amplifies it, and {kept:.0%} between.",
+        f"{mask.amplified:.0%} above 1.5, which amplifies it, and {between:.0%} between.",
         read="Each channel of each visual token is multiplied with a factor between 0 and 2; at the line, 1, it stays "
         "as it is. An untrained adapter has all its factors there. Factors at both ends mean that the adapter selects.",
     )
 
 
-def information(found: Information | Absent, draw: Draw) -> dict[str, Any]:
-    """Before and after alignment."""
-    if isinstance(found, Absent):
-        return {"absent": found.reason}
+def information(section: Information | Absent, draw: Draw) -> dict[str, Any]:
+    """Return the section about mutual information before and after alignment."""
+    if isinstance(section, Absent):
+        return {"absent": section.reason}
     from ..analysis.plots import plot_information
 
-    gain = found.gain
+    gain = section.gain
     kind = (
-        f"The {found.labels} different answers were taken as labels."
-        if found.labels is not None
+        f"The {section.labels} different answers were taken as labels."
+        if section.labels is not None
         else "Of each answer the mean embedding of its tokens was taken, and one question of each image."
     )
     caption = (
@@ -181,79 +181,78 @@ def _conclusion(gain: InformationGain) -> str:
     )
 
 
-def _estimate(name: str, one: MutualInformation) -> tuple[str, ...]:
-    low, high = one.interval
+def _estimate(name: str, estimate: MutualInformation) -> tuple[str, ...]:
+    low, high = estimate.interval
     upper = "no upper end" if math.isinf(high) else f"{high:.2f}"
     return (
         name,
-        f"{one.nats:.2f}",
+        f"{estimate.nats:.2f}",
         f"{low:.2f} to {upper}",
-        f"{one.raw:.2f}",
-        f"{-one.bias:+.2f}",
-        # Not -0.00, which is noise.
-        f"{round(one.shuffled, 2) + 0.0:.2f} ± {one.shuffled_spread:.2f}",
+        f"{estimate.raw:.2f}",
+        f"{-estimate.bias:+.2f}",
+        # + 0.0 makes 0.00 of -0.00.
+        f"{round(estimate.shuffled, 2) + 0.0:.2f} ± {estimate.shuffled_spread:.2f}",
     )
 
 
-def pairs(found: PairDistances | Absent | None, draw: Draw) -> dict[str, Any] | None:
-    """Distances between the images of each pair."""
-    if found is None:
+def pairs(section: PairDistances | Absent | None, draw: Draw) -> dict[str, Any] | None:
+    """Return the section about distances between the images of each pair; None if the data name no pairs."""
+    if section is None:
         return None
-    if isinstance(found, Absent):
-        return {"absent": found.reason}
+    if isinstance(section, Absent):
+        return {"absent": section.reason}
     from ..analysis.plots import plot_pairs
 
-    ratio = found.ratio
-    apart = int((found.after > found.before * (1 + _ROUNDING)).sum())
+    ratio = section.ratio
+    apart = int((section.after > section.before * (1 + _ROUNDING)).sum())
     median = float(np.nanmedian(ratio)) if np.isfinite(ratio).any() else math.nan
     middle = "" if math.isnan(median) else f" The median distance afterwards is {median:.2f} times that before."
     caption = f"Each dot is a pair; {apart} of {len(ratio)} lie above the line."
     return {
         "absent": None,
         "says": f"The adapter pulls {apart} of {len(ratio)} pairs apart.{middle}"
-        if (abs(found.after - found.before) > _ROUNDING * found.before).any()
+        if (abs(section.after - section.before) > _ROUNDING * section.before).any()
         else f"The adapter leaves the distances of all {len(ratio)} pairs as they are.",
-        "svg": draw(lambda: plot_pairs(found), caption),
+        "svg": draw(lambda: plot_pairs(section), caption),
         "caption": caption,
         "read": "Images that differ in what is asked should become more different once the question is known. 0 are "
         "equal representations, 2 are opposite ones.",
     }
 
 
-def diagnosis(found: Diagnosis | Absent, draw: Draw) -> dict[str, Any]:
-    """What linear probes read off the model without the adapter."""
-    if isinstance(found, Absent):
-        return {"absent": found.reason}
+def diagnosis(section: Diagnosis | Absent, draw: Draw) -> dict[str, Any]:
+    """Return the section about what linear probes read off the model without the adapter."""
+    if isinstance(section, Absent):
+        return {"absent": section.reason}
     from ..analysis.plots import plot_diagnosis
 
-    order = sorted(range(len(found.attributes)), key=lambda place: -found.attributes[place].visual.samples)
-    drawn = sorted(order[:_MAX_BARS])
-    # Names may be of any script; the figure's font isn't.
-    numbered = replace(
-        found, attributes=tuple(replace(found.attributes[place], name=str(place + 1)) for place in drawn)
-    )
+    attributes = section.attributes
+    most_asked = sorted(range(len(attributes)), key=lambda place: -attributes[place].visual.samples)
+    drawn = sorted(most_asked[:_MAX_BARS])
+    # The figure's font doesn't have every script that names may be in.
+    numbered = replace(section, attributes=tuple(replace(attributes[place], name=str(place + 1)) for place in drawn))
     rows: list[tuple[str, ...]] = [
         (
-            f"{number}. {one.name}",
-            f"{one.visual.samples:,}",
-            f"{one.visual.chance:.0%}",
-            f"{one.visual.shuffled:.0%}",
-            one.visual.told(),
-            one.projected.told(),
-            one.verdict,
+            f"{number}. {attribute.name}",
+            f"{attribute.visual.samples:,}",
+            f"{attribute.visual.chance:.0%}",
+            f"{attribute.visual.shuffled:.0%}",
+            attribute.visual.told(),
+            attribute.projected.told(),
+            attribute.verdict,
         )
-        for number, one in enumerate(found.attributes, 1)
+        for number, attribute in enumerate(attributes, 1)
     ]
-    if (told := found.instruction) is not None:
-        own = f"{told.samples:,}", f"{told.chance:.0%}", f"{told.shuffled:.0%}"
-        rows.append(("What is asked, from the instruction", *own, told.told(), "", ""))
-    caption = f"Accuracy of a linear probe for each thing that is asked, numbered as in the table. {_losses(found)}"
-    if len(drawn) < len(found.attributes):
+    if (probe := section.instruction) is not None:
+        controls = f"{probe.samples:,}", f"{probe.chance:.0%}", f"{probe.shuffled:.0%}"
+        rows.append(("What is asked, from the instruction", *controls, probe.told(), "", ""))
+    caption = f"Accuracy of a linear probe for each thing that is asked, numbered as in the table. {_losses(section)}"
+    if len(drawn) < len(attributes):
         caption += f" Drawn are the {len(drawn)} that are asked most."
     return {
         "absent": None,
-        "says": f"{_verdicts(found)} “{found.verdict}”, that is, {found.meaning}. (The adapter is switched off for "
-        "this.)",
+        "says": f"{_verdicts(section)} “{section.verdict}”, that is, {section.meaning}. (The adapter is switched off "
+        "for this.)",
         "svg": draw(lambda: plot_diagnosis(numbered), caption),
         "caption": caption,
         "table": Table(
@@ -270,29 +269,30 @@ def diagnosis(found: Diagnosis | Absent, draw: Draw) -> dict[str, Any]:
     }
 
 
-def _verdicts(found: Diagnosis) -> str:
-    """How many of the things that are asked have which verdict."""
-    verdicts = [one.verdict for one in found.attributes]
+def _verdicts(section: Diagnosis) -> str:
+    """Say how many of the things that are asked have each verdict."""
+    verdicts = [attribute.verdict for attribute in section.attributes]
     if len(verdicts) == 1:
         return "Before any training:"
     counts = ", ".join(f"“{verdict}” of {verdicts.count(verdict)}" for verdict in dict.fromkeys(verdicts))
-    most = "Of most rows" if found.verdict == "can't be told" else "Of most rows of which something can be told"
+    most = "Of most rows" if section.verdict == "can't be told" else "Of most rows of which something can be told"
     return f"Of {len(verdicts)} things that are asked, the model's own representations say {counts}. {most}:"
 
 
-def _losses(found: Diagnosis) -> str:
-    """Of what the projector loses something beyond the error bars, and of what the most."""
-    losing = sorted((one for one in found.attributes if one.loses), key=lambda one: -one.lost)
+def _losses(section: Diagnosis) -> str:
+    """Say which things the projector loses beyond the error bars, and which one the most."""
+    losing = [attribute for attribute in section.attributes if attribute.loses]
+    losing.sort(key=lambda attribute: -attribute.lost)
     if not losing:
         return "Of none is less read behind the projector than before it, beyond the error."
-    numbers = [str(found.attributes.index(one) + 1) for one in losing]
+    numbers = [str(section.attributes.index(attribute) + 1) for attribute in losing]
     if len(losing) == 1:
         return f"The projector loses something of number {numbers[0]}."
     first, second = losing[:2]
     clear = first.lost - second.lost > Z * math.hypot(first.lost_error, second.lost_error)
     most = f", the most of number {numbers[0]}" if clear else ""
-    named = sorted(numbers, key=int)
-    return f"The projector loses something of the numbers {', '.join(named[:-1])} and {named[-1]}{most}."
+    ascending = sorted(numbers, key=int)
+    return f"The projector loses something of the numbers {', '.join(ascending[:-1])} and {ascending[-1]}{most}."
 
 
 def _most_attended(positions: NDArray[np.float64]) -> str:
@@ -309,5 +309,5 @@ def _highest(values: NDArray[np.float64]) -> str:
 
 
 def _alike(values: NDArray[np.float64]) -> bool:
-    """Whether they differ by rounding at most; of a single one nothing is highest."""
+    """Return whether values differ by rounding at most; a single value does not differ."""
     return bool(np.ptp(values) <= _ROUNDING * abs(values).max())

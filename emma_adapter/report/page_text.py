@@ -1,4 +1,4 @@
-"""What the page says, section by section: texts, pictures and tables for the template."""
+"""Texts, pictures and tables of the page about an adapter, section by section, for the template."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .page_findings import Draw, Part, Table
 from .pictures import data_uri, is_tiny
 from .questions import normalised
 
-#: Images and maps of one question; more would be a page of their own.
+#: The most images, and the most maps, shown of one question.
 MAX_SHOWN = 6
 
 _COLOURS = {
@@ -28,20 +28,20 @@ _SCALE = "All maps have the same colours, but for the most extreme hundredth of 
 
 
 def page(report: Report, draw: Draw) -> dict[str, Any]:
-    """Everything that the template shows.
+    """Return everything that the template shows.
 
     Args:
-        report: what was found.
-        draw: makes a part of the page of a figure and its description.
+        report: the contents.
+        draw: turns a figure and its description into a part of the page.
     """
-    maps = [getattr(one, report.field) for example in report.examples for view in example.views for one in view.maps]
+    maps = [getattr(each, report.field) for example in report.examples for view in example.views for each in view.maps]
     limits = common_limits(maps)
     return {
         "model": report.model,
         "adapter": report.adapter,
         "summary": _summary(report),
         "answers": {
-            "how": _chosen(report),
+            "how": _choice(report),
             "cards": [_card(example, report.field, limits, draw) for example in report.examples],
             "read": f"{_COLOURS[report.field]} {_SCALE} The answers are what the model generates greedily; a few "
             "questions are examples, and no accuracy.",
@@ -56,17 +56,17 @@ def page(report: Report, draw: Draw) -> dict[str, Any]:
 
 
 def _summary(report: Report) -> list[str]:
-    answers = [example.answers for example in report.examples]
-    changed = sum(own.changed for own in answers)
-    lines = [f"It changes {changed} of the {len(answers)} answers that are shown."]
-    known = [own for own in answers if own.expected is not None]
-    if known:
-        right = _right(known)
+    examples = [example.answers for example in report.examples]
+    changed = sum(answers.changed for answers in examples)
+    lines = [f"It changes {changed} of the {len(examples)} answers that are shown."]
+    gradable = [answers for answers in examples if answers.expected is not None]
+    if gradable:
+        right = _right(gradable)
         lines.append(
-            f"Of the {len(known)} with an answer in the data, {right[1]} are answered so with the adapter and "
+            f"Of the {len(gradable)} with an answer in the data, {right[1]} are answered so with the adapter and "
             f"{right[0]} without (capitals, spaces and a final full stop don't count)."
         )
-    moved = [one.relative for example in report.examples for view in example.views for one in view.maps]
+    moved = [each.relative for example in report.examples for view in example.views for each in view.maps]
     if moved and all((values == 0).all() for values in moved):
         lines.append("It moves no visual token at all: this adapter is as it was before any training.")
     elif moved:
@@ -77,19 +77,19 @@ def _summary(report: Report) -> list[str]:
     return lines
 
 
-def _right(known: list[Answers]) -> tuple[int, int]:
-    """Without and with the adapter."""
+def _right(gradable: list[Answers]) -> tuple[int, int]:
+    """Return how many answers are right without and with the adapter."""
     return (
-        sum(_same(own.without, own.expected) for own in known),
-        sum(_same(own.with_adapter, own.expected) for own in known),
+        sum(_same(answers.without, answers.expected) for answers in gradable),
+        sum(_same(answers.with_adapter, answers.expected) for answers in gradable),
     )
 
 
-def _same(one: str, other: str | None) -> bool:
-    return other is not None and normalised(one) == normalised(other)
+def _same(answer: str, expected: str | None) -> bool:
+    return expected is not None and normalised(answer) == normalised(expected)
 
 
-def _chosen(report: Report) -> str:
+def _choice(report: Report) -> str:
     usable = report.rows - report.imageless
     if len(report.examples) == usable:
         return "All questions of the data that show an image."
@@ -105,19 +105,19 @@ def _card(example: Example, field: str, limits: Any, draw: Draw) -> dict[str, An
         for number, image in enumerate(example.images[:MAX_SHOWN], 1)
     ]
     maps = [_map(view, field, limits, draw) for view in example.views[:MAX_SHOWN]]
-    left = max(len(example.images) - MAX_SHOWN, 0), max(len(example.views) - MAX_SHOWN, 0)
+    hidden = max(len(example.images) - MAX_SHOWN, 0), max(len(example.views) - MAX_SHOWN, 0)
     return {
         "number": example.number,
         "question": example.question,
         "answers": example.answers,
         "images": images,
         "maps": maps,
-        "more": f"{left[0]} more images and {left[1]} more maps are not shown." if any(left) else "",
+        "more": f"{hidden[0]} more images and {hidden[1]} more maps are not shown." if any(hidden) else "",
     }
 
 
 def shown_picture(image: Any, alt: str, caption: str) -> dict[str, Any]:
-    """A PIL image for the template."""
+    """Describe a PIL image for the template."""
     return {
         "src": data_uri(image),
         "alt": f"{alt}, {image.width} × {image.height} pixels",
@@ -154,12 +154,12 @@ def _twins(report: Report, draw: Draw) -> dict[str, Any]:
 def _couple(twins: Twins, field: Any, draw: Draw) -> dict[str, Any]:
     from ..analysis.plots import plot_difference, plot_map
 
-    both = (twins.comparison.first, twins.comparison.second)
-    limits = common_limits([getattr(one, field) for one in both])
+    maps = (twins.comparison.first, twins.comparison.second)
+    limits = common_limits([getattr(token_map, field) for token_map in maps])
     sides = []
-    for one, question, answers in zip(both, twins.questions, twins.answers, strict=True):
-        where = place_of(getattr(one, field))
-        svg = draw(partial(plot_map, one, twins.picture, field, limits=limits), f"Heat map: {where}")
+    for token_map, question, answers in zip(maps, twins.questions, twins.answers, strict=True):
+        where = place_of(getattr(token_map, field))
+        svg = draw(partial(plot_map, token_map, twins.picture, field, limits=limits), f"Heat map: {where}")
         sides.append({"question": question, "answers": answers, "svg": svg, "caption": where})
     apart = place_of(twins.comparison.difference)
     difference = draw(lambda: plot_difference(twins.comparison, twins.picture), f"Heat map of the difference: {apart}")

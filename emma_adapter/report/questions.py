@@ -1,4 +1,4 @@
-"""The questions of a report, and which of them are shown."""
+"""The questions of a report, and the choice of those it shows."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, eq=False)
 class Question:
-    """A question about images. A report reads them one by one: a sequence may open images as it is asked."""
+    """A question about images. A report reads questions one by one, so that a sequence may open images on access."""
 
     #: The conversation up to the question, which is its last message: ``{"role": ..., "content": [parts]}`` each.
     messages: Sequence[Any]
-    #: PIL images, as many as the messages show; kept upright, as their EXIF orientation says, and in RGB.
+    #: PIL images, as many as the messages show; stored upright, as their EXIF orientation says, and in RGB.
     images: Sequence[Any]
     #: The right answer.
     answer: str | None = None
-    #: What is asked, in few words that many questions share: ``"colour"``.
+    #: What is asked, in a few words that many questions share, such as ``"colour"``.
     attribute: str | None = None
-    #: A name that it shares with one other question: the same, about a near-identical image.
+    #: A name shared with exactly one other question, the same one about a near-identical image.
     pair: str | None = None
 
     def __post_init__(self) -> None:
@@ -32,7 +32,7 @@ class Question:
 
     @classmethod
     def about(cls, image: Any, text: str, **labels: str | None) -> Question:
-        """The question ``text`` about one image."""
+        """Make the question ``text`` about one image."""
         return cls(
             [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}], [image], **labels
         )
@@ -46,7 +46,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Entry:
-    """What a report remembers of a question: everything but its images."""
+    """What a report keeps of a question: everything but its images."""
 
     #: Its place among the questions that were read.
     place: int
@@ -54,12 +54,12 @@ class Entry:
     answer: str | None
     attribute: str | None
     pair: str | None
-    #: Equal for equal images.
+    #: A digest, equal for equal images.
     images: str
 
 
 def entry_of(question: Question, place: int) -> Entry | None:
-    """None if the question shows no image."""
+    """Return a question's entry; None if it shows no image."""
     if not question.images:
         return None
     digest = hashlib.sha256()
@@ -70,15 +70,17 @@ def entry_of(question: Question, place: int) -> Entry | None:
 
 
 def spread(entries: Sequence[T], count: int) -> list[T]:
-    """So many of them, in order, spread evenly from the first to the last."""
+    """Return at most ``count`` entries, in order, spread evenly from the first to the last."""
     if len(entries) <= count or count < 2:
         return list(entries[:count])
     return [entries[round(number * (len(entries) - 1) / (count - 1))] for number in range(count)]
 
 
 def choose(entries: Sequence[Entry], count: int) -> list[Entry]:
-    """The questions to show, in order: as many of each attribute as of the others, else spread evenly. What the model
-    answers has no say."""
+    """Return the questions to show, in order, whatever the model answers.
+
+    There are as many of each attribute as of the others; without attributes, they are spread evenly.
+    """
     if len(entries) <= count or count < 2:
         return spread(entries, count)
     groups: dict[str, list[Entry]] = {}
@@ -86,41 +88,41 @@ def choose(entries: Sequence[Entry], count: int) -> list[Entry]:
         groups.setdefault(entry.attribute or "", []).append(entry)
     if len(groups) == 1:
         return spread(entries, count)
-    # In turn from each attribute, with images that aren't shown yet where there are any.
+    # Attributes take turns, and prefer images that aren't shown yet.
     chosen: list[Entry] = []
-    seen: set[str] = set()
+    shown_images: set[str] = set()
     queues = list(groups.values())
     while len(chosen) < count:
         for queue in queues:
             if queue and len(chosen) < count:
-                taken = next((entry for entry in queue if entry.images not in seen), queue[0])
-                queue.remove(taken)
-                seen.add(taken.images)
-                chosen.append(taken)
+                choice = next((entry for entry in queue if entry.images not in shown_images), queue[0])
+                queue.remove(choice)
+                shown_images.add(choice.images)
+                chosen.append(choice)
     return sorted(chosen, key=lambda entry: entry.place)
 
 
 def find_twins(entries: Sequence[Entry], count: int) -> list[tuple[Entry, Entry]]:
-    """Questions with different words about the same image, one couple an image."""
-    first: dict[str, Entry] = {}
-    found: dict[str, tuple[Entry, Entry]] = {}
+    """Return at most ``count`` couples of questions with different words about the same image, one for each image."""
+    first_entries: dict[str, Entry] = {}
+    couples: dict[str, tuple[Entry, Entry]] = {}
     for entry in entries:
-        other = first.setdefault(entry.images, entry)
-        if other.text != entry.text and entry.images not in found:
-            found[entry.images] = (other, entry)
-    return list(found.values())[:count]
+        first = first_entries.setdefault(entry.images, entry)
+        if first.text != entry.text and entry.images not in couples:
+            couples[entry.images] = (first, entry)
+    return list(couples.values())[:count]
 
 
 def find_pairs(entries: Sequence[Entry]) -> tuple[list[tuple[Entry, Entry]], int]:
-    """Pairs by name, and how many names are not those of two questions."""
-    named: dict[str, list[Entry]] = {}
+    """Return the pairs of questions that share a name, and how many names aren't those of exactly two questions."""
+    by_name: dict[str, list[Entry]] = {}
     for entry in entries:
         if entry.pair is not None:
-            named.setdefault(entry.pair, []).append(entry)
-    pairs = [(own[0], own[1]) for own in named.values() if len(own) == 2]
-    return pairs, len(named) - len(pairs)
+            by_name.setdefault(entry.pair, []).append(entry)
+    pairs = [(namesakes[0], namesakes[1]) for namesakes in by_name.values() if len(namesakes) == 2]
+    return pairs, len(by_name) - len(pairs)
 
 
 def normalised(answer: str) -> str:
-    """An answer as it is compared: case, white space and a final full stop make no difference."""
+    """Return an answer in the form that is compared, without case, extra white space and a final full stop."""
     return " ".join(answer.split()).casefold().removesuffix(".")
