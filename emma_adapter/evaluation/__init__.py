@@ -1,1 +1,1 @@
-"""How well a model draws and edits: pictures of prompts, judges of them, and their distance from real ones."""
+"""Evaluation of how well a model draws and edits: pictures of prompts, their judges, and distances from real ones."""

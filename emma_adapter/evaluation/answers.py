@@ -1,4 +1,4 @@
-"""Scores from what a vision-language model says of a picture: yes and no, or marks from 0 to 10."""
+"""Scores from a vision-language model's answers about a picture: yes and no, or marks from 0 to 10."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from typing import Any
 def share_of_yes(questions: Sequence[Mapping[str, Any]], answers: Sequence[bool]) -> float:
     """Return the share of questions that hold, as DPG-Bench counts (arXiv 2403.05135).
 
-    A question whose parent doesn't hold doesn't hold either, whatever was answered, and so on down.
+    A question whose parent doesn't hold doesn't hold either, whatever was answered; nor do its descendants.
 
     Args:
         questions: each with the numbers of its parents in ``after``, from 1; parents come first.
         answers: whether the answer was yes.
     """
     holds: list[bool] = []
-    for asked, answer in zip(questions, answers, strict=True):
-        holds.append(answer and all(holds[parent - 1] for parent in asked.get("after", [])))
+    for question, answer in zip(questions, answers, strict=True):
+        holds.append(answer and all(holds[parent - 1] for parent in question.get("after", [])))
     return sum(holds) / len(holds)
 
 
 def read_marks(text: str, count: int = 2) -> list[float] | None:
-    """Return the marks of an answer ``{"score": [8, 7], "reasoning": "..."}``; None if it can't be read.
+    """Return the marks in an answer ``{"score": [8, 7], "reasoning": "..."}``; None if it can't be read.
 
-    It must be JSON and nothing else, perhaps fenced as a block of code, with ``count`` numbers from 0 to 10.
+    It must be JSON and nothing else, perhaps fenced as a code block, with ``count`` numbers from 0 to 10.
     """
     text = text.strip()
     if text.startswith("```") and text.endswith("```"):
@@ -44,12 +44,12 @@ def read_marks(text: str, count: int = 2) -> list[float] | None:
 
 
 def edit_scores(consistency: Sequence[float] | None, quality: Sequence[float] | None) -> dict[str, float | None]:
-    """Return the scores of an edit, as VIEScore (arXiv 2312.14867) and GEdit-Bench (arXiv 2504.17761) combine them.
+    """Return the scores of an edit, as VIEScore (arXiv 2312.14867) and GEdit-Bench (arXiv 2504.17761) combine marks.
 
-    Semantic consistency is the least of its marks, perceptual quality likewise, and the whole is the root of their
-    product; None where marks couldn't be read.
+    Semantic consistency is the lowest of its marks, perceptual quality likewise, and the overall score is the square
+    root of their product; None where marks couldn't be read.
     """
     semantic = None if consistency is None else min(consistency)
     perceptual = None if quality is None else min(quality)
-    whole = None if semantic is None or perceptual is None else math.sqrt(semantic * perceptual)
-    return {"semantic consistency": semantic, "perceptual quality": perceptual, "edits": whole}
+    overall = None if semantic is None or perceptual is None else math.sqrt(semantic * perceptual)
+    return {"semantic consistency": semantic, "perceptual quality": perceptual, "edits": overall}

@@ -1,4 +1,4 @@
-"""DPG-Bench's table of questions: a line of CSV a question, the lines of a prompt one after another."""
+"""DPG-Bench's table of questions: a CSV line for each question, with the lines of a prompt together."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ITEM, PROMPT, NUMBER, PARENTS, QUESTION = (
 def read_dpg(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the place of each prompt, for messages, and its row: ``{"prompt", "item_id", "questions"}``.
 
-    A question comes behind those it depends on (``dependency``, 0 for none), and else in the file's order.
+    A question comes after those it depends on (``dependency``, 0 for none), and otherwise in the file's order.
 
     Raises:
         DataError: naming the line and what is wrong with it.
@@ -38,13 +38,13 @@ def read_dpg(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     if missing := sorted({ITEM, PROMPT, NUMBER, PARENTS, QUESTION} - columns):
         raise DataError(f"{path} has no column {listed(missing)}: a .csv file must be as DPG-Bench's dpg_bench.csv")
     for item, group in groupby(lines, key=lambda placed: placed[1][ITEM]):
-        own = list(group)
-        where, first = own[0]
-        yield where, {"prompt": first[PROMPT], "item_id": item, "questions": _in_order(own)}
+        prompt_lines = list(group)
+        where, first = prompt_lines[0]
+        yield where, {"prompt": first[PROMPT], "item_id": item, "questions": _in_order(prompt_lines)}
 
 
 def _in_order(lines: list[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
-    """The questions of a prompt, each behind its parents, whose numbers are places from 1."""
+    """Return the questions of a prompt, each after its parents, which are given by their places from 1."""
     waiting: dict[int, tuple[str, dict[str, Any]]] = {}
     for where, line in lines:
         number = _number(where, line, NUMBER)
@@ -58,7 +58,9 @@ def _in_order(lines: list[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
         ready = next((number for number in waiting if all(parent in places for parent in parents[number])), None)
         if ready is None:
             where = next(iter(waiting.values()))[0]
-            raise DataError(f"{where}: questions {listed(map(str, waiting))} depend on each other in a circle: cut it")
+            raise DataError(
+                f"{where}: questions {listed(map(str, waiting))} depend on each other in a circle: break it"
+            )
         _, line = waiting.pop(ready)
         places[ready] = len(places) + 1
         questions.append({"question": line[QUESTION], "after": [places[parent] for parent in parents[ready]]})
@@ -69,8 +71,8 @@ def _parents(where: str, line: Mapping[str, Any], known: Mapping[int, Any]) -> l
     texts = str(line[PARENTS] or "0").split(",")
     parents = [_number(where, {PARENTS: text}, PARENTS) for text in texts]
     parents = [parent for parent in parents if parent]
-    if strange := [parent for parent in parents if parent not in known]:
-        raise DataError(f"{where}: {PARENTS!r} names {strange}, and the prompt has no such {NUMBER!r}: 0 is none")
+    if unknown := [parent for parent in parents if parent not in known]:
+        raise DataError(f"{where}: {PARENTS!r} names {unknown}, and the prompt has no such {NUMBER!r}: 0 is none")
     return parents
 
 

@@ -1,4 +1,4 @@
-"""Judges of pictures: models of transformers by folder or hub id."""
+"""Judges of pictures: transformers models, loaded from a folder or hub id."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..errors import ConfigError
 from .objects import Found
 from .tasks import COLOURS
 
-# GenEval's wordings: of the class, and of any object.
+# GenEval's wordings: two with the class, one for any object.
 _COLOUR_TEMPLATES = ("a photo of a {{}} {}", "a photo of a {{}}-colored {}", "a photo of a {{}} object")
 _CONSISTENCY = (
     "The first pictures were to be edited as follows, and the last picture is the result. Instruction: {}\n"
@@ -29,7 +29,7 @@ def _explained(source: str, task: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        # What a damaged or foreign folder makes transformers, safetensors and tokenizers raise is of any kind.
+        # For a damaged or foreign folder, transformers, safetensors and tokenizers may raise anything.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         raise ConfigError(
             f"{source} can't be loaded for {task}: check the folder or hub id, and that transformers has it for this "
@@ -51,39 +51,39 @@ class Detector:
         self._pipeline = _pipeline("zero-shot-object-detection", source, device)
 
     def __call__(self, picture: Any, classes: Sequence[str], threshold: float) -> dict[str, list[Found]]:
-        """Return what is found of each class above a confidence; boxes are in pixels."""
+        """Return the objects of each class above a confidence; boxes are in pixels."""
         found: dict[str, list[Found]] = {name: [] for name in classes}
-        # Of the wordings that the detectors were trained with.
+        # One of the wordings that the detectors were trained with.
         labels = {f"a photo of a {name}": name for name in classes}
-        for one in self._pipeline(picture, candidate_labels=list(labels), threshold=threshold):
-            box = one["box"]
-            found[labels[one["label"]]].append(
-                Found((box["xmin"], box["ymin"], box["xmax"], box["ymax"]), float(one["score"]))
+        for detection in self._pipeline(picture, candidate_labels=list(labels), threshold=threshold):
+            box = detection["box"]
+            found[labels[detection["label"]]].append(
+                Found((box["xmin"], box["ymin"], box["xmax"], box["ymax"]), float(detection["score"]))
             )
         return found
 
 
 class ColourClassifier:
-    """Names the colour of objects, from the part of the picture in their box."""
+    """Names the colours of objects, from the part of the picture in their box."""
 
     def __init__(self, source: str, device: Any) -> None:
         self._pipeline = _pipeline("zero-shot-image-classification", source, device)
 
     def __call__(self, picture: Any, name: str, found: Sequence[Found]) -> list[str]:
-        """Return the colour of each object: the one that is most probable on average over three wordings."""
-        return [self._colour(picture.crop(_whole_pixels(one.box)), name) for one in found]
+        """Return the colour of each object of a class: the most probable one on average over three wordings."""
+        return [self._colour(picture.crop(_whole_pixels(each.box)), name) for each in found]
 
     def _colour(self, part: Any, name: str) -> str:
         sums = dict.fromkeys(COLOURS, 0.0)
         for template in _COLOUR_TEMPLATES:
             wording = template.format(name)
-            for one in self._pipeline(part, candidate_labels=list(COLOURS), hypothesis_template=wording):
-                sums[one["label"]] += one["score"]
+            for result in self._pipeline(part, candidate_labels=list(COLOURS), hypothesis_template=wording):
+                sums[result["label"]] += result["score"]
         return max(sums, key=lambda colour: sums[colour])
 
 
 def _whole_pixels(box: Sequence[float]) -> tuple[int, int, int, int]:
-    """A box with at least a pixel in it."""
+    """Round a box to whole pixels, with at least one in it."""
     x0, y0 = int(box[0]), int(box[1])
     return x0, y0, max(int(box[2]), x0 + 1), max(int(box[3]), y0 + 1)
 
@@ -100,7 +100,7 @@ class VisionLanguageJudge:
         self._tokenizer = processor.tokenizer
         self._prompts = Prompts(processor)
         yes, no = self._first_tokens("yes"), self._first_tokens("no")
-        # Some tokenizers write the space as a token of its own, which tells nothing.
+        # Some tokenizers make the space a token of its own, which doesn't tell the answers apart.
         self._yes, self._no = yes - no, no - yes
         if not self._yes or not self._no:
             raise ConfigError(
@@ -110,8 +110,8 @@ class VisionLanguageJudge:
     def says_yes(self, picture: Any, question: str) -> bool:
         """Return whether the answer begins with yes more probably than with no.
 
-        The probabilities are summed over the ways to write either, in lower case or with a capital, after a space or
-        not. Nothing is generated: there is always an answer, and the same one each time.
+        The probabilities are summed over the spellings of each, in lower case or with a capital, after a space or not.
+        Nothing is generated: there is always an answer, and always the same one.
         """
         import torch
 
@@ -121,11 +121,11 @@ class VisionLanguageJudge:
         return bool(yes > no)
 
     def consistency(self, sources: Sequence[Any], picture: Any, instruction: str) -> str:
-        """Return what is answered when marks are asked for how an instruction was followed."""
+        """Ask for marks of how well an edit follows its instruction, and return the answer."""
         return self._answer([*sources, picture], _CONSISTENCY.format(instruction))
 
     def quality(self, picture: Any) -> str:
-        """Return what is answered when marks are asked for how a picture looks."""
+        """Ask for marks of how natural a picture looks, and return the answer."""
         return self._answer([picture], _QUALITY)
 
     def _answer(self, pictures: Sequence[Any], text: str) -> str:
@@ -133,13 +133,13 @@ class VisionLanguageJudge:
 
         inputs = self._inputs(pictures, text)
         with torch.inference_mode():
-            made = self._model.generate(**inputs, max_new_tokens=256, do_sample=False)
-        return str(self._tokenizer.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+            ids = self._model.generate(**inputs, max_new_tokens=256, do_sample=False)
+        return str(self._tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 
     def _inputs(self, pictures: Sequence[Any], text: str) -> Any:
         content = [*({"type": "image"} for _ in pictures), {"type": "text", "text": text}]
-        made = self._prompts.batch([[{"role": "user", "content": content}]], [pictures])
-        return made.to(self._model.device, self._model.dtype)
+        inputs = self._prompts.batch([[{"role": "user", "content": content}]], [pictures])
+        return inputs.to(self._model.device, self._model.dtype)
 
     def _first_tokens(self, word: str) -> set[int]:
         spellings = [word, word.capitalize(), f" {word}", f" {word.capitalize()}"]

@@ -1,4 +1,4 @@
-"""Whether a picture shows the objects that were asked for, by GenEval's rule (arXiv 2310.11513)."""
+"""GenEval's rule (arXiv 2310.11513) for whether a picture shows the objects of its prompt."""
 
 from __future__ import annotations
 
@@ -20,20 +20,21 @@ class Found:
 
 
 def kept(found: Sequence[Found], *, threshold: float, max_overlap: float, most: int = 16) -> list[Found]:
-    """Return the objects of one class that count, the most confident first.
+    """Return the objects of one class that count, in order of confidence.
 
     Args:
         found: of one class.
         threshold: the confidence that they must exceed.
-        max_overlap: intersection over union with a more confident one, from which it is that one again; 1: keep all.
-        most: only so many of the most confident are looked at.
+        max_overlap: intersection over union with a more confident object from which on they count as that same object;
+            1 keeps all.
+        most: how many of the most confident are considered.
     """
-    sure = sorted((one for one in found if one.score > threshold), key=lambda one: -one.score)[:most]
-    chosen: list[Found] = []
-    for one in sure:
-        if max_overlap == 1 or all(overlap(one.box, other.box) < max_overlap for other in chosen):
-            chosen.append(one)
-    return chosen
+    confident = sorted((each for each in found if each.score > threshold), key=lambda each: -each.score)[:most]
+    distinct: list[Found] = []
+    for candidate in confident:
+        if max_overlap == 1 or all(overlap(candidate.box, earlier.box) < max_overlap for earlier in distinct):
+            distinct.append(candidate)
+    return distinct
 
 
 def overlap(one: Box, other: Box) -> float:
@@ -48,10 +49,10 @@ def overlap(one: Box, other: Box) -> float:
 
 
 def relations(one: Box, other: Box, margin: float = 0.1) -> set[str]:
-    """Return where an object is relative to another.
+    """Return the position of one object relative to another, as names of ``POSITIONS``.
 
-    The distance of the centres is shortened along each axis by ``margin`` times the sum of both extents, and divided
-    by its length before that; more than 0.5 along an axis is a relation.
+    The offset of the centres is shortened along each axis by ``margin`` times the sum of both extents, and divided by
+    its original length; more than 0.5 along an axis is a relation.
     """
     offsets = [(one[axis] + one[axis + 2] - other[axis] - other[axis + 2]) / 2 for axis in (0, 1)]
     extents = [abs(one[axis + 2] - one[axis]) + abs(other[axis + 2] - other[axis]) for axis in (0, 1)]
@@ -71,11 +72,11 @@ def judge_objects(
     objects: Mapping[str, Sequence[Found]],
     colours_of: Callable[[str, Sequence[Found]], list[str]],
 ) -> list[str]:
-    """Return what is wrong with a picture; it is right if there is nothing.
+    """Return what is wrong with a picture; an empty list if it is right.
 
-    Every clause of ``include`` must hold of its ``count`` most confident objects: so many are there, all of the
-    colour, and each in the relation to each of those of the clause that its position names. Of a class of ``exclude``
-    there must be fewer than its ``count``.
+    Every clause of ``include`` must hold for its ``count`` most confident objects: there are that many, all have the
+    colour, and each has the named relation to each object of the clause that its position refers to. Of a class of
+    ``exclude``, there must be fewer than ``count``.
 
     Args:
         row: GenEval's metadata.
@@ -92,9 +93,9 @@ def judge_objects(
         if problem:
             wrong.append(f"{name}: {problem}")
     for clause in row.get("exclude", []):
-        there = len(objects.get(clause["class"], ()))
-        if there >= clause["count"]:
-            wrong.append(f"{clause['class']}: {there}, and fewer than {clause['count']} were wanted")
+        present = len(objects.get(clause["class"], ()))
+        if present >= clause["count"]:
+            wrong.append(f"{clause['class']}: {present}, and fewer than {clause['count']} were wanted")
     return wrong
 
 
@@ -111,10 +112,10 @@ def _problem(
         if any(colour != clause["color"] for colour in colours):
             return f"{', '.join(colours)} instead of {clause['color']}"
     if "position" in clause:
-        wanted, number = clause["position"]
+        position, number = clause["position"]
         targets = matched[number]
         if targets is None:
-            return f"nothing that it could be {wanted}"
-        if any(wanted not in relations(one.box, target.box) for one in found for target in targets):
-            return f"not {wanted} the other"
+            return f"nothing that it could be {position}"
+        if any(position not in relations(each.box, target.box) for each in found for target in targets):
+            return f"not {position} the other"
     return ""

@@ -18,17 +18,17 @@ _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def seed_of(seed: int, row: int, picture: int) -> int:
-    """Return the seed of a picture: the same whatever else is drawn, and how often it was interrupted."""
+    """Return the seed of a picture, which doesn't depend on what else is drawn, nor on interruptions."""
     import numpy as np
 
     return int(np.random.SeedSequence([seed, row, picture]).generate_state(1)[0])
 
 
 def begin(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Write how a folder's pictures are drawn, or check that those in it are drawn the same way.
+    """Write the settings of a folder's pictures, or check that those in it were drawn with the same settings.
 
     Raises:
-        ConfigError: if they aren't.
+        ConfigError: if they were drawn with others.
     """
     text = json.dumps(dict(settings), indent=1, sort_keys=True) + "\n"
     file = folder / _SETTINGS
@@ -45,43 +45,44 @@ def begin(folder: Path, settings: Mapping[str, Any]) -> None:
 def draw_missing(
     unified: Any, tasks: Iterable[Task], folder: Path, images: Path, count: int, seed: int, **settings: Any
 ) -> int:
-    """Draw the pictures that aren't there yet, and return how many were drawn.
+    """Draw the pictures that don't exist yet, and return how many were drawn.
 
     Args:
         unified: a model that draws, :class:`~emma_adapter.EmmaUnified`.
         tasks: the rows.
         folder: of the pictures.
-        images: what the names of images are relative to.
-        count: pictures of each row.
-        seed: of all of them; see :func:`seed_of`.
+        images: the folder that names of images are relative to.
+        count: of pictures of each row.
+        seed: of all pictures; see :func:`seed_of`.
         settings: of ``generate_images``.
 
     Raises:
-        DataError: if pictures of another row are where this row's go.
+        DataError: if a row's folder holds pictures of another row.
     """
     import torch
 
     drawn = 0
     for task in tasks:
-        own = folder / f"{task.number:05}"
+        row_folder = folder / f"{task.number:05}"
         row = (json.dumps(dict(task.row)) + "\n").encode()
-        if (own / "metadata.jsonl").exists() and (own / "metadata.jsonl").read_bytes() != row:
-            raise DataError(f"{own} holds pictures of another row than {task.where}: give another folder")
-        replace_files(own, {"metadata.jsonl": row})
+        metadata = row_folder / "metadata.jsonl"
+        if metadata.exists() and metadata.read_bytes() != row:
+            raise DataError(f"{row_folder} holds pictures of another row than {task.where}: give another folder")
+        replace_files(row_folder, {metadata.name: row})
         names = {number: f"{number:05}.png" for number in range(count)}
-        missing = [number for number, name in names.items() if not (own / "samples" / name).exists()]
+        missing = [number for number, name in names.items() if not (row_folder / "samples" / name).exists()]
         sources = [open_image(name, images, task.where) for name in task.images]
         # One at a time: a picture's bits don't depend on which others were missing.
         for number in missing:
-            own_seed = seed_of(seed, task.number, number)
-            # Only edits have images that could guide.
+            generator = torch.Generator().manual_seed(seed_of(seed, task.number, number))
+            # Only edits have images to guide them.
             guided = settings if sources else {**settings, "image_guidance_scale": 1.0}
             picture = unified.generate_images(
-                task.prompt, [sources] if sources else None, generator=torch.Generator().manual_seed(own_seed), **guided
+                task.prompt, [sources] if sources else None, generator=generator, **guided
             ).images[0]
-            stored = io.BytesIO()
-            picture.save(stored, "png")
-            replace_files(own / "samples", {names[number]: stored.getvalue()})
+            png = io.BytesIO()
+            picture.save(png, "png")
+            replace_files(row_folder / "samples", {names[number]: png.getvalue()})
             drawn += 1
     return drawn
 
@@ -92,20 +93,21 @@ def pictures_of(task: Task, folder: Path) -> list[Path]:
     Raises:
         DataError: if there is none.
     """
-    found = listed_pictures(folder / f"{task.number:05}" / "samples")
-    if not found:
+    samples = folder / f"{task.number:05}" / "samples"
+    pictures = listed_pictures(samples)
+    if not pictures:
         raise DataError(
-            f"{task.where} has no picture in {folder / f'{task.number:05}' / 'samples'}: draw them first (--model and "
+            f"{task.where} has no picture in {samples}: draw them first (--model and "
             "--adapter), or put those made elsewhere there"
         )
-    return found
+    return pictures
 
 
 def listed_pictures(folder: Path) -> list[Path]:
-    """Return the pictures of a folder and of those in it, by name."""
+    """Return the pictures in a folder and its subfolders, by name."""
     return sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file())
 
 
 def opened(paths: Sequence[Path]) -> list[Any]:
-    """Return pictures, upright and in RGB."""
+    """Open pictures, upright and in RGB."""
     return [open_image(str(path.resolve()), Path(), str(path)) for path in paths]

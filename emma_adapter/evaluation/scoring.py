@@ -1,4 +1,4 @@
-"""Pictures before their judges."""
+"""Scoring of pictures by judges."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .tasks import Task
 
 
 class Judge(Protocol):
-    """What is asked of a vision-language model; see :class:`~.judges.VisionLanguageJudge`."""
+    """A vision-language model that answers questions; see :class:`~.judges.VisionLanguageJudge`."""
 
     def says_yes(self, picture: Any, question: str) -> bool: ...
 
@@ -27,7 +27,7 @@ class Judge(Protocol):
 
 @dataclass(frozen=True)
 class Judges:
-    """Who judges, and how sure a detector must be. Rows whose judge is None aren't judged."""
+    """The judges, and the confidence that a detector needs. Rows whose judge is None aren't judged."""
 
     detector: Callable[[Any, Sequence[str], float], dict[str, list[Found]]] | None = None
     colours: Callable[[Any, str, Sequence[Found]], list[str]] | None = None
@@ -44,7 +44,7 @@ class Judges:
 
 
 def needs_colours(task: Task) -> bool:
-    """Return whether a row asks for an object of a colour."""
+    """Return whether a row asks for the colour of an object."""
     return task.kind == "objects" and any("color" in clause for clause in task.row["include"])
 
 
@@ -54,18 +54,19 @@ def score(tasks: Sequence[Task], folder: Path, images: Path, judges: Judges) -> 
     Args:
         tasks: the rows.
         folder: of the pictures.
-        images: what the names of images to edit are relative to.
-        judges: who judges.
+        images: the folder that names of images to edit are relative to.
+        judges: of the pictures.
 
     Raises:
         DataError: if a row has no picture, or one can't be opened.
     """
-    judged = [(task, pictures_of(task, folder)) for task in tasks if judges.can_judge(task)]
-    for task, paths in judged:
+    # Before anything is judged, so that a missing picture is noticed at once.
+    task_paths = [(task, pictures_of(task, folder)) for task in tasks if judges.can_judge(task)]
+    for task, paths in task_paths:
         for path in paths:
             [picture] = opened([path])
-            for measure, (value, told) in _measures(task, picture, images, judges).items():
-                yield Score(task.number, path.relative_to(folder).as_posix(), task.tag, measure, value, told)
+            for measure, (value, reason) in _measures(task, picture, images, judges).items():
+                yield Score(task.number, path.relative_to(folder).as_posix(), task.tag, measure, value, reason)
 
 
 def _measures(task: Task, picture: Any, images: Path, judges: Judges) -> dict[str, tuple[float | None, Any]]:
@@ -75,22 +76,24 @@ def _measures(task: Task, picture: Any, images: Path, judges: Judges) -> dict[st
     assert judges.asked is not None
     if task.kind == "questions":
         questions = task.row["questions"]
-        answers = [judges.asked.says_yes(picture, asked["question"]) for asked in questions]
-        return {"questions": (share_of_yes(questions, answers), answers)}
+        holds = [judges.asked.says_yes(picture, question["question"]) for question in questions]
+        return {"questions": (share_of_yes(questions, holds), holds)}
     sources = [open_image(name, images, task.where) for name in task.images]
-    said = [judges.asked.consistency(sources, picture, task.prompt), judges.asked.quality(picture)]
-    return {name: (value, said) for name, value in edit_scores(*map(read_marks, said)).items()}
+    answers = [judges.asked.consistency(sources, picture, task.prompt), judges.asked.quality(picture)]
+    return {name: (value, answers) for name, value in edit_scores(*map(read_marks, answers)).items()}
 
 
 def _wrong_objects(task: Task, picture: Any, judges: Judges) -> list[str]:
     assert judges.detector is not None
     clauses = [*task.row["include"], *task.row.get("exclude", [])]
     threshold = judges.counting_threshold if task.tag == "counting" else judges.threshold
-    found = judges.detector(picture, list(dict.fromkeys(clause["class"] for clause in clauses)), threshold)
-    objects = {name: kept(own, threshold=threshold, max_overlap=judges.max_overlap) for name, own in found.items()}
+    detections = judges.detector(picture, list(dict.fromkeys(clause["class"] for clause in clauses)), threshold)
+    objects = {
+        name: kept(each, threshold=threshold, max_overlap=judges.max_overlap) for name, each in detections.items()
+    }
 
-    def colours_of(name: str, those: Sequence[Found]) -> list[str]:
+    def colours_of(name: str, objects_of_class: Sequence[Found]) -> list[str]:
         assert judges.colours is not None
-        return judges.colours(picture, name, those)
+        return judges.colours(picture, name, objects_of_class)
 
     return judge_objects(task.row, objects, colours_of)

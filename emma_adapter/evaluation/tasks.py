@@ -1,4 +1,4 @@
-"""Prompts to draw, and what is to be seen in their pictures: a JSON object a line, or DPG-Bench's table."""
+"""Prompts to draw, and what their pictures should show, from JSON lines or DPG-Bench's table."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _HINT = 'rows are {"prompt": ...} with "include" (objects), "questions", or "ima
 
 @dataclass(frozen=True)
 class Task:
-    """A row.
+    """A row of a file of prompts.
 
     Attributes:
         number: of the row, from 0.
@@ -29,7 +29,7 @@ class Task:
         prompt: what to draw, or what to change.
         kind: what is judged: ``"objects"``, ``"questions"``, ``"edits"``, or ``"nothing"``.
         tag: the group that its score belongs to; may be empty.
-        images: pictures to edit: names of files.
+        images: names of the files of pictures to edit.
         row: as it was read.
     """
 
@@ -43,23 +43,23 @@ class Task:
 
 
 def read_tasks(path: Path, image_folder: Path | None = None) -> list[Task]:
-    """Return the rows of a ``.jsonl`` file, or of DPG-Bench's ``.csv``, all of them checked, their images too.
+    """Read the rows of a ``.jsonl`` file, or of DPG-Bench's ``.csv``, and check them and their images.
 
     Args:
         path: the file.
-        image_folder: what names of images are relative to; default: the file's folder.
+        image_folder: the folder that names of images are relative to; default: the file's folder.
 
     Raises:
         DataError: naming the line and what is wrong with it.
     """
     folder = path.parent if image_folder is None else image_folder
     try:
-        placed = list(read_dpg(path) if path.suffix.lower() == ".csv" else _read_lines(path))
+        placed_rows = list(read_dpg(path) if path.suffix.lower() == ".csv" else _read_lines(path))
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8: save it as UTF-8 ({error})") from error
-    if not placed:
+    if not placed_rows:
         raise DataError(f"{path} holds no rows; {_HINT}")
-    tasks = [_task(number, where, row) for number, (where, row) in enumerate(placed)]
+    tasks = [_task(number, where, row) for number, (where, row) in enumerate(placed_rows)]
     for task in tasks:
         for image in task.images:
             check_image(image, folder, task.where)
@@ -67,7 +67,7 @@ def read_tasks(path: Path, image_folder: Path | None = None) -> list[Task]:
 
 
 def _read_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """The place of each row, and what it says."""
+    """Yield the place of each row, for messages, and its contents."""
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if line.strip():
             where = f"{path}, line {number}"
@@ -104,7 +104,7 @@ def _task(number: int, where: str, row: Any) -> Task:
 
 
 def _check_objects(row: Mapping[str, Any], where: str) -> None:
-    """That a row is as GenEval's metadata: clauses with a class, a count, perhaps a colour and a position."""
+    """Check that a row is as GenEval's metadata: clauses with a class, a count, perhaps a colour and a position."""
     for name in ("include", "exclude"):
         clauses = row.get(name, [])
         if not isinstance(clauses, list) or not all(isinstance(clause, dict) for clause in clauses):
@@ -133,15 +133,16 @@ def _is_position(value: Any, before: int) -> bool:
 
 
 def _check_questions(questions: Any, where: str) -> None:
-    """That questions have a text, and that each waits for earlier ones only, which are numbered from 1."""
+    """Check that questions have a text, and that each depends on earlier ones only, which are numbered from 1."""
     if not isinstance(questions, list) or not questions:
         raise DataError(f'{where}: "questions" must be a list of {{"question": "...", "after": [1]}}')
-    for number, asked in enumerate(questions, 1):
-        if not isinstance(asked, dict) or not isinstance(asked.get("question"), str) or not asked["question"].strip():
+    for number, question in enumerate(questions, 1):
+        text = question.get("question") if isinstance(question, dict) else None
+        if not isinstance(text, str) or not text.strip():
             raise DataError(f'{where}: question {number} has no text: {{"question": "Is there a dog?"}}')
-        after = asked.get("after", [])
-        whole = isinstance(after, list) and all(isinstance(one, int) and not isinstance(one, bool) for one in after)
-        if not whole or not all(0 < one < number for one in after):
+        after = question.get("after", [])
+        whole = isinstance(after, list) and all(isinstance(each, int) and not isinstance(each, bool) for each in after)
+        if not whole or not all(0 < each < number for each in after):
             raise DataError(
                 f'{where}: "after" of question {number} is {shown(after)}; give a list of numbers of earlier '
                 "questions, from 1"
