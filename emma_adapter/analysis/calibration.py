@@ -29,7 +29,7 @@ class Calibration:
     spread: Samples
 
     def correct(self, raw: float) -> tuple[float, float, float]:
-        """Return the information that gives this estimate on average, and the slope and the spread there."""
+        """Return the information that gives this estimate on average, the correction's slope, and the spread there."""
         last = self._last_resolved + 1
         truth = self.truth[:last]
         # Estimates fluctuate, and interpolation needs means that grow with the truth.

@@ -206,7 +206,7 @@ def _probed_apart(numbers: Any, labels: Any, folds: int) -> Any:
 
 
 def _instruction_numbers(wordings: Any) -> Any:
-    """Return int ``[n]``, equal for equal instructions."""
+    """Number the instructions, int ``[n]``, with equal numbers for equal instructions."""
     rng = np.random.default_rng(0)
     # A random projection keeps distances, and makes them cheap.
     keys = wordings @ rng.standard_normal((wordings.shape[1], 32)) / np.sqrt(32)

@@ -83,7 +83,7 @@ class ColourClassifier:
 
 
 def _whole_pixels(box: Sequence[float]) -> tuple[int, int, int, int]:
-    """Round a box to whole pixels, with at least one in it."""
+    """Truncate a box to whole pixels, of which at least one remains."""
     x0, y0 = int(box[0]), int(box[1])
     return x0, y0, max(int(box[2]), x0 + 1), max(int(box[3]), y0 + 1)
 
@@ -121,11 +121,11 @@ class VisionLanguageJudge:
         return bool(yes > no)
 
     def consistency(self, sources: Sequence[Any], picture: Any, instruction: str) -> str:
-        """Ask for marks of how well an edit follows its instruction, and return the answer."""
+        """Ask for marks for how well an edit follows its instruction, and return the answer."""
         return self._answer([*sources, picture], _CONSISTENCY.format(instruction))
 
     def quality(self, picture: Any) -> str:
-        """Ask for marks of how natural a picture looks, and return the answer."""
+        """Ask for marks for how natural a picture looks, and return the answer."""
         return self._answer([picture], _QUALITY)
 
     def _answer(self, pictures: Sequence[Any], text: str) -> str:

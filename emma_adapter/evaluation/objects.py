@@ -49,7 +49,7 @@ def overlap(one: Box, other: Box) -> float:
 
 
 def relations(one: Box, other: Box, margin: float = 0.1) -> set[str]:
-    """Return the position of one object relative to another, as names of ``POSITIONS``.
+    """Return the positions of one object relative to another, such as ``"left of"``.
 
     The offset of the centres is shortened along each axis by ``margin`` times the sum of both extents, and divided by
     its original length; more than 0.5 along an axis is a relation.
