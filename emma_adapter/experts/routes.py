@@ -46,9 +46,8 @@ class Media:
         Raises:
             RoutingError: if they don't match what the call announces.
         """
-        layout = checked_layout(
-            family, projector_call(inner, running, _as_projected(family, inner, running, hidden), None)
-        )
+        call = projector_call(inner, running, _as_projected(family, inner, running, hidden), None)
+        layout = checked_layout(family, call, padded=family.pads_images)
         if not layout.packed:
             return cls(list(layout.entries), packed=False)
         assert layout.grids is not None

@@ -99,6 +99,9 @@ class ModelFamily(ABC):
     size_arguments: ClassVar[tuple[str, ...]] = ()
     #: True if an image may be cut into several tiles.
     tiles: ClassVar[bool] = False
+    #: True if the vision tower works on images padded to one length, ``[entries, N, D]``, and takes the padding off at
+    #: its end: vision experts route whole rows of it.
+    pads_images: ClassVar[bool] = False
 
     def for_model(self, model: nn.Module) -> ModelFamily:
         """Return the family to use for this model: another one, where different classes share a model type."""

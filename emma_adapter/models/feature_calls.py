@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -45,8 +46,20 @@ def projector_call(
     )
 
 
-def checked_layout(family: ModelFamily, call: ProjectorCall) -> MediaLayout:
+def checked_layout(family: ModelFamily, call: ProjectorCall, *, padded: bool = False) -> MediaLayout:
+    """Return the layout of a call's visual tokens.
+
+    Args:
+        family: of the model.
+        call: of the projector; inside the vision tower, with the tower's hidden states in place of its input.
+        padded: True if these are ``[entries, N, D]`` whatever the projector's input is, as in a tower that pads.
+
+    Raises:
+        RoutingError: if the visual tokens are not as many as the layout says.
+    """
     layout = family.layout(call)
+    if padded:
+        layout = dataclasses.replace(layout, packed=False, grids=None)
     shape = call.visual_tokens.shape
     grids = layout.grids
     expected, actual = sum(layout.entries), shape[0]

@@ -30,6 +30,8 @@ entries = pytest.mark.parametrize("entry", ZOO.values(), ids=ZOO)
 #: (width, height) in pixels of a picture that a family's processor doesn't resize.
 SIZES = {"llava": (28, 28), "vipllava": (28, 28), "paligemma": (28, 28), "gemma3": (56, 56), "llava_next": (56, 28)}
 SIZES["llava_onevision"] = (126, 42)
+# Made smaller, with a token for each patch.
+SIZES["gemma4"] = (140, 98)
 #: Rows and columns of the tiles, of families whose calls don't tell; the whole picture comes last.
 TILED = {"internvl": (1, 2), "idefics3": (1, 2), "smolvlm": (1, 2)}
 
@@ -64,7 +66,8 @@ def map_of(values: np.ndarray, entry: VisualEntry) -> TokenMap:
 def keep_patches_apart(model: nn.Module) -> None:
     """Let the layers of the vision tower add little to what they read, as random ones mix all patches."""
     for name, module in model.named_modules():
-        if re.search(r"(vision|visual).*(attn\.proj|out_proj|o_proj|projection_layer|fc2|down_proj)$", name):
+        last = r"(vision|visual).*(attn\.proj|out_proj|o_proj|projection_layer|fc2|down_proj)(\.linear)?$"
+        if isinstance(module, nn.Linear) and re.search(last, name):
             with torch.no_grad():
                 module.weight.mul_(0.1)
 

@@ -34,8 +34,9 @@ def test_labels_of_every_family_end_with_a_token_that_stops(entry, with_system, 
     said = [("system", "Be brief."), *said] if with_system else said
     row = {"image": "0.png", "messages": [{"role": role, "content": text} for role, text in said]}
     (tmp_path / "data.jsonl").write_text(json.dumps(row))
-    # As published: Gemma's generate stops at either.
-    stops = {words.eos_token_id, words.convert_tokens_to_ids("<end_of_turn>")} - {None, words.unk_token_id}
+    # As published: Gemma's generate stops at the end of a turn, too.
+    turns = words.convert_tokens_to_ids(["<end_of_turn>", "<turn|>"])
+    stops = {words.eos_token_id, *turns} - {None, words.unk_token_id}
     examples = Examples(processor, sorted(stops))
     table = examples.add(open_rows(str(tmp_path / "data.jsonl"), "train", None), "data", progress=False)
     batch = examples(list(table))

@@ -46,7 +46,7 @@ def test_every_family_is_here():
     assert set(ZOO) == {
         *("llava", "llava_pixtral", "vipllava", "llava_next", "llava_next_video", "llava_onevision", "mistral3"),
         *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "qwen4_exp"),
-        *("internvl", "idefics3", "smolvlm", "gemma3", "paligemma"),
+        *("internvl", "idefics3", "smolvlm", "gemma3", "gemma4", "paligemma"),
     }
 
 
@@ -95,7 +95,7 @@ def test_pictures_are_seen(entry):
 @pytest.mark.nightly
 @video_entries
 def test_pictures_and_videos_in_one_row(entry):
-    frames = (2, 5, 3) if entry.name.startswith("qwen") else (3, 3, 3)
+    frames = (3, 3, 3) if entry.stacks_videos else (2, 5, 3)
     rows = [
         Row(images=((56, 56),), videos=frames[:1], seed=1),
         ROWS[2],

@@ -78,7 +78,7 @@ def test_the_contract(entry, config, tmp_path):
 
 @pytest.mark.parametrize("entry", [entry for entry in ZOO.values() if entry.videos], ids=lambda entry: entry.name)
 def test_videos(entry):
-    frames = (2, 3) if entry.name.startswith("qwen") else (3, 3)
+    frames = (3, 3) if entry.stacks_videos else (2, 3)
     rows = (Row(("is there a cat?",), videos=frames[:1], seed=1), Row(("how many dogs?",), videos=frames[1:], seed=5))
     model, adapter = patched(entry, CONFIGS["modulation"])
     batch = batch_of(entry, rows)

@@ -245,7 +245,7 @@ def test_an_instruction_moves_the_images_of_its_own_row_only(entry):
 @video_entries
 @fusions
 def test_images_and_videos_in_one_batch(entry, fusion):
-    frames = (2, 5, 3) if entry.name.startswith("qwen") else (3, 3, 3)
+    frames = (3, 3, 3) if entry.stacks_videos else (2, 5, 3)
     rows = (
         Row(("is there a cat?",), images=((56, 56),), videos=frames[:1], seed=1),
         ROWS[2],
@@ -573,10 +573,11 @@ def test_training_after_inference_mode(entry):
 
 @entries
 def test_a_number_of_visual_tokens_that_is_right_is_right(entry):
-    number = patched(entry)[1].config.num_visual_tokens
-    grid = patched(entry)[1].config.visual_grid
-    family_is_fixed = not entry.name.startswith(("qwen", "mistral3", "llava_pixtral"))
-    model, adapter = patched(entry, num_visual_tokens=number, visual_grid=None if family_is_fixed else grid)
+    model, adapter = patched(entry)
+    number, grid = adapter.config.num_visual_tokens, adapter.config.visual_grid
+    family = find_family(model)
+    is_fixed = family.has_fixed_size(family.inner(model))
+    model, adapter = patched(entry, num_visual_tokens=number, visual_grid=None if is_fixed else grid)
     assert adapter.config.visual_grid == grid
     last_logits(model, batch_of(entry, ROWS))
 

@@ -36,6 +36,7 @@ ZOO_IDS = {
     "Qwen/Qwen3-VL-30B-A3B-Instruct": "qwen3_vl_moe",
     "OpenGVLab/InternVL3-8B-hf": "internvl",
     "google/gemma-3-4b-it": "gemma3",
+    "google/gemma-4-E4B-it": "gemma4",
     "google/paligemma2-3b-mix-224": "paligemma",
     "HuggingFaceM4/Idefics3-8B-Llama3": "idefics3",
     "mistralai/Mistral-Small-3.1-24B-Instruct-2503": "mistral3",

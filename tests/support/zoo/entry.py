@@ -59,6 +59,8 @@ class Entry:
     make_model: Callable[[ProcessorMixin], PreTrainedModel] = field(repr=False)
     videos: bool = False
     """Takes ``pixel_values_videos``."""
+    stacks_videos: bool = True
+    """Videos of a batch are one tensor, and must have the same number of frames."""
     dynamic: bool = False
     """The number of visual tokens depends on the picture's size."""
     encode: Callable[..., dict[str, Any]] = field(default=encode_chat, repr=False)

@@ -174,24 +174,23 @@ def qwen4_exp_model(processor: ProcessorMixin) -> PreTrainedModel:
     )
 
 
+QWEN = {"videos": True, "stacks_videos": False, "dynamic": True}
 ENTRIES = (
     Entry(
         "qwen2_vl",
         lambda: qwen_processor(hf.Qwen2VLProcessor, hf.Qwen2VLVideoProcessor, default_system=DEFAULT_SYSTEM),
         qwen2_vl_model,
-        videos=True,
-        dynamic=True,
+        **QWEN,
     ),
     Entry(
         "qwen2_5_vl",
         lambda: qwen_processor(hf.Qwen2_5_VLProcessor, hf.Qwen2VLVideoProcessor, default_system=DEFAULT_SYSTEM),
         qwen2_5_vl_model,
-        videos=True,
-        dynamic=True,
+        **QWEN,
     ),
-    Entry("qwen3_vl", qwen3_processor, qwen3_vl_model, videos=True, dynamic=True),
-    Entry("qwen3_vl_moe", qwen3_processor, qwen3_vl_moe_model, videos=True, dynamic=True),
-    Entry("qwen3_5", qwen3_processor, qwen3_5_model, videos=True, dynamic=True),
-    Entry("qwen3_5_moe", qwen3_processor, qwen3_5_moe_model, videos=True, dynamic=True),
-    Entry("qwen4_exp", qwen3_processor, qwen4_exp_model, videos=True, dynamic=True),
+    Entry("qwen3_vl", qwen3_processor, qwen3_vl_model, **QWEN),
+    Entry("qwen3_vl_moe", qwen3_processor, qwen3_vl_moe_model, **QWEN),
+    Entry("qwen3_5", qwen3_processor, qwen3_5_model, **QWEN),
+    Entry("qwen3_5_moe", qwen3_processor, qwen3_5_moe_model, **QWEN),
+    Entry("qwen4_exp", qwen3_processor, qwen4_exp_model, **QWEN),
 )
