@@ -48,12 +48,19 @@ def text_model_of(inner: Any) -> Any:
             f"{type(inner).__name__} has no decoder with .layers and .norm that a second stack could be made of: use a "
             "model of a family in docs/unified.md"
         )
+    if getattr(text.config, "hidden_size_per_layer_input", None):
+        raise UnsupportedModelError(
+            f"{type(text).__name__} reads an embedding of each token id in every layer "
+            "(config.hidden_size_per_layer_input), and the tokens of a picture that is drawn have no ids: use a model "
+            "of a family in docs/unified.md"
+        )
     types = set(getattr(text.config, "layer_types", None) or ()) - _KNOWN_ATTENTION
     if types or not all(_attention_names(layer) for layer in text.layers):
         raise UnsupportedModelError(
-            f"{type(text).__name__} has layers without q_proj, k_proj and v_proj ({sorted(types) or 'fused or none'}), "
-            "as linear attention is: there is no cache of the prompt that picture tokens could read. Use a model with "
-            "ordinary attention in every layer"
+            f"{type(text).__name__} has layers without q_proj, k_proj and v_proj of their own "
+            f"({sorted(types) or 'fused, shared, or none'}). A picture is drawn by a second stack, with projections of "
+            "its own, that reads the prompt's keys and values; linear attention keeps none. Use a model with ordinary "
+            "attention in every layer"
         )
     return text
 

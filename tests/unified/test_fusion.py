@@ -22,6 +22,7 @@ from tests.unified.small import autoencoder, drawn, picture, seeded
 DOCS = Path(__file__).parents[2] / "docs"
 #: Families that can't draw, and what the error says.
 REFUSED = {
+    "gemma4": "embedding of each token id",
     "paligemma": "chat template",
     "qwen3_5": "linear attention",
     "qwen3_5_moe": "linear attention",

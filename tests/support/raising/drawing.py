@@ -235,11 +235,16 @@ def unifying_a_model_without_layers(bench: Bench) -> None:
     unify(model=model)
 
 
-@raises(UnsupportedModelError, "unified/layers.py:text_model_of", "as linear attention is")
+@raises(UnsupportedModelError, "unified/layers.py:text_model_of", "linear attention keeps none")
 def unifying_a_model_with_linear_attention(bench: Bench) -> None:
     model = tiny.llava()
     model.model.language_model.config.layer_types = ["linear_attention", "full_attention"]
     unify(model=model)
+
+
+@raises(UnsupportedModelError, "unified/layers.py:text_model_of", "an embedding of each token id")
+def unifying_a_model_with_embeddings_in_every_layer(bench: Bench) -> None:
+    unify(model=ZOO["gemma4"].model())
 
 
 @raises(ConfigError, "unified/prompts.py:check_processor", "need the model's processor")
