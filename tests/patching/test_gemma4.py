@@ -64,7 +64,7 @@ def model_of(audio: dict | None = None, **text) -> hf.Gemma4ForConditionalGenera
 
 
 def test_layers_that_share_keys_and_values():
-    """As in the small models: a prompt's tokens but the last don't go through the layers that only read."""
+    """In ``generate``, a prompt's tokens but the last don't go through the layers that only read."""
     layers = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
     shared = {"num_kv_shared_layers": 2, "attention_k_eq_v": False, "use_bidirectional_attention": None}
     model = model_of(**layers, **shared)

@@ -66,8 +66,7 @@ def gemma4_model(processor: ProcessorMixin) -> PreTrainedModel:
         "position_embedding_size": TOKENS * POOLING,
         "initializer_range": INITIALIZER_RANGE,
     }
-    # As in the large models, images attend in both directions, and keys are values; as in the small ones, each layer
-    # reads embeddings of token ids.
+    # All that checkpoints differ in, but for layers that share keys and values: see tests/patching/test_gemma4.py.
     text = text_settings(
         words,
         layer_types=["sliding_attention", "full_attention"],
