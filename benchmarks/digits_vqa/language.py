@@ -3,6 +3,8 @@ scenes of the training handwriting."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -35,9 +37,14 @@ def loss(model: PooledLlava, tokens: Tensor, scenes: Scenes, chosen: np.ndarray,
     """Of a conversation about each of the chosen scenes, drawn by ``rng``; ``tokens [scenes, N, D]`` are of all."""
     pooled_tokens = model.config.image_seq_length
     talks = [_conversation(scenes.digits[i], scenes.colours[i], rng, pooled_tokens) for i in chosen]
+    return loss_of_conversations(model, tokens[chosen], talks)
+
+
+def loss_of_conversations(model: PooledLlava, tokens: Tensor, talks: Sequence[tuple[list[int], list[int]]]) -> Tensor:
+    """Of the token ids and labels of a conversation about each picture, with visual tokens ``tokens [B, N, D]``."""
     ids = _padded([ids for ids, _ in talks], PAD)
     targets = _padded([labels for _, labels in talks], IGNORE)[:, 1:]
-    hidden = model.model.language_model(inputs_embeds=_embed(model, tokens[chosen], ids)).last_hidden_state
+    hidden = model.model.language_model(inputs_embeds=_embed(model, tokens, ids)).last_hidden_state
     supervised = targets != IGNORE
     return F.cross_entropy(model.lm_head(hidden[:, :-1][supervised]), targets[supervised])
 
@@ -65,25 +72,32 @@ def answer_accuracy(model: PooledLlava, split: str, n: int = 400) -> dict[str, f
     return accuracy
 
 
-def _words(text: str) -> list[int]:
-    return [TOKEN_ID[word] for word in text.split()]
+def _words(text: str, token_id: Mapping[str, int] = TOKEN_ID) -> list[int]:
+    return [token_id[word] for word in text.split()]
 
 
 def _conversation(
     digits: np.ndarray, colours: np.ndarray, rng: np.random.Generator, pooled_tokens: int
 ) -> tuple[list[int], list[int]]:
     """Token ids and labels of four turns about one scene, or of its caption."""
-    user, assistant = _words("USER:"), _words("ASSISTANT:")
-    ids = [BOS, *user, *[IMAGE] * pooled_tokens]
-    labels = [IGNORE] * len(ids)
     turns = (
         [("", caption(digits, colours))]
         if rng.random() < 0.15
         else [ask_any(digits, colours, rng)[1:] for _ in range(4)]
     )
+    return conversation(turns, pooled_tokens, TOKEN_ID)
+
+
+def conversation(
+    turns: Sequence[tuple[str, str]], pooled_tokens: int, token_id: Mapping[str, int]
+) -> tuple[list[int], list[int]]:
+    """Token ids and labels of questions and answers about an image; a caption answers an empty question."""
+    user, assistant = _words("USER:", token_id), _words("ASSISTANT:", token_id)
+    ids = [BOS, *user, *[IMAGE] * pooled_tokens]
+    labels = [IGNORE] * len(ids)
     for number, (question, answer) in enumerate(turns):
-        prompt = (user if number else []) + _words(question) + assistant
-        reply = [*_words(answer), EOS]
+        prompt = (user if number else []) + _words(question, token_id) + assistant
+        reply = [*_words(answer, token_id), EOS]
         ids += prompt + reply
         labels += [IGNORE] * len(prompt) + reply
     return ids, labels

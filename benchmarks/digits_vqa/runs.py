@@ -94,6 +94,11 @@ def ask_for_pairs(pairs: int, split: str) -> tuple[Scenes, Scenes, list[Question
 
 def _question_set(processor: LlavaProcessor, pictures: np.ndarray, questions: list[Question]) -> QuestionSet:
     pixels = processor.image_processor(list(pictures), return_tensors="pt")["pixel_values"]
+    return QuestionSet(pictures, pixels, questions, conversations(processor, questions))
+
+
+def conversations(processor: LlavaProcessor, questions: Sequence[Question]) -> list[Conversation]:
+    """The questions by the processor's chat template, with one placeholder an image."""
 
     @cache
     def tokenize(text: str, answer: str) -> Conversation:
@@ -103,7 +108,7 @@ def _question_set(processor: LlavaProcessor, pictures: np.ndarray, questions: li
         whole = processor.apply_chat_template([*talk, reply])
         return Conversation(*(processor.tokenizer(text)["input_ids"] for text in (prompt, whole)))
 
-    return QuestionSet(pictures, pixels, questions, [tokenize(q.text, q.answer) for q in questions])
+    return [tokenize(q.text, q.answer) for q in questions]
 
 
 def make_batch(

@@ -6,6 +6,7 @@ visual tokens worth having: a bottleneck between the visual tokens and the langu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -127,9 +128,10 @@ def llava_config(pooling: str = "1", language_layers: int = 2) -> LlavaConfig:
     )
 
 
-def word_tokenizer(*, for_text_tower: bool) -> PreTrainedTokenizerFast:
+def word_tokenizer(*, for_text_tower: bool, vocabulary: Sequence[str] = VOCABULARY) -> PreTrainedTokenizerFast:
     """One token a word. The text tower's adds start and end tokens, as CLIP's does."""
-    tokenizer = Tokenizer(models.WordLevel(TOKEN_ID, unk_token="<unk>"))
+    token_id = {word: i for i, word in enumerate(vocabulary)}
+    tokenizer = Tokenizer(models.WordLevel(token_id, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     if for_text_tower:
         tokenizer.post_processor = processors.TemplateProcessing(
