@@ -7,7 +7,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,6 @@ def train_out(
     work: Path,
 ) -> tuple[PooledLlava, dict[str, Any]]:
     """The model, and how it was trained; ``work`` holds what an interrupted call has done, and belongs to it alone."""
-    work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     model = pretrain.untrained(vision_tower, pooling, language_layers)
     scenes = sample_scenes(language.SCENES, "train", np.random.default_rng(2 + 1000 * seed))
@@ -57,6 +56,31 @@ def train_out(
         rng = np.random.default_rng(_VALIDATION_SEED)
         return language.loss(model, unseen_tokens, unseen, np.arange(len(unseen)), rng).item()
 
+    training = train_until_no_better(
+        model, loss, validation_loss, seed=seed, budget=budget, decay_steps=decay_steps, work=work
+    )
+    return model, {
+        "pooling": pooling,
+        "language_layers": language_layers,
+        "seed": seed,
+        **training,
+        "validation_accuracy": language.answer_accuracy(model, "validation"),
+    }
+
+
+def train_until_no_better(
+    model: PooledLlava,
+    loss: Callable[[int, np.random.Generator], Tensor],
+    validation_loss: Callable[[], float],
+    *,
+    seed: int,
+    budget: int,
+    decay_steps: int,
+    work: Path,
+) -> dict[str, Any]:
+    """Train what of the model isn't frozen, and return how. ``loss(step, rng)`` is what the optimizer gets; ``work`` as
+    of :func:`train_out`."""
+    work.mkdir(parents=True, exist_ok=True)
     saved, best, curve = work / "constant.pt", work / "best.pt", work / "curve.json"
     losses: list[float] = json.loads(curve.read_text()) if curve.exists() else []
     constant = _optimizer(model, math.inf, WARM_UP)
@@ -75,17 +99,13 @@ def train_out(
     # Other draws than in the first steps.
     train("decay", decay, loss, seed=seed + 500, work=work)
     model.eval()
-    return model, {
-        "pooling": pooling,
-        "language_layers": language_layers,
-        "seed": seed,
+    return {
         "steps_at_constant_rate": _steps(len(losses), budget),
         "best_step": _steps(1 + int(np.argmin(losses)), budget),
         "decay_steps": decay_steps,
         "stopped": "no improvement" if evaluations_in_vain(losses) >= PATIENCE else "budget",
         "validation_losses": {str(_steps(1 + i, budget)): round(value, 5) for i, value in enumerate(losses)},
         "validation_loss": round(validation_loss(), 5),
-        "validation_accuracy": language.answer_accuracy(model, "validation"),
     }
 
 
