@@ -6,9 +6,7 @@ run. Interrupted, the same command goes on where it stopped. At the end it write
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,7 +21,6 @@ from .report import study_option, write_report
 from .settings import TrainedOutBases
 from .studies import STUDIES
 from .sweep import Sweep
-from .worker import start_process
 
 _DEFAULTS = {field.name: field.default for field in fields(TrainedOutBases)}
 
@@ -93,29 +90,12 @@ def main(
         with FileLock(work / "sweep.lock", timeout=0):
             sweep = Sweep(jobs, chosen, results, work)
             click.echo(describe(sweep.pending, chosen, workers))
-            _run(sweep, workers, work)
+            sweep.run_in_processes(workers)
     except Timeout:
         raise click.ClickException(
             f"another sweep is running in {work}; wait for it, or choose another --work and --results"
         ) from None
     write_report(study, results, chosen, fusion)
-
-
-def _run(sweep: Sweep, workers: int, work: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    others = set(multiprocessing.active_children())
-    executor = ProcessPoolExecutor(
-        workers, mp_context=context, initializer=start_process, initargs=(work / "worker.log",)
-    )
-    try:
-        sweep.run(executor, workers)
-    except KeyboardInterrupt:
-        raise click.ClickException("interrupted; start the command again to go on where it stopped") from None
-    finally:
-        # What is still running would only keep the console waiting.
-        for process in set(multiprocessing.active_children()) - others:
-            process.terminate()
-        executor.shutdown(wait=False, cancel_futures=True)
 
 
 if __name__ == "__main__":

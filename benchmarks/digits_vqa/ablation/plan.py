@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Literal, NamedTuple
 
 from . import recipes
@@ -132,7 +132,12 @@ def only_arms(jobs: Iterable[Job], arms: Collection[str], settings: Settings) ->
     return with_needs(jobs, {job for job in jobs if isinstance(job, Cell) and job.arm in arms}, settings)
 
 
-def with_needs(jobs: Iterable[Job], cells: Collection[Cell], settings: Settings) -> list[Job]:
+def with_needs(
+    jobs: Iterable[Job],
+    cells: Collection[Cell],
+    settings: Settings,
+    needs: Callable[[Job, Settings], Job | None] = needs,
+) -> list[Job]:
     """Those of the jobs that are these runs, or are needed for them."""
     found: set[Job] = set()
     wanted: set[Job] = set(cells)

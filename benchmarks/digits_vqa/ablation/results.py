@@ -9,6 +9,7 @@ import click
 import numpy as np
 
 from ..pooled_llava import POOLINGS
+from ..questions import Question
 from ..runs import ask_for_pairs, ask_for_test
 from . import recipes
 from .records import Record, unpack
@@ -45,8 +46,7 @@ class Results:
 
     def __init__(self, records: list[Record], settings: Settings, fusion: str) -> None:
         self.fusion = fusion
-        _, questions = ask_for_test(settings.test_scenes, "test")
-        _, _, pairs = ask_for_pairs(settings.test_scenes, "test")
+        questions, pairs = self.asked(settings)
         self.questions = Clusters.of([q.scene for q in questions], [q.type for q in questions])
         self._types = np.array([q.type for q in questions])
         # A pair of scenes is drawn together, and pairs are one kind.
@@ -66,6 +66,12 @@ class Results:
         for record in tested:
             members.setdefault((record.arm, record.pooling), []).append(record)
         self.arms = {key: self._arm(found) for key, found in members.items()}
+
+    def asked(self, settings: Settings) -> tuple[list[Question], list[Question]]:
+        """The questions of the test, and those of its pairs."""
+        _, questions = ask_for_test(settings.test_scenes, "test")
+        _, _, pairs = ask_for_pairs(settings.test_scenes, "test")
+        return questions, pairs
 
     def _arm(self, found: list[Record]) -> ArmResult:
         right: dict[int, list[np.ndarray]] = {}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 
 import click
@@ -17,18 +18,30 @@ from .settings import Settings
 
 
 class Sweep:
-    """The state of a sweep: what is finished is in the results file and the work folder, and nowhere else."""
+    """The state of a sweep: what is finished is in the results file and the work folder, and nowhere else.
+
+    Another benchmark's sweep says how its own jobs are done, by a subclass.
+    """
+
+    #: ``execute(job, settings, work)``, in a process of its own.
+    execute = staticmethod(worker.execute)
+    #: ``needs(job, settings)``: the job that has to be done before it.
+    needs = staticmethod(needs)
+    #: ``is_made(job, settings, work)``, of a job that isn't a run.
+    is_made = staticmethod(bases.is_made)
+    #: ``seconds(job, settings)`` on one core.
+    seconds = staticmethod(seconds)
 
     def __init__(self, jobs: Sequence[Job], settings: Settings, results: Path, work: Path) -> None:
         self.settings, self.results, self.work = settings, results, work
         self._records = records.of_settings(records.read(results), settings)
         self._finished = {record.cell for record in self._records}
         cells = {job for job in jobs if isinstance(job, Cell) and not self.is_done(job)}
-        self.pending = [job for job in with_needs(jobs, cells, settings) if not self.is_done(job)]
+        self.pending = [job for job in with_needs(jobs, cells, settings, self.needs) if not self.is_done(job)]
 
     def is_done(self, job: Job) -> bool:
         if not isinstance(job, Cell):
-            return bases.is_made(job, self.settings, self.work)
+            return self.is_made(job, self.settings, self.work)
         resolved = self._resolved(job)
         return resolved is not None and resolved in self._finished
 
@@ -42,22 +55,43 @@ class Sweep:
         self.work.mkdir(parents=True, exist_ok=True)
         records.drop_cut_off_line(self.results)
         running: dict[Future[Record | None], Job] = {}
-        total = sum(seconds(job, self.settings) for job in self.pending)
+        total = sum(self.seconds(job, self.settings) for job in self.pending)
         # In seconds of one core, because jobs differ: the time left is then right.
         layout = "{desc}: {percentage:3.0f}% |{bar}| {elapsed} < {remaining}{postfix}"
         with tqdm(total=total, bar_format=layout, desc="0 done", mininterval=1) as bar:
             done, number = 0, len(self.pending)
             while self.pending or running:
                 while len(running) < workers and (job := self._next()) is not None:
-                    future = executor.submit(worker.execute, self._resolved(job) or job, self.settings, self.work)
+                    future = executor.submit(self.execute, self._resolved(job) or job, self.settings, self.work)
                     running[future] = job
                 for future in wait(running, timeout=5, return_when=FIRST_COMPLETED).done:
                     job = running.pop(future)
                     self._finish(job, future)
                     done += 1
-                    bar.update(seconds(job, self.settings))
+                    bar.update(self.seconds(job, self.settings))
                     bar.set_postfix_str(_name(job), refresh=False)
                 bar.set_description(f"{done} of {number} jobs")
+
+    def run_in_processes(self, workers: int) -> None:
+        """:meth:`run` in processes of one thread, whose logs are in the work folder.
+
+        Raises:
+            click.ClickException: if it is interrupted, or a job failed.
+        """
+        context = multiprocessing.get_context("spawn")
+        others = set(multiprocessing.active_children())
+        executor = ProcessPoolExecutor(
+            workers, mp_context=context, initializer=worker.start_process, initargs=(self.work / "worker.log",)
+        )
+        try:
+            self.run(executor, workers)
+        except KeyboardInterrupt:
+            raise click.ClickException("interrupted; start the command again to go on where it stopped") from None
+        finally:
+            # What is still running would only keep the console waiting.
+            for process in set(multiprocessing.active_children()) - others:
+                process.terminate()
+            executor.shutdown(wait=False, cancel_futures=True)
 
     def _next(self) -> Job | None:
         """The first that waits for nothing, taken out."""
@@ -67,7 +101,7 @@ class Sweep:
         return None
 
     def _is_ready(self, job: Job) -> bool:
-        needed = needs(job, self.settings)
+        needed = self.needs(job, self.settings)
         waits = isinstance(job, Cell) and self._resolved(job) is None
         return not waits and (needed is None or self.is_done(needed))
 

@@ -18,7 +18,7 @@ import torch
 from transformers import AutoProcessor, LlavaProcessor
 
 from .. import arms
-from ..questions import QUESTION_TYPES, Question
+from ..questions import Question
 from ..runs import Data, QuestionSet, answer, make_data, train
 from ..vlm import BASE_DIR
 from . import bases, recipes
@@ -63,6 +63,12 @@ def _run(cell: Cell, settings: Settings, work: Path) -> Record:
     model = use_cached_features(arms.load_base(folder), cached)
     arm = recipes.builders(folder / "text_tower", untrained)[cell.arm](model, processor)
     arm.learning_rate = cell.rate
+    return train_and_test(cell, arm, data, processor, settings)
+
+
+def train_and_test(cell: Cell, arm: arms.Arm, data: Data, processor: LlavaProcessor, settings: Settings) -> Record:
+    """Train an arm, whose rate is set, and test it."""
+    assert cell.rate is not None
     started, cpu = time.perf_counter(), time.process_time()
     if arm.parameters:
         train(arm, data.train, processor, steps=settings.steps, batch_size=settings.batch_size, seed=cell.seed)
@@ -71,7 +77,7 @@ def _run(cell: Cell, settings: Settings, work: Path) -> Record:
     # They don't choose a rate.
     pairs_right = np.zeros(0, bool) if cell.tunes else _right(arm, data.pairs, processor)
     types = np.array([question.type for question in data.test.questions])
-    accuracy = {type: float(right[types == type].mean()) for type in QUESTION_TYPES}
+    accuracy = {type: float(right[types == type].mean()) for type in dict.fromkeys(types.tolist())}
     return Record(
         **{**cell._asdict(), "rate": cell.rate},
         rate_at_edge=None if cell.tunes or not arm.parameters else at_edge(cell.rate),
