@@ -30,6 +30,7 @@ POOLINGS = {
     "1": Pooling((1, 1)),
     "2": Pooling((2, 1)),
     "4": Pooling((2, 2)),
+    "9": Pooling((3, 3)),
     "16": Pooling((4, 4)),
     "4, pixel shuffle": Pooling((2, 2), "pixel shuffle"),
     "1, averaged before projecting": Pooling((1, 1), "average, then project"),

@@ -35,6 +35,8 @@ from benchmarks.digits_vqa.vlm import BASE_DIR, TEXT_TOWER_DIR, llava_config
 from emma_adapter import get_adapter
 from emma_adapter.models import families
 
+#: Of the digits' four patches a side.
+DIVIDING = [name for name, pooling in POOLINGS.items() if 4 % max(pooling.grid) == 0]
 TINY = ShortBases(steps=2, batch_size=4, train_scenes=12, test_scenes=8)
 
 
@@ -97,7 +99,7 @@ def test_the_parts_are_compared_with_the_whole_and_with_controls():
 
 def test_what_practice_does_is_compared_at_every_pooling():
     planned = {(cell.arm, cell.pooling) for cell in cells(practice_plan)}
-    for pooling in POOLINGS:
+    for pooling in DIVIDING:
         for multiple in (1, 2):
             both, control = recipes.joint("modulation", multiple), recipes.lora(multiple + 1)
             assert {(both, pooling), (control, pooling), (recipes.BASE, pooling)} <= planned
@@ -246,7 +248,7 @@ def test_cached_features_change_nothing(processor, data):
 
 def test_poolings():
     tokens = torch.randn(3, 16, 96)
-    projectors = {name: PooledProjector(llava_config(name)) for name in POOLINGS}
+    projectors = {name: PooledProjector(llava_config(name)) for name in DIVIDING}
     for name, projector in projectors.items():
         if name != "4, pixel shuffle":
             projector.load_state_dict(projectors["1"].state_dict())
@@ -262,7 +264,7 @@ def test_poolings():
     torch.testing.assert_close(shuffled(tokens)[:, 2], shuffled.linear_2(shuffled.act(hidden)))
 
 
-@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("pooling", DIVIDING)
 def test_whatever_the_pooling_the_adapter_sees_all_patches(pooling, processor, data):
     cached = cache_features(arms.load_base(), data)
     model = use_cached_features(PooledLlava(llava_config(pooling, language_layers=1)).eval(), cached)
