@@ -1,14 +1,14 @@
-"""What ``model.save_pretrained`` and Trainer checkpoints of a patched model hold.
+"""Saves of a patched model, by ``model.save_pretrained`` and by Trainer.
 
 - ``model.save_pretrained(folder)`` writes the base model without the adapter, so that it reloads as the model it
   was, and the adapter beside it in ``emma_adapter/``; further adapters in ``emma_adapter/<name>/``.
-- Trainer resumes from the ``model.safetensors`` that it finds in a checkpoint. What a call that comes from a Trainer
-  writes is decided when it is made, by what is trained then:
+- Trainer resumes from the ``model.safetensors`` that it finds in a checkpoint. What a save by a Trainer writes depends
+  on what is trained at that moment:
 
   - the adapter alone, or with the projector that belongs to it: the adapter folder, and a ``model.safetensors`` with
-    the trained tensors alone, under the model's names;
-  - anything else too: the whole model, adapter included, and the adapters in ``emma_adapter/`` once more;
-  - a LoRA that ``model.add_adapter`` made too: the LoRA as transformers writes it, the adapters in ``emma_adapter/``,
+    only the trained tensors, under the model's names;
+  - anything else as well: the whole model, adapter included, and the adapters once more in ``emma_adapter/``;
+  - a LoRA from ``model.add_adapter`` as well: the LoRA as transformers writes it, the adapters in ``emma_adapter/``,
     and a ``model.safetensors`` with every trained tensor.
 """
 
@@ -33,7 +33,7 @@ from . import hub, reading, writing
 from .format import SUBFOLDER
 
 _TRAINER_WEIGHTS = "model.safetensors"
-#: What ``unify_model`` and ``add_vision_expert`` add, which is saved by itself.
+#: Prefixes of what ``unify_model`` and ``add_vision_expert`` add, which has files of its own.
 _OTHER_PARTS = ("emma_unified.", "emma_experts.")
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _log = logging.getLogger(__name__)
@@ -42,39 +42,39 @@ _log = logging.getLogger(__name__)
 def guard_save_pretrained(model: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     kwargs = arguments_by_name(original, args, kwargs)
     if "save_directory" not in kwargs:
-        # It knows best what to say.
+        # The original raises the error about the missing argument.
         return original(**kwargs)
     directory = Path(kwargs["save_directory"])
     if private.running_trainer() is not None:
         return _save_checkpoint(model, original, directory, kwargs)
     gathered = kwargs.get("state_dict")
-    base = _base_state_dict(model)
+    base_tensors = _base_state_dict(model)
     if gathered is not None:
-        base = {name: value for name, value in gathered.items() if name in base}
-    beside = {"is_main_process": kwargs.get("is_main_process", True), "gathered": gathered}
-    # What lies in the folder is uploaded before the original returns; and of what nobody has gathered, the adapter says
-    # so before anything is written.
+        base_tensors = {name: value for name, value in gathered.items() if name in base_tensors}
+    save_options = {"is_main_process": kwargs.get("is_main_process", True), "gathered": gathered}
+    # The original uploads the folder before it returns; and if tensors were not gathered, saving the adapters fails
+    # before anything is written.
     adapters_first = bool(kwargs.get("push_to_hub")) or gathered is not None
     if adapters_first:
-        _save_adapters_beside(model, directory, **beside)
-    with private.whole_saves(model), _state_dict_is(model, base):
-        result = original(**{**kwargs, "state_dict": base})
+        _save_adapters_beside(model, directory, **save_options)
+    with private.whole_saves(model), _state_dict_is(model, base_tensors):
+        result = original(**{**kwargs, "state_dict": base_tensors})
     if not adapters_first:
-        _save_adapters_beside(model, directory, **beside)
+        _save_adapters_beside(model, directory, **save_options)
     _log.info("saved the base model to %s, and the adapter beside it", directory)
     return result
 
 
 def _save_checkpoint(model: nn.Module, original: Callable[..., Any], directory: Path, kwargs: dict[str, Any]) -> Any:
-    """Write what Trainer resumes from."""
+    """Write the checkpoint that Trainer resumes from."""
     gathered = kwargs.get("state_dict")
     is_main_process = kwargs.get("is_main_process", True)
-    trained = _trained(model)
-    if not trained - _belonging(model):
+    trained = _trained_ids(model)
+    if not trained - _adapter_parameter_ids(model):
         if is_main_process:
             _save_adapter_only(model, directory, trained, gathered)
         return None
-    # Trainer loads what it finds under the names of the running model, and drops what has another name.
+    # Trainer loads tensors under the names of the running model, and drops those that have other names.
     kwargs.setdefault("save_original_format", False)
     with private.whole_saves(model):
         result = original(**kwargs)
@@ -91,40 +91,41 @@ def _save_adapter_only(
 ) -> None:
     if _CHECKPOINT.fullmatch(directory.name):
         _check_holds_no_model(directory)
-    further = {}
+    trainer_weights = {}
     if not reading.holds_model(directory):
-        further = {_TRAINER_WEIGHTS: _trained_tensors(model, trained, gathered)}
-    writing.save(model, directory, is_main_process=True, gathered=gathered, further=further)
+        trainer_weights = {_TRAINER_WEIGHTS: _trained_tensors(model, trained, gathered)}
+    writing.save(model, directory, is_main_process=True, gathered=gathered, further=trainer_weights)
     _log.info("saved the adapter alone to %s, since nothing else is trained", directory)
 
 
 def _save_adapters_beside(model: nn.Module, directory: Path, *, is_main_process: bool, **more: Any) -> None:
     writing.save_all(model, directory / SUBFOLDER, is_main_process=is_main_process, **more)
     if is_main_process:
-        # Of an earlier save of the adapter alone: transformers would take it for one of PEFT, and load_adapter for
-        # the newer one.
+        # An earlier save may have put the adapter here: transformers would take it for one of PEFT, and load_adapter
+        # for the newer one.
         writing.discard(directory)
 
 
 def expect_checkpoints(model: nn.Module) -> None:
-    """Have Trainer expect, when it resumes, that a checkpoint of the adapter alone lacks what isn't trained."""
+    """Have Trainer accept, when it resumes, that a checkpoint of the adapter alone lacks what isn't trained."""
     private.leave_out_of_saves(model, functools.partial(_left_out, state_of(model)))
 
 
 def check_output_folder(model: nn.Module, trainer: Any) -> None:
-    """Check, when a Trainer starts, that it will be able to write its checkpoints.
+    """Check that a Trainer, which is about to start, will be able to write its checkpoints.
 
     Raises:
         FileExistsError: if one of them would replace another tool's adapter, or the weights of a model.
     """
-    # A PeftModel is saved by PEFT; what is trained whole is saved as transformers does; what a Trainer only uses isn't.
+    # PEFT saves a PeftModel, transformers saves a model that is trained whole, and one that a Trainer only uses isn't
+    # saved at all.
     by_peft = hasattr(type(trainer.model), "get_base_model")
-    if by_peft or model not in trainer.model.modules() or _trained(model) - _belonging(model):
+    if by_peft or model not in trainer.model.modules() or _trained_ids(model) - _adapter_parameter_ids(model):
         return
     folder = Path(trainer.args.output_dir)
-    # Where trainer.save_model() goes.
+    # The folder that trainer.save_model() writes.
     writing.check_not_foreign(folder)
-    # Trainer knows it in the process that pushes.
+    # Only the process that pushes has hub_model_id.
     if trainer.args.push_to_hub and trainer.hub_model_id is not None:
         _check_repository(trainer)
     if trainer.args.save_strategy == "no":
@@ -156,7 +157,7 @@ def _would_replace_a_model(place: str, argument: str) -> FileExistsError:
 
 def _base_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Return the tensors of the base model alone."""
-    ours = {
+    adapter_tensor_ids = {
         id(tensor)
         for adapter in state_of(model).adapters.values()
         for module in (*adapter.alignments().values(), *adapter.own_projectors().values())
@@ -165,14 +166,16 @@ def _base_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return {
         name: value.detach()
         for name, value in model.state_dict(keep_vars=True).items()
-        if id(value) not in ours and not name.startswith(_OTHER_PARTS)
+        if id(value) not in adapter_tensor_ids and not name.startswith(_OTHER_PARTS)
     }
 
 
 @contextmanager
 def _state_dict_is(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """In the block, and in this thread, ``model.state_dict()`` is ``tensors``, if the model is quantized: there
-    transformers doesn't read what is passed as ``state_dict=``."""
+    """Have ``model.state_dict()`` return ``tensors`` in the block and in this thread, if the model is quantized.
+
+    Of such a model transformers doesn't read what is passed as ``state_dict=``.
+    """
     if getattr(model, "hf_quantizer", None) is None:
         yield
         return
@@ -191,15 +194,15 @@ def _state_dict_is(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[
         handle.remove()
 
 
-def _trained(model: nn.Module) -> set[int]:
-    """The identities of the parameters that are trainable, or that a running Trainer has trained and frozen since."""
+def _trained_ids(model: nn.Module) -> set[int]:
+    """Return the ids of parameters that are trainable, or that a running Trainer has trained and frozen since."""
     optimizer = getattr(private.running_trainer(), "optimizer", None)
     stepped = {id(parameter) for parameter, values in getattr(optimizer, "state", {}).items() if values}
     return {id(p) for p in model.parameters() if p.requires_grad or id(p) in stepped}
 
 
-def _belonging(model: nn.Module) -> set[int]:
-    """The identities of the parameters that adapter folders hold."""
+def _adapter_parameter_ids(model: nn.Module) -> set[int]:
+    """Return the ids of the parameters that adapter folders hold."""
     return {id(parameter) for parameter in state_of(model).parameters()}
 
 
@@ -210,16 +213,16 @@ def _trained_tensors(
 
 
 def _trained_names(model: nn.Module, trained: set[int]) -> dict[str, Tensor]:
-    """By their names in the model: what is trained, and what else belongs to the active adapter."""
+    """Return what is trained, and what else belongs to the active adapter, by name in the model."""
     active = state_of(model).current
-    belonging = (*active.state_dict(keep_vars=True).values(), *active.projector_parameters().values())
-    own = {id(tensor) for tensor in belonging} | trained
-    return {name: value for name, value in model.state_dict(keep_vars=True).items() if id(value) in own}
+    adapter_tensors = (*active.state_dict(keep_vars=True).values(), *active.projector_parameters().values())
+    tensor_ids = {id(tensor) for tensor in adapter_tensors} | trained
+    return {name: value for name, value in model.state_dict(keep_vars=True).items() if id(value) in tensor_ids}
 
 
 def _left_out(state: AdapterState) -> set[str] | None:
     model = state.model
-    trained = _trained(model)
-    if trained - _belonging(model) and not private.has_peft_adapters(model):
+    trained = _trained_ids(model)
+    if trained - _adapter_parameter_ids(model) and not private.has_peft_adapters(model):
         return None
     return set(model.state_dict()) - set(_trained_names(model, trained))

@@ -1,8 +1,8 @@
-"""What tells people, and PEFT, that an adapter of this library lies beside what they load.
+"""Notes for people, and for PEFT, that an adapter of this library lies beside what they load.
 
-A folder with a LoRA and an adapter looks to PEFT like one with a LoRA, also where this library isn't installed: the
-folder's model card says what is missing. The LoRA's own config says it too, in a mapping that PEFT keeps and doesn't
-read, so that where this library is imported it can warn.
+To PEFT, a folder with a LoRA and an adapter looks like one with a LoRA alone, even where this library isn't installed:
+so the folder's model card says what is missing. The LoRA's own config says it too, in a mapping that PEFT keeps and
+doesn't read, so that this library can warn where it is imported.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .model_card import beside_section
 
 _BEGIN, _END = "<!-- emma_adapter: begin -->", "<!-- emma_adapter: end -->"
 _MAPPING = "auto_mapping"
-#: Whose lines lie between a user's line and ours.
+#: Packages whose frames lie between the user's line and ours.
 _THROUGH = ("peft", "torch")
 
 
@@ -37,24 +37,24 @@ def tell_in_card(model: nn.Module, directory: Path, location: str = "path/to/thi
         return
     card = path.read_text(encoding="utf-8")
     state = state_of(model)
-    shown = DEFAULT if DEFAULT in state.adapters else state.active
+    described_adapter = DEFAULT if DEFAULT in state.adapters else state.active
     section = beside_section(
         getattr(state.model.config, "name_or_path", ""),
         location,
-        state.adapters[shown].config.instruction_encoder,
+        state.adapters[described_adapter].config.instruction_encoder,
         with_peft=model is not state.model,
     )
     before, begin, rest = card.partition(_BEGIN)
     after = rest.partition(_END)[2]
     if not begin and "load_adapter" in card:
         return
-    told = f"{before.rstrip()}\n\n{_BEGIN}\n{section.strip()}\n{_END}\n{after.lstrip()}"
-    if told != card:
-        replace_files(directory, {CARD_NAME: told.encode()})
+    new_card = f"{before.rstrip()}\n\n{_BEGIN}\n{section.strip()}\n{_END}\n{after.lstrip()}"
+    if new_card != card:
+        replace_files(directory, {CARD_NAME: new_card.encode()})
 
 
 def tell_in_config(directory: Path) -> None:
-    """Note in a config that PEFT has just written that an adapter was trained with it."""
+    """Note in the config that PEFT has just written that an adapter was trained with the LoRA."""
     path = directory / CONFIG_NAME
     if not path.is_file():
         return
@@ -64,7 +64,7 @@ def tell_in_config(directory: Path) -> None:
 
 
 def warn_if_told(configs: Iterable[Any]) -> None:
-    """Warn if one of these configs of PEFT, of a model that isn't patched, says that an adapter is missing."""
+    """Warn if one of these PEFT configs, of a model that isn't patched, says that an adapter belongs to it."""
     if any(FORMAT in (getattr(config, _MAPPING, None) or ()) for config in configs):
         warn_caller(
             "PEFT loads a part of what was trained together: an EMMA adapter lies beside it, in "

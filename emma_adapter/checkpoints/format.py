@@ -1,4 +1,4 @@
-"""What an adapter folder holds, and what its files and tensors are called."""
+"""The contents of an adapter folder, and the names of its files and tensors."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ FORMAT_VERSION = 1
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 CARD_NAME = "README.md"
-#: What transformers calls a model's config.
+#: Name of a model's config in transformers.
 MODEL_CONFIG_NAME = "config.json"
-#: Where ``model.save_pretrained`` puts adapters, beside the base model or the LoRA.
+#: Folder in which ``model.save_pretrained`` puts adapters, beside the base model or the LoRA.
 SUBFOLDER = "emma_adapter"
 
-#: What the config file, and the metadata of the tensor file, call the format and the config's key.
+#: The format's name in the config file, and the config's key in the metadata of the tensor file.
 FORMAT = "emma_adapter"
 ALIGNMENT_PREFIX = "alignment."
 PROJECTOR_PREFIX = "projector."
@@ -37,7 +37,7 @@ class SavedAdapter:
     reads_turns: bool
     #: False if the tensors aren't those that were saved; None before they are read.
     intact: bool | None
-    #: Hub id or folder of the model it was trained on, if that was known.
+    #: Hub id or folder of the model it was trained on, if known.
     base_model: str | None
-    #: Of the library that wrote it, if it says so.
+    #: Version of the library that wrote it, if known.
     library_version: str | None

@@ -1,4 +1,4 @@
-"""Adapters to the hub, and from it."""
+"""Uploading adapters to the hub, and downloading them."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ _NAMES = (CONFIG_NAME, WEIGHTS_NAME, CARD_NAME)
 
 
 def local_folder(source: str | PathLike[str], **options: Any) -> Path:
-    """Return where the adapter files of a folder or hub repository are; options as of
-    :func:`~emma_adapter.files.hub.local_folder`."""
+    """Return the local folder that holds the adapter files of a folder or hub repository.
+
+    Options are those of :func:`~emma_adapter.files.hub.local_folder`.
+    """
     patterns = [folder + name for folder in ("", f"{SUBFOLDER}/", f"{SUBFOLDER}/*/") for name in _NAMES]
     return hub.local_folder(source, patterns, **options)
 
 
 def push(model: nn.Module, repo_id: str, *, private: bool | None, revision: str | None, **upload: Any) -> str:
-    """Upload the active adapter, and return the address of the commit.
+    """Upload the active adapter and return the commit's address.
 
     Raises:
         FileExistsError: if the repository holds another tool's adapter.
@@ -47,7 +49,7 @@ def push(model: nn.Module, repo_id: str, *, private: bool | None, revision: str 
 
 
 def holds_a_model(api: Any, repo_id: str, revision: str | None) -> bool:
-    """Whether a repository holds a model, beside which an adapter goes, as in a folder here.
+    """Return whether a repository holds a model, so that an adapter goes beside it, as in a local folder.
 
     Raises:
         FileExistsError: if it holds another tool's adapter.

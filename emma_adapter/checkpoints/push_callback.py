@@ -1,4 +1,4 @@
-"""What Trainer tells of its pushes to the hub. It imports transformers, and is imported once a Trainer runs."""
+"""Trainer's pushes to the hub. This imports transformers, and is imported only once a Trainer runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from . import pushing
 
 
 class AdapterPushCallback(TrainerCallback):
-    """Completes what Trainer is about to push of a patched model."""
+    """Adds the adapters to what Trainer is about to push of a patched model."""
 
     def on_push_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and hasattr(model, STATE_ATTRIBUTE):

@@ -1,4 +1,4 @@
-"""What reaches the hub by the ``push_to_hub`` of transformers and PEFT, and by Trainer: the adapters go with it."""
+"""Uploads by ``push_to_hub`` of transformers and PEFT, and by Trainer: adapters are included."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def install(model: nn.Module) -> None:
 
 
 def guard_upload(model: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Upload the folder that was saved with the folders in its folders, in one commit."""
+    """Upload the saved folder in one commit, including nested folders."""
     arguments = arguments_by_name(original, args, kwargs)
     folder, repo_id = Path(arguments["working_dir"]), arguments["repo_id"]
     if not (folder / SUBFOLDER).is_dir():
@@ -34,11 +34,13 @@ def guard_upload(model: nn.Module, original: Callable[..., Any], *args: Any, **k
     from huggingface_hub.errors import HfHubHTTPError
 
     tell_in_card(model, folder, repo_id)
-    before = arguments.get("files_timestamps") or {}
+    earlier_timestamps = arguments.get("files_timestamps") or {}
     changed = [
         entry.name
         for entry in os.scandir(folder)
-        if entry.name == SUBFOLDER or entry.name not in before or entry.stat().st_mtime > before[entry.name]
+        if entry.name == SUBFOLDER
+        or entry.name not in earlier_timestamps
+        or entry.stat().st_mtime > earlier_timestamps[entry.name]
     ]
     api = HfApi(token=arguments.get("token"))
     revision, create_pr = arguments.get("revision"), arguments.get("create_pr", False)
@@ -46,7 +48,7 @@ def guard_upload(model: nn.Module, original: Callable[..., Any], *args: Any, **k
         try:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         except HfHubHTTPError as error:
-            # Who may only propose a change can't make the branch that it is for.
+            # A user who may only open pull requests can't create the branch that one is for.
             if not create_pr or error.response.status_code != 403:
                 raise
     return api.upload_folder(
@@ -61,8 +63,9 @@ def guard_upload(model: nn.Module, original: Callable[..., Any], *args: Any, **k
 
 
 def complete(model: nn.Module, output: Path, step: int) -> None:
-    """Put the adapters of the checkpoint that Trainer is about to push into its output folder, which is what it pushes.
-    Of the checkpoint's files it takes only those whose names it knows.
+    """Copy the adapters of the checkpoint that Trainer is about to push into its output folder.
+
+    Trainer pushes its output folder, and copies into it only those files of the checkpoint whose names it knows.
 
     Args:
         model: patched.
@@ -70,11 +73,11 @@ def complete(model: nn.Module, output: Path, step: int) -> None:
         step: of the checkpoint.
     """
     name = f"checkpoint-{step}"
-    # A search for hyperparameters has a folder for each run.
-    found = [folder for pattern in (name, f"*/{name}") for folder in output.glob(pattern) if folder.is_dir()]
-    if not found:
+    # A hyperparameter search has a folder for each run.
+    checkpoints = [folder for pattern in (name, f"*/{name}") for folder in output.glob(pattern) if folder.is_dir()]
+    if not checkpoints:
         return
-    checkpoint = max(found, key=os.path.getmtime)
+    checkpoint = max(checkpoints, key=os.path.getmtime)
     if is_adapter(checkpoint):
         _copy(checkpoint, output)
     elif (checkpoint / SUBFOLDER).is_dir():

@@ -1,4 +1,4 @@
-"""Adapter folders and how they are read: ``adapter_config.json``, ``adapter_model.safetensors`` and a model card.
+"""Reading adapter folders: ``adapter_config.json``, ``adapter_model.safetensors`` and a model card.
 
 The tensor file alone is a complete adapter, because its metadata repeats the config: replacing that one file is
 the moment at which a save takes effect. The config file carries the same ``save_id``; where the two differ, a
@@ -42,36 +42,42 @@ _EDITABLE = frozenset({"cache_size", "instruction_encoder", "instruction_policy"
 
 
 def find(directory: Path, name: str = DEFAULT) -> Path:
-    """The adapter folder that is meant by ``directory``: itself; or, beside a base model or a LoRA, one in its
-    ``emma_adapter/``, where the one called ``name`` goes first. If there is none, the folder itself.
+    """Return the adapter folder that ``directory`` stands for.
+
+    This is the folder itself; or, where it holds a base model or a LoRA, one in its ``emma_adapter/``, preferably the
+    one called ``name``. If there is none, it is the folder itself.
 
     Raises:
-        CheckpointError: if there are several and none is called so.
+        CheckpointError: if there are several and none has that name.
     """
     beside = directory / SUBFOLDER
     if is_adapter(directory) or not beside.is_dir():
         return directory
     if is_adapter(beside, directory):
         return beside
-    named = {folder.name: folder for folder in sorted(beside.iterdir()) if is_adapter(folder, directory)}
-    if len(named) > 1 and name not in named:
-        raise CheckpointError(f"{beside} holds the adapters {listed(named)}; give the folder of one of them")
-    return named.get(name) or next(iter(named.values()), directory)
+    adapters = {folder.name: folder for folder in sorted(beside.iterdir()) if is_adapter(folder, directory)}
+    if len(adapters) > 1 and name not in adapters:
+        raise CheckpointError(f"{beside} holds the adapters {listed(adapters)}; give the folder of one of them")
+    return adapters.get(name) or next(iter(adapters.values()), directory)
 
 
-def is_adapter(directory: Path, given: Path | None = None) -> bool:
-    """Whether the config in a folder, which may be one within the folder that was ``given``, says that it is an
-    adapter of this library."""
+def is_adapter(directory: Path, root: Path | None = None) -> bool:
+    """Return whether the config in a folder describes an adapter of this library.
+
+    ``root`` is the folder that links must not lead out of; default: ``directory``.
+    """
     try:
-        _read_description(directory / CONFIG_NAME, given or directory)
+        _read_description(directory / CONFIG_NAME, root or directory)
     except CheckpointError:
         return False
     return True
 
 
 def holds_model(directory: Path) -> bool:
-    """Whether a folder is one that transformers loads a model from. With an ``adapter_config.json`` in it, transformers
-    would take it for an adapter of PEFT."""
+    """Return whether transformers loads a model from a folder.
+
+    With an ``adapter_config.json`` in it, transformers would take the folder for an adapter of PEFT.
+    """
     try:
         config = json.loads((directory / MODEL_CONFIG_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -79,23 +85,23 @@ def holds_model(directory: Path) -> bool:
     return isinstance(config, dict) and ("model_type" in config or "architectures" in config)
 
 
-def read(given: Path, check: Callable[[SavedAdapter], None] | None = None) -> SavedAdapter:
+def read(folder: Path, check: Callable[[SavedAdapter], None] | None = None) -> SavedAdapter:
     """Read and check an adapter folder; its tensors are on the CPU.
 
     Args:
-        given: the folder, or one that has adapters beside other things; see :func:`find`.
-        check: called before the values are read, which may be many, with the adapter as the header of its file tells
-            it: tensors on the meta device. What it raises is raised.
+        folder: the adapter folder, or one that has adapters beside other things; see :func:`find`.
+        check: called before the values, which may be large, are read; its argument is the adapter as the file's header
+            describes it, with tensors on the meta device. Its errors are passed on.
 
     Raises:
         CheckpointError: naming what is wrong with which file.
     """
-    directory = find(given)
+    directory = find(folder)
     config_path, weights_path = directory / CONFIG_NAME, directory / WEIGHTS_NAME
-    written = _read_description(config_path, given)
+    written = _read_description(config_path, folder)
     description.check_version(written, config_path, FORMAT_VERSION)
-    # Opened once: what is checked is what is loaded, and it stays so if the file is written to later.
-    with _open_weights(weights_path, given) as file:
+    # Opened only once, so that what is loaded is what was checked, even if a save replaces the file meanwhile.
+    with _open_weights(weights_path, folder) as file:
         tensors, metadata = read_header(file, weights_path)
         if not isinstance(metadata.get(FORMAT), str):
             raise CheckpointError(
@@ -104,7 +110,7 @@ def read(given: Path, check: Callable[[SavedAdapter], None] | None = None) -> Sa
             )
         embedded = _parse_description(metadata[FORMAT], weights_path)
         if embedded.get("save_id") != written.get("save_id"):
-            # Interrupted between the two replacements: the tensor file is the newer one.
+            # The save was interrupted between the two replacements: the tensor file is the newer one.
             written = embedded
         if edited := description.edited_fields(written.get("config"), embedded.get("config"), _EDITABLE):
             raise CheckpointError(
@@ -139,25 +145,27 @@ def read(given: Path, check: Callable[[SavedAdapter], None] | None = None) -> Sa
     return dataclasses.replace(described, alignment=alignment, projector=projector, intact=intact)
 
 
-def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path) -> None:
-    """Raises:
-    CheckpointError: naming missing, unexpected and misshapen tensors, or one that isn't finite.
+def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path) -> None:
+    """Check that tensors have the names, shapes and kinds of dtype that are expected, and finite values.
+
+    Raises:
+        CheckpointError: naming missing, unexpected and misshapen tensors, and those that aren't finite.
     """
     problems = []
-    if missing := sorted(set(expected) - set(found)):
+    if missing := sorted(set(expected) - set(tensors)):
         problems.append(f"missing tensor(s) {listed(missing)}")
-    if unexpected := sorted(set(found) - set(expected)):
+    if unexpected := sorted(set(tensors) - set(expected)):
         problems.append(f"unexpected tensor(s) {listed(unexpected)}")
-    for name in sorted(set(found) & set(expected)):
-        tensor, wanted = found[name], expected[name]
-        if tensor.shape != wanted.shape:
-            problems.append(f"{name} is {list(tensor.shape)} and should be {list(wanted.shape)}")
-        elif wanted.is_floating_point() and not tensor.is_floating_point():
+    for name in sorted(set(tensors) & set(expected)):
+        tensor, expected_tensor = tensors[name], expected[name]
+        if tensor.shape != expected_tensor.shape:
+            problems.append(f"{name} is {list(tensor.shape)} and should be {list(expected_tensor.shape)}")
+        elif expected_tensor.is_floating_point() and not tensor.is_floating_point():
             problems.append(f"{name} is {tensor.dtype} and should be a floating-point tensor")
-        elif not wanted.is_floating_point() and tensor.dtype != wanted.dtype:
-            problems.append(f"{name} is {tensor.dtype} and should be {wanted.dtype}")
-        elif not tensor.is_meta and not bool(torch.isfinite(tensor.to(wanted.dtype)).all()):
-            problems.append(f"{name} holds NaN or infinite values, in {wanted.dtype}")
+        elif not expected_tensor.is_floating_point() and tensor.dtype != expected_tensor.dtype:
+            problems.append(f"{name} is {tensor.dtype} and should be {expected_tensor.dtype}")
+        elif not tensor.is_meta and not bool(torch.isfinite(tensor.to(expected_tensor.dtype)).all()):
+            problems.append(f"{name} holds NaN or infinite values, in {expected_tensor.dtype}")
     if problems:
         raise CheckpointError(
             f"{path} doesn't fit its config or the model: {'; '.join(problems)}. Take another copy, or load it into "
@@ -165,8 +173,8 @@ def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], p
         )
 
 
-def _read_description(path: Path, given: Path) -> dict[str, Any]:
-    text = description.read_text(path, given, writer="adapter.save_pretrained")
+def _read_description(path: Path, root: Path) -> dict[str, Any]:
+    text = description.read_text(path, root, writer="adapter.save_pretrained")
     return _parse_description(text, path)
 
 
@@ -193,9 +201,9 @@ def _optional_text(described: Mapping[str, Any], name: str, path: Path) -> str |
     return None if described.get(name) is None else _text(described, name, path)
 
 
-def _open_weights(path: Path, given: Path) -> BinaryIO:
+def _open_weights(path: Path, root: Path) -> BinaryIO:
     try:
-        return open_regular(path, given)
+        return open_regular(path, root)
     except FileNotFoundError as error:
         raise CheckpointError(
             f"there is no {path.name} in {path.parent}: the adapter's weights are missing; copy the whole folder"
@@ -205,7 +213,7 @@ def _open_weights(path: Path, given: Path) -> BinaryIO:
 def _split(
     tensors: Mapping[str, Tensor], described: Mapping[str, Any], directory: Path
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The alignment's tensors and the projector's, by their names in the model."""
+    """Return the alignment's tensors and the projector's, by name in the model."""
     alignment, projector = _with_prefix(tensors, ALIGNMENT_PREFIX), _with_prefix(tensors, PROJECTOR_PREFIX)
     if stray := sorted(name for name in tensors if not name.startswith((ALIGNMENT_PREFIX, PROJECTOR_PREFIX))):
         raise CheckpointError(f"{directory / WEIGHTS_NAME}: unexpected tensor(s) {listed(stray)}; take another copy")
@@ -221,8 +229,11 @@ def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
-def _expected_alignment(config: EmmaConfig, found: Iterable[str], directory: Path) -> dict[str, Tensor]:
-    """The tensors of an adapter with this config; how many deepstack projectors it sits at, ``found`` tells."""
+def _expected_alignment(config: EmmaConfig, saved_names: Iterable[str], directory: Path) -> dict[str, Tensor]:
+    """Return the tensors of an adapter with this config, on the meta device.
+
+    ``saved_names`` tell how many deepstack projectors it sits at.
+    """
     try:
         with torch.device("meta"):
             expected = EmmaAlignment(config).state_dict()
@@ -232,5 +243,5 @@ def _expected_alignment(config: EmmaConfig, found: Iterable[str], directory: Pat
         ) from error
     places = [sites.MAIN_PLACE]
     if config.align_deepstack:
-        places += sorted({match[0] for name in found if (match := sites.DEEPSTACK_PLACE.match(name))})
+        places += sorted({match[0] for name in saved_names if (match := sites.DEEPSTACK_PLACE.match(name))})
     return {place + name: tensor for place in places for name, tensor in expected.items()}

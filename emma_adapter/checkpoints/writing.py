@@ -1,4 +1,4 @@
-"""Writing an adapter folder, by one process of those that train it."""
+"""Writing adapter folders, by one of the processes that train."""
 
 from __future__ import annotations
 
@@ -53,27 +53,27 @@ def save(
     state dict of the model, holds them.
 
     Args:
-        model: patched.
+        model: a patched model.
         directory: the folder. Where it holds a model, the adapter goes beside that, into ``emma_adapter/``.
         adapter: its name; default: the active one.
         location: what the model card says to load.
         is_main_process: whether this process writes.
         gathered: see above.
-        further: tensor files to write with it, by their names; whole tensors.
+        further: tensor files to write beside the adapter, by name; their tensors are whole, not sharded.
 
     Raises:
-        OSError: if the folder can't be written, or holds another tool's adapter; the adapter that it held is intact.
+        OSError: if the folder can't be written, or holds another tool's adapter; its former adapter is intact.
         CheckpointError: if the weights aren't finite.
     """
     adapter = state_of(model).active if adapter is None else adapter
-    own = _own_tensors(model, adapter)
-    together = gathered is None and any(sharding.is_sharded(value) for value in own.values())
-    tensors = sharding.gather(model, own, gathered)
+    adapter_tensors = _own_tensors(model, adapter)
+    gathers = gathered is None and any(sharding.is_sharded(value) for value in adapter_tensors.values())
+    tensors = sharding.gather(model, adapter_tensors, gathered)
     try:
         if sharding.is_main_process() if is_main_process is None else is_main_process:
             _write(model, Path(directory), adapter, tensors, location, further)
     finally:
-        if together:
+        if gathers:
             sharding.wait_for_everyone()
 
 
@@ -85,13 +85,13 @@ def _write(
     location: str,
     further: Mapping[str, Mapping[str, Tensor]],
 ) -> None:
-    """Write an adapter folder. The tensor file goes first: with it alone, the new adapter is whole."""
+    """Write an adapter folder, the tensor file first: once it is there, the new adapter is complete."""
     check_not_foreign(directory)
-    given = directory
-    if holds_model(given):
-        directory = given / SUBFOLDER
+    requested_directory = directory
+    if holds_model(requested_directory):
+        directory = requested_directory / SUBFOLDER
         check_not_foreign(directory)
-    # Of one moment, values and checksum, whatever another thread does to the model meanwhile.
+    # Values and checksum must be of one moment, whatever another thread does to the model meanwhile.
     tensors = {name: value.clone() for name, value in tensors.items()}
     _check_finite(tensors, directory)
     description = _describe(model, adapter, tensors)
@@ -100,14 +100,14 @@ def _write(
         WEIGHTS_NAME: serialize(tensors, metadata),
         CONFIG_NAME: (json.dumps(description, indent=2, sort_keys=True) + "\n").encode(),
     }
-    for name, others in further.items():
-        files[name] = serialize(dict(others), {"format": "pt"})
+    for name, further_tensors in further.items():
+        files[name] = serialize(dict(further_tensors), {"format": "pt"})
     if _may_write_card(directory / CARD_NAME):
         files[CARD_NAME] = model_card(description, count_parameters(model, adapter), location).encode()
     replace_files(directory, files)
-    if directory is not given:
-        # By an earlier release, which put the adapter among the model's files.
-        discard(given)
+    if directory is not requested_directory:
+        # An earlier release put the adapter among the model's files.
+        discard(requested_directory)
 
 
 def save_tensors(directory: Path, name: str, tensors: Mapping[str, Tensor]) -> None:
@@ -116,22 +116,24 @@ def save_tensors(directory: Path, name: str, tensors: Mapping[str, Tensor]) -> N
 
 
 def save_all(model: nn.Module, directory: Path, **more: Any) -> None:
-    """Write every adapter of a patched model: the active one into the folder, the others into folders of their name.
-    ``more`` is for :func:`save`."""
+    """Write every adapter of a patched model: the active one into the folder, the others into subfolders of their name.
+
+    ``more`` is passed to :func:`save`.
+    """
     active = state_of(model).active
     for adapter in state_of(model).adapters:
         save(model, directory if adapter == active else directory / adapter, adapter, **more)
 
 
 def discard(directory: Path) -> None:
-    """Take an adapter of this library out of a folder; what else is there stays."""
+    """Remove an adapter of this library from a folder; other files stay."""
     if is_adapter(directory):
         for name in (CONFIG_NAME, WEIGHTS_NAME):
             (directory / name).unlink(missing_ok=True)
 
 
 def _describe(model: nn.Module, adapter: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    named = state_of(model).adapters[adapter]
+    attached = state_of(model).adapters[adapter]
     base: Any = model.config
     return {
         "format": FORMAT,
@@ -141,15 +143,15 @@ def _describe(model: nn.Module, adapter: str, tensors: Mapping[str, Tensor]) -> 
         "sha256": digest(tensors),
         "base_model_name_or_path": getattr(base, "name_or_path", "") or None,
         "model_type": base.model_type,
-        "reads_turns": named.pipeline.reader.markers is not None,
-        "projector_trained": bool(named.own_projectors()),
-        # What computes the adapter is the business of the machine it runs on.
-        "config": named.config.replace(kernel="auto").to_dict(),
+        "reads_turns": attached.pipeline.reader.markers is not None,
+        "projector_trained": bool(attached.own_projectors()),
+        # Which kernel computes the adapter depends on the machine it runs on.
+        "config": attached.config.replace(kernel="auto").to_dict(),
     }
 
 
 def _own_tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
-    """An adapter's tensors by their names in the file, and those of its own projectors."""
+    """Return an adapter's tensors, and those of its own projectors, by name in the file."""
     attached = state_of(model).adapters[adapter]
     tensors = {ALIGNMENT_PREFIX + name: value for name, value in attached.state_dict(keep_vars=True).items()}
     projector: dict[str, Tensor] = dict(attached.projector_parameters())
@@ -168,7 +170,7 @@ def check_not_foreign(directory: Path, called: str | None = None) -> None:
     """
     try:
         description = json.loads((directory / CONFIG_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):  # not there, or nobody's
+    except (OSError, ValueError, RecursionError):  # not there, or no tool's config
         return
     if isinstance(description, dict) and description.get("format") != FORMAT:
         owner = "PEFT" if "peft_type" in description else "another tool"
@@ -177,18 +179,21 @@ def check_not_foreign(directory: Path, called: str | None = None) -> None:
 
 
 def _check_finite(tensors: Mapping[str, Tensor], directory: Path) -> None:
-    """Raises:
-    CheckpointError: naming tensors with which ``load_adapter`` would refuse what is saved.
+    """Check that no tensor holds values that ``load_adapter`` would refuse.
+
+    Raises:
+        CheckpointError: naming tensors with NaN or infinite values.
     """
-    if broken := sorted(name for name, value in tensors.items() if not bool(torch.isfinite(value).all())):
+    if nonfinite_names := sorted(name for name, value in tensors.items() if not bool(torch.isfinite(value).all())):
         raise CheckpointError(
-            f"{broken} hold NaN or infinite values, so that {directory} was left as it is: the training diverged; go "
-            "on from an earlier checkpoint, with a lower learning rate, or in float32 or bfloat16 if it was in float16"
+            f"{nonfinite_names} hold NaN or infinite values, so that {directory} was left as it is: the training "
+            "diverged; go on from an earlier checkpoint, with a lower learning rate, or in float32 or bfloat16 if it "
+            "was in float16"
         )
 
 
 def _may_write_card(path: Path) -> bool:
-    """A card that somebody has written stays, and so does whatever else somebody has put in its place."""
+    """Return whether there is no card yet, or a generated one: what somebody else put in its place stays."""
     if not os.path.lexists(path):
         return True
     try:
