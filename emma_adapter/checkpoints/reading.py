@@ -121,7 +121,7 @@ def read(folder: Path, check: Callable[[SavedAdapter], None] | None = None) -> S
         try:
             config = EmmaConfig.from_dict(written.get("config", {}))
         except (ConfigError, TypeError) as error:
-            raise CheckpointError(f"{config_path}: {error}; take another copy") from error
+            raise CheckpointError(f"{config_path}: {error}; download or copy it again") from error
         alignment, projector = _split(tensors, written, directory)
         described = SavedAdapter(
             source=directory,
@@ -168,8 +168,8 @@ def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor],
             problems.append(f"{name} holds NaN or infinite values, in {expected_tensor.dtype}")
     if problems:
         raise CheckpointError(
-            f"{path} doesn't fit its config or the model: {'; '.join(problems)}. Take another copy, or load it into "
-            "the model it was made for, in the dtype it was trained in"
+            f"{path} doesn't fit its config or the model: {'; '.join(problems)}. Download or copy it again, or load "
+            "it into the model it was made for, in the dtype it was trained in"
         )
 
 
@@ -193,7 +193,7 @@ def _parse_description(text: str, path: Path) -> dict[str, Any]:
 def _text(described: Mapping[str, Any], name: str, path: Path) -> str:
     value = described.get(name)
     if not isinstance(value, str):
-        raise CheckpointError(f"{path}: {name} should be a text and is {shown(value)}; take another copy")
+        raise CheckpointError(f"{path}: {name} should be a text and is {shown(value)}; download or copy it again")
     return value
 
 
@@ -216,11 +216,13 @@ def _split(
     """Return the alignment's tensors and the projector's, by name in the model."""
     alignment, projector = _with_prefix(tensors, ALIGNMENT_PREFIX), _with_prefix(tensors, PROJECTOR_PREFIX)
     if stray := sorted(name for name in tensors if not name.startswith((ALIGNMENT_PREFIX, PROJECTOR_PREFIX))):
-        raise CheckpointError(f"{directory / WEIGHTS_NAME}: unexpected tensor(s) {listed(stray)}; take another copy")
+        raise CheckpointError(
+            f"{directory / WEIGHTS_NAME}: unexpected tensor(s) {listed(stray)}; download or copy it again"
+        )
     if bool(projector) != bool(described.get("projector_trained")):
         raise CheckpointError(
             f"{directory}: the config says projector_trained={shown(described.get('projector_trained'))}, but the "
-            f"file holds {len(projector)} projector tensors; take another copy"
+            f"file holds {len(projector)} projector tensors; download or copy it again"
         )
     return alignment, projector
 
@@ -239,7 +241,8 @@ def _expected_alignment(config: EmmaConfig, saved_names: Iterable[str], director
             expected = EmmaAlignment(config).state_dict()
     except (ConfigError, RuntimeError, OverflowError, TypeError, AssertionError) as error:
         raise CheckpointError(
-            f"{directory / CONFIG_NAME} describes no adapter that can be built: {plain(str(error))}; take another copy"
+            f"{directory / CONFIG_NAME} describes no adapter that can be built: {plain(str(error))}; download or copy it "
+            "again"
         ) from error
     places = [sites.MAIN_PLACE]
     if config.align_deepstack:

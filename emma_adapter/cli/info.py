@@ -72,7 +72,7 @@ def _adapter_facts(folder: Path) -> dict[str, Any]:
         "parameters": sum(tensor.numel() for tensor in saved.alignment.values()),
         "projector_trained": bool(saved.projector),
         "file_size": (saved.source / WEIGHTS_NAME).stat().st_size,
-        "checksum": "right" if saved.intact else "wrong: the file is damaged, take another copy",
+        "checksum": "right" if saved.intact else "wrong: the file is damaged, download or copy it again",
         "written_by": f"emma_adapter {saved.library_version or ''}".strip(),
     }
 

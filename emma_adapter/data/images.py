@@ -193,7 +193,7 @@ def _explanation(error: Exception, name: str) -> tuple[str, str]:
             said = "the file is empty"
         else:
             return "it is in no format that Pillow knows", "save it as PNG or JPEG, or leave the row out"
-    return said, "take another copy of it, or leave the row out"
+    return said, "download or copy it again, or leave the row out"
 
 
 def shortened(value: Any) -> str:

@@ -1,1 +1,1 @@
-"""Files: replaced in one step, and read without trust in who wrote them."""
+"""Files: replaced atomically, and read without trusting whoever wrote them."""

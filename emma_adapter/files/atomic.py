@@ -1,8 +1,9 @@
-"""Replacing files of a folder: each is the old one or the new one, whatever kills the process or fills the disk.
+"""Atomic replacement: each file is the old one or the new one, even if the process is killed or the disk is full.
 
-New files are made in a scratch folder beside the old ones. Whoever makes it holds its lock while it lives, so that a
-scratch folder without a holder is left over: the operating system takes locks from killed processes, and knows neither
-reused process ids nor containers. Where there are no such locks (Windows, some network file systems), age tells.
+New files are written to a scratch folder beside the old ones. The process that makes it locks it as long as it lives,
+so that an unlocked scratch folder is a leftover: the operating system releases the locks of killed processes, and isn't
+misled by reused process ids or containers. Where there are no such locks (Windows, some network file systems), a
+scratch folder's age decides.
 """
 
 from __future__ import annotations
@@ -27,17 +28,17 @@ _ABANDONED_AFTER = 24 * 3600  # seconds
 _LONGEST_WAIT = 10  # seconds
 
 
-#: What a file is to hold, or what writes it to a path, for files that shouldn't be in memory as a whole.
+#: A file's content, or a function that writes it to a path, for files too large to hold in memory.
 Content = bytes | Callable[[Path], None]
 
 
 def replace_files(directory: Path, files: Mapping[str, Content]) -> None:
-    """Give a folder these files, the first one first. The folder is made if it isn't there.
+    """Put files into a folder, in their order; the folder is made if it isn't there.
 
-    All are on disk before the first replaces its predecessor. Several that do this take turns in replacing, so that
-    the files of one of them are left. Scratch folders of killed ones are removed.
+    All are on disk before the first replaces its predecessor. Concurrent saves take turns in replacing, so that all
+    files that remain are from one of them. Scratch folders of killed processes are removed.
 
-    A file keeps its predecessor's permissions. Instead of a link there is a file then; what it led to stays.
+    A file keeps its predecessor's permissions. A link is replaced by a file; its target stays.
 
     Raises:
         OSError: saying what the folder holds now.
@@ -55,7 +56,7 @@ def replace_files(directory: Path, files: Mapping[str, Content]) -> None:
         with _scratch_folder(directory) as scratch:
             for name, content in files.items():
                 _write(scratch / name, content, _mode(directory / name))
-            # Not waiting for long for one that was stopped in the middle of it.
+            # Not for long: a process may have been stopped while it held the lock.
             with _lock(directory, wait=_LONGEST_WAIT):
                 for name in files:
                     os.replace(scratch / name, directory / name)
@@ -65,7 +66,7 @@ def replace_files(directory: Path, files: Mapping[str, Content]) -> None:
         if error.errno is None:
             raise
         now = f"{', '.join(replaced)} of {directory} are new already" if replaced else f"{directory} is as it was"
-        # Of the same kind: which one, OSError finds by the number.
+        # OSError chooses the subclass by the number.
         raise OSError(error.errno, f"{error.strerror} (nothing is half written: {now})", error.filename) from error
 
 
@@ -77,22 +78,22 @@ def _make_folder(directory: Path) -> None:
 
 
 def _mode(path: Path) -> int | None:
-    """The permissions of a file; None if there is none.
+    """Return the permissions of a file; None if there is no regular file.
 
     Raises:
-        IsADirectoryError: for a folder.
+        IsADirectoryError: if it is a folder.
     """
     try:
-        found = os.lstat(path).st_mode
+        mode = os.lstat(path).st_mode
     except FileNotFoundError:
         return None
-    if stat.S_ISDIR(found):
+    if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, "a folder is where a file is to go; move it away", str(path))
-    return stat.S_IMODE(found) if stat.S_ISREG(found) else None
+    return stat.S_IMODE(mode) if stat.S_ISREG(mode) else None
 
 
 def _write(path: Path, content: Content, mode: int | None) -> None:
-    """Write and flush: a rename must not survive a power cut that the content didn't."""
+    """Write a file and flush it, so that no power cut leaves its new name without its content."""
     if not isinstance(content, bytes):
         content(path)
     with path.open("wb" if isinstance(content, bytes) else "rb+") as file:
@@ -109,7 +110,7 @@ def _scratch_folder(directory: Path) -> Iterator[Path]:
     while True:
         scratch = Path(tempfile.mkdtemp(prefix=f"{_SCRATCH_PREFIX}{platform.node()}-", dir=directory))
         with _lock(scratch) as lock:
-            # Before it was locked, another process may have taken it for left over.
+            # Before it was locked, another process may have removed it as a leftover.
             if lock is not False and scratch.exists():
                 try:
                     yield scratch
@@ -123,31 +124,33 @@ def _remove_leftovers(directory: Path) -> None:
         if leftover.is_symlink() or not leftover.is_dir():
             continue  # not one of ours
         # Another machine's locks may not be seen here.
-        here = leftover.name.removeprefix(_SCRATCH_PREFIX).rpartition("-")[0] == platform.node()
+        made_here = leftover.name.removeprefix(_SCRATCH_PREFIX).rpartition("-")[0] == platform.node()
         with _lock(leftover) as lock:
-            if (lock and here) or (lock is not False and _age(leftover) > _ABANDONED_AFTER):
+            if (lock and made_here) or (lock is not False and _age(leftover) > _ABANDONED_AFTER):
                 shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _age(path: Path) -> float:
     try:
         return time.time() - path.lstat().st_mtime
-    except FileNotFoundError:  # whoever used it has finished
+    except FileNotFoundError:  # its process has finished
         return 0.0
 
 
 @contextmanager
 def _lock(folder: Path, *, wait: float = 0.0) -> Iterator[bool | None]:
-    """Take the lock of a folder, after at most ``wait`` seconds. Yields whether it is held here now; None if that
-    folder has no lock."""
+    """Take the lock of a folder, after at most ``wait`` seconds.
+
+    Yields whether it is held here now; None if that folder has no lock.
+    """
     descriptor = _open_folder(folder)
     if descriptor is None:
         yield None
         return
-    until = time.monotonic() + wait
+    deadline = time.monotonic() + wait
     held = None
     try:
-        while (held := _try_lock(descriptor)) is False and time.monotonic() < until:
+        while (held := _try_lock(descriptor)) is False and time.monotonic() < deadline:
             time.sleep(0.002)
         yield held
     finally:
@@ -157,7 +160,7 @@ def _lock(folder: Path, *, wait: float = 0.0) -> Iterator[bool | None]:
 
 
 def _open_folder(folder: Path) -> int | None:
-    """None if it isn't there, isn't a folder, or can't be opened by this user or on this system."""
+    """Open a folder; return None if there is none, or this user or system can't open it."""
     try:
         return os.open(folder, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
     except OSError as error:
@@ -186,12 +189,12 @@ else:
         return True
 
     def _unlock(descriptor: int) -> None:
-        # Closing isn't enough where a process was forked meanwhile, which has the descriptor too.
+        # Closing isn't enough: a process that was forked meanwhile has the descriptor too.
         fcntl.flock(descriptor, fcntl.LOCK_UN)
 
 
 def _flush_folder(folder: Path) -> None:
-    """Have the disk hold what a folder lists, where that can be asked for."""
+    """Flush the entries of a folder to disk, where the system can."""
     descriptor = _open_folder(folder)
     if descriptor is None:
         return

@@ -1,9 +1,9 @@
-"""What ``model.save_pretrained`` and Trainer's checkpoints hold of a part that this library has put on a model.
+"""Saves of a model to which this library has added a part, by ``model.save_pretrained`` and Trainer.
 
 - ``model.save_pretrained(folder)`` writes the model without the part, so that it reloads as the model it was, and the
   part's own files beside it.
-- Trainer calls ``model.save_pretrained(folder, state_dict=…)`` and resumes from the ``model.safetensors`` it finds: the
-  part's tensors alone, if nothing else is trained, and else the whole model's; and the part's own files.
+- Trainer calls ``model.save_pretrained(folder, state_dict=…)`` and resumes from the ``model.safetensors`` it finds. It
+  holds the part's tensors alone if nothing else is trained, else the whole model's; the part's own files go beside it.
 """
 
 from __future__ import annotations
@@ -30,34 +30,36 @@ def save_pretrained(
     prefix: str,
     save: Callable[..., None],
 ) -> Any:
-    """Do what ``model.save_pretrained`` should, with a part of the model.
+    """Save a model that has a part, as ``model.save_pretrained`` or Trainer asks.
 
     Args:
-        model: that has the part.
-        original: its ``save_pretrained`` without us.
+        model: the model with the part.
+        original: its unguarded ``save_pretrained``.
         arguments: of the call, by name.
         prefix: of the part's names in the model's ``state_dict``.
-        save: as ``save(model, folder, is_main_process=…)``, what writes the part's own files.
+        save: writes the part's own files; called as ``save(model, folder, is_main_process=…)``.
     """
     if "save_directory" not in arguments:
-        # It knows best what to say.
+        # The original raises the error about the missing argument.
         return original(**arguments)
     folder, is_main_process = Path(arguments["save_directory"]), arguments.get("is_main_process", True)
-    # Trainer's calls name it, if only to say None.
+    # Trainer always passes it, even as None.
     by_trainer = "state_dict" in arguments
     gathered = arguments.get("state_dict")
     gathered = model.state_dict() if by_trainer and gathered is None else gathered
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     result = None
     if gathered is None or not any(name.startswith(prefix) for name in gathered):
-        # Not Trainer's.
+        # Not a call by Trainer.
         with _left_out(model, prefix):
             result = original(**arguments)
     elif all(name.startswith(prefix) for name in trained):
-        own = {name: value.detach().cpu().contiguous() for name, value in gathered.items() if name.startswith(prefix)}
-        # A model's own weights stay where a model is.
+        part_tensors = {
+            name: value.detach().cpu().contiguous() for name, value in gathered.items() if name.startswith(prefix)
+        }
+        # If a model was saved there, its weights stay.
         if is_main_process and not (folder / "config.json").exists():
-            replace_files(folder, {_TRAINER_WEIGHTS: lambda path: save_file(own, path, {"format": "pt"})})
+            replace_files(folder, {_TRAINER_WEIGHTS: lambda path: save_file(part_tensors, path, {"format": "pt"})})
     else:
         result = original(**arguments)
     save(model, folder, is_main_process=is_main_process)
@@ -66,7 +68,7 @@ def save_pretrained(
 
 @contextmanager
 def _left_out(model: nn.Module, prefix: str) -> Iterator[None]:
-    """In the block, and in this thread, the model's ``state_dict`` lacks the part."""
+    """Leave the part out of the model's ``state_dict``, in the block and in this thread."""
     thread = threading.get_ident()
 
     def leave_out(_: nn.Module, state_dict: dict[str, Tensor], before: str, __: Any) -> None:

@@ -1,4 +1,4 @@
-"""From a folder or a hub id to a local folder with the files that are asked for."""
+"""Local folders with the files of a folder or of a hub repository."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ..errors import CheckpointError
 
 
 def is_local(source: str | PathLike[str]) -> bool:
-    """Whether ``source`` is a folder here, and not the id of a repository on the hub."""
+    """Return whether ``source`` is a local folder, rather than the id of a hub repository."""
     return Path(source).is_dir()
 
 
 def is_hub_id(source: str) -> bool:
-    """Whether what has this name would be looked for on the hub, and nowhere on this machine."""
+    """Return whether a name can only mean a hub repository, and nothing on this machine."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
@@ -25,7 +25,7 @@ def is_hub_id(source: str) -> bool:
         validate_repo_id(source)
     except HFValidationError:
         return False
-    # transformers and diffusers take a folder of that name, if there is one.
+    # transformers and diffusers prefer a folder of that name.
     return not os.path.lexists(source)
 
 
@@ -38,19 +38,20 @@ def local_folder(
     token: str | bool | None = None,
     local_files_only: bool = False,
 ) -> Path:
-    """Return ``source`` if it is a folder; else where the files of that hub repository are, downloaded if need be. With
-    ``subfolder``, that folder in it.
+    """Return ``source`` if it is a folder; else the folder of that hub repository's files, downloaded if need be.
+
+    With ``subfolder``, return that folder in it.
 
     Args:
         source: a folder, or a hub id.
-        patterns: of the files that are downloaded, as seen from ``subfolder``.
+        patterns: of the files to download, relative to ``subfolder``.
         revision: branch, tag or commit on the hub.
-        subfolder: a path downwards.
-        token: of the hub; None and True: the one that is stored; False: none.
+        subfolder: a relative path downwards.
+        token: of the hub; None and True: the stored one; False: none.
         local_files_only: don't ask the hub; use what was downloaded before.
 
     Raises:
-        CheckpointError: if it is neither, or if ``subfolder`` leads out of it.
+        CheckpointError: if ``source`` is neither, or if ``subfolder`` leads out of it.
     """
     within = _checked_subfolder(subfolder)
     if is_local(source):
@@ -58,14 +59,14 @@ def local_folder(
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    before = glob.escape(within.as_posix()) + "/" if within.parts else ""
+    prefix = glob.escape(within.as_posix()) + "/" if within.parts else ""
     try:
         folder = snapshot_download(
             str(source),
             revision=revision,
             token=token,
             local_files_only=local_files_only,
-            allow_patterns=[before + pattern for pattern in patterns],
+            allow_patterns=[prefix + pattern for pattern in patterns],
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
@@ -76,8 +77,10 @@ def local_folder(
 
 
 def _checked_subfolder(subfolder: str | None) -> PurePosixPath:
-    """Raises:
-    CheckpointError: if it isn't a path downwards.
+    """Return the path of a subfolder.
+
+    Raises:
+        CheckpointError: if it doesn't lead downwards.
     """
     within = PurePosixPath((subfolder or "").replace("\\", "/"))
     if within.is_absolute() or PureWindowsPath(within).drive or ".." in within.parts:
@@ -89,14 +92,16 @@ def _checked_subfolder(subfolder: str | None) -> PurePosixPath:
 
 
 def _folder_within(folder: Path, within: PurePosixPath) -> Path:
-    """Raises:
-    CheckpointError: if a link on the way leads out of ``folder``.
+    """Return the folder at the path ``within`` a folder.
+
+    Raises:
+        CheckpointError: if a link on the way leads out of ``folder``.
     """
     if not within.parts:
         return folder
-    found = folder / within
-    if found.exists() and not found.resolve().is_relative_to(folder.resolve()):
+    inner = folder / within
+    if inner.exists() and not inner.resolve().is_relative_to(folder.resolve()):
         raise CheckpointError(
-            f"{found} is a link out of {folder}, of which nothing outside is read: give the folder it leads to itself"
+            f"{inner} is a link out of {folder}, of which nothing outside is read: give the folder that it leads to"
         )
-    return found
+    return inner

@@ -1,4 +1,4 @@
-"""Files of safetensors that somebody else made: the header is checked before a tensor is read."""
+"""Safetensors files that others made: the header is checked before a tensor is read."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .untrusted import parse_json
 
 _MAX_HEADER = 2**22
 
-#: By safetensors' names: what weights may be saved in, and the buffers of a user's own fusion.
+#: Dtypes of saved weights, and of the buffers of a user's own fusion, by their names in safetensors.
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -37,21 +37,21 @@ _DTYPES = {
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes: safetensors itself doesn't notice changed values."""
-    found = hashlib.sha256()
+    """Return the SHA-256 of names, dtypes, shapes and bytes: safetensors itself doesn't notice changed values."""
+    checksum = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name]
-        found.update(f"{name} {tensor.dtype} {list(tensor.shape)};".encode())
-        found.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
+        checksum.update(f"{name} {tensor.dtype} {list(tensor.shape)};".encode())
+        checksum.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return checksum.hexdigest()
 
 
 def read_header(file: BinaryIO, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a safetensors file, on the meta device, and its metadata.
+    """Return the tensors of a safetensors file, on the meta device, and its metadata.
 
     Raises:
-        CheckpointError: if the file doesn't have the size that its header tells, or holds tensors of a dtype that no
-            adapter has. What else may be wrong with it, safetensors finds.
+        CheckpointError: if the file doesn't have the size that its header implies, or holds tensors of a dtype that no
+            adapter has. Other faults are left for safetensors to find.
     """
     try:
         size = os.fstat(file.fileno()).st_size
@@ -67,7 +67,7 @@ def read_header(file: BinaryIO, path: Path) -> tuple[dict[str, Tensor], dict[str
             dtype, shape = _DTYPES[entry["dtype"]], entry["shape"]
             start, stop = entry["data_offsets"]
             if not all(type(number) is int and 0 <= number < 2**63 for number in (*shape, start, stop)):
-                raise ValueError(f"the shape or place of {plain(name)} is made of other than numbers")
+                raise ValueError(f"the shape or place of {plain(name)} has entries other than numbers")
             if stop - start != math.prod(shape) * dtype.itemsize:
                 raise ValueError(f"{plain(name)} has {stop - start:,} bytes, which don't fit its shape {shown(shape)}")
             tensors[name] = torch.empty(shape, dtype=dtype, device="meta")
@@ -84,13 +84,13 @@ def read_header(file: BinaryIO, path: Path) -> tuple[dict[str, Tensor], dict[str
 def read_tensors(file: BinaryIO, path: Path) -> dict[str, Tensor]:
     try:
         file.seek(0)
-        read = safetensors.torch.load(file.read())
-        # In memory of PyTorch's own, as tensors usually are.
-        return {name: read.pop(name).clone() for name in list(read)}
+        tensors = safetensors.torch.load(file.read())
+        # Cloned into memory that PyTorch allocates, as that of other tensors.
+        return {name: tensors.pop(name).clone() for name in list(tensors)}
     except Exception as error:
         raise _invalid(path, error) from error
 
 
 def _invalid(path: Path, error: Exception) -> CheckpointError:
     reason = plain(str(error)) or type(error).__name__
-    return CheckpointError(f"{path} is not a valid safetensors file: {reason}; take another copy")
+    return CheckpointError(f"{path} is not a valid safetensors file: {reason}; download or copy it again")

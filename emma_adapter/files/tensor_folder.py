@@ -1,8 +1,8 @@
-"""Folders of one config file, one tensor file and a card: what models that draw and vision experts are saved in.
+"""Folders of one config file, one tensor file and a card, in which drawing branches and vision experts are saved.
 
-The tensor file alone is complete, because its metadata repeats the config: replacing it is the moment at which a save
-takes effect. Where the config file has another ``save_id``, a save was interrupted after that moment, and the metadata
-is right.
+The tensor file alone is complete, because its metadata repeats the config: a save takes effect at the moment at which
+it is replaced. Where the config file has another ``save_id``, a save was interrupted after that moment, and the
+metadata is right.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ CARD_NAME = "README.md"
 
 @dataclass(frozen=True)
 class FolderFormat:
-    """What one kind of such folders is called."""
+    """The names and the version of one kind of such folders."""
 
-    #: What the config file calls the format, and the metadata of the tensor file the config's key.
+    #: The format's name in the config file, and the config's key in the metadata of the tensor file.
     name: str
-    #: The newest that this library reads and writes.
+    #: The newest version that this library reads, and the one it writes.
     version: int
     config_name: str
     weights_name: str
-    #: What writes such folders, for messages.
+    #: The call that writes such folders, for messages.
     writer: str
     #: Config fields that may be edited in a saved folder: they don't change what the weights compute.
     editable: frozenset[str]
@@ -51,11 +51,11 @@ class FolderFormat:
 
 @dataclass(frozen=True)
 class SavedFolder:
-    """What the files of a folder say, before a weight is read."""
+    """A folder's description and its tensors' shapes and dtypes, before any weight is read."""
 
     kind: FolderFormat
     source: Path
-    #: The whole description, whose ``config`` nobody has checked yet.
+    #: The whole description; its ``config`` isn't checked yet.
     written: Mapping[str, Any]
     sha256: str
     model_type: str
@@ -71,14 +71,14 @@ class SavedFolder:
         return self.source / self.kind.config_name
 
     def text(self, name: str, value: object) -> str:
-        """Return a value of the description that should be a text.
+        """Return a value of the description, checked to be a text.
 
         Raises:
             CheckpointError: if it isn't.
         """
         if not isinstance(value, str):
             raise CheckpointError(
-                f"{self.config_path}: {name} should be a text and is {shown(value)}; take another copy"
+                f"{self.config_path}: {name} should be a text and is {shown(value)}; download or copy it again"
             )
         return value
 
@@ -88,7 +88,7 @@ def save(
     folder: Path,
     tensors: Mapping[str, Tensor],
     base: Any,
-    told: Mapping[str, Any],
+    entries: Mapping[str, Any],
     card: Callable[[Mapping[str, Any]], str],
     beside_card: Mapping[str, bytes] | None = None,
 ) -> None:
@@ -99,12 +99,12 @@ def save(
         folder: made if it isn't there.
         tensors: contiguous, on the CPU.
         base: config of the model that they are for.
-        told: what else the description says, ``config`` among it.
-        card: makes the card of the description, for one that isn't there yet.
-        beside_card: files that it shows, by name. They are refused where there is a card, which would not tell of them.
+        entries: further entries of the description, ``config`` among them.
+        card: makes the card from the description; called unless there is a card.
+        beside_card: files that the card shows, by name. They are refused if there is a card, which wouldn't show them.
 
     Raises:
-        OSError: if the folder can't be written; what it held is intact.
+        OSError: if the folder can't be written; its former contents are intact.
         CheckpointError: if weights are NaN or infinite.
         DataError: if files beside a card are refused.
     """
@@ -114,12 +114,12 @@ def save(
             f"{folder / CARD_NAME} is there already, and a card that is there is left as it is: samples go into a new "
             "one. Remove it, or save elsewhere"
         )
-    if broken := sorted(name for name, value in tensors.items() if not bool(torch.isfinite(value).all())):
+    if nonfinite_names := sorted(name for name, value in tensors.items() if not bool(torch.isfinite(value).all())):
         raise CheckpointError(
-            f"{listed(broken)} hold NaN or infinite values, so that {folder} was left as it is: the training diverged; "
-            "go on from an earlier checkpoint, with a lower learning rate, or in float32 or bfloat16"
+            f"{listed(nonfinite_names)} hold NaN or infinite values, so that {folder} was left as it is: the training "
+            "diverged; go on from an earlier checkpoint, with a lower learning rate, or in float32 or bfloat16"
         )
-    told = {
+    described = {
         "format": kind.name,
         "format_version": kind.version,
         "library_version": __version__,
@@ -127,35 +127,35 @@ def save(
         "sha256": digest(tensors),
         "base_model_name_or_path": getattr(base, "name_or_path", "") or None,
         "model_type": base.model_type,
-        **told,
+        **entries,
     }
-    metadata = {"format": "pt", kind.name: json.dumps(told, sort_keys=True)}
+    metadata = {"format": "pt", kind.name: json.dumps(described, sort_keys=True)}
     files: dict[str, Any] = {
         kind.weights_name: lambda path: save_file(dict(tensors), path, metadata),
-        kind.config_name: (json.dumps(told, indent=2, sort_keys=True) + "\n").encode(),
+        kind.config_name: (json.dumps(described, indent=2, sort_keys=True) + "\n").encode(),
     }
     if not has_card:
-        files |= {**(beside_card or {}), CARD_NAME: card(told).encode()}
+        files |= {**(beside_card or {}), CARD_NAME: card(described).encode()}
     replace_files(folder, files)
 
 
-def make_card(told: Mapping[str, Any], tags: str, what: str, code: str, more: str = "", metadata: str = "") -> str:
+def make_card(described: Mapping[str, Any], tags: str, what: str, code: str, more: str = "", metadata: str = "") -> str:
     """Return a card for the hub.
 
     Args:
-        told: the description.
-        tags: of the hub, with commas between.
-        what: the adapter is, before the name of its base.
-        code: that loads and uses it.
-        more: sentences behind that.
+        described: the description.
+        tags: for the hub, separated by commas.
+        what: the words before the name of the base model.
+        code: an example that loads and uses the folder.
+        more: sentences after the code.
         metadata: further lines of YAML.
     """
-    base = told["base_model_name_or_path"] or "the model that it was trained on"
-    # The hub takes no other name than one of its own.
+    base = described["base_model_name_or_path"] or "the model that it was trained on"
+    # The hub refuses a base_model that isn't a hub id.
     base_line = f"base_model: {base}\nbase_model_relation: adapter\n" if is_hub_id(base) else ""
     return (
         f"---\nlibrary_name: emma_adapter\n{base_line}tags: [{tags}]\n{metadata}---\n\n"
-        f"{what} `{base}` ({told['model_type']}):\n\n```python\n{code}\n```\n" + (more and f"\n{more}\n")
+        f"{what} `{base}` ({described['model_type']}):\n\n```python\n{code}\n```\n" + (more and f"\n{more}\n")
     )
 
 
@@ -168,11 +168,12 @@ def push(
     revision: str | None,
     **upload: Any,
 ) -> str:
-    """Upload what ``write`` writes to a folder, and return the address of the commit. Whatever else is there stays,
-    the card too, so that files that a new one would show are refused.
+    """Upload what ``write`` writes to a folder, and return the commit's address.
+
+    Other files of the repository stay, its card too, so that files that a new card would show are refused.
 
     Raises:
-        DataError: if they are.
+        DataError: if files are refused.
     """
     from huggingface_hub import HfApi
 
@@ -189,22 +190,22 @@ def push(
                 f"{repo_id} has a card, which is left as it is and would not tell of samples: add them to it by hand, "
                 "or push without"
             )
-        own = [] if has_card else [CARD_NAME, *beside_card]
+        card_files = [] if has_card else [CARD_NAME, *beside_card]
         commit = api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
             revision=revision,
-            allow_patterns=[kind.config_name, kind.weights_name, *own],
+            allow_patterns=[kind.config_name, kind.weights_name, *card_files],
             **upload,
         )
     return str(commit.commit_url)
 
 
 def open_folder(kind: FolderFormat, folder: Path) -> tuple[SavedFolder, BinaryIO]:
-    """Return what a folder says, and its tensor file, open for :func:`read_into`.
+    """Return a folder's description, and its tensor file, open for :func:`read_into`.
 
     Raises:
-        CheckpointError: naming what is wrong with which file.
+        CheckpointError: naming the file and what is wrong with it.
     """
     config_path, path = folder / kind.config_name, folder / kind.weights_name
     written = _parse(kind, description.read_text(config_path, folder, writer=kind.writer), config_path)
@@ -216,11 +217,11 @@ def open_folder(kind: FolderFormat, folder: Path) -> tuple[SavedFolder, BinaryIO
         tensors, metadata = read_header(file, path)
         if not isinstance(metadata.get(kind.name), str):
             raise CheckpointError(
-                f"{path} was not written by {kind.writer}: its metadata lacks {kind.name!r}; take another copy"
+                f"{path} was not written by {kind.writer}: its metadata lacks {kind.name!r}; download or copy it again"
             )
         embedded = _parse(kind, metadata[kind.name], path)
         if embedded.get("save_id") != written.get("save_id"):
-            # Interrupted between the two replacements: the tensor file is the newer one.
+            # The save was interrupted between the two replacements: the tensor file is the newer one.
             written = embedded
         if edited := description.edited_fields(written.get("config"), embedded.get("config"), kind.editable):
             raise CheckpointError(
@@ -229,8 +230,8 @@ def open_folder(kind: FolderFormat, folder: Path) -> tuple[SavedFolder, BinaryIO
             )
         description.check_version(written, config_path, kind.version)
         saved = SavedFolder(kind, folder, written, "", "", tensors)
-        told = {name: saved.text(name, written.get(name)) for name in ("sha256", "model_type")}
-        return SavedFolder(kind, folder, written, told["sha256"], told["model_type"], tensors), file
+        texts = {name: saved.text(name, written.get(name)) for name in ("sha256", "model_type")}
+        return SavedFolder(kind, folder, written, texts["sha256"], texts["model_type"], tensors), file
     except BaseException:
         file.close()
         raise
@@ -257,68 +258,71 @@ def check_model_type(saved: SavedFolder, model_type: object) -> None:
 
 
 def check_fits(saved: SavedFolder, expected: Mapping[str, Tensor]) -> None:
-    """Check that saved tensors are those that are expected, by names, shapes and kinds, before any is read.
+    """Check that saved tensors have the names, shapes and kinds that are expected, before any is read.
 
     Raises:
-        CheckpointError: naming those that aren't.
+        CheckpointError: naming those that don't.
     """
-    found = saved.tensors
+    tensors = saved.tensors
     problems = []
-    if missing := sorted(set(expected) - set(found)):
+    if missing := sorted(set(expected) - set(tensors)):
         problems.append(f"missing tensor(s) {listed(missing)}")
-    if unexpected := sorted(set(found) - set(expected)):
+    if unexpected := sorted(set(tensors) - set(expected)):
         problems.append(f"unexpected tensor(s) {listed(unexpected)}")
-    for name in sorted(set(found) & set(expected)):
-        if found[name].shape != expected[name].shape:
-            problems.append(f"{name} is {list(found[name].shape)} and should be {list(expected[name].shape)}")
-        elif not found[name].is_floating_point() or found[name].itemsize == 1:
-            problems.append(f"{name} is {found[name].dtype} and should be a float of 16 bits or more")
+    for name in sorted(set(tensors) & set(expected)):
+        if tensors[name].shape != expected[name].shape:
+            problems.append(f"{name} is {list(tensors[name].shape)} and should be {list(expected[name].shape)}")
+        elif not tensors[name].is_floating_point() or tensors[name].itemsize == 1:
+            problems.append(f"{name} is {tensors[name].dtype} and should be a float of 16 bits or more")
     if problems:
         raise CheckpointError(
             f"{saved.weights_path} doesn't fit its config or the model: {'; '.join(problems[:4])}. Load it "
-            "into the model it was made for, or take another copy"
+            "into the model it was made for, or download or copy it again"
         )
 
 
 def read_into(saved: SavedFolder, file: BinaryIO, expected: Mapping[str, Tensor]) -> None:
-    """Give tensors the values of a file, one after another, so that no second copy of all is in memory.
+    """Copy a file's values into tensors, one after another, so that memory never holds a second copy of all.
 
     Args:
-        saved: what :func:`open_folder` returned.
+        saved: from :func:`open_folder`.
         file: likewise.
-        expected: the tensors, by name.
+        expected: the tensors to fill, by name.
 
     Raises:
-        CheckpointError: if values aren't finite, or not those that were saved.
+        CheckpointError: if values aren't finite, or aren't those that were saved.
     """
     path = saved.weights_path
     offsets = _offsets(file, path)
-    found = hashlib.sha256()
+    checksum = hashlib.sha256()
     for name in sorted(saved.tensors):
-        described = saved.tensors[name]
-        content = torch.empty(described.shape, dtype=described.dtype)
+        saved_tensor = saved.tensors[name]
+        content = torch.empty(saved_tensor.shape, dtype=saved_tensor.dtype)
         file.seek(offsets[name])
         if content.numel():
             buffer = content.view(-1).view(torch.uint8).numpy()
             if file.readinto(buffer) != len(buffer):  # type: ignore[attr-defined]
-                raise CheckpointError(f"{path} became shorter while it was read: take another copy")
-            found.update(f"{name} {content.dtype} {list(content.shape)};".encode())
-            found.update(buffer.data)
+                raise CheckpointError(f"{path} became shorter while it was read: download or copy it again")
+            checksum.update(f"{name} {content.dtype} {list(content.shape)};".encode())
+            checksum.update(buffer.data)
         if not bool(torch.isfinite(content.to(expected[name].dtype)).all()):
             raise CheckpointError(
-                f"{path}: {name} holds NaN or infinite values, in {expected[name].dtype}; take another copy, or load "
-                "it into a model in the dtype it was trained in"
+                f"{path}: {name} holds NaN or infinite values, in {expected[name].dtype}; download or copy it again, or "
+                "load it into a model in the dtype it was trained in"
             )
         with torch.no_grad():
             expected[name].copy_(content)
-    if found.hexdigest() != saved.sha256:
+    if checksum.hexdigest() != saved.sha256:
         raise CheckpointError(
-            f"the tensors in {path} are not those that were saved (their SHA-256 differs): take another copy"
+            f"the tensors in {path} are not those that were saved (their SHA-256 differs): download or copy it again"
         )
 
 
 def _offsets(file: BinaryIO, path: Path) -> dict[str, int]:
-    """Where each tensor begins. The header was checked by ``read_header``, but for tensors that overlap."""
+    """Return the byte at which each tensor begins, by name.
+
+    ``read_header`` has checked the header, except for overlapping tensors.
+    """
     file.seek(0)
     length = int.from_bytes(file.read(8), "little")
     header = json.loads(file.read(length))
@@ -327,7 +331,7 @@ def _offsets(file: BinaryIO, path: Path) -> dict[str, int]:
     for start, stop in sorted(tuple(entry["data_offsets"]) for entry in header.values()):
         if start != end:
             raise CheckpointError(
-                f"{path} is not a valid safetensors file: tensors overlap or leave gaps; take another copy"
+                f"{path} is not a valid safetensors file: tensors overlap or leave gaps; download or copy it again"
             )
         end = stop
     return {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items()}

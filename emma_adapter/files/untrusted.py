@@ -1,4 +1,4 @@
-"""Files that somebody else made: which are opened, and how deeply what is read may be nested."""
+"""Files that others made: only regular files are opened, and deeply nested JSON is refused."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any, BinaryIO
 from ..errors import CheckpointError
 from ..messages import plain
 
-#: Levels of lists and objects within each other; more are refused, so that no walk over what was read ends in a
-#: RecursionError, whatever the depth of the stack it starts at.
+#: Levels of nested lists and objects. More are refused, so that walking over a value never ends in a RecursionError,
+#: however deep the stack is where the walk starts.
 MAX_NESTING = 80
 
 
@@ -22,8 +22,8 @@ def open_regular(path: Path, folder: Path | None = None) -> BinaryIO:
 
     Args:
         path: the file, or a link to one.
-        folder: what links must not lead out of, if given. From a snapshot in the hub's cache they lead to the blobs of
-            the same repository, where huggingface_hub keeps its files.
+        folder: the folder that links must not lead out of, if any. From a snapshot in the hub's cache they may lead to
+            the blobs of the same repository, where huggingface_hub keeps its files.
 
     Raises:
         FileNotFoundError: if there is none.
@@ -37,7 +37,7 @@ def open_regular(path: Path, folder: Path | None = None) -> BinaryIO:
                 "Copy the file into it"
             )
         _require_regular(os.stat(target).st_mode, path)
-        # Whatever has taken its place since: a link isn't followed, a pipe isn't waited for.
+        # Something may have taken its place since: a link isn't followed, and a pipe isn't waited for.
         flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0)
         descriptor = os.open(target, flags)
         try:
@@ -49,13 +49,13 @@ def open_regular(path: Path, folder: Path | None = None) -> BinaryIO:
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise CheckpointError(f"{path} can't be read: {error}; take another copy") from error
+        raise CheckpointError(f"{path} can't be read: {error}; download or copy it again") from error
 
 
 def _require_regular(mode: int, path: Path) -> None:
     if not stat.S_ISREG(mode):
         kind = "a folder" if stat.S_ISDIR(mode) else "a pipe, a socket or a device"
-        raise CheckpointError(f"{path} can't be read: it should be a file and is {kind}; take another copy")
+        raise CheckpointError(f"{path} can't be read: it should be a file and is {kind}; download or copy it again")
 
 
 def _belongs_to(target: Path, folder: Path) -> bool:
@@ -71,7 +71,7 @@ def _belongs_to(target: Path, folder: Path) -> bool:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value of a JSON text.
+    """Parse a JSON text.
 
     Raises:
         ValueError: if it isn't JSON, or is nested more than :data:`MAX_NESTING` deep.
@@ -88,7 +88,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def nests_deeper(value: object, levels: int) -> bool:
-    """Whether there are more than so many levels of lists and mappings within each other."""
+    """Return whether lists and mappings are nested more than ``levels`` deep."""
     level = [value]
     for _ in range(levels + 1):
         level = [child for parent in level for child in _children(parent)]

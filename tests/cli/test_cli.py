@@ -242,7 +242,7 @@ def test_info_tells_a_damaged_file(tmp_path):
         metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     next(iter(tensors.values())).add_(1)
     save_file(tensors, path, metadata=metadata)
-    assert "another copy" in run("info", tmp_path).stdout
+    assert "copy it again" in run("info", tmp_path).stdout
 
 
 @pytest.mark.parametrize(

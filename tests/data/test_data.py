@@ -234,7 +234,7 @@ def test_damaged_images_of_a_dataset_are_named(tmp_path, monkeypatch, feature):
     rows.check(0)
     assert pixels(rows.images(0)[0]) == pixels(load_image("photo.jpg"))
     for look in (rows.check, rows.images):
-        with pytest.raises(DataError, match=r"saved, row 2: .*take another copy"):
+        with pytest.raises(DataError, match=r"saved, row 2: .*download or copy it again"):
             look(1)
 
 
