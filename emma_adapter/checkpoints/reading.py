@@ -241,8 +241,8 @@ def _expected_alignment(config: EmmaConfig, saved_names: Iterable[str], director
             expected = EmmaAlignment(config).state_dict()
     except (ConfigError, RuntimeError, OverflowError, TypeError, AssertionError) as error:
         raise CheckpointError(
-            f"{directory / CONFIG_NAME} describes no adapter that can be built: {plain(str(error))}; download or copy it "
-            "again"
+            f"{directory / CONFIG_NAME} describes no adapter that can be built: {plain(str(error))}; download or copy "
+            "it again"
         ) from error
     places = [sites.MAIN_PLACE]
     if config.align_deepstack:

@@ -307,8 +307,8 @@ def read_into(saved: SavedFolder, file: BinaryIO, expected: Mapping[str, Tensor]
             checksum.update(buffer.data)
         if not bool(torch.isfinite(content.to(expected[name].dtype)).all()):
             raise CheckpointError(
-                f"{path}: {name} holds NaN or infinite values, in {expected[name].dtype}; download or copy it again, or "
-                "load it into a model in the dtype it was trained in"
+                f"{path}: {name} holds NaN or infinite values, in {expected[name].dtype}; download or copy it again, "
+                "or load it into a model in the dtype it was trained in"
             )
         with torch.no_grad():
             expected[name].copy_(content)
