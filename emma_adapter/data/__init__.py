@@ -1,1 +1,1 @@
-"""Data from people: rows of questions about images, in the forms that datasets come in, brought into one."""
+"""Users' data: rows of questions about images, in the formats that datasets have, brought into one form."""

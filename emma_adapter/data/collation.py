@@ -1,4 +1,4 @@
-"""A collator that names the instruction of each row."""
+"""A collator that adds the instruction of each row to the batch."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ Row = Mapping[str, Any]
 
 
 class InstructionCollator:
-    """Wraps a collator, so that ``model(**batch)`` is told the instruction of each row instead of reading it.
+    """Wraps a collator, so that ``model(**batch)`` is given each row's instruction instead of reading it.
 
     The instruction is what the user says in the row's ``"messages"`` or ``"prompt"``, in the turns that the adapter's
-    ``instruction_policy`` names; answers are never read. A turn's words around an image are joined by a space.
+    ``instruction_policy`` selects; answers are never read. A turn's words around an image are joined by a space.
 
     The batch gets ``instruction``: a text for each row, or with ``as_tokens=True`` its token ids ``[B, T]``, and
     bool ``instruction_mask [B, T]``. Text is what a text tower takes; tensors can also be cut and joined, as
-    ``DataParallel`` and accelerate's ``dispatch_batches`` do with a batch. ``shortest_turn`` counts characters of
-    text, and tokens of tokens.
+    ``DataParallel`` and accelerate's ``dispatch_batches`` do with a batch. The policy ``shortest_turn`` counts
+    characters of a text, and tokens with ``as_tokens=True``.
 
-    A warning says so if the labels of the first batch don't teach the model to end its answers.
+    The collator warns if the labels of the first batch don't teach the model to end its answers.
 
     Args:
-        collator: makes a batch, a mapping, of a list of rows.
+        collator: makes a batch, a mapping, from a list of rows.
         adapter: the adapter that will be trained. It is not kept, so that the collator can go to worker processes.
-        instruction_of: gives the instruction of a row with other columns.
-        as_tokens: token ids instead of text, in the language model's vocabulary.
+        instruction_of: returns the instruction of a row that has other columns.
+        as_tokens: give token ids instead of text, in the language model's vocabulary.
 
     Raises:
-        InstructionError: if ``as_tokens`` is asked for and the model was patched without a processor.
-        ConfigError: if ``adapter`` is no handle, but the model, say.
+        InstructionError: if ``as_tokens`` is true and the model was patched without a processor.
+        ConfigError: if ``adapter`` isn't a handle, but the model, for example.
     """
 
     def __init__(
@@ -68,13 +68,13 @@ class InstructionCollator:
             )
 
     def __call__(self, rows: list[Any]) -> dict[str, Any]:
-        """The collator's batch with the instructions.
+        """Return the collator's batch with the instructions.
 
         Raises:
             InstructionError: if a row doesn't show what the user says.
-            DataError: if the user says nothing about the image of a row, from which nothing can be learned.
+            DataError: if the user says nothing about the image of a row, so that nothing can be learned from it.
         """
-        # Before the collator: some replace the columns of the rows they are given.
+        # Read before the collator runs: some collators replace the columns of the rows they are given.
         turns = [self._turns(row) for row in rows]
         texts = [" ".join(filter(None, choose_turns(row, self.policy))) for row in turns]
         for number, (row, text) in enumerate(zip(rows, texts, strict=True), 1):
@@ -101,7 +101,7 @@ class InstructionCollator:
                 "answers: some chat templates, as LLaVA-1.5's, don't write one. End the text of answers with "
                 "processor.tokenizer.eos_token"
             )
-        # Only the first batch is looked at: in a later one every answer may have been cut.
+        # Only the first batch is checked: in a later one every answer may have been cut.
         self._stop_ids = []
 
     def _turns(self, row: Row) -> list[str]:
@@ -109,10 +109,10 @@ class InstructionCollator:
             return [self.instruction_of(row)]
         messages = (row.get("messages") or row.get("prompt")) if isinstance(row, Mapping) else None
         if isinstance(messages, str) or not isinstance(messages, Sequence):
-            found = sorted(row) if isinstance(row, Mapping) else f"no columns: it is a {type(row).__name__}"
+            columns = sorted(row) if isinstance(row, Mapping) else f"no columns: it is a {type(row).__name__}"
             raise InstructionError(
                 "InstructionCollator reads rows with a list of messages in 'messages' or 'prompt'; this one has "
-                f"{found}. Say what its instruction is: InstructionCollator(…, instruction_of=lambda row: …); "
+                f"{columns}. Say what its instruction is: InstructionCollator(…, instruction_of=lambda row: …); "
                 "Trainer keeps other columns with remove_unused_columns=False"
             )
         try:
@@ -128,13 +128,16 @@ class InstructionCollator:
 
 
 def _has_images(row: Any) -> bool:
-    """Whether a column for images has one. Of images in other columns nothing is known here: training warns of them."""
+    """Return whether an image column holds an image.
+
+    Images in other columns can't be recognized here; training warns of them.
+    """
     media = [row[name] for name in ("images", "image") if name in row] if isinstance(row, Mapping) else []
     return any(value is not None and not (isinstance(value, Sequence) and len(value) == 0) for value in media)
 
 
 def _text_of(content: Any) -> str:
-    """A message's words, with a space where an image or video stands."""
+    """Return a message's words, with a space in place of each image or video."""
     if content is None or isinstance(content, str):
         return (content or "").strip()
     words = "".join((part.get("text") or "") if part["type"] == "text" else "\0" for part in content)

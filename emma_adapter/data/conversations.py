@@ -1,9 +1,9 @@
-"""Conversations with images in the forms that datasets come in, checked and brought into one.
+"""Conversations with images, in the formats that datasets have, checked and brought into one form.
 
-- of chat templates: ``{"messages": [{"role": "user", "content": "…" or parts}, …], "images": […]}``, where parts may
-  name images themselves, ``{"type": "image", "path": …}``, also as OpenAI has it, ``{"type": "image_url", …}``;
-- LLaVA's own: ``{"conversations": [{"from": "human", "value": "<image>\\n…"}, …], "image": …}``;
-- of single questions: ``{"image": …, "question": "…", "answer": "…"}``;
+- chat templates': ``{"messages": [{"role": "user", "content": "…" or parts}, …], "images": […]}``, where parts may
+  name images themselves, ``{"type": "image", "path": …}``, or as in OpenAI's, ``{"type": "image_url", …}``;
+- LLaVA's: ``{"conversations": [{"from": "human", "value": "<image>\\n…"}, …], "image": …}``;
+- single questions: ``{"image": …, "question": "…", "answer": "…"}``;
 - ms-swift's ``{"query": "…", "response": "…", "history": [[query, response], …], "system": "…", "images": […]}``;
 - TRL's ``{"prompt": …, "completion": …, "images": […]}``, texts or messages.
 """
@@ -22,7 +22,7 @@ from .images import as_data_url, shortened
 #: to be learned.
 Message = dict[str, Any]
 
-#: What a row may say, and show; one of the first is needed.
+#: Columns of what is said in a row and of what it shows; one of ``TALK`` is needed.
 TALK = ("messages", "conversations", "question", "query", "prompt")
 SAID = (*TALK, "answer", "response", "history", "system", "completion")
 SHOWN = ("images", "image")
@@ -34,7 +34,7 @@ _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "ass
 _ROLES["developer"] = "system"
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _IMAGE_PARTS = ("image", "image_url", "input_image")
-#: Where a part names its image.
+#: Keys by which a part names its image.
 _SOURCES = ("image", "path", "url", "image_url", "base64")
 _CONTENT = 'a text, or a list of {"type": "text", "text": "…"} and {"type": "image"}'
 _FORM = '{"images": ["PATH"], "messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}'
@@ -42,16 +42,17 @@ _FORM = '{"images": ["PATH"], "messages": [{"role": "user", "content": "…"}, {
 
 @dataclass(frozen=True)
 class Conversation:
-    """A row as every command takes it."""
+    """A row in the form that every command takes."""
 
     messages: list[Message]
-    #: What :func:`~emma_adapter.data.images.open_image` takes, in the order in which they are shown.
+    #: As :func:`~emma_adapter.data.images.open_image` takes them, in the order in which they are shown.
     images: list[Any]
 
 
 def read_conversation(row: Mapping[str, Any], where: str, *, answered: bool = True) -> Conversation:
-    """Return the conversation of a row with every image at its place: where a part or ``<image>`` in a text says, or,
-    if none does, before the first user's text.
+    """Return the conversation of a row with every image in its place.
+
+    An image's place is where a part or ``<image>`` in a text says, or, if none does, before the first text of the user.
 
     Args:
         row: as in the data.
@@ -65,18 +66,18 @@ def read_conversation(row: Mapping[str, Any], where: str, *, answered: bool = Tr
     for column, kind in _OTHER_MEDIA.items():
         if row.get(column):
             raise DataError(_unsupported(kind, where))
-    named = named_images(row, where)
+    row_images = named_images(row, where)
     messages: list[Message] = []
-    shown: list[Any] = []
+    shown_sources: list[Any] = []
     for number, turn in enumerate(_turns(row, where), 1):
         message, sources = _message(turn, f"{where}, turn {number}")
         messages.append(message)
-        shown += sources
+        shown_sources += sources
     _check_order(messages, where, answered=answered)
-    if not shown:
+    if not shown_sources:
         first = next(message for message in messages if message["role"] == "user")
-        first["content"] = [{"type": "image"}] * len(named) + first["content"]
-    images = _matched(shown, named, where) if shown else named
+        first["content"] = [{"type": "image"}] * len(row_images) + first["content"]
+    images = _matched(shown_sources, row_images, where) if shown_sources else row_images
     _check_questions(messages, where)
     return Conversation(messages, images)
 
@@ -86,7 +87,7 @@ def count_images(messages: list[Message]) -> int:
 
 
 def trainable_turns(messages: list[Message]) -> list[int]:
-    """Positions of the answers that can teach an adapter something: those before which an image was shown."""
+    """Return the positions of answers that an adapter can learn from: those before which an image was shown."""
     return [
         number
         for number, message in enumerate(messages)
@@ -100,8 +101,8 @@ def named_images(row: Mapping[str, Any], where: str) -> list[Any]:
     Raises:
         DataError: if two columns name different ones.
     """
-    given = [row[column] for column in SHOWN if row.get(column) is not None]
-    lists = [list(one) if isinstance(one, (list, tuple)) else [one] for one in given]
+    values = [row[column] for column in SHOWN if row.get(column) is not None]
+    lists = [list(value) if isinstance(value, (list, tuple)) else [value] for value in values]
     if len(lists) == 2 and lists[0] != lists[1]:
         raise DataError(f'{where}: "images" and "image" name different images: leave one of them out')
     return lists[0] if lists else []
@@ -117,29 +118,30 @@ def check_characters(text: str, where: str) -> None:
         raise DataError(f"{where}: the text holds half a character (a lone surrogate): repair its encoding")
 
 
-def _matched(shown: list[Any], named: list[Any], where: str) -> list[Any]:
-    """The images of the parts and placeholders, which name them, or are a row's images in turn or by number."""
-    own = [source for source in shown if source is not None]
-    if own and all(isinstance(source, _Number) for source in shown):
-        if sorted({source.place for source in shown}) == list(range(len(named))):
-            return [named[source.place] for source in shown]
-    elif len(own) == len(shown) and (not named or named == shown):
-        return shown
-    elif not own and len(named) == len(shown):
-        return named
-    elif own and len(own) == len(shown):
+def _matched(shown_sources: list[Any], row_images: list[Any], where: str) -> list[Any]:
+    """Return the images that parts and placeholders show: those they name, or the row's, in turn or by number."""
+    named_sources = [source for source in shown_sources if source is not None]
+    if named_sources and all(isinstance(source, _Number) for source in shown_sources):
+        if sorted({source.place for source in shown_sources}) == list(range(len(row_images))):
+            return [row_images[source.place] for source in shown_sources]
+    elif len(named_sources) == len(shown_sources) and (not row_images or row_images == shown_sources):
+        return shown_sources
+    elif not named_sources and len(row_images) == len(shown_sources):
+        return row_images
+    elif named_sources and len(named_sources) == len(shown_sources):
         raise DataError(
-            f'{where}: the turns name {len(own)} image(s) and "images" names {len(named)} others: leave one of them out'
+            f'{where}: the turns name {len(named_sources)} image(s) and "images" names {len(row_images)} others: leave '
+            "one of them out"
         )
     raise DataError(
-        f'{where}: the turns show {len(shown)} image(s) and the row names {len(named)}: name one in "images" for each '
-        f'{_PLACEHOLDER} or part {{"type": "image"}}, or all of them in the parts'
+        f"{where}: the turns show {len(shown_sources)} image(s) and the row names {len(row_images)}: name one in "
+        f'"images" for each {_PLACEHOLDER} or part {{"type": "image"}}, or all of them in the parts'
     )
 
 
 @dataclass(frozen=True)
 class _Number:
-    """A part's ``index`` of an image of the row."""
+    """The ``index`` by which a part refers to an image of the row."""
 
     place: int
 
@@ -149,65 +151,65 @@ def _turns(row: Mapping[str, Any], where: str) -> list[Any]:
     if turns is None:
         turns = row.get("conversations")
     if turns is None and row.get("question") is not None:
-        turns = _said(row["question"], row.get("answer"))
+        turns = _exchange(row["question"], row.get("answer"))
     if turns is None and row.get("query") is not None:
         earlier = row.get("history") or []
         if not isinstance(earlier, list) or not all(
-            isinstance(one, (list, tuple)) and len(one) == 2 for one in earlier
+            isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in earlier
         ):
             raise DataError(f'{where}: "history" must be a list of pairs, [query, response]')
-        turns = [turn for one in earlier for turn in _said(*one)] + _said(row["query"], row.get("response"))
+        turns = [turn for pair in earlier for turn in _exchange(*pair)] + _exchange(row["query"], row.get("response"))
     if turns is None and row.get("prompt") is not None:
         prompt, completion = row["prompt"], row.get("completion")
-        turns = prompt if isinstance(prompt, list) else _said(prompt, None)
+        turns = prompt if isinstance(prompt, list) else _exchange(prompt, None)
         if isinstance(turns, list) and completion is not None:
-            turns = [*turns, *(completion if isinstance(completion, list) else _said(None, completion))]
+            turns = [*turns, *(completion if isinstance(completion, list) else _exchange(None, completion))]
     if not isinstance(turns, list) or not turns:
         raise DataError(f"{where}: there are no messages; a row looks like {_FORM}")
     return [{"role": "system", "content": row["system"]}, *turns] if row.get("system") else turns
 
 
-def _said(question: Any, answer: Any) -> list[Any]:
+def _exchange(question: Any, answer: Any) -> list[Any]:
     turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     return [turn for turn in turns if turn["content"] is not None]
 
 
 def _message(turn: Any, where: str) -> tuple[Message, list[Any]]:
-    """A message, and the images of its parts: what they name, None where they name nothing."""
+    """Return a message, and the images that its parts name; None for each part that names none."""
     if not isinstance(turn, Mapping):
         raise DataError(f"{where} is no message but {shortened(turn)}; a row looks like {_FORM}")
-    said = turn.get("role", turn.get("from"))
-    role = _ROLES.get(said) if isinstance(said, str) else None
+    speaker = turn.get("role", turn.get("from"))
+    role = _ROLES.get(speaker) if isinstance(speaker, str) else None
     if role is None:
-        raise DataError(f"{where}: the role is {shortened(said)}; it must be one of {', '.join(_ROLES)}")
+        raise DataError(f"{where}: the role is {shortened(speaker)}; it must be one of {', '.join(_ROLES)}")
     content = turn.get("content", turn.get("value"))
-    given = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    if not isinstance(given, list):
+    items = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    if not isinstance(items, list):
         raise DataError(f"{where}: the content is {shortened(content)}; it must be {_CONTENT}")
     parts: list[dict[str, str]] = []
     sources: list[Any] = []
-    for item in given:
-        made, source = _parts(item, where)
-        parts += made
-        sources += [source] * sum(part["type"] == "image" for part in made)
+    for item in items:
+        item_parts, source = _parts(item, where)
+        parts += item_parts
+        sources += [source] * sum(part["type"] == "image" for part in item_parts)
     if role != "user" and sources:
         raise DataError(f"{where}: an image in a turn of the {role}; only users show images")
     if role == "assistant" and not any(part["text"].strip() for part in parts):
         raise DataError(f"{where}: the answer is empty: leave the turn out, or write what the model should say")
-    # As OpenAI and ms-swift mark an answer that is context, and not to be learned.
+    # OpenAI and ms-swift mark an answer in this way if it is context, and not to be learned.
     unlearned = role == "assistant" and (turn.get("weight") == 0 or turn.get("loss") is False)
     return {"role": role, "content": parts, **({"weight": 0} if unlearned else {})}, sources
 
 
 def _parts(item: Any, where: str) -> tuple[list[dict[str, str]], Any]:
-    """The parts that an item of a content stands for, and the image that it names."""
+    """Return the parts that an item of a content stands for, and the image that it names."""
     item = {"type": "text", "text": item} if isinstance(item, str) else item
     kind = item.get("type") if isinstance(item, Mapping) else None
     if kind in _IMAGE_PARTS:
         return [{"type": "image"}], _source(item, where)
-    for other in ("video", "audio"):
-        if isinstance(kind, str) and other in kind:
-            raise DataError(_unsupported({"video": "video", "audio": "sound"}[other], where))
+    for medium in ("video", "audio"):
+        if isinstance(kind, str) and medium in kind:
+            raise DataError(_unsupported({"video": "video", "audio": "sound"}[medium], where))
     text = item.get("text") if kind in _TEXT_PARTS else None
     if not isinstance(text, str):
         raise DataError(f"{where}: a part of the content is {shortened(item)}; the content must be {_CONTENT}")
@@ -220,11 +222,11 @@ def _parts(item: Any, where: str) -> tuple[list[dict[str, str]], Any]:
 
 
 def _source(part: Mapping[str, Any], where: str) -> Any:
-    """What a part names as its image; None if nothing."""
-    given = {name: part[name] for name in _SOURCES if part.get(name) is not None}
-    if len(given) > 1:
-        raise DataError(f"{where}: a part names its image {len(given)} times, as {', '.join(given)}: leave one")
-    for name, value in given.items():
+    """Return the image that a part names; None if it names none."""
+    sources = {name: part[name] for name in _SOURCES if part.get(name) is not None}
+    if len(sources) > 1:
+        raise DataError(f"{where}: a part names its image {len(sources)} times, as {', '.join(sources)}: leave one")
+    for name, value in sources.items():
         # OpenAI's {"image_url": {"url": …, "detail": …}}.
         source = value["url"] if isinstance(value, Mapping) and "url" in value else value
         return as_data_url(source) if name == "base64" and isinstance(source, str) else source
@@ -240,7 +242,7 @@ def _unsupported(kind: str, where: str) -> str:
 
 
 def _text(text: str, *, stripped: bool) -> dict[str, str]:
-    # The line break beside a placeholder is the chat template's to write.
+    # The chat template itself writes the line break beside a placeholder.
     return {"type": "text", "text": text.strip() if stripped else text}
 
 
@@ -256,12 +258,12 @@ def _check_order(messages: list[Message], where: str, *, answered: bool) -> None
 
 
 def _check_questions(messages: list[Message], where: str) -> None:
-    """Check that the user asks something each time; several turns in a row are one question."""
+    """Check that the user asks something each time; consecutive turns are one question."""
     number = 0
     for role, turns in groupby(messages, key=lambda message: message["role"]):
-        own = list(turns)
-        number += len(own)
-        if role == "user" and not any(part.get("text", "").strip() for turn in own for part in turn["content"]):
+        group = list(turns)
+        number += len(group)
+        if role == "user" and not any(part.get("text", "").strip() for turn in group for part in turn["content"]):
             raise DataError(
                 f"{where}, turn {number}: the question is empty: write what is asked, or leave it and its answer out"
             )

@@ -1,4 +1,4 @@
-"""Rows of prompts and pictures, from which a model learns to draw and to edit, or which it draws."""
+"""Rows of prompts and pictures, which a model learns to draw and edit from, or is to draw."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Drawings:
 
     Args:
         table: the rows.
-        learned: whether each must have a target, as for training.
+        learned: whether each row must have a target, as training needs.
     """
 
     def __init__(self, table: Table, *, learned: bool = True) -> None:
@@ -44,8 +44,8 @@ class Drawings:
         """
         prompt, target, references = self._read(number)
         images = [self._table.open_image(number, source) for source in references]
-        wanted = None if target is None else self._table.open_image(number, target)
-        return {"prompt": prompt, "image": images, "target": wanted}
+        target_image = None if target is None else self._table.open_image(number, target)
+        return {"prompt": prompt, "image": images, "target": target_image}
 
     def check(
         self, name: str, processor: Any, compression: int, *, resized: bool, mixed: bool, progress: bool = False
@@ -53,16 +53,16 @@ class Drawings:
         """Check every row and every picture.
 
         Args:
-            name: of the data, for messages.
+            name: the data's name, for messages.
             processor: the model's.
             compression: the autoencoder's, of which the sides of targets must be multiples unless they are resized.
             resized: whether targets are resized to one size.
-            mixed: whether they may have several sizes otherwise.
-            progress: show how far it is.
+            mixed: whether targets that aren't resized may have different sizes.
+            progress: show a progress bar.
 
         Raises:
             DataError: naming the first row that can't be used.
-            ShapeError: naming the first row whose target has a size that can't.
+            ShapeError: naming the first row whose target has an unusable size.
         """
         if not len(self):
             raise DataError(f"{name} has no rows: there is nothing to learn from; a row is {_FORM}")
@@ -97,7 +97,7 @@ class Drawings:
         return picture.height, picture.width
 
     def _read(self, number: int) -> tuple[str, Any, list[Any]]:
-        """Prompt, target and reference pictures of a row."""
+        """Return the prompt, target and reference pictures of a row."""
         row, where = self._table.row(number), self._table.where(number)
         if row.get("prompt") is None or (self._learned and row.get("target") is None):
             needed, form = ('"prompt" or "target"', _FORM) if self._learned else ('"prompt"', _DRAWN_FORM)
@@ -110,7 +110,7 @@ class Drawings:
 
 
 def open_drawings(source: str, split: str, image_folder: Path | None, *, learned: bool = True) -> Drawings:
-    """Return the rows of what :func:`~.tables.open_table` opens; unless they are ``learned``, targets may be missing.
+    """Return the rows of a table that :func:`~.tables.open_table` opens; targets may be missing unless ``learned``.
 
     Raises:
         DataError: if there is nothing of this kind.

@@ -1,4 +1,4 @@
-"""From rows to batches: one example for each answer, the conversation before it as its prompt."""
+"""Training examples from rows: one for each answer, with the conversation before it as its prompt."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _IGNORE_INDEX = -100
 class Examples:
     """The examples of one or more sources, and the collator that makes batches of them.
 
-    Labels are the answer alone. It is tokenized together with its prompt, as ``generate`` will meet it: a tokenizer may
-    read the same words differently at the start of a text.
+    Only the answer has labels. It is tokenized together with its prompt, as ``generate`` will meet it: a tokenizer may
+    split the same words differently at the start of a text.
 
     Args:
         processor: the model's processor, with a chat template.
@@ -34,7 +34,7 @@ class Examples:
         self._taken: set[tuple[str, ...]] = set()
 
     def add(self, rows: Rows, name: str, *, progress: bool) -> Any:
-        """Check every row, and list its examples as a ``datasets.Dataset``: where each is found.
+        """Check every row, and return where its examples are, as a ``datasets.Dataset``.
 
         Raises:
             DataError: naming the first row that can't be used.
@@ -49,19 +49,21 @@ class Examples:
                 places += [(len(self._sources), number, turn) for turn in trainable_turns(messages)]
         if not places:
             raise DataError(f"{name} has no answer to a question about an image: there is nothing to learn from")
-        without = len(rows) - len({number for _, number, _ in places})
-        if progress and without:
-            click.echo(f"{without:,} rows of {name} show no image, and are left out: an adapter learns nothing there")
+        num_left_out = len(rows) - len({number for _, number, _ in places})
+        if progress and num_left_out:
+            click.echo(
+                f"{num_left_out:,} rows of {name} show no image, and are left out: an adapter learns nothing there"
+            )
         self._sources.append(rows)
         return Dataset.from_list([{"source": source, "row": row, "turn": turn} for source, row, turn in places])
 
     def __call__(self, examples: list[dict[str, int]]) -> Any:
         import torch
 
-        found = [self._find(**example) for example in examples]
-        texts = [self._prompts.answered(messages) for messages, _ in found]
+        conversations = [self._find(**example) for example in examples]
+        texts = [self._prompts.answered(messages) for messages, _ in conversations]
         batch = self.processor(
-            images=[images for _, images in found],
+            images=[images for _, images in conversations],
             text=[whole for _, whole in texts],
             padding=True,
             padding_side="right",
@@ -80,7 +82,7 @@ class Examples:
         return batch
 
     def _check_template(self, messages: list[Message], where: str) -> None:
-        """That the chat template takes conversations of these roles; each sequence of roles once."""
+        """Check that the chat template takes conversations with these roles; each sequence of roles once."""
         roles = tuple(message["role"] for message in messages)
         if roles in self._taken:
             return
@@ -91,12 +93,12 @@ class Examples:
         self._taken.add(roles)
 
     def _find(self, source: int, row: int, turn: int) -> tuple[list[Message], list[Any]]:
-        """The conversation up to the answer, and the images shown in it."""
+        """Return the conversation up to the answer, and the images shown in it."""
         rows = self._sources[source]
         messages = rows.messages(row)[: turn + 1]
         return messages, rows.images(row)[: count_images(messages)]
 
     def _answer_ids(self, prompt: str, whole: str) -> list[int]:
-        """What follows the prompt; with the token across the border, if there is one."""
+        """Return the tokens after the prompt, including one that crosses the border, if any."""
         before, ids = (self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, whole))
         return list(ids[shared_length(before, ids) :])

@@ -1,4 +1,4 @@
-"""Images as data name or hold them: found, checked, and opened upright in RGB."""
+"""Images that data name or hold: found, checked, and opened upright in RGB."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _VIDEOS = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".mpeg", ".mpg", ".m4v", ".wmv", ".flv")
-#: A JPEG ends with this; some cameras and programs write a little more behind it.
+#: A JPEG ends with this; some cameras and programs write a little more after it.
 _END_OF_JPEG, _AT_THE_END = b"\xff\xd9", 64
 #: Pillow's modes whose pixels are numbers of more than 8 bits.
 _NUMBERS = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
-#: What messages call an image that a row holds itself.
+#: The name in messages of an image that a row itself holds.
 _HELD = "its image"
 
 
 def to_rgb(image: Image) -> Image:
     """Return a PIL image upright and in RGB, its first frame if it is animated.
 
-    Upright is as its EXIF orientation says, as in ``datasets`` and in transformers' ``load_image``; transparency is
-    dropped, as there. Of 16-bit grey the upper eight bits are taken, where Pillow's own conversion makes all but the
+    It is turned as its EXIF orientation says, and transparency is dropped, as by ``datasets`` and by transformers'
+    ``load_image``. Of 16-bit grey the upper eight bits are taken; Pillow's own conversion would make all but the
     darkest pixels white.
 
     Raises:
@@ -61,14 +61,14 @@ def open_image(source: Any, folder: Path, where: str) -> Image:
         where: the row's place, for messages.
 
     Raises:
-        DataError: naming the row and the image, if there is none, or it can't be read.
+        DataError: naming the row and the image, if the image is missing or can't be read.
     """
     with _opened(source, folder, where) as image:
         return to_rgb(image)
 
 
 def check_image(source: Any, folder: Path, where: str) -> None:
-    """Check that an image can be opened and is whole; what needn't be decoded for that isn't.
+    """Check that an image can be opened and is complete, without decoding it where that isn't needed.
 
     Args:
         source: as for :func:`open_image`.
@@ -90,14 +90,14 @@ def check_image(source: Any, folder: Path, where: str) -> None:
 
 def local_file(source: Any, folder: Path) -> Path | None:
     """Return the path of the file that a source names; None if it holds the image itself, or is something else."""
-    named = source.get("path") if isinstance(source, Mapping) and source.get("bytes") is None else source
-    if not isinstance(named, str) or named.startswith("data:"):
+    name = source.get("path") if isinstance(source, Mapping) and source.get("bytes") is None else source
+    if not isinstance(name, str) or name.startswith("data:"):
         return None
-    return Path(unquote(urlsplit(named).path)) if named.startswith("file:") else folder / named
+    return Path(unquote(urlsplit(name).path)) if name.startswith("file:") else folder / name
 
 
 def as_data_url(text: str) -> str:
-    """Return base64 text as a ``data:`` URL; one that it is already as it is."""
+    """Return base64 text as a ``data:`` URL, and a ``data:`` URL unchanged."""
     return text if text.startswith("data:") else f"data:;base64,{text}"
 
 
@@ -115,7 +115,7 @@ def _opened(source: Any, folder: Path, where: str) -> Iterator[Image]:
 
 
 def _file(source: Any, folder: Path, where: str) -> tuple[Path | IO[bytes], str]:
-    """What Pillow opens, and how messages call it."""
+    """Return what Pillow is to open, and its name in messages."""
     content = source.get("bytes") if isinstance(source, Mapping) else source
     if isinstance(content, str) and content.startswith("data:"):
         content = _decoded(content, where)
@@ -126,17 +126,17 @@ def _file(source: Any, folder: Path, where: str) -> tuple[Path | IO[bytes], str]
         raise DataError(
             f"{where}: an image is {shortened(source)}; images must be file names, or data: URLs that hold one"
         )
-    # Unlike Path's, these take any text.
+    # Unlike Path's methods, these take any text.
     if os.path.isdir(path):
         raise DataError(f"{where}: the image {path} is a folder: name a file in it")
     if not os.path.isfile(path):
-        named = str(source.get("path") if isinstance(source, Mapping) else source)
-        if "://" in named and not named.startswith("file:"):
+        name = str(source.get("path") if isinstance(source, Mapping) else source)
+        if "://" in name and not name.startswith("file:"):
             raise DataError(
-                f"{where}: the image {shortened(named)} is on the web, from where nothing is downloaded: save it as a "
+                f"{where}: the image {shortened(name)} is on the web, from where nothing is downloaded: save it as a "
                 "file, and name that"
             )
-        # The end of a path says the most.
+        # The end of a path is what helps most to find it.
         raise DataError(f"{where}: there is no image {str(path)[-300:]}; give its folder with --images")
     return path, str(path)
 
@@ -152,7 +152,7 @@ def _decoded(url: str, where: str) -> bytes:
 
 
 def _is_whole(image: Any) -> bool:
-    """Whether a file's own marks say that nothing is missing; if they don't, it may still be."""
+    """Return whether a file's own marks show that it is complete; without them it may still be."""
     if image.mode in _NUMBERS:
         return False
     if image.format in ("JPEG", "MPO"):
@@ -162,7 +162,7 @@ def _is_whole(image: Any) -> bool:
     if image.format == "PNG":
         try:
             image.verify()
-        except Exception:  # noqa: BLE001 - then decoding it says what is wrong
+        except Exception:  # noqa: BLE001 - decoding it will tell what is wrong
             return False
         return True
     return False
@@ -174,29 +174,29 @@ def _explained(name: str, where: str) -> Iterator[None]:
         yield
     except DataError as error:
         raise DataError(f"{where}: {name} can't be used: {error}") from error
-    except Exception as error:  # Pillow's readers raise anything on damaged files
+    except Exception as error:  # Pillow's readers raise all kinds of errors on damaged files
         reason, remedy = _explanation(error, name)
         raise DataError(f"{where}: {name} can't be read as an image ({reason}): {remedy}") from error
 
 
 def _explanation(error: Exception, name: str) -> tuple[str, str]:
-    """What is wrong, and the remedy."""
+    """Return what is wrong, and the remedy."""
     from PIL import Image, UnidentifiedImageError
 
-    said = (str(error) or type(error).__name__).split("\n", 1)[0]
+    reason = (str(error) or type(error).__name__).split("\n", 1)[0]
     if isinstance(error, Image.DecompressionBombError):
-        return said, "make it smaller; how large an image may be is PIL.Image.MAX_IMAGE_PIXELS"
+        return reason, "make it smaller; how large an image may be is PIL.Image.MAX_IMAGE_PIXELS"
     if isinstance(error, UnidentifiedImageError):
         if name.lower().endswith(_VIDEOS):
             return "it is a video", "name frames of it as images; videos are not read"
         if name != _HELD and os.path.getsize(name) == 0:
-            said = "the file is empty"
+            reason = "the file is empty"
         else:
             return "it is in no format that Pillow knows", "save it as PNG or JPEG, or leave the row out"
-    return said, "download or copy it again, or leave the row out"
+    return reason, "download or copy it again, or leave the row out"
 
 
 def shortened(value: Any) -> str:
-    """Return a value as a message names it, in at most 60 characters."""
+    """Return a value as messages show it, cut off after 60 characters."""
     text = repr(value) if not isinstance(value, (list, Mapping)) else f"a {type(value).__name__}"
     return text if len(text) <= 60 else f"{text[:60]}…"

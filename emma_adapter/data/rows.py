@@ -9,14 +9,14 @@ from ..errors import DataError
 from .conversations import MEDIA, SAID, SHOWN, TALK, Conversation, Message, read_conversation
 from .tables import DatasetTable, Table, open_table
 
-#: What the rows of a folder of images are read from.
+#: Files that hold the rows of a folder of images.
 _IN_A_FOLDER = ("questions.jsonl", "questions.json")
 #: Columns that say what a row is about.
 _LABELS = ("attribute", "pair")
 
 
 class Rows:
-    """The conversations of a table, read when they are wanted."""
+    """The conversations of a table, read on demand."""
 
     def __init__(self, table: Table) -> None:
         self._table = table
@@ -29,18 +29,18 @@ class Rows:
         return self._table.where(number)
 
     def messages(self, number: int, *, answered: bool = True) -> list[Message]:
-        """Return what is said in a row, with a part ``{"type": "image"}`` for each image.
+        """Return the messages of a row, with a part ``{"type": "image"}`` for each image.
 
         Raises:
-            DataError: naming the row and what is wrong with it, as that it has no answer unless ``answered`` is False.
+            DataError: naming the row and what is wrong with it, such as a missing answer if ``answered``.
         """
         return self._conversation(number, answered).messages
 
     def label(self, number: int, name: str) -> str | None:
-        """Return what a row says in a column of its own; None if it says nothing.
+        """Return the text in a row's column called ``name``; None if there is none.
 
         Raises:
-            DataError: if it is no text or number.
+            DataError: if it is neither a text nor a number.
         """
         value = self._table.row(number).get(name)
         if value is not None and (not isinstance(value, (str, int, float)) or isinstance(value, bool)):
@@ -59,7 +59,7 @@ class Rows:
         return [self._table.open_image(number, source) for source in conversation.images]
 
     def check(self, number: int, *, answered: bool = True) -> list[Message]:
-        """Check a row and its images, each file once, and return what is said in it.
+        """Check a row and its images, each file once, and return its messages.
 
         Raises:
             DataError: as :meth:`messages` and :meth:`images`.
@@ -74,7 +74,7 @@ class Rows:
 
 
 def open_rows(source: str, split: str, image_folder: Path | None) -> Rows:
-    """Return the rows of what :func:`~.tables.open_table` opens, or of a folder that holds a file called ``questions``.
+    """Return the rows of a table that :func:`~.tables.open_table` opens, or of a folder with a file of questions.
 
     Raises:
         DataError: if there is nothing of this kind, or a dataset lacks the columns.
@@ -97,6 +97,6 @@ def _check_columns(table: DatasetTable) -> None:
 
 
 def _names_images(features: Any, talk: list[str]) -> bool:
-    """Whether the messages may name images themselves, or hold them."""
+    """Return whether the messages may name or hold images themselves."""
     stored = " ".join(str(features[name]) for name in talk)
     return any(word in stored for word in ("image", "url", "path", "base64", "Json"))

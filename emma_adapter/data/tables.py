@@ -13,10 +13,10 @@ from .images import check_image, local_file, open_image
 
 
 class Table(ABC):
-    """Rows that are read when they are wanted.
+    """Rows that are read on demand.
 
     Args:
-        folder: what the names of images are relative to.
+        folder: that the names of images are relative to.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -43,7 +43,7 @@ class Table(ABC):
         return open_image(source, self.folder, self.where(number))
 
     def check_image(self, number: int, source: Any) -> None:
-        """Check that an image of a row can be opened and is whole, each file once.
+        """Check that an image of a row can be opened and is complete; each file is checked once.
 
         Raises:
             DataError: as :meth:`open_image`.
@@ -56,14 +56,13 @@ class Table(ABC):
 
 
 def open_table(source: str, split: str, image_folder: Path | None, columns: Collection[str]) -> Table:
-    """Return the rows of a ``.jsonl`` or ``.json`` file, of a folder that ``Dataset.save_to_disk`` wrote, or of a
-    dataset on the hub.
+    """Return the rows of a JSON file or a dataset.
 
     Args:
-        source: which.
+        source: a ``.jsonl`` or ``.json`` file, a folder that ``Dataset.save_to_disk`` wrote, or a dataset on the hub.
         split: of a dataset.
-        image_folder: what the names of images are relative to; default: the file's folder.
-        columns: those of a dataset that are read.
+        image_folder: that the names of images are relative to; default: the file's folder.
+        columns: of a dataset; others are not read.
 
     Raises:
         DataError: if there is nothing of this kind.
@@ -74,7 +73,7 @@ def open_table(source: str, split: str, image_folder: Path | None, columns: Coll
 
 
 class FileTable(Table):
-    """A row a line (``.jsonl``), or one list of rows (``.json``, as LLaVA's data); images are files beside it."""
+    """A file with a row on each line (``.jsonl``) or one list of rows (``.json``, as LLaVA's); images are files."""
 
     def __init__(self, path: Path, image_folder: Path | None) -> None:
         super().__init__(path.parent if image_folder is None else image_folder)
@@ -82,7 +81,7 @@ class FileTable(Table):
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise DataError(f"{path} is not UTF-8: {error}") from error
-        # Kept as text, which is a small part of what it takes as objects.
+        # Kept as text, which takes a small part of the memory that the objects would.
         self._rows: list[tuple[str, str]]
         if path.suffix == ".json":
             rows = _parse(text, str(path))
@@ -108,15 +107,15 @@ class FileTable(Table):
 
 
 class DatasetTable(Table):
-    """A dataset. Its images are files by name, or of the feature ``Image``."""
+    """A dataset whose images are names of files, or of the feature ``Image``."""
 
     def __init__(self, source: str, split: str, image_folder: Path, columns: Collection[str]) -> None:
         super().__init__(image_folder)
         self.source = source
-        #: By column, as ``datasets`` has them.
+        #: By column, as in ``datasets``.
         self.features: dict[str, Any] = (dataset := _load_dataset(source, split)).features
         stored = dataset.select_columns([name for name in dataset.column_names if name in columns])
-        # As it is stored, so that what an image is, is decided in one place; mixed content is stored as JSON.
+        # Read as it is stored, so that images are recognized in one place only; mixed content is stored as JSON.
         self._stored = stored.with_format("arrow")
         mixed = [name for name in stored.column_names if "Json(" in str(stored.features[name])]
         self._mixed = stored.select_columns(mixed) if mixed else None
