@@ -1,6 +1,6 @@
-"""The command line: ``emma-adapter``, also ``python -m emma_adapter.cli``. One file a command.
+"""The command line: ``emma-adapter``, or ``python -m emma_adapter.cli``. One file for each command.
 
-Commands import what they need when they run: ``--help`` waits for nothing.
+Commands import what they need only when they run, so that ``--help`` is fast.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from .info import info
 from .report import report
 
 _BAD_INPUT, _INTERRUPTED = 2, 130
-#: Packages whose ValueErrors are about what a user gives: an argument, or a processor that isn't the model's.
+#: Packages whose ValueErrors are about the user's input: an argument, or a processor that isn't the model's.
 _CHECKS_INPUT = ("transformers", "trl", "accelerate", "torch")
 
 
 class _Program(click.Group):
-    """Says on one line what is wrong with the input; errors of the program itself keep their traceback."""
+    """Reports wrong input on one line; errors of the program itself keep their traceback."""
 
     def main(self, *args: Any, **options: Any) -> Any:
         try:
-            # Not standalone: click would print the usage too, and has other exit codes.
+            # In standalone mode click would print the usage too, and use other exit codes.
             code = super().main(*args, **{**options, "standalone_mode": False})
         except click.Abort:
             code = _INTERRUPTED
@@ -60,7 +60,7 @@ class _Program(click.Group):
 
 
 def _package(error: Exception) -> str:
-    """Whose code raised it."""
+    """Return the name of the package whose code raised an error."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
@@ -84,7 +84,7 @@ def _complain(message: str) -> int:
 @click.group(cls=_Program, no_args_is_help=False, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="emma-adapter")
 def main() -> None:
-    """EMMA for vision-language models: look at adapters, convert them, train them, show what they do; draw and edit."""
+    """Inspect, convert and train EMMA adapters of vision-language models, show what they do, and draw and edit."""
 
 
 for command in (info, convert, finetune, report, diff, draw, edit, evaluate_drawing):

@@ -1,4 +1,4 @@
-"""``emma-adapter convert``: the authors' checkpoint as an adapter folder."""
+"""``emma-adapter convert``: make an adapter folder from the authors' checkpoint."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _TEXT_TOWER = "openai/clip-vit-large-patch14-336"
 @click.option("--model", default=_MODEL, show_default=True, help="A LLaVA, hub id or folder; only its config is read.")
 @click.option("--text-tower", default=_TEXT_TOWER, show_default=True, help="The CLIP that reads instructions.")
 def convert(source: Path, output: Path, model: str, text_tower: str) -> None:
-    """Make an adapter folder of the authors' vision_tower.bin."""
+    """Make an adapter folder from the authors' vision_tower.bin."""
     from ..adapter.patch import patch_model
     from ..alignment.module import EmmaAlignment
     from ..checkpoints.model_card import load_call

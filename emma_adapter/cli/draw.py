@@ -1,4 +1,4 @@
-"""``emma-adapter draw``: pictures from prompts."""
+"""``emma-adapter draw``: draw pictures from prompts."""
 
 from __future__ import annotations
 

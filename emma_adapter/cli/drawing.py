@@ -1,4 +1,4 @@
-"""What ``draw`` and ``edit`` share: their options, the model that draws, and the files."""
+"""Options, model and files that ``draw`` and ``edit`` share."""
 
 from __future__ import annotations
 
@@ -32,12 +32,14 @@ def drawing_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 type=click.Path(path_type=Path),
                 help="A .png file, for one picture, or a folder.",
             ),
-            click.option("--negative-prompt", default="", help="What guidance leads away from."),
-            click.option("--num-images", default=1, show_default=True, type=click.IntRange(1), help="Of each prompt."),
-            click.option("--seed", type=click.IntRange(0, 2**62), help="The first picture's. Default: a random one."),
-            click.option("--steps", default=20, show_default=True, type=click.IntRange(1), help="Of the solver."),
+            click.option("--negative-prompt", default="", help="What guidance moves away from."),
+            click.option("--num-images", default=1, show_default=True, type=click.IntRange(1), help="For each prompt."),
+            click.option("--seed", type=click.IntRange(0, 2**62), help="Seed of the first picture. Default: random."),
+            click.option("--steps", default=20, show_default=True, type=click.IntRange(1), help="Steps of the solver."),
             click.option("--solver", default="euler", show_default=True, type=click.Choice(["euler", "heun"])),
-            click.option("--guidance-scale", default=4.0, show_default=True, type=scale, help="Of the text. 1: none."),
+            click.option(
+                "--guidance-scale", default=4.0, show_default=True, type=scale, help="By the text; 1 is none."
+            ),
             device_option,
             dtype_option,
             trust_option,
@@ -67,7 +69,7 @@ def load_drawing_model(
 
 
 class Drawing:
-    """A model that draws, and where its pictures go."""
+    """A model that draws, and the files that its pictures go to."""
 
     def __init__(
         self,
@@ -84,7 +86,7 @@ class Drawing:
         trust_remote_code: bool,
         **settings: Any,
     ) -> None:
-        # Before minutes of work.
+        # Made first, so that a wrong path fails before minutes of work.
         self._is_file = output.suffix.lower() == ".png"
         (output.parent if self._is_file else output).mkdir(parents=True, exist_ok=True)
         self._unified = load_drawing_model(
@@ -116,9 +118,9 @@ class Drawing:
             **settings,
         ).images
         for seed, picture in zip(seeds, pictures, strict=True):
-            told = {"prompt": prompt, "seed": seed, "steps": steps, **settings, **self._names}
+            metadata = {"prompt": prompt, "seed": seed, "steps": steps, **settings, **self._names}
             path = self._path(seed)
-            picture.save(path, pnginfo=_metadata({**told, "Software": f"emma_adapter {__version__}"}))
+            picture.save(path, pnginfo=_png_text({**metadata, "Software": f"emma_adapter {__version__}"}))
             click.echo(f"Saved to {path}: {prompt}")
 
     def _path(self, seed: int) -> Path:
@@ -129,11 +131,11 @@ class Drawing:
         return self._output.with_stem(f"{self._output.stem}-{seed}")
 
 
-def _metadata(told: dict[str, Any]) -> Any:
+def _png_text(values: dict[str, Any]) -> Any:
     from PIL.PngImagePlugin import PngInfo
 
-    made = PngInfo()
-    for name, value in told.items():
+    text_chunks = PngInfo()
+    for name, value in values.items():
         if value not in (None, ""):
-            made.add_itxt(name, str(value))
-    return made
+            text_chunks.add_itxt(name, str(value))
+    return text_chunks

@@ -1,4 +1,4 @@
-"""``emma-adapter edit``: pictures changed as an instruction says."""
+"""``emma-adapter edit``: change pictures as an instruction says."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from .drawing import Drawing, drawing_options, side
     "images", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path, dir_okay=False), metavar="IMAGE..."
 )
 @drawing_options
-@click.option("--together", is_flag=True, help="One picture of all IMAGEs, instead of one of each.")
+@click.option("--together", is_flag=True, help="One picture from all IMAGEs, instead of one from each.")
 @click.option(
-    "--image-guidance-scale", default=1.5, show_default=True, type=click.FloatRange(0), help="Of the image. 1: none."
+    "--image-guidance-scale", default=1.5, show_default=True, type=click.FloatRange(0), help="By the image; 1 is none."
 )
 @click.option("--height", type=side, help="In pixels. Default: the image's.")
 @click.option("--width", type=side, help="In pixels. Default: the image's.")
@@ -40,5 +40,7 @@ def edit(
 
     opened = [open_image(str(path), Path(), "the command line") for path in images]
     drawing = Drawing(**settings)
-    for number, own in enumerate([opened] if together else [[one] for one in opened]):
-        drawing.draw(number, instruction, own, image_guidance_scale=image_guidance_scale, height=height, width=width)
+    for number, references in enumerate([opened] if together else [[image] for image in opened]):
+        drawing.draw(
+            number, instruction, references, image_guidance_scale=image_guidance_scale, height=height, width=width
+        )

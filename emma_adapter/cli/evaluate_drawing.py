@@ -1,4 +1,4 @@
-"""``emma-adapter evaluate-drawing``: how well a model draws and edits."""
+"""``emma-adapter evaluate-drawing``: measure how well a model draws and edits."""
 
 from __future__ import annotations
 
@@ -24,20 +24,22 @@ _SCALE, _SHARE = click.FloatRange(0), click.FloatRange(0, 1)
 @subfolder_option
 @click.option("--autoencoder", help="A folder or a hub id. Default: the one it was trained with.")
 @images_option
-@click.option("--num-images", default=4, show_default=True, type=click.IntRange(1), help="Of each prompt.")
+@click.option("--num-images", default=4, show_default=True, type=click.IntRange(1), help="For each prompt.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**32 - 1))
-@click.option("--steps", default=20, show_default=True, type=click.IntRange(1), help="Of the solver.")
+@click.option("--steps", default=20, show_default=True, type=click.IntRange(1), help="Steps of the solver.")
 @click.option("--solver", default="euler", show_default=True, type=click.Choice(["euler", "heun"]))
-@click.option("--guidance-scale", default=4.0, show_default=True, type=_SCALE, help="Of the text. 1: none.")
-@click.option("--image-guidance-scale", default=1.5, show_default=True, type=_SCALE, help="Of edits' images. 1: none.")
+@click.option("--guidance-scale", default=4.0, show_default=True, type=_SCALE, help="By the text; 1 is none.")
+@click.option(
+    "--image-guidance-scale", default=1.5, show_default=True, type=_SCALE, help="By an edit's image; 1 is none."
+)
 @click.option("--height", type=side, help="In pixels. Default: 512, or the image's.")
 @click.option("--width", type=side, help="In pixels. Default: 512, or the image's.")
 @click.option("--detector", help="Finds objects: a zero-shot detector, as OWLv2.")
 @click.option("--colours", help="Names their colours: a CLIP model.")
 @click.option("--judge", help="Answers questions and marks edits: a vision-language model.")
 @click.option("--threshold", default=0.3, show_default=True, type=_SHARE, help="Confidence of the detector.")
-@click.option("--counting-threshold", default=0.3, show_default=True, type=_SHARE, help='Of rows tagged "counting".')
-@click.option("--max-overlap", default=0.7, show_default=True, type=_SHARE, help="Of boxes of a class. 1: any.")
+@click.option("--counting-threshold", default=0.3, show_default=True, type=_SHARE, help='For rows tagged "counting".')
+@click.option("--max-overlap", default=0.7, show_default=True, type=_SHARE, help="Of boxes of one class; 1 allows any.")
 @click.option("--real", type=click.Path(exists=True, path_type=Path, file_okay=False), help="Folder of real pictures.")
 @click.option("--features", help="Features for FID and KID: a vision model.")
 @click.option(
@@ -92,26 +94,26 @@ def evaluate_drawing(
         max_overlap=max_overlap,
         **_load(detector, colours, judge, place, dtype, trust_remote_code),
     )
-    left = Counter(task.kind for task in tasks if task.kind != "nothing" and not judges.can_judge(task))
+    unjudged = Counter(task.kind for task in tasks if task.kind != "nothing" and not judges.can_judge(task))
     needed = {"objects": "--detector, and --colours for colours", "questions": "--judge", "edits": "--judge"}
-    for kind, count in left.items():
+    for kind, count in unjudged.items():
         click.echo(f"Not judged: {count} rows of {kind}; that takes {needed[kind]}")
-    made = list(score(tasks, output, folder, judges))
+    scores = list(score(tasks, output, folder, judges))
     summary: dict[str, Any] = {
         "judges": {"detector": detector, "colours": colours, "judge": judge},
         "threshold": threshold,
         "counting_threshold": counting_threshold,
         "max_overlap": max_overlap,
-        "not_judged": dict(left),
+        "not_judged": dict(unjudged),
     }
-    if made:
-        lines = summarise(made)
+    if scores:
+        lines = summarise(scores)
         click.echo(table(lines))
         summary["scores"] = as_json(lines)
-    lines_of_scores = "".join(json.dumps(asdict(one)) + "\n" for one in made).encode()
+    lines_of_scores = "".join(json.dumps(asdict(task_score)) + "\n" for task_score in scores).encode()
     replace_files(output, {"scores.jsonl": lines_of_scores, "summary.json": _encoded(summary)})
     if real is not None and features is not None:
-        # What was judged is saved: this may fail for want of pictures.
+        # The scores are saved first: this fails if there are too few pictures.
         summary["distances"] = _distances(features, place, tasks, output, real, kinds)
         replace_files(output, {"summary.json": _encoded(summary)})
     click.echo(f"Saved to {output / 'summary.json'}")
@@ -122,17 +124,17 @@ def _encoded(summary: dict[str, Any]) -> bytes:
 
 
 def _draw(tasks: Any, output: Path, folder: Path, settings: dict[str, Any], loading: dict[str, Any]) -> None:
-    """Draw what is missing; the model is gone from memory afterwards."""
+    """Draw the missing pictures; the model's memory is free afterwards."""
     from ..evaluation.pictures import begin, draw_missing
 
     count = settings.pop("num_images")
     begin(output, {**settings, "dtype": loading["dtype"]})
-    where = {name: settings.pop(name) for name in ("model", "adapter", "subfolder", "autoencoder")}
+    sources = {name: settings.pop(name) for name in ("model", "adapter", "subfolder", "autoencoder")}
     steps = settings.pop("steps")
-    unified = load_drawing_model(**where, **loading)
+    unified = load_drawing_model(**sources, **loading)
     unified.set_progress_bar_config(disable=True)
-    with click.progressbar(tasks, label="Drawing") as shown:
-        drawn = draw_missing(unified, shown, output, folder, count, num_inference_steps=steps, **settings)
+    with click.progressbar(tasks, label="Drawing") as shown_tasks:
+        drawn = draw_missing(unified, shown_tasks, output, folder, count, num_inference_steps=steps, **settings)
     click.echo(f"Drawn: {drawn} pictures; {len(tasks) * count - drawn} were there")
 
 
@@ -153,10 +155,10 @@ def _distances(features: str, place: Any, tasks: Any, output: Path, real: Path, 
     from ..evaluation.pictures import listed_pictures, pictures_of
 
     drawn = [path for task in tasks for path in pictures_of(task, output)]
-    found = distances(FeatureNetwork(features, place), drawn, listed_pictures(real), kinds)
+    results = distances(FeatureNetwork(features, place), drawn, listed_pictures(real), kinds)
     for kind in kinds:
-        more = f" ± {found['kid_deviation']:.4f} over subsets" if kind == "kid" else ""
+        more = f" ± {results['kid_deviation']:.4f} over subsets" if kind == "kid" else ""
         click.echo(
-            f"{kind.upper()}: {found[kind]:.4f}{more}, {found['drawn']} pictures beside {found['real']} real ones"
+            f"{kind.upper()}: {results[kind]:.4f}{more}, {results['drawn']} pictures beside {results['real']} real ones"
         )
-    return found
+    return results

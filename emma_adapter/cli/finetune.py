@@ -1,4 +1,4 @@
-"""``emma-adapter finetune``: train an adapter, or what draws, and nothing else unless told so."""
+"""``emma-adapter finetune``: train an adapter or a drawing branch, and nothing else unless asked to."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _OF_UNIFIED = ("autoencoder", "rank", "size")
 def _size(context: click.Context, option: click.Parameter, value: str | None) -> tuple[int, int] | None:
     if value is None:
         return None
-    found = re.fullmatch(r"(\d+)(?:x(\d+))?", value)
-    if found is None:
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", value)
+    if match is None:
         raise click.BadParameter(f"{value!r} is no size in pixels, as 512x768 (height x width) or 512.")
-    return int(found[1]), int(found[2] or found[1])
+    return int(match[1]), int(match[2] or match[1])
 
 
 def _rank(context: click.Context, option: click.Parameter, value: str | None) -> Any:
@@ -42,7 +42,7 @@ def _rank(context: click.Context, option: click.Parameter, value: str | None) ->
 @click.option("--model", required=True, help="The base model: a folder or a hub id.")
 @click.option("--data", required=True, help="A .jsonl or .json file, a saved dataset, or one on the hub.")
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="Folder for the adapter.")
-@click.option("--eval-data", help="As --data; the loss on it is told at the end.")
+@click.option("--eval-data", help="As --data; the loss on it is printed at the end.")
 @split_option
 @click.option("--eval-split", default="train", show_default=True, help="Which split of the --eval-data.")
 @images_option
@@ -88,7 +88,7 @@ def finetune(unified: bool, **settings: Any) -> None:
     for name in _OF_ALIGNMENT if unified else _OF_UNIFIED:
         if (value := settings.pop(name)) is not None and value is not False:
             flag = f"--{name.replace('_', '-')}"
-            why = "has no say over what draws: leave it or --unified out" if unified else "needs --unified"
+            why = "has no effect on drawing: leave it or --unified out" if unified else "needs --unified"
             raise click.UsageError(f"{flag} {why}")
     if settings["subfolder"] is not None and settings["adapter"] is None:
         raise click.UsageError("--subfolder says where an adapter is: name its folder or repository with --adapter")

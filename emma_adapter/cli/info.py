@@ -1,4 +1,4 @@
-"""``emma-adapter info``: what an adapter is, or what one would cost a model."""
+"""``emma-adapter info``: show what an adapter is made of, or what one would cost a model."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from .options import subfolder_option, trust_option
 @click.command()
 @click.argument("target", metavar="ADAPTER|MODEL")
 @subfolder_option
-@click.option("--json", "as_json", is_flag=True, help="For machines to read.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @trust_option
 def info(target: str, subfolder: str | None, as_json: bool, trust_remote_code: bool) -> None:
-    """What an adapter is made of, or what one would cost a model.
+    """Show what an adapter is made of, or what one would cost a model.
 
-    A folder or a hub id. Of a model the configuration is read, and no weights.
+    Give a folder or a hub id. Of a model only the configuration is read, no weights.
     """
     folder = _adapter_folder(target, subfolder)
     facts = _model_facts(target, trust_remote_code) if folder is None else _adapter_facts(folder)
@@ -28,7 +28,7 @@ def info(target: str, subfolder: str | None, as_json: bool, trust_remote_code: b
 
 
 def _adapter_folder(target: str, subfolder: str | None) -> Path | None:
-    """The folder that holds the adapter; None if it is a model."""
+    """Return the folder that holds the adapter; None if the target is a model."""
     from ..checkpoints import hub
     from ..checkpoints.format import CONFIG_NAME, MODEL_CONFIG_NAME, SUBFOLDER
     from ..errors import CheckpointError
@@ -39,7 +39,7 @@ def _adapter_folder(target: str, subfolder: str | None) -> Path | None:
     for place in (folder, folder / SUBFOLDER):
         if (place / CONFIG_NAME).is_file():
             return place
-    # Of a model on the hub only the files of an adapter were asked for.
+    # Of a hub repository only adapter files were asked for, so that a missing config of a model tells nothing.
     if subfolder is not None or (Path(target).is_dir() and not (folder / MODEL_CONFIG_NAME).is_file()):
         raise CheckpointError(
             f"{folder} holds neither an adapter ({CONFIG_NAME}) nor a model (config.json): give the folder "
@@ -86,7 +86,7 @@ def _model_facts(source: str, trust_remote_code: bool) -> dict[str, Any]:
     from ..models.loading import model_without_weights
 
     model = model_without_weights(source, trust_remote_code=trust_remote_code)
-    # Before the fusions, each of which may be unsupported on its own.
+    # Checked first, since an unsupported family is an error, and an unsupported fusion isn't.
     find_family(model)
     facts: dict[str, Any] = {
         "kind": "model",
@@ -102,7 +102,7 @@ def _model_facts(source: str, trust_remote_code: bool) -> dict[str, Any]:
         except (ConfigError, UnsupportedModelError) as error:
             adapters[fusion] = str(error)
             continue
-        config, own = adapter.config, adapter.num_parameters()
+        config, num_parameters = adapter.config, adapter.num_parameters()
         unpatch_model(model)
         if not config.aligns_projected:
             facts |= {
@@ -110,7 +110,10 @@ def _model_facts(source: str, trust_remote_code: bool) -> dict[str, Any]:
                 "visual_grid": config.visual_grid,
                 "visual_dim": config.visual_dim,
             }
-        adapters[fusion] = {"parameters": own, "share": own / (own + facts["parameters"])}
+        adapters[fusion] = {
+            "parameters": num_parameters,
+            "share": num_parameters / (num_parameters + facts["parameters"]),
+        }
     return {**facts, "adapters": adapters}
 
 

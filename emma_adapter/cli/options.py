@@ -1,4 +1,4 @@
-"""Options that more than one command has."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 
@@ -8,19 +8,17 @@ from typing import Any
 import click
 
 images_option = click.option(
-    "--images", type=click.Path(path_type=Path), help="Folder of the images. Default: that of the data."
+    "--images", type=click.Path(path_type=Path), help="Folder of the images. Default: the folder of the data."
 )
 split_option = click.option("--split", default="train", show_default=True, help="Which split of a dataset.")
-subfolder_option = click.option(
-    "--subfolder", help="Where the adapter is in its folder or repository, as last-checkpoint."
-)
+subfolder_option = click.option("--subfolder", help="Subfolder that holds the adapter, such as last-checkpoint.")
 device_option = click.option("--device", help="Default: cuda if there is one, else cpu.")
 dtype_option = click.option(
     "--dtype",
     type=click.Choice(["auto", "float32", "bfloat16"]),
     default="auto",
     show_default=True,
-    help="Of the base model; auto is what its weights are saved in.",
+    help="Dtype of the base model; auto is that of its saved weights.",
 )
 trust_option = click.option(
     "--trust-remote-code", is_flag=True, help="Run the code that the model's folder or repository holds."

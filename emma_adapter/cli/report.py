@@ -1,4 +1,4 @@
-"""``emma-adapter report``: what an adapter does, or what a model draws, on one page."""
+"""``emma-adapter report``: show on one page what an adapter does, or what a model draws."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ _OF_UNIFIED = (
     type=click.IntRange(1),
     help="Questions shown with their answers. With --unified: rows that are drawn.",
 )
-@click.option("--limit", default=256, show_default=True, type=click.IntRange(1), help="Read the first so many rows.")
-@click.option("--max-new-tokens", default=32, show_default=True, type=click.IntRange(1), help="Of each answer.")
+@click.option("--limit", default=256, show_default=True, type=click.IntRange(1), help="Read at most this many rows.")
+@click.option("--max-new-tokens", default=32, show_default=True, type=click.IntRange(1), help="Most per answer.")
 @click.option("--batch-size", default=8, show_default=True, type=click.IntRange(1))
 @click.option(
-    "--instruction-encoder", help="Where the adapter's text tower is now, if elsewhere than when it was saved."
+    "--instruction-encoder", help="Where the adapter's text tower is, if it has moved since the adapter was saved."
 )
 @click.option("--unified", is_flag=True, help="Show what a model draws instead.")
 @click.option("--autoencoder", help="With --unified: a folder or a hub id. Default: the one it was trained with.")
@@ -62,27 +62,29 @@ _OF_UNIFIED = (
     default=0,
     show_default=True,
     type=click.IntRange(0, 2**62),
-    help="With --unified: the first row's; each other row's is greater by its place.",
+    help="With --unified: seed of the first row; each further row's is one greater.",
 )
-@click.option("--height", type=side, help="With --unified: in pixels. Default: 512, of edits the picture's.")
+@click.option("--height", type=side, help="With --unified: in pixels. Default: 512, or an edit's image's.")
 @click.option("--width", type=side, help="With --unified: likewise.")
-@click.option("--steps", default=20, show_default=True, type=click.IntRange(1), help="With --unified: of Euler's rule.")
+@click.option(
+    "--steps", default=20, show_default=True, type=click.IntRange(1), help="With --unified: steps of Euler's rule."
+)
 @click.option(
     "--guidance-scale",
     default=4.0,
     show_default=True,
     type=click.FloatRange(0),
-    help="With --unified: of the text. 1: none.",
+    help="With --unified: by the text; 1 is none.",
 )
 @click.option(
     "--image-guidance-scale",
     default=1.5,
     show_default=True,
     type=click.FloatRange(0),
-    help="With --unified: of the image. 1: none.",
+    help="With --unified: by the image; 1 is none.",
 )
 @click.option(
-    "--previews", default=4, show_default=True, type=click.IntRange(0), help="With --unified: steps that are shown."
+    "--previews", default=4, show_default=True, type=click.IntRange(0), help="With --unified: number of steps to show."
 )
 @click.option(
     "--amplification",
@@ -97,23 +99,23 @@ _OF_UNIFIED = (
 def report(unified: bool, output: Path, **settings: Any) -> None:
     """Show what an adapter does, on one HTML page.
 
-    Answers with it and without, maps over the images, what it reads of the instructions, and what the visual tokens
-    tell. A row of the data: {"image": "PATH", "question": "...", "answer": "...", "attribute": "..."}, of which the
-    answer and the attribute (what is asked, in few words) may be missing; or conversations as for finetune.
+    The page has answers with it and without, maps over the images, what it reads of the instructions, and what can be
+    read from the visual tokens. A row of the data: {"image": "PATH", "question": "...", "answer": "...", "attribute":
+    "..."}; the answer and the attribute (what is asked, in few words) may be missing. Or conversations as for finetune.
 
-    With --unified: prompts and the pictures that are drawn, edits beside their images and the difference, the picture
-    on its way, and which vision expert took an image. A row of the data: {"prompt": "...", "image": "PATH", "target":
-    "PATH"}, of which the image to edit and the target may be missing.
+    With --unified: prompts and the pictures that are drawn, edits beside their images and the difference, pictures
+    at intermediate steps, and which vision expert took an image. A row of the data: {"prompt": "...", "image": "PATH",
+    "target": "PATH"}; the image to edit and the target may be missing.
     """
     context = click.get_current_context()
     for name in _OF_ALIGNMENT if unified else _OF_UNIFIED:
         del settings[name]
         if context.get_parameter_source(name) not in (ParameterSource.DEFAULT, ParameterSource.DEFAULT_MAP):
             flag = f"--{name.replace('_', '-')}"
-            why = "has no say over what draws: leave it or --unified out" if unified else "needs --unified"
+            why = "has no effect on drawing: leave it or --unified out" if unified else "needs --unified"
             raise click.UsageError(f"{flag} {why}")
     _require_packages()
-    # Before minutes of work.
+    # Checked before minutes of work.
     if not output.absolute().parent.is_dir():
         raise click.UsageError(
             f"there is no folder {output.parent} to write {output.name} to: make it, or choose another"

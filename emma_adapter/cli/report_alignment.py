@@ -1,4 +1,4 @@
-"""``emma-adapter report``: what an adapter does."""
+"""``emma-adapter report``: show what an adapter does."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def report_alignment(
     dtype: str,
     trust_remote_code: bool,
 ) -> None:
-    """Write the page about an adapter; the arguments are the options of the command."""
+    """Write the page about an adapter; the arguments are the command's options."""
     from ..adapter.loading import load_adapter
     from ..data.rows import open_rows
     from ..models.loading import load_model, load_processor
@@ -46,7 +46,7 @@ def report_alignment(
     handle = load_adapter(
         base, adapter, subfolder=subfolder, processor=processor, instruction_encoder=instruction_encoder
     )
-    found = make_report(
+    report = make_report(
         handle,
         processor,
         _Questions(rows, limit),
@@ -57,12 +57,12 @@ def report_alignment(
         max_new_tokens=max_new_tokens,
         watch=lambda label, items: click.progressbar(items, label=label),
     )
-    output.write_text(render(found), encoding="utf-8")
-    click.echo(f"Saved to {output}: {found.rows - found.imageless:,} questions, {len(found.examples)} of them shown")
+    output.write_text(render(report), encoding="utf-8")
+    click.echo(f"Saved to {output}: {report.rows - report.imageless:,} questions, {len(report.examples)} of them shown")
 
 
 class _Questions(Sequence["Question"]):
-    """The first rows as questions, whose images are opened when they are asked for."""
+    """The first rows as questions, whose images are opened on demand."""
 
     def __init__(self, rows: Rows, limit: int) -> None:
         self._rows = rows
@@ -76,7 +76,7 @@ class _Questions(Sequence["Question"]):
 
         messages = self._rows.messages(number, answered=False)
         last = max(place for place, message in enumerate(messages) if message["role"] == "user")
-        # What comes after the question is the answer, and no part of the prompt.
+        # Messages after the question are the answer, and no part of the prompt.
         replies = [part["text"] for message in messages[last + 1 :] for part in message["content"]]
         return Question(
             messages=messages[: last + 1],

@@ -1,4 +1,4 @@
-"""``emma-adapter report --unified``: what a model draws."""
+"""``emma-adapter report --unified``: show what a model draws."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def report_unified(
     trust_remote_code: bool,
     **settings: Any,
 ) -> None:
-    """Write the page about a model that draws; the arguments are the options of the command."""
+    """Write the page about a model that draws; the arguments are the command's options."""
     from ..data.drawings import open_drawings
     from ..experts.loading import load_vision_experts
     from ..report import make_drawing_report, render
@@ -46,9 +46,9 @@ def report_unified(
     )
     if experts is not None:
         load_vision_experts(unified.model, experts)
-    # There is a bar for all pictures.
+    # One bar for all pictures is shown instead.
     unified.set_progress_bar_config(disable=True)
-    found = make_drawing_report(
+    report = make_drawing_report(
         unified,
         rows,
         model_name=model,
@@ -57,5 +57,5 @@ def report_unified(
         watch=lambda label, items: click.progressbar(items, label=label),
         **settings,
     )
-    output.write_text(render(found), encoding="utf-8")
-    click.echo(f"Saved to {output}: {len(found.drawn):,} of {found.rows:,} rows drawn")
+    output.write_text(render(report), encoding="utf-8")
+    click.echo(f"Saved to {output}: {len(report.drawn):,} of {report.rows:,} rows drawn")

@@ -1,4 +1,4 @@
-"""``emma-adapter finetune``: train an adapter of ``patch_model``, and nothing else unless told so."""
+"""``emma-adapter finetune``: train an adapter of ``patch_model``, and nothing else unless asked to."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import click
 
 from .training import checkpoint_to_resume, train, training_arguments
 
-#: Arguments of TRL's that have no say here, and why.
+#: Arguments of TRL that can't be given, and why.
 _DECIDED_HERE = {
     "max_length": "rows are never cut, since that takes their answers away",
     "packing": "images are not packed",
@@ -46,7 +46,7 @@ def train_alignment(
     trust_remote_code: bool,
     arguments: tuple[str, ...],
 ) -> None:
-    """Train the alignment of a model on conversations, and save it; the arguments are the options of the command.
+    """Train the alignment of a model on conversations, and save it; the arguments are the command's options.
 
     Raises:
         click.UsageError: if they contradict each other.
@@ -74,7 +74,7 @@ def train_alignment(
     from ..models.loading import load_model, load_processor
     from ..models.prompts import stop_ids
 
-    # Not after the training.
+    # Checked before the training rather than after it.
     check_not_foreign(output)
     config = EmmaConfig.moda(**chosen) if fusion == "moda" else EmmaConfig(**chosen)
     processor = load_processor(model, trust_remote_code=trust_remote_code)
@@ -112,7 +112,7 @@ def _settings(arguments: tuple[str, ...], output: Path) -> Any:
         from trl import SFTConfig
     except ImportError as error:
         raise click.UsageError(f'finetune needs more packages: pip install "emma_adapter[train]" ({error})') from error
-    # TRL's learning rate is for whole models.
+    # TRL's default is for whole models.
     settings = training_arguments(SFTConfig, arguments, output, _DECIDED_HERE, learning_rate=1e-3)
     settings.dataset_kwargs = {"skip_prepare_dataset": True}
     return settings
@@ -132,7 +132,7 @@ def _trainer(
 
     optimizer = None
     if projector_lr is not None:
-        # The optimizer that the arguments name, with groups of our own.
+        # The optimizer that the arguments name, with parameter groups of our own.
         kind, options = Trainer.get_optimizer_cls_and_kwargs(settings, handle.model)
         groups = handle.parameter_groups(
             settings.learning_rate, projector_lr=projector_lr, weight_decay=settings.weight_decay

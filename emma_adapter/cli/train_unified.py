@@ -1,4 +1,4 @@
-"""``emma-adapter finetune --unified``: train what draws and edits pictures, and nothing else."""
+"""``emma-adapter finetune --unified``: train the branch that draws and edits pictures, and nothing else."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from ..unified.config import UnifiedConfig
 
 _AUTOENCODER = "mit-han-lab/dc-ae-f32c32-sana-1.0-diffusers"
-#: Of low-rank copies, which start at nothing, and of full ones, which start at the base's weights.
+#: Learning rates of low-rank copies, which start at zero, and of full ones, which start at the base's weights.
 _RATE, _FULL_RATE = 1e-3, 1e-4
-#: Pictures on which mean and deviation of the latents are measured.
+#: Number of pictures on which mean and deviation of the latents are measured.
 _MEASURED = 256
 
 
@@ -39,8 +39,7 @@ def train_unified(
     trust_remote_code: bool,
     arguments: tuple[str, ...],
 ) -> None:
-    """Train the generation branch of a model on prompts and pictures, and save it; the arguments are the options of the
-    command.
+    """Train a model's generation branch on prompts and pictures, and save it; the arguments are the command's options.
 
     Raises:
         click.UsageError: if they contradict each other.
@@ -72,7 +71,7 @@ def train_unified(
     if size is not None:
         check_size(*size, compression)
 
-    # All that can be wrong with the data, before minutes of loading.
+    # All data are checked before minutes of loading.
     processor = load_processor(model, trust_remote_code=trust_remote_code)
     check_processor(processor)
     main_process = settings.process_index == 0
@@ -92,7 +91,7 @@ def train_unified(
     unified.train_only()
     trainer = _trainer(unified, settings, examples, eval_examples, size)
     if start is None:
-        # Where Trainer has put the model.
+        # On the device to which Trainer has moved the model.
         unified.measure_latents(_sample(examples, size, progress=main_process))
     result = train(trainer, resumed_from)
     evaluated = {} if eval_examples is None else trainer.evaluate()
@@ -134,7 +133,7 @@ def _trainer(unified: Any, settings: Any, examples: Any, eval_examples: Any, siz
 
     class _Trainer(Trainer):
         def evaluate(self, *args: Any, **kwargs: Any) -> Any:
-            """With the same noise and times whenever, and without a trace in those of the training."""
+            """Evaluate with the same noise and times every time, without changing those of the training."""
             with torch.random.fork_rng():
                 torch.manual_seed(self.args.seed)
                 return super().evaluate(*args, **kwargs)
@@ -152,7 +151,7 @@ def _trainer(unified: Any, settings: Any, examples: Any, eval_examples: Any, siz
 
 
 def _sample(examples: Drawings, size: tuple[int, int] | None, *, progress: bool) -> Iterator[Any]:
-    """Targets from all over the data, as the training sees them."""
+    """Yield targets from all over the data, as the training sees them."""
     count = min(_MEASURED, len(examples))
     with click.progressbar(range(count), label="Measuring latents", hidden=not progress) as places:
         for place in places:

@@ -1,4 +1,4 @@
-"""What ``finetune`` does whatever it trains: Trainer's arguments, checkpoints to go on from, and the run itself."""
+"""What both kinds of ``finetune`` share: Trainer's arguments, checkpoints to resume from, and the run itself."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import click
 def training_arguments(
     kind: Any, arguments: Sequence[str], output: Path, decided: Mapping[str, str], **defaults: Any
 ) -> Any:
-    """Return what the arguments of a command say.
+    """Return the Trainer arguments that a command was given.
 
     Args:
-        kind: a class of arguments of Trainer's.
-        arguments: those that are no options of the command.
-        output: the command's; checkpoints go into a folder in it.
-        decided: arguments that have no say, and why.
-        defaults: in place of the class's.
+        kind: a class of Trainer arguments.
+        arguments: those that aren't options of the command.
+        output: the command's output folder; checkpoints go into a folder in it.
+        decided: arguments that can't be given, and why.
+        defaults: instead of the class's.
 
     Raises:
         click.UsageError: naming an argument that is unknown, has an impossible value, or is decided here.
@@ -38,16 +38,16 @@ def training_arguments(
             raise click.UsageError(f"--{name} can't be given: {decided[name]}")
     parser = Parser(kind, allow_abbrev=False)
     parser.set_defaults(bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(), **defaults)
-    given = [*arguments, "--output_dir", str(output / "checkpoints")]
+    command_line = [*arguments, "--output_dir", str(output / "checkpoints")]
     try:
         settings, unknown = parser.parse_args_into_dataclasses(
-            given, return_remaining_strings=True, look_for_args_file=False
+            command_line, return_remaining_strings=True, look_for_args_file=False
         )
     except (ValueError, TypeError, ImportError) as error:
         raise click.UsageError(str(error)) from error
     if unknown:
-        known = f"{kind.__module__.split('.')[0]}.{kind.__name__}"
-        raise click.UsageError(f"{unknown[0]} is no argument of finetune, nor of {known}")
+        class_name = f"{kind.__module__.split('.')[0]}.{kind.__name__}"
+        raise click.UsageError(f"{unknown[0]} is no argument of finetune, nor of {class_name}")
     if settings.learning_rate < 0:
         raise click.UsageError(f"--learning_rate {settings.learning_rate} is below 0")
     settings.remove_unused_columns = False
@@ -55,25 +55,25 @@ def training_arguments(
 
 
 def checkpoint_to_resume(settings: Any) -> str | None:
-    """Return the checkpoint that the arguments say to go on from, if any.
+    """Return the checkpoint to resume from, if any.
 
     Raises:
         click.UsageError: if it isn't there.
     """
-    asked: str | None = settings.resume_from_checkpoint
-    if asked is None or asked.lower() == "false":
+    requested: str | None = settings.resume_from_checkpoint
+    if requested is None or requested.lower() == "false":
         return None
-    found = _last_checkpoint(settings) if asked.lower() == "true" else asked
-    if found is None or not Path(found).is_dir():
-        raise click.UsageError(f"there is no checkpoint to resume from at {found or settings.output_dir}")
-    return found
+    checkpoint = _last_checkpoint(settings) if requested.lower() == "true" else requested
+    if checkpoint is None or not Path(checkpoint).is_dir():
+        raise click.UsageError(f"there is no checkpoint to resume from at {checkpoint or settings.output_dir}")
+    return checkpoint
 
 
 def train(trainer: Any, resumed_from: str | None) -> Any:
-    """Run the training; if it is interrupted, tell how to go on.
+    """Run the training; if it is interrupted, print how to resume it.
 
     Raises:
-        click.UsageError: if weights are to be sharded.
+        click.UsageError: if the weights would be sharded.
     """
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise click.UsageError("what is trained is saved whole: launch with data parallelism (DDP)")
@@ -92,9 +92,9 @@ def train(trainer: Any, resumed_from: str | None) -> Any:
 
 
 def _last_checkpoint(settings: Any) -> str | None:
-    """The last one that was written to its end, which is Trainer's state."""
+    """Return the last complete checkpoint; Trainer writes its own state last."""
     from transformers.trainer import TRAINER_STATE_NAME
 
-    found = [file.parent for file in Path(settings.output_dir).glob(f"checkpoint-*/{TRAINER_STATE_NAME}")]
-    numbered = {int(number): folder for folder in found if (number := folder.name.split("-")[1]).isdecimal()}
+    folders = [file.parent for file in Path(settings.output_dir).glob(f"checkpoint-*/{TRAINER_STATE_NAME}")]
+    numbered = {int(number): folder for folder in folders if (number := folder.name.split("-")[1]).isdecimal()}
     return str(numbered[max(numbered)]) if numbered else None

@@ -180,8 +180,8 @@ def test_many_pictures_are_measured_by_a_sample_from_all_over(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--fusion", "linear"], "--fusion has no say over what draws"),
-        (["--projector"], "--projector has no say"),
+        (["--fusion", "linear"], "--fusion has no effect on drawing"),
+        (["--projector"], "--projector has no effect"),
         (["--projector", "--projector-lr", "0"], "--projector"),
         (["--instruction-encoder", "llm"], "--instruction-encoder"),
         (["--size", "65"], "take 64 x 64"),

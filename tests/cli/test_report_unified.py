@@ -70,10 +70,10 @@ def test_it_reads_well(file):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--unified", "--limit", "4"], "--limit has no say over what draws"),
-        (["--unified", "--max-new-tokens", "32"], "--max-new-tokens has no say"),
-        (["--unified", "--batch-size", "8"], "--batch-size has no say"),
-        (["--unified", "--instruction-encoder", "llm"], "--instruction-encoder has no say"),
+        (["--unified", "--limit", "4"], "--limit has no effect on drawing"),
+        (["--unified", "--max-new-tokens", "32"], "--max-new-tokens has no effect"),
+        (["--unified", "--batch-size", "8"], "--batch-size has no effect"),
+        (["--unified", "--instruction-encoder", "llm"], "--instruction-encoder has no effect"),
         (["--steps", "20"], "--steps needs --unified"),
         (["--seed", "0"], "--seed needs --unified"),
         (["--experts", "x"], "--experts needs --unified"),
