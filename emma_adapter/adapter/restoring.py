@@ -35,7 +35,7 @@ def read_for(model: nn.Module, directory: Path, name: str | None = None) -> Save
     if not saved.intact:
         raise CheckpointError(
             f"{saved.source / WEIGHTS_NAME} is damaged: its tensors don't match the checksum they were "
-            "saved with; take another copy"
+            "saved with; download or copy it again"
         )
     check_not_offloaded(model, saved, name)
     return saved

@@ -104,7 +104,9 @@ def _renamed(stored: Mapping[str, Tensor], source: Path) -> Iterator[tuple[str, 
     unknown = []
     for name, tensor in stored.items():
         if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(f"{source}: {plain(name)} holds values that aren't finite floats; take another copy")
+            raise CheckpointError(
+                f"{source}: {plain(name)} holds values that aren't finite floats; download or copy it again"
+            )
         value = tensor.float()
         layer = _LAYER.fullmatch(name)
         part, _, kind = ("", "", "") if layer is None else layer["name"].rpartition(".")
@@ -130,8 +132,10 @@ def _heads_in_config(source: Path) -> int:
         with open_regular(path) as file:
             model_config: Any = parse_json(file.read())
     except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}; take another copy") from error
+        raise CheckpointError(f"{path} is not valid JSON: {error}; download or copy it again") from error
     number = model_config.get("moda_num_heads", 16) if isinstance(model_config, dict) else 16
     if not isinstance(number, int):
-        raise CheckpointError(f"{path}: moda_num_heads should be a number and is {shown(number)}; take another copy")
+        raise CheckpointError(
+            f"{path}: moda_num_heads should be a number and is {shown(number)}; download or copy it again"
+        )
     return number

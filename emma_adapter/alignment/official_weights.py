@@ -89,7 +89,9 @@ def read_official(path: str | PathLike[str]) -> tuple[EmmaConfig, dict[str, Tens
         "fusion.bias": tensors["image_text_infusion.bias"].float(),
     }
     if not all(bool(torch.isfinite(value).all()) for value in state_dict.values()):
-        raise CheckpointError(f"{path} holds values that are NaN, infinite or too large for float32; take another copy")
+        raise CheckpointError(
+            f"{path} holds values that are NaN, infinite or too large for float32; download or copy it again"
+        )
     return config, state_dict
 
 

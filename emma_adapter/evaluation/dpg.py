@@ -34,7 +34,9 @@ def read_dpg(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             columns = set(reader.fieldnames or ())
             lines = [(f"{path}, line {reader.line_num}", line) for line in reader]
         except csv.Error as error:
-            raise DataError(f"{path}, line {reader.line_num} is not valid CSV: {error}; take another copy") from error
+            raise DataError(
+                f"{path}, line {reader.line_num} is not valid CSV: {error}; download or copy it again"
+            ) from error
     if missing := sorted({ITEM, PROMPT, NUMBER, PARENTS, QUESTION} - columns):
         raise DataError(f"{path} has no column {listed(missing)}: a .csv file must be as DPG-Bench's dpg_bench.csv")
     for item, group in groupby(lines, key=lambda placed: placed[1][ITEM]):

@@ -89,5 +89,5 @@ def describe(folder: Path) -> tuple[SavedFolder, VisionExpertsConfig, BinaryIO]:
         config = VisionExpertsConfig.from_dict(saved.written.get("config", {}))
     except (ConfigError, TypeError) as error:
         file.close()
-        raise CheckpointError(f"{saved.config_path}: {error}; take another copy") from error
+        raise CheckpointError(f"{saved.config_path}: {error}; download or copy it again") from error
     return saved, config, file

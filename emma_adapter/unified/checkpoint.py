@@ -130,7 +130,7 @@ def _described(saved: SavedFolder) -> SavedUnified:
     try:
         config = UnifiedConfig.from_dict(saved.written.get("config", {}))
     except (ConfigError, TypeError) as error:
-        raise CheckpointError(f"{saved.config_path}: {error}; take another copy") from error
+        raise CheckpointError(f"{saved.config_path}: {error}; download or copy it again") from error
     autoencoder = saved.written.get("autoencoder")
     autoencoder = autoencoder if isinstance(autoencoder, dict) else {}
     source = autoencoder.get("source")

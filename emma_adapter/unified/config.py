@@ -103,7 +103,7 @@ class UnifiedConfig:
             ConfigError: if a field is unknown or has a value that is not allowed.
         """
         if not isinstance(values, Mapping):
-            raise ConfigError(f"a config must be a JSON object, not {type(values).__name__}: take another copy")
+            raise ConfigError(f"a config must be a JSON object, not {type(values).__name__}: download or copy it again")
         fields = {f.name for f in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - fields, key=repr):
             raise ConfigError(f"unknown config field(s) {listed(unknown)}; known are {sorted(fields)}")

@@ -71,7 +71,7 @@ def rgb(picture: Any) -> Any:
     except (OSError, ValueError, SyntaxError) as error:
         raise DataError(
             f"the picture {shown(getattr(picture, 'filename', '') or picture.size)} can't be read "
-            f"({type(error).__name__}: {plain(str(error), 200)}): take another copy of the file"
+            f"({type(error).__name__}: {plain(str(error), 200)}): download or copy it again of the file"
         ) from error
 
 

@@ -209,5 +209,5 @@ def test_a_source_that_is_not_there_or_empty_is_an_error(tmp_path):
 def test_a_config_that_does_not_tell_its_heads_is_an_error(text, decoder, mask_head, tmp_path):
     written(tmp_path, for_qwen(decoder, mask_head))
     (tmp_path / "config.json").write_text(text)
-    with pytest.raises(CheckpointError, match="take another copy"):
+    with pytest.raises(CheckpointError, match="download or copy it again"):
         EmmaAlignment.from_moda(tmp_path)

@@ -429,7 +429,7 @@ def a_path_for_a_picture(bench: Bench) -> None:
     draw(image="picture.png")
 
 
-@raises(DataError, "unified/pictures.py:rgb", "take another copy of the file")
+@raises(DataError, "unified/pictures.py:rgb", "download or copy it again of the file")
 def a_picture_that_is_cut_off(bench: Bench) -> None:
     file = io.BytesIO()
     PICTURE.save(file, "PNG")

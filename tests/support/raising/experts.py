@@ -172,7 +172,7 @@ def described(bench: Bench, **config: Any) -> None:
     load_vision_experts(tiny.llava(), bench.folder)
 
 
-@raises(CheckpointError, "experts/checkpoint.py:describe", "{error}; take another copy")
+@raises(CheckpointError, "experts/checkpoint.py:describe", "{error}; download or copy it again")
 def experts_with_a_margin_that_is_a_text(bench: Bench) -> None:
     described(bench, margin="wide")
 

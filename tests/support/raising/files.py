@@ -386,7 +386,7 @@ def an_official_file_of_integers(bench: Bench) -> None:
     official(bench, text_projection__bias=torch.ones(8, dtype=torch.long))
 
 
-@raises(CheckpointError, "alignment/official_weights.py:read_official", "; take another copy")
+@raises(CheckpointError, "alignment/official_weights.py:read_official", "; download or copy it again")
 def an_official_file_that_diverged(bench: Bench) -> None:
     official(bench, text_projection__bias=torch.full((8,), float("nan")))
 
