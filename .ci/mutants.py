@@ -56,8 +56,8 @@ MUTANTS = (
     Mutant(
         "any call is the prompt's",
         "emma_adapter/patching/call_plan.py",
-        "return any(torch.equal(asked, part) for part in",
-        "return True or any(torch.equal(asked, part) for part in",
+        "return any(torch.equal(prompt, part) for part in",
+        "return True or any(torch.equal(prompt, part) for part in",
         ("tests/patching/test_families.py", "-k", "assisted or inside_of_generate or modes"),
     ),
     Mutant(

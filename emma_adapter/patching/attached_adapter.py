@@ -1,4 +1,4 @@
-"""One of the adapters of a patched model: what it is, and where its modules are."""
+"""An adapter of a patched model: its name, config and instruction pipeline, and the way to its modules."""
 
 from __future__ import annotations
 
@@ -17,8 +17,11 @@ if TYPE_CHECKING:
 
 
 class AttachedAdapter:
-    """An adapter and its name. Its modules are part of the model, and are looked up there: other tools replace parts of
-    models, and copy them."""
+    """One adapter of a patched model.
+
+    Its modules are part of the model and are looked up there each time, because other tools replace and copy parts of
+    models.
+    """
 
     def __init__(self, state: AdapterState, name: str, config: EmmaConfig, pipeline: InstructionPipeline) -> None:
         self._state = state
@@ -27,21 +30,21 @@ class AttachedAdapter:
         self.pipeline = pipeline
 
     def sites(self) -> dict[str, nn.Module]:
-        """The model's projectors that the adapter sits at, by place."""
+        """Return the model's projectors that the adapter sits at, by place."""
         family = self._state.family
         return sites.places(family, self.config, family.inner(self._state.model))
 
     def alignments(self) -> dict[str, EmmaAlignment]:
-        """The adapter's modules, by place."""
+        """Return the adapter's modules, by place."""
         return {place: sites.alignment_at(projector, self.name) for place, projector in self.sites().items()}
 
     def own_projectors(self) -> dict[str, OwnProjector]:
-        """The projectors that are trained with the adapter, by place; none if it goes through the model's."""
-        found = {place: sites.own_projector_at(projector, self.name) for place, projector in self.sites().items()}
-        return {place: own for place, own in found.items() if own is not None}
+        """Return the projectors trained with the adapter, by place; empty if it goes through the model's."""
+        copies = {place: sites.own_projector_at(projector, self.name) for place, projector in self.sites().items()}
+        return {place: own_projector for place, own_projector in copies.items() if own_projector is not None}
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        """The alignments' parameters, by their name in the adapter."""
+        """Return the alignments' parameters, by name in the adapter."""
         return {
             place + name: parameter
             for place, alignment in self.alignments().items()
@@ -49,19 +52,19 @@ class AttachedAdapter:
         }
 
     def projector_parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters of its own projectors, by place and name in the projector."""
+        """Return the parameters of the adapter's own projectors, by place and name in the projector."""
         return {
             place + name: parameter
-            for place, own in self.own_projectors().items()
-            for name, parameter in own.projector.named_parameters()
+            for place, own_projector in self.own_projectors().items()
+            for name, parameter in own_projector.projector.named_parameters()
         }
 
     def parameters(self) -> list[nn.Parameter]:
-        """All of them, the projectors' too."""
+        """Return all parameters of the adapter, its own projectors' included."""
         return [*self.named_parameters().values(), *self.projector_parameters().values()]
 
     def state_dict(self, *, keep_vars: bool = False) -> dict[str, Tensor]:
-        """The alignments' tensors, by their name in the adapter."""
+        """Return the alignments' tensors, by name in the adapter."""
         return {
             place + name: tensor
             for place, alignment in self.alignments().items()
@@ -69,6 +72,6 @@ class AttachedAdapter:
         }
 
     def requires_grad_(self, trainable: bool) -> None:
-        """Train or freeze all parameters."""
+        """Make all parameters trainable, or freeze them."""
         for parameter in self.parameters():
             parameter.requires_grad_(trainable)

@@ -1,4 +1,4 @@
-"""What is known, in one thread, of the call that it is in; and what was known of calls that backward computes again."""
+"""What a thread knows of the call it is in, and what is remembered of calls that backward may compute again."""
 
 from __future__ import annotations
 
@@ -14,43 +14,43 @@ from .routing import ObservedAlignment, RoutedInstruction, same_route
 
 
 class CallContext:
-    """Fields of the call that the current thread is in."""
+    """What is known of the call that the current thread is in."""
 
     def __init__(self) -> None:
         self.outer: OuterCall | None = None
-        #: What a wrapper was given that puts virtual tokens before the prompt, until the model's call takes it.
+        #: The prompt given to a wrapper that puts virtual tokens before it, until the model's call takes it.
         self.given: GivenPrompt | None = None
         self.plan: CallPlan | Bypass | None = None
-        #: The inner model whose call the plan is of.
+        #: The inner model whose call ``plan`` is for.
         self.caller: nn.Module | None = None
         self.feature_call: FeatureCall | None = None
-        #: The prompt of a running ``generate`` and its instruction.
+        #: The prompt of a running ``generate``, and its plan.
         self.pinned: PinnedPrompt | None = None
-        #: Whether a backward may follow the running call.
+        #: True if a backward may compute the running call again.
         self.may_be_recomputed = False
-        #: Of a call that is computed again for backward: the module it began with, and the scope it was made in.
+        #: While a call is computed again for backward: the module it began with, and the scope it was first made in.
         self.recomputed: tuple[nn.Module, Scope] | None = None
-        #: Of a running projector.
+        #: The instructions that the running projector's input meets.
         self.route: RoutedInstruction | Bypass | None = None
-        #: True until a call without images has its adapter parameters in its graph; see ``without_images``.
+        #: True if the next embedding is to be tied to the adapter's parameters; see ``without_images``.
         self.ties_embeddings = False
         #: True while a ``generate`` without images runs.
         self.generates_without_images = False
-        #: Told what the adapter does to each projector input, while somebody analyses the call.
+        #: Called with what the adapter does to each projector input, while the call is analysed.
         self.observer: Callable[[ObservedAlignment], None] | None = None
 
 
 class Memories:
-    """For recomputation, by the tensor that a part of the model was given."""
+    """What recomputation needs of earlier calls, keyed by the tensor that a part of the model was given."""
 
     def __init__(self) -> None:
-        #: By token ids: the scope of a call.
+        #: The scope of a call, by its token ids.
         self.scopes: RecomputationMemory[Scope] = RecomputationMemory(Scope.means)
-        #: By the token ids that the inner model was given: the plan of the call.
+        #: The plan of a call, by the token ids that the inner model was given.
         self.plans: RecomputationMemory[CallPlan | Bypass] = RecomputationMemory(same_plan)
-        #: By pixels: the plan of the call, or outside of one the scope.
+        #: The plan of a call, or outside of any call the scope, by pixels.
         self.features: RecomputationMemory[CallPlan | Bypass | Scope] = RecomputationMemory(_same_features)
-        #: By visual tokens.
+        #: The instructions that a projector's input meets, by visual tokens.
         self.routes: RecomputationMemory[RoutedInstruction | Bypass] = RecomputationMemory(same_route)
 
 

@@ -1,4 +1,4 @@
-"""One call of a patched model: what it was given, and its plan, the instruction of each row."""
+"""One call of a patched model: the arguments it was given, and its plan, which is the instruction of each row."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from ..models.feature_calls import FeatureCall
 
 @dataclass(frozen=True)
 class OuterCall:
-    """What only the outer model's call tells."""
+    """The arguments that only the outer model is given."""
 
     labels: Tensor | None = None
     assistant_mask: Tensor | None = None
     instruction: Instruction | None = None
     instruction_mask: Tensor | None = None
-    #: False where no gradients were recorded when the call was made.
+    #: True if gradients were recorded when the call was made.
     records_gradients: bool = False
 
 
 @dataclass(frozen=True)
 class GivenPrompt:
-    """The prompt as a wrapper was given it that puts virtual tokens before it, as PEFT's prompt tuning."""
+    """The prompt given to a wrapper that puts virtual tokens before it, such as PEFT's prompt tuning."""
 
     input_ids: Tensor
     attention_mask: Tensor | None
     labels: Tensor | None
 
     def in_place_of(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """The arguments of the call that the wrapper makes, with the prompt as it was."""
+        """Return the arguments of the call that the wrapper makes, with the original prompt."""
         return {**arguments, "input_ids": self.input_ids, "attention_mask": self.attention_mask}
 
     def is_end_of(self, arguments: Mapping[str, Any]) -> bool:
-        """Whether a call's prompt can be this one with virtual tokens before it, or in its cache."""
+        """Return whether a call's prompt can be this one, with the virtual tokens before it or in its cache."""
         ids, embeds = arguments.get("input_ids"), arguments.get("inputs_embeds")
         if isinstance(ids, Tensor):
             return ids.shape == self.input_ids.shape
@@ -48,19 +48,19 @@ class GivenPrompt:
 
 @dataclass(frozen=True)
 class CallPlan:
-    """What the projector's hook needs to know of the call it is in.
+    """The instruction of each row of a call, for the projector's hook.
 
     Its rows are those of the batch, or the samples that are packed in them.
     """
 
-    #: None in a plan that is remembered, which the model itself holds.
+    #: None in a remembered plan, since the model itself holds that one.
     inner: nn.Module | None
     #: Name of the adapter that the instruction is encoded for.
     adapter: str
     instruction: InstructionTokens
-    #: For each modality, placeholder tokens per row ``[B]``.
+    #: For each modality, the number of placeholder tokens in each row, ``[B]``.
     placeholders: Mapping[str, Tensor]
-    #: What the call itself says of its images, where no feature method does.
+    #: The images as the call itself describes them, for models that encode them without a feature method.
     feature_call: FeatureCall
     #: Rows of the call for each row of the instruction: generation repeats rows for beams.
     repeats: int = 1
@@ -71,7 +71,7 @@ class CallPlan:
 
 @dataclass(frozen=True)
 class Bypass:
-    """In the place of a plan or a route: the adapter is disabled."""
+    """Stands in for a plan or a route where the adapter is disabled."""
 
     #: Name of the adapter that was active.
     adapter: str
@@ -79,32 +79,33 @@ class Bypass:
 
 @dataclass(frozen=True)
 class PinnedPrompt:
-    """What a ``generate`` was asked, for the calls of forward that it makes."""
+    """The prompt of a running ``generate`` and its plan, for the calls of forward that it makes."""
 
     plan: CallPlan
     #: ``[B, L]``, without what a cache holds; None if the prompt was given as embeddings.
     input_ids: Tensor | None
 
     def is_prompt_of(self, arguments: Mapping[str, Any]) -> bool:
-        """False if the user calls forward while ``generate`` runs, as from a logits processor, about something else."""
-        ids, own = arguments.get("input_ids"), self.input_ids
-        if ids is None or own is None:
+        """Return False for a call that the user makes about something else meanwhile, as in a logits processor."""
+        ids, pinned_ids = arguments.get("input_ids"), self.input_ids
+        if ids is None or pinned_ids is None:
             return True
-        rows, length = len(own), min(own.shape[1], ids.shape[1])
+        rows, length = len(pinned_ids), min(pinned_ids.shape[1], ids.shape[1])
         if len(ids) % rows:
             return False
-        asked = ids[:: len(ids) // rows, :length].to(own.device)
-        # Its end, if a cache that we weren't shown holds the rest.
-        return any(torch.equal(asked, part) for part in (own[:, :length], own[:, own.shape[1] - length :]))
+        prompt = ids[:: len(ids) // rows, :length].to(pinned_ids.device)
+        # Or the end of the pinned prompt, if a cache that isn't among the arguments holds the rest.
+        parts = (pinned_ids[:, :length], pinned_ids[:, pinned_ids.shape[1] - length :])
+        return any(torch.equal(prompt, part) for part in parts)
 
 
 def same_plan(one: CallPlan | Bypass, other: CallPlan | Bypass) -> bool:
-    """Whether both give every row the same instruction."""
+    """Return whether both give every row the same instruction."""
     if isinstance(one, Bypass) or isinstance(other, Bypass):
         return one == other
     return (
         one.adapter == other.adapter
         and one.repeats == other.repeats
-        and all(torch.equal(found, other.placeholders[modality]) for modality, found in one.placeholders.items())
+        and all(torch.equal(counts, other.placeholders[modality]) for modality, counts in one.placeholders.items())
         and one.instruction.equals(other.instruction)
     )

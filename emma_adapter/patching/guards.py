@@ -1,4 +1,4 @@
-"""Guards: what stands before a few methods of one patched model, as attributes of that instance."""
+"""Guards around a few methods of one patched model, set as attributes of that instance."""
 
 from __future__ import annotations
 
@@ -21,14 +21,16 @@ from .without_images import look_up
 
 
 def guard_generate(model: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Read the instruction from the prompt before ``generate`` starts: it may encode images before any forward,
-    and later calls of forward no longer see the prompt alone."""
+    """Read the instruction from the prompt before ``generate`` starts.
+
+    It may encode images before any forward, and later calls of forward no longer see the prompt alone.
+    """
     state = state_of(model)
-    # What it is given holds no answer, also in the midst of training.
-    own = dataclasses.replace(pop_outer_call(kwargs), records_gradients=False)
+    # A prompt to generate from holds no answer, even in the midst of training.
+    outer = dataclasses.replace(pop_outer_call(kwargs), records_gradients=False)
     arguments = arguments_by_name(original, args, kwargs)
     if state.scope.disabled or arguments.get("generation_mode") not in (None, "text"):
-        # What draws reads the prompt, and others, in calls of forward.
+        # Image generation passes the prompt, among others, to forward, where it is read.
         return original(*args, **kwargs)
     if arguments.get("inputs") is not None:
         arguments["input_ids"] = arguments["inputs"]
@@ -39,14 +41,14 @@ def guard_generate(model: nn.Module, original: Callable[..., Any], *args: Any, *
             return original(*args, **kwargs)
     # A continued conversation: the images of this call belong to what the cache doesn't hold yet.
     cached = cached_length(arguments)
-    plan = plan_call(state, inner, own, arguments, cached=cached)
+    plan = plan_call(state, inner, outer, arguments, cached=cached)
     prompt = arguments.get("input_ids")
     with state.generating(plan, None if prompt is None else prompt[:, cached:]):
         return original(*args, **kwargs)
 
 
 def guard_features(modality: str, inner: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Note which modality is being encoded, and in what sizes."""
+    """Note which modality a feature method encodes, and in which sizes."""
     state = state_of(inner)
     arguments = arguments_by_name(original, args, kwargs)
     # The first parameter, whatever a release of transformers calls it.
@@ -59,7 +61,7 @@ def guard_features(modality: str, inner: nn.Module, original: Callable[..., Any]
 
 
 def _call_of_features(state: AdapterState, inner: nn.Module, pixels: Any) -> AbstractContextManager[None]:
-    """What the call knew that a feature method belongs to, if the method is computed again without it."""
+    """Return a context that restores the plan or scope of a feature method that is computed again outside its call."""
     context, memory = state.context, state.memories.features
     pixels = next(iter(pixels), None) if isinstance(pixels, (list, tuple)) else pixels
     if not isinstance(pixels, Tensor) or context.feature_call is not None:
@@ -71,15 +73,18 @@ def _call_of_features(state: AdapterState, inner: nn.Module, pixels: Any) -> Abs
             plan = context.plan
             memory.remember(pixels, plan.without_model() if isinstance(plan, CallPlan) else plan)
     elif context.plan is None and context.recomputed is None:
-        known = memory.recall(pixels)
-        if known is not None:
-            return state.recomputing(inner, known)
+        remembered = memory.recall(pixels)
+        if remembered is not None:
+            return state.recomputing(inner, remembered)
     return nullcontext()
 
 
 def guard_replication(module: nn.Module, original: Callable[[], nn.Module]) -> nn.Module:
-    """Let a replica, which ``nn.DataParallel`` makes for each device and call, be a patched model of its own: a copied
-    guard would run the methods of the model it was made for, and the replica's thread is in no block of this one."""
+    """Make the replica that ``nn.DataParallel`` runs, one for each device and call, a patched model of its own.
+
+    A copied guard would run the methods of the model it was made for, and the replica's thread is in no block of this
+    one.
+    """
     replica = original()
     for name, value in list(replica.__dict__.items()):
         if isinstance(value, MethodGuard):

@@ -1,6 +1,6 @@
-"""How a call to a patched model is intercepted: hooks on the outer model, the inner model and the projectors.
+"""Hooks that intercept the calls of a patched model: on the outer model, the inner model and the projectors.
 
-Hooks are functions of this module and find everything through the module they run on: a copy or a pickle of a
+Hooks are functions of this module and find everything through the module they run on, so that a copy or a pickle of a
 patched model is patched too, and independent. No class is changed.
 """
 
@@ -40,7 +40,7 @@ def install_call_hooks(model: nn.Module, inner: nn.Module) -> None:
 
 
 def install_prompt_hooks(wrapper: nn.Module) -> None:
-    """On a ``PeftModel`` that puts virtual tokens before the prompt."""
+    """Install hooks on a ``PeftModel`` that puts virtual tokens before the prompt."""
     wrapper.register_forward_pre_hook(before_virtual_tokens, with_kwargs=True)
     wrapper.register_forward_hook(after_virtual_tokens, with_kwargs=True, always_call=True)
 
@@ -64,12 +64,12 @@ def remove_hooks(module: nn.Module) -> None:
 
 
 def before_virtual_tokens(wrapper: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Note the prompt, whose tokens the model may not get, but embeddings that begin with the virtual tokens'."""
+    """Note the prompt, since the model may get embeddings instead, which begin with those of the virtual tokens."""
     arguments = _by_name(wrapper, args, kwargs)
     ids = arguments.get("input_ids")
     if isinstance(ids, Tensor) and ids.ndim == 2 and hasattr(wrapper, STATE_ATTRIBUTE):
-        given = GivenPrompt(ids, arguments.get("attention_mask"), arguments.get("labels"))
-        state_of(wrapper).context.given = given
+        prompt = GivenPrompt(ids, arguments.get("attention_mask"), arguments.get("labels"))
+        state_of(wrapper).context.given = prompt
 
 
 def after_virtual_tokens(wrapper: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -78,12 +78,12 @@ def after_virtual_tokens(wrapper: nn.Module, args: Any, kwargs: Any, output: Any
 
 
 def before_outer(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
-    """Take out of the call what is for the adapter, and note the labels, which the inner model doesn't get."""
+    """Take the adapter's arguments out of the call, and note the labels, which the inner model doesn't get."""
     kwargs = _by_name(model, args, kwargs)
     state = state_of(model)
-    for given, known in state.bridged_arguments.items():
-        if given in kwargs:
-            kwargs.setdefault(known, kwargs.pop(given))
+    for passed_name, taken_name in state.bridged_arguments.items():
+        if passed_name in kwargs:
+            kwargs.setdefault(taken_name, kwargs.pop(passed_name))
     _enter_call(state, model, kwargs)
     state.context.outer = pop_outer_call(kwargs)
     if state.context.may_be_recomputed and (prompt := _prompt_name(kwargs)):
@@ -98,15 +98,15 @@ def after_outer(model: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
 
 
 def before_inner(inner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
-    """Know the instruction of every row before the vision tower runs."""
+    """Determine the instruction of every row before the vision tower runs."""
     kwargs = _by_name(inner, args, kwargs)
-    # Present if the outer model's hooks were passed by, as by wrappers that call forward themselves.
-    own = pop_outer_call(kwargs)
+    # The outer model's hooks have left some if they were bypassed, as by wrappers that call forward themselves.
+    passed_on = pop_outer_call(kwargs)
     state = state_of(inner)
     context = state.context
-    # Taken, not read: after an interrupted call, whose later hooks never ran, it must not be there for the next.
+    # Removed as they are read: an interrupted call, whose later hooks never ran, must leave nothing to the next.
     outer, context.outer = context.outer, None
-    given, context.given = context.given, None
+    given_prompt, context.given = context.given, None
     if outer is None:
         if is_recomputing() and (prompt := _prompt_name(kwargs)):
             plan = state.memories.plans.recall(kwargs[prompt])
@@ -114,12 +114,15 @@ def before_inner(inner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
                 state.resume(inner, plan)
                 return (), kwargs
         _enter_call(state, inner, kwargs)
-        outer = own
-    elif own.instruction is not None:
-        outer = dataclasses.replace(outer, instruction=own.instruction, instruction_mask=own.instruction_mask)
-    told = kwargs
-    if given is not None and given.is_end_of(kwargs):
-        outer, told = dataclasses.replace(outer, labels=given.labels), given.in_place_of(kwargs)
+        outer = passed_on
+    elif passed_on.instruction is not None:
+        outer = dataclasses.replace(
+            outer, instruction=passed_on.instruction, instruction_mask=passed_on.instruction_mask
+        )
+    arguments = kwargs
+    if given_prompt is not None and given_prompt.is_end_of(kwargs):
+        outer = dataclasses.replace(outer, labels=given_prompt.labels)
+        arguments = given_prompt.in_place_of(kwargs)
     context.caller = inner
     disabled = state.scope.disabled
     if not has_pixels(state.family, kwargs):
@@ -131,7 +134,7 @@ def before_inner(inner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     else:
         if inner.training and torch.is_grad_enabled():
             warn_if_left_out(state.model)
-        context.plan = _plan(state, inner, outer, told)
+        context.plan = _plan(state, inner, outer, arguments)
     if context.may_be_recomputed:
         _remember_call(state, context.plan, kwargs)
     return (), kwargs
@@ -152,7 +155,7 @@ def _plan(state: AdapterState, inner: nn.Module, outer: OuterCall, kwargs: dict[
 
 
 def _remember_call(state: AdapterState, plan: CallPlan | Bypass, kwargs: dict[str, Any]) -> None:
-    """For when only a part of this call is computed again."""
+    """Remember the plan, for when only a part of this call is computed again."""
     if prompt := _prompt_name(kwargs):
         remembered = plan.without_model() if isinstance(plan, CallPlan) else plan
         state.memories.plans.remember(kwargs[prompt], remembered)
@@ -163,7 +166,7 @@ def _remember_call(state: AdapterState, plan: CallPlan | Bypass, kwargs: dict[st
 
 
 def _enter_call(state: AdapterState, module: nn.Module, kwargs: dict[str, Any]) -> None:
-    """Of a call that may be computed again, or is: the scope that it is, or was, made in."""
+    """Remember the scope of a call that may be computed again, and recall it where one is."""
     context, prompt = state.context, _prompt_name(kwargs)
     context.recomputed = None
     context.may_be_recomputed = may_be_recomputed(module)
@@ -185,77 +188,79 @@ def _prompt_name(kwargs: dict[str, Any]) -> str | None:
 
 
 def before_projector(projector: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
-    """Replace the projector's input, the visual tokens, by aligned ones."""
+    """Replace the projector's input, the visual tokens, with aligned ones."""
     state = state_of(projector)
     visual_tokens, put_back = first_argument(args, kwargs)
-    route = state.context.route = _route(state, projector, visual_tokens)
-    if isinstance(route, Bypass):
+    routed = state.context.route = _route(state, projector, visual_tokens)
+    if isinstance(routed, Bypass):
         return None
-    config = state.adapters[route.adapter].config
+    config = state.adapters[routed.adapter].config
     if config.aligns_projected or not is_aligned(config, projector):
         return None
-    return put_back(_align(state, projector, route, visual_tokens))
+    return put_back(_align(state, projector, routed, visual_tokens))
 
 
-def _align(state: AdapterState, projector: nn.Module, route: RoutedInstruction, visual_tokens: Tensor) -> Tensor:
+def _align(state: AdapterState, projector: nn.Module, routed: RoutedInstruction, visual_tokens: Tensor) -> Tensor:
     device = execution_device(projector)
     if device is not None:
-        # As accelerate does with the projector's input, but only after this hook.
+        # accelerate does so too, but only after this hook.
         visual_tokens = visual_tokens.to(device)
-    alignment = alignment_at(projector, route.adapter)
+    alignment = alignment_at(projector, routed.adapter)
     if not torch.compiler.is_compiling() and torch.distributed.is_available() and torch.distributed.is_initialized():
         check_wrapped_once_patched(alignment)
-    aligned = route.align(alignment, visual_tokens)
+    aligned = routed.align(alignment, visual_tokens)
     if state.context.observer is not None:
-        _tell_observer(state, projector, route, visual_tokens, aligned)
+        _tell_observer(state, projector, routed, visual_tokens, aligned)
     return aligned
 
 
 def _tell_observer(
-    state: AdapterState, projector: nn.Module, route: RoutedInstruction, visual_tokens: Tensor, aligned: Tensor
+    state: AdapterState, projector: nn.Module, routed: RoutedInstruction, visual_tokens: Tensor, aligned: Tensor
 ) -> None:
     context, family = state.context, state.family
     assert context.observer is not None
     plan = context.plan if isinstance(context.plan, CallPlan) else None
-    running = context.feature_call or (
+    feature_call = context.feature_call or (
         plan.feature_call if plan else FeatureCall.of(family, family.modalities[0], None, {})
     )
     inner = family.inner(state.model)
-    call = projector_call(inner, running, visual_tokens, plan.placeholders[running.modality] if plan else None)
-    context.observer(ObservedAlignment(getattr(projector, PLACE_ATTRIBUTE), route, call, visual_tokens, aligned))
+    placeholders = plan.placeholders[feature_call.modality] if plan else None
+    call = projector_call(inner, feature_call, visual_tokens, placeholders)
+    context.observer(ObservedAlignment(getattr(projector, PLACE_ATTRIBUTE), routed, call, visual_tokens, aligned))
 
 
 def after_projector(projector: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-    """Where the adapter has a projector of its own, replace the output by that one's; and where the adapter aligns what
-    is projected, by aligned tokens.
+    """Replace the output with that of the adapter's own projector, if it has one, and align it if the config says so.
 
     Raises:
-        RoutingError: if the images take other numbers of tokens than their rows were found with, or the output that is
-            to be aligned can't be divided into them.
+        RoutingError: if the images take other numbers of tokens than their rows were determined with, or an output that
+            is to be aligned can't be divided into them.
     """
     state = state_of(projector)
-    route, state.context.route = state.context.route, None
-    if route is None or isinstance(route, Bypass):
+    routed, state.context.route = state.context.route, None
+    if routed is None or isinstance(routed, Bypass):
         return None
-    if route.unchecked_tokens is not None and isinstance(output, Tensor):
-        check_tokens(*route.unchecked_tokens, output)
-    config = state.adapters[route.adapter].config
+    if routed.unchecked_tokens is not None and isinstance(output, Tensor):
+        check_tokens(*routed.unchecked_tokens, output)
+    config = state.adapters[routed.adapter].config
     if not is_aligned(config, projector):
         return None
-    own = own_projector_at(projector, route.adapter)
-    if own is None and not config.aligns_projected:
+    own_projector = own_projector_at(projector, routed.adapter)
+    if own_projector is None and not config.aligns_projected:
         return None
     device = output.device
-    if own is not None:
-        output = _used_by_all(projector, own(*args, **kwargs))
+    if own_projector is not None:
+        output = _used_by_all(projector, own_projector(*args, **kwargs))
     if config.aligns_projected:
-        output = _align(state, projector, route.of_projected(output), output)
+        output = _align(state, projector, routed.of_projected(output), output)
     return output.to(device)
 
 
 def _used_by_all(projector: nn.Module, output: Tensor) -> Tensor:
-    """An output with the trainable parameters of a projector in its graph, in whose place another ran: processes that
-    train together wait for their gradients."""
+    """Return an output with the trainable parameters of a projector in its graph, in place of which another ran.
+
+    Processes that train together wait for their gradients.
+    """
     if torch.compiler.is_compiling() or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return output
     unused = [parameter for parameter in projector_parameters(projector).values() if parameter.requires_grad]
@@ -263,14 +268,14 @@ def _used_by_all(projector: nn.Module, output: Tensor) -> Tensor:
 
 
 def _route(state: AdapterState, projector: nn.Module, visual_tokens: Tensor) -> RoutedInstruction | Bypass:
-    """The instructions for this projector input."""
+    """Return the instructions for this projector input."""
     if is_recomputing() and (remembered := state.memories.routes.recall(visual_tokens)) is not None:
         return remembered
-    found = _new_route(state, visual_tokens)
+    routed = _new_route(state, visual_tokens)
     # Reentrant checkpointing of a frozen projector records no gradients, and shows in its input alone.
     if state.context.may_be_recomputed or may_be_recomputed(projector) or visual_tokens.requires_grad:
-        state.memories.routes.remember(visual_tokens, found)
-    return found
+        state.memories.routes.remember(visual_tokens, routed)
+    return routed
 
 
 def _new_route(state: AdapterState, visual_tokens: Tensor) -> RoutedInstruction | Bypass:
@@ -289,7 +294,7 @@ def _new_route(state: AdapterState, visual_tokens: Tensor) -> RoutedInstruction 
     if is_recomputing():
         raise InstructionError(
             "a checkpointed part of the vision side is computed again for backward, and it can't be told for which "
-            "call: it was made before patch_model, or goes round the model's methods. patch_model first; then "
+            "call: it was made before patch_model, or bypasses the model's methods. patch_model first; then "
             "checkpoint model.get_image_features, the vision tower, its layers, or the whole model"
         )
     raise InstructionError(
@@ -300,7 +305,7 @@ def _new_route(state: AdapterState, visual_tokens: Tensor) -> RoutedInstruction 
 
 
 def _forget_interrupted_call(state: AdapterState) -> None:
-    """Drop the plan of a call that was interrupted, after which PyTorch has run no hooks."""
+    """Drop the plan of an interrupted call, after which PyTorch has run no hooks."""
     context = state.context
     belongs_to_a_block = context.pinned is not None or context.recomputed is not None
     if context.plan is None or belongs_to_a_block or torch.compiler.is_compiling():
@@ -312,13 +317,13 @@ def _forget_interrupted_call(state: AdapterState) -> None:
 def _by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     if not args:
         return dict(kwargs)
-    # Not kept for later calls: torch.compile warns of whatever is.
+    # Not cached for later calls: torch.compile warns about caches.
     names = list(inspect.signature(type(module).forward).parameters)[1:]
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def pop_outer_call(kwargs: dict[str, Any]) -> OuterCall:
-    """What a call says to the adapter, taken out of its arguments; ``labels`` stay, they are the model's too."""
+    """Take the adapter's arguments out of a call's and return them; ``labels`` stay, since the model takes them too."""
     return OuterCall(
         labels=kwargs.get("labels"),
         assistant_mask=kwargs.pop("assistant_masks", None),

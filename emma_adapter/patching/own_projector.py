@@ -1,4 +1,4 @@
-"""An adapter's own projector: a copy of the model's that is trained with the adapter, while the model's stays."""
+"""An adapter's own projector: a copy that is trained with the adapter, while the model's projector stays as it is."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class OwnProjector(nn.Module):
-    """Stands beside the projector it is a copy of, as the adapter does."""
+    """A copy of a projector, attached to that projector as the adapter is."""
 
     def __init__(self, projector: nn.Module) -> None:
         super().__init__()
@@ -17,9 +17,9 @@ class OwnProjector(nn.Module):
         self.training = projector.training
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Take what the model's projector takes, and return what it returns."""
+        """Take the arguments of the model's projector, and return an output like that one's."""
         parameter = next(self.parameters(), None)
-        # What is offloaded moves its input itself.
+        # An offloaded projector moves its input itself.
         if parameter is not None and not parameter.is_meta and not torch.compiler.is_compiling():
             args = tuple(_to(value, parameter.device) for value in args)
             kwargs = {name: _to(value, parameter.device) for name, value in kwargs.items()}

@@ -1,4 +1,4 @@
-"""From the arguments of a call to its plan: the instruction of each row, and how many placeholders it holds."""
+"""Plans of calls, from their arguments: the instruction of each row, and how many placeholders the row holds."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ def has_pixels(family: ModelFamily, arguments: Mapping[str, Any]) -> bool:
 def plan_call(
     state: AdapterState, inner: nn.Module, outer: OuterCall, arguments: Mapping[str, Any], *, cached: int = 0
 ) -> CallPlan:
-    """The plan of a call with pixels.
+    """Return the plan of a call with pixels.
 
     Args:
-        state: of the patched model.
+        state: state of the patched model.
         inner: the module whose ``forward`` takes pixels and token ids.
-        outer: what the outer model's call told.
-        arguments: of the call, by name.
+        outer: arguments that only the outer model was given.
+        arguments: the other arguments, by name.
         cached: how many of the ids came with earlier calls: this call's images are not among them.
 
     Raises:
-        InstructionError: if the instruction can't be known.
+        InstructionError: if the instruction can't be determined.
         RoutingError: if the placeholders can't be found.
-        PatchError: if another tool has wrapped the projector in a way that goes round the adapter.
+        PatchError: if another tool has wrapped the projector so that it bypasses the adapter.
     """
     check_in_place(state, inner)
     is_placeholder = _is_placeholder(state.family, inner, arguments)
@@ -54,10 +54,10 @@ def plan_call(
 
 
 def cached_length(arguments: Mapping[str, Any]) -> int:
-    """Return how many of the ids (or embeddings) of a ``generate`` came with earlier calls and are in a cache: 0 where
-    it is given the new ones only, as an attention mask that is longer shows.
+    """Return how many of the ids (or embeddings) of a ``generate`` came with earlier calls and are in a cache.
 
-    A cache is known by its ``get_seq_length``, whatever the argument is called: releases of transformers differ in it.
+    None of them, 0, if it is given only new ones, which a longer attention mask shows. A cache is known by its
+    ``get_seq_length``, since the argument's name differs between releases of transformers.
 
     Raises:
         RoutingError: if there are several caches, and they hold different numbers of tokens.
@@ -74,47 +74,48 @@ def cached_length(arguments: Mapping[str, Any]) -> int:
 
 
 def pinned_plan(state: AdapterState, inner: nn.Module, pinned: PinnedPrompt, arguments: Mapping[str, Any]) -> CallPlan:
-    """The plan of a forward inside ``generate``, whose prompt told the instruction."""
+    """Return the plan of a forward inside ``generate``, whose prompt gave the instruction."""
     placeholders = {
         modality: where.sum(dim=1) for modality, where in _is_placeholder(state.family, inner, arguments).items()
     }
     plan = pinned.plan
     # transformers < 5.18 repeats prompts and pixels for beams before it encodes the images.
     repeats = next(iter(placeholders.values())).shape[0] // len(plan.instruction)
-    own = _own_feature_call(state.family, arguments)
-    return CallPlan(inner, plan.adapter, plan.instruction, placeholders, own, repeats)
+    feature_call = _own_feature_call(state.family, arguments)
+    return CallPlan(inner, plan.adapter, plan.instruction, placeholders, feature_call, repeats)
 
 
 def _own_feature_call(family: ModelFamily, arguments: Mapping[str, Any]) -> FeatureCall:
+    """Return the images as the call itself describes them."""
     modality = family.modalities[0]
     return FeatureCall.of(family, modality, arguments.get(family.pixel_arguments[modality]), arguments)
 
 
 def _is_placeholder(family: ModelFamily, inner: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Bool ``[B, L]`` for each modality."""
+    """Return where placeholder tokens are: bool ``[B, L]`` for each modality."""
     ids, embeds = arguments.get("input_ids"), arguments.get("inputs_embeds")
     if isinstance(ids, Tensor) and (ids.ndim != 2 or ids.is_floating_point() or ids.is_complex()):
         raise RoutingError(f"input_ids must be integers [B, L]; got {ids.dtype} {list(ids.shape)}")
     if isinstance(embeds, Tensor) and embeds.ndim != 3:
         raise RoutingError(f"inputs_embeds must be [B, L, D]; got {list(embeds.shape)}")
-    found = {}
+    masks = {}
     for modality in family.modalities:
         token_id = family.placeholder_id(inner, modality)
         if isinstance(ids, Tensor):
-            found[modality] = ids == token_id
+            masks[modality] = ids == token_id
         elif ids is None and isinstance(embeds, Tensor):
-            found[modality] = _equals_embedding(inner, token_id, embeds)
+            masks[modality] = _equals_embedding(inner, token_id, embeds)
         else:
-            given = ids if embeds is None else embeds
+            prompt = ids if embeds is None else embeds
             raise RoutingError(
                 "a call with images needs input_ids or inputs_embeds, a tensor as the model's processor returns with "
-                f'return_tensors="pt"; got {type(given).__name__}'
+                f'return_tensors="pt"; got {type(prompt).__name__}'
             )
-    return found
+    return masks
 
 
 def _equals_embedding(inner: nn.Module, token_id: int, embeds: Tensor) -> Tensor:
-    """As transformers does it: a placeholder is where the embedding equals the placeholder's."""
+    """Return where the embedding equals the placeholder's, as transformers does: bool ``[B, L]``."""
     embed = embedder(inner)
     vocabulary = embed.weight.shape[0]  # type: ignore[attr-defined]
     if not 0 <= token_id < vocabulary:
@@ -122,8 +123,8 @@ def _equals_embedding(inner: nn.Module, token_id: int, embeds: Tensor) -> Tensor
             f"the placeholder token {token_id} has no embedding (the vocabulary ends at {vocabulary}), so that images "
             "can't be found in inputs_embeds; pass input_ids"
         )
-    one = embedded(embed, torch.tensor([[token_id]], device=embeds.device)).to(embeds.dtype)
-    return (embeds == one).all(dim=-1)
+    placeholder = embedded(embed, torch.tensor([[token_id]], device=embeds.device)).to(embeds.dtype)
+    return (embeds == placeholder).all(dim=-1)
 
 
 def _instruction_tokens(
@@ -134,7 +135,7 @@ def _instruction_tokens(
     arguments: Mapping[str, Any],
     samples: Samples | None,
 ) -> InstructionTokens:
-    """The call's instruction, explicit or inferred: one row per row (or packed sample) of the call."""
+    """Return the call's instruction, explicit or inferred: one row per row (or packed sample) of the call."""
     embed = embedder(inner)
     rows, device = len(has_media), has_media.device
     if outer.instruction_mask is not None and outer.instruction is None:
@@ -144,8 +145,8 @@ def _instruction_tokens(
         )
     trains = inner.training and outer.records_gradients
     if outer.instruction is not None:
-        trained = has_media if trains else None
-        return state.pipeline.explicit(outer.instruction, outer.instruction_mask, rows, embed, device, trained)
+        trained_rows = has_media if trains else None
+        return state.pipeline.explicit(outer.instruction, outer.instruction_mask, rows, embed, device, trained_rows)
     if (named := state.named_instruction) is not None:
         return named.for_each(rows, "rows")
     ids, mask = arguments.get("input_ids"), arguments.get("attention_mask")
@@ -158,7 +159,7 @@ def _instruction_tokens(
     if not isinstance(mask, Tensor) or mask.shape != ids.shape:
         mask = None
     if samples is not None:
-        # What isn't shaped like the ids stays as it is: the reader says what is wrong with it.
+        # A tensor of another shape than the ids stays as it is: the reader says what is wrong with it.
         mask = samples.valid(mask)
         labels = labels if labels is None or labels.shape != ids.shape else samples.unpack(labels, -100)
         if assistant_mask is not None and assistant_mask.shape == ids.shape:

@@ -1,4 +1,4 @@
-"""In what precision weights are: quantized ones of the base, and the adapter's own beside them, which stay float32."""
+"""The precision of weights: the base's may be quantized, the adapter's beside them stay float32."""
 
 from __future__ import annotations
 
@@ -13,26 +13,28 @@ from .state import state_of
 
 
 def quantized_tensors(model: nn.Module, projector: nn.Module) -> list[str]:
-    """The names of a projector's weights that are packed or quantized: integers, floats of 8 bits, and in a quantized
-    model also a subclass of tensors that stands for such (torchao, quanto), or buffers in a weight's place (GPTQ, AWQ).
+    """Return the names of a projector's weights that are packed or quantized.
+
+    They are integers or floats of 8 bits; in a quantized model also instances of a tensor subclass that stands for
+    such (torchao, quanto), or buffers in a weight's place (GPTQ, AWQ).
     """
-    found = [name for name, parameter in sites.projector_parameters(projector).items() if _is_packed(parameter)]
+    names = [name for name, parameter in sites.projector_parameters(projector).items() if _is_packed(parameter)]
     if getattr(model, "is_quantized", False):
         for name, tensor in sites.projector_tensors(projector).items():
             if isinstance(tensor, nn.Parameter):
                 is_packed = type(tensor) is not nn.Parameter and not is_sharded(tensor)
             else:
-                # A counter, say, is no weight.
+                # A counter, for one, is no weight.
                 is_packed = tensor.ndim > 1 and _is_packed(tensor)
-            if is_packed and name not in found:
-                found.append(name)
-    return found
+            if is_packed and name not in names:
+                names.append(name)
+    return names
 
 
 def with_the_projector_as_it_is(model: nn.Module, projectors: Iterable[nn.Module]) -> str:
-    """Say how a model is loaded whose projector is not quantized."""
-    wanted = list(projectors)
-    names = [name for name, module in model.named_modules() if any(module is one for one in wanted)]
+    """Return the advice how to load a model with a projector that is not quantized."""
+    skipped = list(projectors)
+    names = [name for name, module in model.named_modules() if any(module is projector for projector in skipped)]
     return (
         "load the model with its projector as it is, for bitsandbytes "
         f"BitsAndBytesConfig(..., llm_int8_skip_modules={[*names, 'lm_head']!r})"
@@ -44,11 +46,11 @@ def _is_packed(tensor: Tensor) -> bool:
 
 
 def remember_weights(model: nn.Module) -> None:
-    """Hold on to the float32 weights of the adapters of a model that is quantized.
+    """Hold on to the float32 weights of the adapters, if the model is quantized.
 
-    TRL casts whatever is trainable in such a model to bfloat16, by ``parameter.data = ...``. In that a weight near 1,
-    as a norm's, doesn't move at a rate of 1e-3: a step is smaller than half of what bfloat16 can tell apart. What is
-    held is the memory that the parameters use, so that it costs nothing and follows every optimizer step.
+    TRL casts whatever is trainable in such a model to bfloat16, by ``parameter.data = ...``. In bfloat16 a weight near
+    1, such as a norm's, doesn't move at a learning rate of 1e-3: a step is less than half the distance to the next
+    value. The tensors held share the parameters' memory, so that they cost nothing and follow every optimizer step.
     """
     if getattr(model, "is_quantized", False):
         parameters = {id(p): p for p in _alignment_parameters(model) if p.dtype == torch.float32}
@@ -56,16 +58,16 @@ def remember_weights(model: nn.Module) -> None:
 
 
 def restore_weights(model: nn.Module) -> None:
-    """Give the adapters' trainable parameters their float32 weights again, if the model is quantized."""
+    """Restore the float32 weights of the adapters' trainable parameters, if the model is quantized."""
     if not getattr(model, "is_quantized", False):
         return
-    held = state_of(model).float32_weights
+    remembered = state_of(model).float32_weights
     for parameter in _alignment_parameters(model):
-        half = parameter.dtype in (torch.bfloat16, torch.float16)
-        if not half or not parameter.requires_grad or is_elsewhere(parameter):
+        is_half = parameter.dtype in (torch.bfloat16, torch.float16)
+        if not is_half or not parameter.requires_grad or is_elsewhere(parameter):
             continue
-        weights = held.get(id(parameter))
-        # Not if they were given other values since: loaded, or cast and trained.
+        weights = remembered.get(id(parameter))
+        # Unless they have been given other values since: loaded, or cast and trained.
         if (
             weights is not None
             and weights.device == parameter.device

@@ -1,4 +1,4 @@
-"""The projectors of a patched model: the model's, and the copies that adapters are trained with."""
+"""The projectors of a patched model: its own, and the copies that are trained with adapters."""
 
 from __future__ import annotations
 
@@ -17,17 +17,19 @@ from .hooks import remove_hooks
 from .own_projector import OwnProjector
 from .state import AdapterState
 
-#: In the name of a parameter that PEFT has wrapped.
+#: Parts of a parameter's name that show that PEFT has wrapped it.
 _WRAPPERS = re.compile(r"(?<![^.])(base_layer|original_module|modules_to_save\.[^.]+)\.")
 
 
 def is_wrapped(adapter: AttachedAdapter) -> bool:
-    """Whether PEFT has put weights of its own around those of a projector that an adapter sits at."""
+    """Return whether PEFT has put weights of its own around those of a projector that the adapter sits at."""
     return any(_WRAPPERS.search(name) for site in adapter.sites().values() for name, _ in site.named_parameters())
 
 
 def give_own_projectors(state: AdapterState, adapter: AttachedAdapter) -> None:
-    """Give an adapter copies of the model's projectors, as trainable as those are. Does nothing if it has them.
+    """Give an adapter copies of the model's projectors, trainable where those are.
+
+    Does nothing if the adapter has them already.
 
     Raises:
         PatchError: if the projectors can't be copied, because they are sharded or offloaded.
@@ -50,27 +52,27 @@ def _copy_of(projector: nn.Module) -> OwnProjector:
             "the projector, of which the adapter gets a copy, is offloaded: train_only(projector=True) first, then "
             "dispatch the model"
         )
-    twin = copy.deepcopy(projector)
-    remove_hooks(twin)
-    sites.detach(twin)
-    private.remove_replaced_forwards(twin)
-    return OwnProjector(twin)
+    projector = copy.deepcopy(projector)
+    remove_hooks(projector)
+    sites.detach(projector)
+    private.remove_replaced_forwards(projector)
+    return OwnProjector(projector)
 
 
 def assign(
     state: AdapterState, adapter: AttachedAdapter, alignment: Mapping[str, Tensor], projector: Mapping[str, Tensor]
 ) -> None:
-    """Give an adapter, and its own projectors if there are any values for them in ``projector``, these values.
+    """Give an adapter these values, and projectors of its own if ``projector`` has values for them.
 
-    The alignments take their dtype too: they are saved as they were used.
+    The alignments take the values' dtype too: they are saved as they were used.
     """
-    own = adapter.state_dict(keep_vars=True)
-    # All that needs memory comes before the first change.
-    alignment = {name: value.to(own[name].device) for name, value in alignment.items()}
+    targets = adapter.state_dict(keep_vars=True)
+    # Whatever allocates memory comes before the first change, so that a failure changes nothing.
+    alignment = {name: value.to(targets[name].device) for name, value in alignment.items()}
     if projector:
         give_own_projectors(state, adapter)
     parameters = adapter.projector_parameters()
-    # Without projectors in the file, those of before give way.
+    # Without values for them, own projectors go back to the model's values.
     values = projector or {
         place + name: parameter
         for place, site in adapter.sites().items()
@@ -80,4 +82,4 @@ def assign(
     for name, parameter in parameters.items():
         parameter.data.copy_(values[name])
     for name, value in alignment.items():
-        own[name].data = value
+        targets[name].data = value

@@ -1,4 +1,4 @@
-"""Which instruction each visual token of a call meets, and which row of the batch an image belongs to."""
+"""Routing: which instruction each visual token of a call meets, and which row of the batch an image belongs to."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .call_plan import Bypass, CallPlan
 def rows_of_media(
     placeholders: Tensor, tokens_per_medium: Sequence[int], *, repeats: int = 1, modality: str = "image"
 ) -> Tensor:
-    """The row of each image (or video) of a batch.
+    """Return the row of each image (or video) of a batch.
 
     Media fill the placeholder tokens in the order of the batch, first row first, as transformers scatters them.
 
@@ -30,7 +30,7 @@ def rows_of_media(
         tokens_per_medium: tokens that each medium takes in the language model, in order. A medium of 0 tokens, which
             no prompt shows, gets some row.
         repeats: how many times in succession each row stands in ``placeholders``.
-        modality: what the media are, for the message of an error.
+        modality: name of the media, for error messages.
 
     Returns:
         ``[len(tokens_per_medium)]``, int64, on the device of ``placeholders``: rows before they were repeated.
@@ -70,20 +70,22 @@ class RoutedInstruction:
     adapter: str
     instruction: InstructionTokens
     modality: str
-    #: Side of the square of visual tokens that the projector makes one of.
+    #: Side of the square of visual tokens that the projector merges into one.
     projector_merge: int
 
     @property
     def unchecked_tokens(self) -> tuple[str, int] | None:
-        """Modality and placeholders that only the projector's output can be checked against; None where its input
-        told how many tokens its media take."""
+        """Modality and number of placeholders that the projector's output is yet to be checked against.
+
+        None where the input already told how many tokens its media take.
+        """
         return (self.modality, sum(self.layout.tokens)) if self.layout.tokens_from_prompt else None
 
     def of_projected(self, projected: Tensor) -> RoutedInstruction:
-        """The same for what the projector made of its input.
+        """Return the same routing for the projector's output.
 
         Raises:
-            RoutingError: if that can't be divided as the input was.
+            RoutingError: if the output can't be divided as the input was.
         """
         return replace(self, layout=projected_layout(self.layout, self.projector_merge, projected))
 
@@ -92,8 +94,8 @@ class RoutedInstruction:
         per_medium = torch.as_tensor(layout.entries, device=self.rows.device)
         rows = self.rows.repeat_interleave(per_medium, output_size=sum(layout.entries))
         if layout.grids is None:
-            own = self.instruction.of_rows(rows)
-            return _laid_out_like(visual_tokens, alignment(visual_tokens, own.tokens, own.mask))
+            instruction = self.instruction.of_rows(rows)
+            return _laid_out_like(visual_tokens, alignment(visual_tokens, instruction.tokens, instruction.mask))
         flat = visual_tokens.reshape(-1, visual_tokens.shape[-1])
         packing = Packing(layout.grids, rows, layout.orders)
         aligned = alignment(flat, self.instruction.tokens, self.instruction.mask, packing=packing)
@@ -102,9 +104,9 @@ class RoutedInstruction:
 
 @dataclass(frozen=True, eq=False)
 class ObservedAlignment:
-    """What an adapter did to the input of one projector, or its output, told to whoever observes the call."""
+    """What an adapter did to the input or output of one projector, for an observer of the call."""
 
-    #: Which of the model's projectors it is; see ``sites``.
+    #: Which of the model's projectors it was; see ``sites``.
     place: str
     route: RoutedInstruction
     call: ProjectorCall
@@ -113,7 +115,7 @@ class ObservedAlignment:
 
 
 def same_route(one: RoutedInstruction | Bypass, other: RoutedInstruction | Bypass) -> bool:
-    """Whether both lead the same visual tokens to the same instructions."""
+    """Return whether both lead the same visual tokens to the same instructions."""
     if isinstance(one, Bypass) or isinstance(other, Bypass):
         return one == other
     return (
@@ -122,8 +124,11 @@ def same_route(one: RoutedInstruction | Bypass, other: RoutedInstruction | Bypas
 
 
 def _laid_out_like(visual_tokens: Tensor, aligned: Tensor) -> Tensor:
-    """The projector rounds otherwise for another memory layout, and an untrained adapter must not change a bit. LLaVA's
-    visual tokens, for one, are a part of a larger tensor, which begins with the class token."""
+    """Return aligned tokens in the memory layout of the visual tokens that they replace.
+
+    The projector rounds differently for another layout, and an untrained adapter must not change a bit. LLaVA's visual
+    tokens, for one, are a part of a larger tensor, which begins with the class token.
+    """
     if aligned.stride() == visual_tokens.stride():
         return aligned
     return torch.empty_strided(
@@ -134,18 +139,18 @@ def _laid_out_like(visual_tokens: Tensor, aligned: Tensor) -> Tensor:
 def route(
     family: ModelFamily, plan: CallPlan, feature_call: FeatureCall | None, visual_tokens: Tensor
 ) -> RoutedInstruction:
-    """Which instruction each part of a projector input meets.
+    """Route the instructions of a call to the parts of a projector input.
 
     Raises:
         RoutingError: if images, visual tokens and placeholders don't match.
     """
     assert plan.inner is not None
-    running = plan.feature_call if feature_call is None else feature_call
-    placeholders = plan.placeholders[running.modality]
-    layout = checked_layout(family, projector_call(plan.inner, running, visual_tokens, placeholders))
-    rows = rows_of_media(placeholders, layout.tokens, repeats=plan.repeats, modality=running.modality)
+    feature_call = plan.feature_call if feature_call is None else feature_call
+    placeholders = plan.placeholders[feature_call.modality]
+    layout = checked_layout(family, projector_call(plan.inner, feature_call, visual_tokens, placeholders))
+    rows = rows_of_media(placeholders, layout.tokens, repeats=plan.repeats, modality=feature_call.modality)
     merge = family.projector_merge(plan.inner)
-    return RoutedInstruction(layout, rows, plan.adapter, plan.instruction, running.modality, merge)
+    return RoutedInstruction(layout, rows, plan.adapter, plan.instruction, feature_call.modality, merge)
 
 
 def route_without_prompt(
@@ -156,17 +161,17 @@ def route_without_prompt(
     feature_call: FeatureCall | None,
     visual_tokens: Tensor,
 ) -> RoutedInstruction:
-    """One instruction for all images, or one for each, outside of any call."""
-    running = feature_call or FeatureCall.of(family, family.modalities[0], None, {})
-    layout = checked_layout(family, projector_call(inner, running, visual_tokens, None))
+    """Route one instruction to all images, or one to each, outside of any call."""
+    feature_call = feature_call or FeatureCall.of(family, family.modalities[0], None, {})
+    layout = checked_layout(family, projector_call(inner, feature_call, visual_tokens, None))
     media = len(layout.tokens)
     rows = torch.arange(media, device=visual_tokens.device)
     return RoutedInstruction(
         layout,
         rows,
         adapter,
-        instruction.for_each(media, f"{running.modality}s"),
-        running.modality,
+        instruction.for_each(media, f"{feature_call.modality}s"),
+        feature_call.modality,
         family.projector_merge(inner),
     )
 
@@ -175,18 +180,18 @@ def check_tokens(modality: str, placeholders: int, projected: Tensor) -> None:
     """Check that a projector put out one token for each placeholder.
 
     Args:
-        modality: of what it projected.
-        placeholders: of the prompts.
+        modality: modality of what was projected.
+        placeholders: number of placeholders in the prompts.
         projected: output of the projector, ``[..., D]``.
 
     Raises:
-        RoutingError: if it didn't: the prompt holds placeholders of images that are not of this call, and its own may
-            have met the instruction of another row.
+        RoutingError: if it didn't: the prompts hold placeholders of images that are not in this call, and its own
+            images may have met the instruction of another row.
     """
-    found = projected.shape[:-1].numel()
-    if found != placeholders:
+    tokens = projected.shape[:-1].numel()
+    if tokens != placeholders:
         raise RoutingError(
-            f"{mismatch(modality, placeholders, found)}. Let the model's processor make text and images together, "
+            f"{mismatch(modality, placeholders, tokens)}. Let the model's processor make text and images together, "
             "and let nothing cut them off (max_length, truncation). If a cache holds earlier turns of the prompt, pass "
             "it to generate as an argument of its own"
         )

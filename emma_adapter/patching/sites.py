@@ -1,4 +1,4 @@
-"""Where adapters sit in a model: at the projector, and if asked for at each deepstack projector."""
+"""The sites of adapters in a model: its projector and, if the config says so, each deepstack projector."""
 
 from __future__ import annotations
 
@@ -16,50 +16,51 @@ from .own_projector import OwnProjector
 
 #: Name of the adapter that ``patch_model`` makes.
 DEFAULT = "default"
-#: Attribute of a projector: which of the model's projectors it is.
+#: Attribute of a projector that says which of the model's projectors it is.
 PLACE_ATTRIBUTE = "_emma_place"
-#: The projector itself; others are named "deepstack.0." and so on. Saved tensors begin with these names.
+#: Place of the main projector; others are "deepstack.0." and so on. Names of saved tensors begin with the place.
 MAIN_PLACE = ""
 DEEPSTACK_PLACE = re.compile(r"deepstack\.\d+\.")
 
 
 def places(family: ModelFamily, config: EmmaConfig, inner: nn.Module) -> dict[str, nn.Module]:
-    """The projectors that an adapter with this config sits at, by place."""
-    found = {MAIN_PLACE: family.projector(inner)}
+    """Return the projectors that an adapter with this config sits at, by place."""
+    projectors = {MAIN_PLACE: family.projector(inner)}
     if config.align_deepstack:
-        further = family.deepstack_projectors(inner)
-        found |= {f"deepstack.{number}.": projector for number, projector in enumerate(further)}
-    return found
+        deepstack = family.deepstack_projectors(inner)
+        projectors |= {f"deepstack.{number}.": projector for number, projector in enumerate(deepstack)}
+    return projectors
 
 
 def is_aligned(config: EmmaConfig, projector: nn.Module) -> bool:
-    """False at a deepstack projector where only other adapters of the model sit."""
+    """Return False at a deepstack projector that only other adapters of the model align."""
     place: str = getattr(projector, PLACE_ATTRIBUTE)
     return place == MAIN_PLACE or config.align_deepstack
 
 
 def submodule_name(adapter: str) -> str:
-    """Name of an adapter's alignment as a submodule of its projector."""
+    """Return the name of an adapter's alignment as a submodule of its projector."""
     return "emma" if adapter == DEFAULT else f"emma_{adapter}"
 
 
 def own_projector_name(adapter: str) -> str:
-    # No adapter can be called so.
+    # No alignment can have this name: adapters' names are identifiers.
     return f"{submodule_name(adapter)}-projector"
 
 
 def mark(projector: nn.Module, place: str, state: object) -> None:
-    """Make a projector one that adapters sit at."""
+    """Mark a projector as one that adapters sit at."""
     setattr(projector, STATE_ATTRIBUTE, state)
     setattr(projector, PLACE_ATTRIBUTE, place)
 
 
 def check_unshared(*modules: nn.Module, state: object = None) -> None:
-    """Check that nothing of a model which is about to be patched, or of the patched one with this state, is a part of
-    another patched model too: hooks find their adapter through the module that they run on.
+    """Check that modules of a model, to be patched or patched with this state, aren't part of another patched model.
+
+    Hooks find their adapter through the module that they run on.
 
     Raises:
-        PatchError: if it is.
+        PatchError: if one of them is.
     """
     for module in modules:
         if getattr(module, STATE_ATTRIBUTE, state) is not state:
@@ -71,7 +72,7 @@ def check_unshared(*modules: nn.Module, state: object = None) -> None:
 
 
 def attach(projector: nn.Module, adapter: str, module: EmmaAlignment | OwnProjector) -> None:
-    """Put a module of an adapter on a projector."""
+    """Attach a module of an adapter to a projector."""
     is_own = isinstance(module, OwnProjector)
     _holder(projector).add_module(own_projector_name(adapter) if is_own else submodule_name(adapter), module)
 
@@ -79,13 +80,13 @@ def attach(projector: nn.Module, adapter: str, module: EmmaAlignment | OwnProjec
 def _holder(projector: nn.Module) -> nn.Module:
     holder = projector
     while isinstance(holder, nn.Sequential):
-        # It would run the alignment as one of its layers; a layer's own submodules it leaves alone.
+        # A Sequential would run the alignment as one of its layers, but not as a submodule of a layer.
         holder = next(iter(holder.children()))
     return holder
 
 
 def detach(module: nn.Module) -> None:
-    """Take off what :func:`mark` and :func:`attach` put on a projector, or patching on another module."""
+    """Take off what :func:`mark` and :func:`attach` put on a projector, or what patching put on another module."""
     if PLACE_ATTRIBUTE in module.__dict__:
         delattr(module, PLACE_ATTRIBUTE)
         for holder in list(module.modules()):
@@ -113,12 +114,12 @@ def _remove(projector: nn.Module, name: str, kind: type[nn.Module]) -> None:
 
 
 def alignment_at(projector: nn.Module, adapter: str) -> EmmaAlignment:
-    """An adapter's alignment at a projector, also at one that another tool has wrapped.
+    """Return an adapter's alignment at a projector, even if another tool has wrapped the projector.
 
     Raises:
         PatchError: if another tool has replaced the part of the projector that held it.
     """
-    alignment = _found_at(projector, submodule_name(adapter))
+    alignment = _submodule(projector, submodule_name(adapter))
     if isinstance(alignment, EmmaAlignment):
         return alignment
     raise PatchError(
@@ -128,34 +129,35 @@ def alignment_at(projector: nn.Module, adapter: str) -> EmmaAlignment:
 
 
 def own_projector_at(projector: nn.Module, adapter: str) -> OwnProjector | None:
-    """The copy of a projector that an adapter was trained with; None if it goes through the model's."""
-    own = _found_at(projector, own_projector_name(adapter))
-    return own if isinstance(own, OwnProjector) else None
+    """Return an adapter's own copy of a projector, or None if the adapter goes through the model's."""
+    own_projector = _submodule(projector, own_projector_name(adapter))
+    return own_projector if isinstance(own_projector, OwnProjector) else None
 
 
-def _found_at(projector: nn.Module, name: str) -> Any:
+def _submodule(projector: nn.Module, name: str) -> Any:
+    """Return the submodule of this name, also from inside wrappers and ``nn.Sequential``; None if there is none."""
     module: Any = projector
     while module is not None:
-        if (found := getattr(module, name, None)) is not None:
-            return found
+        if (submodule := getattr(module, name, None)) is not None:
+            return submodule
         wrapped = getattr(module, "base_layer", None)
         module = getattr(module, "0", None) if wrapped is None else wrapped
     return None
 
 
 def projector_parameters(projector: nn.Module) -> dict[str, nn.Parameter]:
-    """A projector's own parameters by name, without the adapters'."""
-    own = projector_tensors(projector)
-    return {name: parameter for name, parameter in projector.named_parameters() if name in own}
+    """Return a projector's own parameters by name, without the adapters'."""
+    tensors = projector_tensors(projector)
+    return {name: parameter for name, parameter in projector.named_parameters() if name in tensors}
 
 
 def projector_tensors(projector: nn.Module) -> dict[str, Tensor]:
-    """A projector's own parameters and buffers by name, without the adapters'."""
-    adapter = {
+    """Return a projector's own parameters and buffers by name, without the adapters'."""
+    adapter_tensor_ids = {
         id(tensor)
         for module in projector.modules()
         if isinstance(module, (EmmaAlignment, OwnProjector))
         for tensor in (*module.parameters(), *module.buffers())
     }
     tensors = {**dict(projector.named_parameters()), **dict(projector.named_buffers())}
-    return {name: tensor for name, tensor in tensors.items() if id(tensor) not in adapter}
+    return {name: tensor for name, tensor in tensors.items() if id(tensor) not in adapter_tensor_ids}

@@ -1,4 +1,4 @@
-"""What a patched model remembers: the adapter's parts, and, per thread, the call it is in."""
+"""The state of a patched model: its adapters and, per thread, the call it is in."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ _OUTSIDE = Scope()
 
 
 class AdapterState:
-    """One per patched model; shared by its outer model, inner model and projectors.
+    """The state of one patched model, shared by its outer model, inner model and projectors.
 
-    Holds the model weakly, so that nothing keeps a deleted model alive. Copies and pickles carry the
-    adapter's parts, never a call.
+    Holds the model weakly, so that nothing keeps a deleted model alive. Copies and pickles carry the adapters, never a
+    call.
     """
 
     def __init__(
@@ -42,24 +42,24 @@ class AdapterState:
     ) -> None:
         self.family = family
         self.adapters = {DEFAULT: AttachedAdapter(self, DEFAULT, config, pipeline)}
-        #: The adapter that is active for everybody.
+        #: Name of the adapter that is active in all threads.
         self.chosen = DEFAULT
-        #: The frozen adapter that reference passes go through, if one is kept for them.
+        #: Name of the frozen adapter that reference passes go through, if one is kept for them.
         self.reference: str | None = None
         #: True while PEFT's own frozen copy, the reference of a LoRA, is in use.
         self.in_reference = False
-        #: Which parameters of the model were trainable before ``train_only``.
+        #: By name, whether each parameter of the model was trainable before ``train_only``; None without it.
         self.trainable_before: dict[str, bool] | None = None
-        #: The float32 weights of the adapters, by the identity of their parameters, if the model is quantized.
+        #: The float32 weights of the adapters, by the ``id`` of their parameters, if the model is quantized.
         self.float32_weights: dict[int, Tensor] = {}
         #: True once a call that trains the model was seen.
         self.seen_training = False
-        #: By which name the outer model takes an argument that transformers passes under another; see ``private``.
+        #: Names under which transformers passes arguments, and those under which the model takes them; see ``private``.
         self.bridged_arguments = cache_names_to_bridge(type(model))
         self._contexts = PerThread(CallContext)
         self.memories = Memories()
         self._owner = BlockOwner()
-        #: True once a block was entered. Until then calls needn't ask, which not every compiler can follow.
+        #: True once a block was entered. Until then calls needn't look for one, which not every compiler can trace.
         self._has_blocks = False
         #: In a replica, which runs in another thread: the scope of the call that it was made for.
         self._inherited: Scope | None = None
@@ -67,13 +67,13 @@ class AdapterState:
 
     @property
     def context(self) -> CallContext:
-        """Of the call that the current thread is in."""
+        """What is known of the call that the current thread is in."""
         return self._contexts.value
 
     def __getstate__(self) -> dict[str, Any]:
-        calls = ("_contexts", "memories", "_owner", "_has_blocks", "_inherited", "in_reference")
-        kept = {key: value for key, value in self.__dict__.items() if key not in calls}
-        return kept | {"float32_weights": {}, "_model": self._model()}
+        transient = ("_contexts", "memories", "_owner", "_has_blocks", "_inherited", "in_reference")
+        lasting = {key: value for key, value in self.__dict__.items() if key not in transient}
+        return lasting | {"float32_weights": {}, "_model": self._model()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, memories=Memories(), _model=weakref.ref(state["_model"]))
@@ -82,25 +82,25 @@ class AdapterState:
         self.in_reference = False
 
     def for_replica(self) -> AdapterState:
-        """The same state, for a copy of a module that will run this thread's call in another thread."""
-        twin = object.__new__(type(self))
-        twin.__dict__.update(self.__dict__, _inherited=self.scope)
-        return twin
+        """Return the same state, for a copy of a module that will run this thread's call in another thread."""
+        replica = object.__new__(type(self))
+        replica.__dict__.update(self.__dict__, _inherited=self.scope)
+        return replica
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AdapterState:
         if id(self._model()) not in memo:
-            # A part of the model is copied, as PEFT copies a projector that it trains: it stays part of this model.
+            # A part alone is copied, as PEFT copies a projector that it trains: the copy belongs to this model.
             return self
-        twin = object.__new__(type(self))
-        memo[id(self)] = twin
-        twin.__setstate__({key: copy.deepcopy(value, memo) for key, value in self.__getstate__().items()})
-        return twin
+        copied = object.__new__(type(self))
+        memo[id(self)] = copied
+        copied.__setstate__({key: copy.deepcopy(value, memo) for key, value in self.__getstate__().items()})
+        return copied
 
     @property
     def active(self) -> str:
-        """Name of the adapter that calls go through, in this thread and here."""
-        if (used := self.scope.adapter) is not None:
-            return used
+        """Name of the adapter that calls go through, in this thread and the blocks it is in."""
+        if (name := self.scope.adapter) is not None:
+            return name
         return self.reference if self.in_reference and self.reference is not None else self.chosen
 
     @active.setter
@@ -113,7 +113,7 @@ class AdapterState:
         return self.adapters[self.active]
 
     def parameters(self) -> list[nn.Parameter]:
-        """Those of all adapters, with the projectors of their own."""
+        """Return the parameters of all adapters, their own projectors' included."""
         return [parameter for adapter in self.adapters.values() for parameter in adapter.parameters()]
 
     @property
@@ -126,12 +126,12 @@ class AdapterState:
 
     @property
     def has_blocks(self) -> bool:
-        """False until the first block of this model was entered."""
+        """True once a block of this model was entered."""
         return self._has_blocks
 
     @property
     def scope(self) -> Scope:
-        """What the blocks mean that the current call is in, or if it is computed again, was in."""
+        """The combined effect of the blocks that the current call is in or, if it is computed again, was in."""
         if self._inherited is not None:
             return self._inherited
         if self.context.recomputed is not None and is_recomputing():
@@ -157,8 +157,10 @@ class AdapterState:
 
     @property
     def model(self) -> nn.Module:
-        """Raises:
-        PatchError: if only a part of the patched model still exists.
+        """The patched model.
+
+        Raises:
+            PatchError: if only a part of it still exists.
         """
         model = self._model()
         if model is None:
@@ -167,7 +169,7 @@ class AdapterState:
 
     @contextmanager
     def generating(self, plan: CallPlan, prompt: Tensor | None) -> Iterator[None]:
-        """The context of a ``generate`` whose prompt gave this plan, and afterwards the one before it again."""
+        """Set the context of a ``generate`` whose prompt gave this plan, and restore the one before it afterwards."""
         context = self.context
         before = (context.outer, context.plan, context.pinned)
         context.outer, context.plan, context.pinned = None, plan, PinnedPrompt(plan, prompt)
@@ -187,7 +189,7 @@ class AdapterState:
 
     @contextmanager
     def observing(self, observer: Callable[[ObservedAlignment], None]) -> Iterator[None]:
-        """The calls that this thread makes in the block are told to ``observer``; the model has no hook more."""
+        """Report the calls that this thread makes in the block to ``observer``; the model gets no further hook."""
         context = self.context
         before, context.observer = context.observer, observer
         try:
@@ -197,7 +199,7 @@ class AdapterState:
 
     @contextmanager
     def encoding(self, feature_call: FeatureCall) -> Iterator[None]:
-        """The context of a running feature method. The outermost counts: some models encode videos as images."""
+        """Set the context of a running feature method. The outermost counts: some models encode videos as images."""
         context = self.context
         if context.feature_call is not None:
             yield
@@ -210,7 +212,7 @@ class AdapterState:
 
     @contextmanager
     def recomputing(self, module: nn.Module, plan: CallPlan | Bypass | Scope) -> Iterator[None]:
-        """The context of a part of a call that is computed again outside of it."""
+        """Set the context of a part of a call that is computed again outside of it."""
         context = self.context
         before = (context.plan, context.recomputed)
         self.resume(module, plan)
@@ -220,7 +222,7 @@ class AdapterState:
             context.plan, context.recomputed = before
 
     def resume(self, module: nn.Module, plan: CallPlan | Bypass | Scope) -> None:
-        """Make a recalled plan, or scope, that of the call which ``module``, the inner model, is in."""
+        """Make a remembered plan or scope that of the call which ``module``, the inner model, is in."""
         if isinstance(plan, Scope):
             self.context.recomputed = (module, plan)
         else:
@@ -242,8 +244,10 @@ class AdapterState:
 
 
 def state_of(model: nn.Module) -> AdapterState:
-    """Raises:
-    PatchError: if the model is not patched.
+    """Return the state of a patched model, or of a part of one.
+
+    Raises:
+        PatchError: if the model is not patched.
     """
     state = getattr(model, STATE_ATTRIBUTE, None)
     if not isinstance(state, AdapterState):

@@ -1,4 +1,4 @@
-"""What is trainable, and in which parameter groups."""
+"""The trainable parameters of a patched model, and their groups in an optimizer."""
 
 from __future__ import annotations
 
@@ -19,17 +19,19 @@ from .state import state_of
 
 
 def count_parameters(model: nn.Module, adapter: str | None = None) -> tuple[int, int]:
-    """The numbers in an adapter (default: the active one), and in the model with it and without what its other adapters
-    and its own projector add."""
+    """Return the sizes of an adapter (default: the active one), and of the model with that adapter's alignments alone.
+
+    Own projectors count in neither.
+    """
     state = state_of(model)
     attached = state.current if adapter is None else state.adapters[adapter]
-    own = sum(parameter.numel() for parameter in attached.named_parameters().values())
-    adapters = sum(parameter.numel() for parameter in state.parameters())
-    return own, sum(parameter.numel() for parameter in model.parameters()) - adapters + own
+    size = sum(parameter.numel() for parameter in attached.named_parameters().values())
+    all_adapters = sum(parameter.numel() for parameter in state.parameters())
+    return size, sum(parameter.numel() for parameter in model.parameters()) - all_adapters + size
 
 
 def train_only(model: nn.Module, *, projector: bool) -> None:
-    """Freeze everything but the adapter, and optionally a projector of its own."""
+    """Freeze everything but the active adapter and, if asked for, a projector of its own."""
     state = state_of(model)
     adapter = state.current
     if projector and is_wrapped(adapter):
@@ -51,21 +53,25 @@ def train_only(model: nn.Module, *, projector: bool) -> None:
 
 
 def unfreeze(model: nn.Module) -> None:
-    """Make trainable again what :func:`train_only` froze, and the projector that the active adapter has in the place of
-    the model's."""
+    """Make trainable again what :func:`train_only` froze.
+
+    The active adapter's own projector becomes trainable where the model's is, in place of which it runs.
+    """
     state = state_of(model)
     _make_trainable(model, state.trainable_before or {})
     state.trainable_before = None
-    own = state.current.own_projectors()
+    own_projectors = state.current.own_projectors()
     for place, site in state.current.sites().items():
-        if place in own:
+        if place in own_projectors:
             for name, parameter in sites.projector_parameters(site).items():
-                own[place].projector.get_parameter(name).requires_grad_(parameter.requires_grad)
+                own_projectors[place].projector.get_parameter(name).requires_grad_(parameter.requires_grad)
 
 
 def _check_projector_trainable(model: nn.Module) -> None:
-    """Raises:
-    PatchError: if the projector has quantized weights, which no optimizer can change.
+    """Check that the projector has no quantized weights, which no optimizer can change.
+
+    Raises:
+        PatchError: if it has some.
     """
     projectors = state_of(model).current.sites()
     quantized = [place + name for place in projectors for name in quantized_tensors(model, projectors[place])]
@@ -77,14 +83,16 @@ def _check_projector_trainable(model: nn.Module) -> None:
 
 
 def undo_train_only(model: nn.Module) -> None:
-    """Make trainable again what was."""
+    """Make trainable again what was trainable before :func:`train_only`."""
     _make_trainable(model, state_of(model).trainable_before or {})
 
 
 @contextmanager
 def as_before_train_only(model: nn.Module) -> Iterator[None]:
-    """For another tool that freezes or replaces parts of the model: what it finds and leaves trainable is what
-    ``unpatch_model`` will go back to."""
+    """Undo :func:`train_only` in the block, in which another tool freezes or replaces parts of the model.
+
+    What the tool leaves trainable is what ``unpatch_model`` will go back to.
+    """
     state = state_of(model)
     if state.trainable_before is None:
         yield
@@ -100,23 +108,23 @@ def as_before_train_only(model: nn.Module) -> Iterator[None]:
 
 
 def _trainable(model: nn.Module) -> dict[str, bool]:
-    """Whether the model's own parameters are trainable."""
+    """Return by name whether each of the model's own parameters is trainable."""
     adapters = {id(parameter) for parameter in state_of(model).parameters()}
     return {n: p.requires_grad for n, p in model.named_parameters() if id(p) not in adapters}
 
 
-def _make_trainable(model: nn.Module, wanted: Mapping[str, bool]) -> None:
+def _make_trainable(model: nn.Module, trainable: Mapping[str, bool]) -> None:
     for name, parameter in model.named_parameters():
-        if name in wanted:
-            parameter.requires_grad_(wanted[name])
+        if name in trainable:
+            parameter.requires_grad_(trainable[name])
 
 
 def parameter_groups(
     model: nn.Module, lr: float, *, projector_lr: float | None, weight_decay: float
 ) -> list[dict[str, Any]]:
-    """One group for the adapter, and one for the projector if it is trained with the adapter.
+    """Return one group for the adapter, and one for the adapter's own projector if that is trained.
 
-    Otherwise it is the model's, trainable or not: trained here, it would neither be saved nor be put back.
+    The model's projector is in neither, trainable or not: trained here, it would be neither saved nor restored.
 
     Raises:
         ConfigError: if a rate is no number, or negative.
@@ -149,28 +157,28 @@ def regroup(
         )
     moved = {id(parameter) for group in groups for parameter in group["params"]}
     options: dict[int, dict[str, Any]] = {}
-    parallel: dict[int, dict[str, Any]] = {}
-    for old in optimizer.param_groups:
-        parameters = old["params"]
-        # Such lists, as LoRA-FA's names, go with their parameters.
+    listed_values: dict[int, dict[str, Any]] = {}
+    for old_group in optimizer.param_groups:
+        parameters = old_group["params"]
+        # Lists with an entry for each parameter, such as LoRA-FA's names: entries go with their parameters.
         lists = [
             key
-            for key, values in old.items()
+            for key, values in old_group.items()
             if isinstance(values, list) and len(values) == len(parameters) and key not in optimizer.defaults
         ]
         for number, parameter in enumerate(parameters):
-            options[id(parameter)] = {key: value for key, value in old.items() if key not in lists}
-            parallel[id(parameter)] = {key: old[key][number] for key in lists if key != "params"}
-        kept = [number for number, parameter in enumerate(parameters) if id(parameter) not in moved]
-        old.update({key: [old[key][number] for number in kept] for key in lists})
+            options[id(parameter)] = {key: value for key, value in old_group.items() if key not in lists}
+            listed_values[id(parameter)] = {key: old_group[key][number] for key in lists if key != "params"}
+        staying = [number for number, parameter in enumerate(parameters) if id(parameter) not in moved]
+        old_group.update({key: [old_group[key][number] for number in staying] for key in lists})
     for group in groups:
-        of_before = [parallel.get(id(parameter), {}) for parameter in group["params"]]
-        lists_of_before = {key: [values[key] for values in of_before] for key in of_before[0]} if all(of_before) else {}
-        optimizer.add_param_group({**options.get(id(group["params"][0]), {}), **lists_of_before, **group})
+        entries = [listed_values.get(id(parameter), {}) for parameter in group["params"]]
+        moved_lists = {key: [entry[key] for entry in entries] for key in entries[0]} if all(entries) else {}
+        optimizer.add_param_group({**options.get(id(group["params"][0]), {}), **moved_lists, **group})
 
 
 def _check_rate(name: str, rate: Any) -> None:
-    # An optimizer looks at its own rate, never at those of its groups.
+    # An optimizer checks its own rate, but never those of its groups.
     if isinstance(rate, Tensor) or (rate is None and name == "projector_lr"):
         return
     if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate < math.inf:

@@ -1,14 +1,14 @@
-"""What keeps processes that train together in step, where not every one of them has an image in its batch.
+"""Calls without images, which keep processes that train together in step.
 
 A batch without images uses neither the adapter nor the projector. The other processes would wait for this one's
-gradients, and where the embeddings are sharded, for its part of them. So such a call
+gradients and, where the embeddings are sharded, for its part of them. So such a call
 
 - ties the trainable parameters of the projectors, the adapter's among them, to the embedded prompt: its values stay as
-  they are, and the parameters get a gradient of zero. It is tied there, and not to the output, so that the language
-  model's layers run backward on all processes;
-- looks an embedding up where calls with images do.
+  they are, and the parameters get a gradient of zero. They are tied to the prompt, not to the output, so that the
+  language model's layers run backward on all processes;
+- looks up an embedding where calls with images do.
 
-Processes tell each other nothing for that.
+Processes need not communicate for that.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .state import AdapterState, state_of
 
 
 def tie(state: AdapterState, values: Tensor) -> Tensor:
-    """``values``, with the trainable parameters of the projectors in their graph."""
+    """Return ``values`` with the trainable parameters of the projectors in their graph."""
     parameters = [
         parameter
         for projector in state.current.sites().values()
@@ -54,7 +54,7 @@ def before_call_without_images(state: AdapterState, inner: nn.Module, arguments:
 
 
 def look_up(state: AdapterState, inner: nn.Module, arguments: Mapping[str, Any]) -> None:
-    """Take part in gathering sharded embeddings, which other processes do for their instructions."""
+    """Take part in gathering sharded embeddings, which other processes need for their instructions."""
     embed: Any = embedder(inner)
     ids = arguments.get("input_ids")
     reads_embeddings = state.pipeline.encoder is None and state.scope.named is None
@@ -64,12 +64,12 @@ def look_up(state: AdapterState, inner: nn.Module, arguments: Mapping[str, Any])
 
 
 def install_embedding_hook(state: AdapterState, embed: nn.Module) -> None:
-    """Have our hook run after all others on the embeddings.
+    """Install our hook on the embeddings so that it runs after all others.
 
-    FSDP's gathers weights again in backward for outputs that need a gradient, and on other processes this one
-    doesn't: it must not see the tie.
+    FSDP's hook has weights gathered again in backward for outputs that need a gradient, which on other processes this
+    output doesn't: FSDP must not see the tie.
     """
-    # Each time: models may share their embeddings.
+    # At each call, since models may share their embeddings.
     setattr(embed, STATE_ATTRIBUTE, state)
     if not private.is_last_hook(embed, after_embedding):
         private.remove_hooks(embed, [after_embedding])

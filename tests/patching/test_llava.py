@@ -779,7 +779,7 @@ def test_a_projector_that_is_replaced_takes_the_adapter_with_it():
     patch_model(model)
     model.model.multi_modal_projector = tiny.llava().model.multi_modal_projector
     for call in (model, model.generate):
-        with pytest.raises(PatchError, match="another one than was patched"):
+        with pytest.raises(PatchError, match="not the one that was patched"):
             call(**inputs)
     logits(model, tiny.token_inputs([0]))
 

@@ -40,7 +40,7 @@ def pixels_alone(bench: Bench) -> None:
     bench.adapter().model(pixel_values=question()["pixel_values"])
 
 
-@raises(RoutingError, "patching/planning.py:_is_placeholder", "; got {type(given).__name__}")
+@raises(RoutingError, "patching/planning.py:_is_placeholder", "; got {type(prompt).__name__}")
 def token_ids_in_a_list(bench: Bench) -> None:
     inputs = question()
     bench.adapter().model(pixel_values=inputs["pixel_values"], input_ids=inputs["input_ids"].tolist())

@@ -306,7 +306,7 @@ def training_an_offloaded_projector(bench: Bench) -> None:
 # ------------------------------------------------------------------------------------------ other tools
 
 
-@raises(PatchError, "patching/setup_checks.py:check_in_place", "is another one than was patched")
+@raises(PatchError, "patching/setup_checks.py:check_in_place", "is not the one that was patched")
 def a_projector_that_was_replaced(bench: Bench) -> None:
     model = bench.adapter().model
     model.model.multi_modal_projector = tiny.llava().model.multi_modal_projector
