@@ -1,4 +1,4 @@
-"""Whether a saved adapter was made for a model like this one."""
+"""Checks that a saved adapter was made for a model like this one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _REMEDY = "load it into the model it was made for"
 
 
 def check_fit(model: nn.Module, saved: SavedAdapter) -> None:
-    """That the saved adapter was made for a model like this one, before anything is changed."""
+    """Check, before anything is changed, that the saved adapter was made for a model like this one."""
     family = find_family(model)
     inner = family.inner(model)
     config: Any = model.config
@@ -64,20 +64,20 @@ def check_fit(model: nn.Module, saved: SavedAdapter) -> None:
                 f"{saved.source} holds a projector that was trained with the adapter, and {listed(sorted(quantized))} "
                 f"of this model are quantized: {precision.with_the_projector_as_it_is(model, places.values())}"
             )
-        own = {
+        parameters = {
             place + name: parameter
             for place, projector in places.items()
             for name, parameter in sites.projector_parameters(projector).items()
         }
-        reading.check_tensors(saved.projector, own, saved.source)
+        reading.check_tensors(saved.projector, parameters, saved.source)
     _check_range(saved, next(iter(inner.parameters())).dtype)
 
 
 def _check_range(saved: SavedAdapter, dtype: torch.dtype) -> None:
-    """That no value becomes infinite in the dtype that the model runs in, and with it every visual token."""
+    """Check that no value becomes infinite, and with it every visual token, in the dtype that the model runs in."""
     largest = torch.finfo(dtype).max if dtype.is_floating_point else math.inf
-    read = {name: value for name, value in saved.alignment.items() if not value.is_meta and value.is_floating_point()}
-    beyond = [name for name, value in read.items() if bool((value.double().abs() > largest).any())]
+    values = {name: value for name, value in saved.alignment.items() if not value.is_meta and value.is_floating_point()}
+    beyond = [name for name, value in values.items() if bool((value.double().abs() > largest).any())]
     if beyond:
         raise CheckpointError(
             f"{saved.source}: {listed(beyond)} hold values beyond the range of {dtype}, in which this model is: load "
@@ -86,23 +86,24 @@ def _check_range(saved: SavedAdapter, dtype: torch.dtype) -> None:
 
 
 def check_not_offloaded(model: nn.Module, saved: SavedAdapter, name: str | None) -> None:
-    """That everything which will be given new values is there to take them.
+    """Check that nothing which will be given new values is offloaded.
 
     Raises:
-        PatchError: if it isn't.
+        PatchError: if something is.
     """
     family = find_family(model)
-    taking: list[Tensor] = []
+    alignment_tensors: list[Tensor] = []
     state = getattr(model, STATE_ATTRIBUTE, None)
-    own: list[Tensor] = []
+    projector_tensors: list[Tensor] = []
     if state is not None and (name or state.active) in state.adapters:
-        taking += state.adapters[name or state.active].state_dict(keep_vars=True).values()
-        own += state.adapters[name or state.active].projector_parameters().values()
-    if saved.projector and not own:
+        alignment_tensors += state.adapters[name or state.active].state_dict(keep_vars=True).values()
+        projector_tensors += state.adapters[name or state.active].projector_parameters().values()
+    if saved.projector and not projector_tensors:
         places = sites.places(family, saved.config, family.inner(model)).values()
-        # Of which the adapter will get copies.
-        own += [value for projector in places for value in sites.projector_parameters(projector).values()]
-    if any(value.is_meta for value in (*taking, *own)):
+        # The adapter will get copies of these.
+        for projector in places:
+            projector_tensors += sites.projector_parameters(projector).values()
+    if any(value.is_meta for value in (*alignment_tensors, *projector_tensors)):
         raise PatchError(
             f"{saved.source} holds weights of parts that are offloaded: load_adapter first, then dispatch the model"
         )
@@ -116,7 +117,7 @@ def _place_of(name: str) -> str:
 def check_encoder(
     model: nn.Module, saved: SavedAdapter, instruction_encoder: str | nn.Module | None, *, downloaded: bool
 ) -> None:
-    """That the encoder which a new adapter is going to have fits, and isn't a path that a stranger has named.
+    """Check that the encoder which a new adapter is going to have fits, and isn't a path that a stranger has named.
 
     Raises:
         CheckpointError: if the language model's embeddings are of another width.

@@ -1,4 +1,4 @@
-"""Filling in a config from the model and the encoder it is for."""
+"""Filling in a config from the model and the encoder that it is for."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _LLM_MAX_INSTRUCTION_TOKENS = 128
 def resolve_encoder(
     config: EmmaConfig, given: str | nn.Module | None, inner: nn.Module
 ) -> tuple[EmmaConfig, CachedEncoder | None]:
-    """The config with the encoder's name and sizes, and the encoder; none for the language model's embeddings.
+    """Return the config with the encoder's name and sizes, and the encoder: None for the language model's embeddings.
 
     Raises:
         ConfigError: if a size in ``config`` contradicts the encoder.
@@ -43,19 +43,19 @@ def resolve_encoder(
 
 def _with_encoder_sizes(config: EmmaConfig, name: str, dim: int, context: int | None) -> EmmaConfig:
     _require_agreement("instruction_dim", config.instruction_dim, dim, f"the instruction encoder {name!r}")
-    longest = config.max_instruction_tokens
-    if longest is None:
-        longest = context or _LLM_MAX_INSTRUCTION_TOKENS
-    elif context is not None and longest > context:
+    length = config.max_instruction_tokens
+    if length is None:
+        length = context or _LLM_MAX_INSTRUCTION_TOKENS
+    elif context is not None and length > context:
         raise ConfigError(
-            f"EmmaConfig.max_instruction_tokens is {longest}, but {name!r} reads at most {context} tokens: lower it, "
+            f"EmmaConfig.max_instruction_tokens is {length}, but {name!r} reads at most {context} tokens: lower it, "
             "or leave it None"
         )
-    return config.replace(instruction_encoder=name, instruction_dim=dim, max_instruction_tokens=longest)
+    return config.replace(instruction_encoder=name, instruction_dim=dim, max_instruction_tokens=length)
 
 
 def resolve_sizes(config: EmmaConfig, family: ModelFamily, inner: nn.Module) -> EmmaConfig:
-    """The config with the vision tower's sizes.
+    """Return the config with the vision tower's sizes.
 
     Raises:
         ConfigError: if a size in ``config`` contradicts the model.
@@ -91,14 +91,16 @@ def resolve_sizes(config: EmmaConfig, family: ModelFamily, inner: nn.Module) -> 
     return config.replace(visual_dim=visual_dim, visual_grid=grid if config.visual_grid is None else config.visual_grid)
 
 
-def _require_agreement(name: str, given: int | None, actual: int, owner: str) -> None:
-    if given is not None and given != actual:
-        raise ConfigError(f"EmmaConfig.{name} is {given}, but {owner} has {actual}; leave it None to have it inferred")
+def _require_agreement(name: str, value: int | None, actual: int, owner: str) -> None:
+    if value is not None and value != actual:
+        raise ConfigError(f"EmmaConfig.{name} is {value}, but {owner} has {actual}; leave it None to have it inferred")
 
 
 def _special_ids(model: nn.Module) -> set[int]:
-    """Token ids that are never part of an instruction, as far as the model's configs name them: padding, beginning and
-    end, and what frames images, as ``vision_start_token_id``."""
+    """Return the token ids that are never part of an instruction, as far as the model's configs name them.
+
+    They are those of padding, beginning and end, and of what frames images, such as ``vision_start_token_id``.
+    """
     config: Any = model.config
     ids: set[int] = set()
     for source in (config, config.get_text_config(), getattr(model, "generation_config", None)):
@@ -109,7 +111,7 @@ def _special_ids(model: nn.Module) -> set[int]:
 
 
 def make_reader(model: nn.Module, config: EmmaConfig, processor: Any) -> InstructionReader:
-    """The reader of an adapter's prompts; a warning if it can't tell their turns apart.
+    """Return the reader of an adapter's prompts, and warn if it can't tell their turns apart.
 
     Raises:
         ConfigError: if ``processor`` is neither None nor holds a tokenizer.
@@ -121,13 +123,13 @@ def make_reader(model: nn.Module, config: EmmaConfig, processor: Any) -> Instruc
             f"None to take the whole prompt as the instruction; got {type(processor)}, which can't decode tokens"
         )
     reader = InstructionReader(processor, _special_ids(model), config.instruction_policy)
-    if reader.markers is None and (why := _why_unread(reader)):
-        warn_caller(why)
+    if reader.markers is None and (reason := _why_unread(reader)):
+        warn_caller(reason)
     return reader
 
 
 def _why_unread(reader: InstructionReader) -> str | None:
-    """Why the policy has no effect on prompts of the processor's; None where that is what was asked for."""
+    """Return why the policy has no effect on the processor's prompts, or None where the user asked for just that."""
     name = type(reader.processor).__name__
     if reader.processor is None:
         if reader.policy != "shortest_turn":

@@ -1,4 +1,4 @@
-"""The EmmaAdapter handle: what a user does with the adapters of a patched model."""
+"""``EmmaAdapter``, the handle by which a user works with the adapters of a patched model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from . import named_adapters, training_start
 
 
 def get_adapter(model: nn.Module) -> EmmaAdapter:
-    """The handle of a patched model, also of a copy of one, or of what other tools have wrapped around it.
+    """Return the handle of a patched model, which may also be a copy of one, or wrapped by other tools.
 
     Raises:
         PatchError: if the model is not patched.
@@ -37,14 +37,14 @@ def get_adapter(model: nn.Module) -> EmmaAdapter:
 
 
 class EmmaAdapter:
-    """Handle on the adapter of one patched model. It holds no state of its own: any number may exist."""
+    """Handle on the adapters of one patched model. It holds no state of its own: any number may exist."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The adapters on this model. Everything else that this handle tells or does concerns the active one."""
+        """Names of the adapters on this model. All else that this handle says or does concerns the active one."""
         return tuple(self._state.adapters)
 
     @property
@@ -77,7 +77,7 @@ class EmmaAdapter:
 
     @undisturbed()
     def set_adapter(self, name: str) -> EmmaAdapter:
-        """Have calls go through another of the model's adapters, and the projector trained with it, if one was.
+        """Have calls go through another of the model's adapters, and through the projector trained with it, if any.
 
         It becomes trainable if the one before was; that one is frozen. Not while a call of the model is running.
 
@@ -88,10 +88,10 @@ class EmmaAdapter:
         return self
 
     def delete_adapter(self, name: str) -> EmmaAdapter:
-        """Take an adapter off again that isn't the active one.
+        """Take an adapter, other than the active one, off the model.
 
         Raises:
-            PatchError: if it is, or if there is none of that name.
+            PatchError: if it is the active one, or if there is none of that name.
         """
         named_adapters.remove(self.model, name)
         return self
@@ -113,15 +113,18 @@ class EmmaAdapter:
         return own[sites.MAIN_PLACE].projector if own else None
 
     def disable_adapter(self) -> AbstractContextManager[None]:
-        """In ``with adapter.disable_adapter(): …`` the model is the original, bit for bit, in this thread or task."""
+        """Return a context in which the model is the original, bit for bit, in this thread or task."""
         return self._state.disabled()
 
     def instruction(
         self, instruction: Instruction, instruction_mask: Tensor | None = None
     ) -> AbstractContextManager[None]:
-        """``with adapter.instruction("…"): …``: the instruction of every call in the block that names none itself, in
-        this thread or asynchronous task: one for all rows, or one for each. Also for direct calls to the vision side,
-        as ``model.get_image_features``, which have no prompt: one for all images, or one for each."""
+        """Return a context in which calls that name no instruction have this one: ``with adapter.instruction("…"): …``.
+
+        It holds in this thread or asynchronous task. The instruction is one for all rows, or one for each. It is also
+        that of direct calls to the vision side, such as ``model.get_image_features``, which have no prompt: one for
+        all images, or one for each.
+        """
         state = self._state
         inner = state.family.inner(self.model)
         if state.pipeline.encoder is None and sharding.is_fully_sharded(self.model):
@@ -134,22 +137,22 @@ class EmmaAdapter:
         return state.naming(tokens)
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """The adapter's parameters, float32 unless the model was cast after patching."""
+        """Return the adapter's parameters, float32 unless the model was cast after patching."""
         return iter(self._state.current.named_parameters().values())
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Parameters by their name in the adapter, which doesn't depend on where it sits in the model."""
+        """Return parameters by their name in the adapter, which doesn't depend on where it sits in the model."""
         return iter(self._state.current.named_parameters().items())
 
     def num_parameters(self) -> int:
-        """How many numbers the adapter has learned or can learn."""
+        """Return the total size of the adapter's parameters, trainable or frozen."""
         return trainable_parameters.count_parameters(self.model)[0]
 
     @undisturbed()
     def train_only(self, *, projector: bool = False) -> EmmaAdapter:
-        """Freeze everything but the adapter, and with ``projector=True`` but the projector.
+        """Freeze everything but the adapter and, with ``projector=True``, a projector of its own.
 
-        As long as nothing else is made trainable, Trainer's checkpoints hold the adapter only; else the whole model.
+        As long as nothing else is made trainable, Trainer's checkpoints hold only the adapter; else the whole model.
 
         Raises:
             PatchError: if the projector can't be trained with the adapter: it is quantized, sharded, or wrapped by
@@ -162,7 +165,7 @@ class EmmaAdapter:
     def unfreeze(self) -> EmmaAdapter:
         """Make trainable again what ``train_only`` has frozen, for a second stage in which everything is trained.
 
-        A projector that was trained with the adapter still belongs to it. Does nothing without ``train_only`` before.
+        A projector that was trained with the adapter still belongs to it. Does nothing if ``train_only`` wasn't called.
         """
         trainable_parameters.unfreeze(self.model)
         return self
@@ -175,16 +178,16 @@ class EmmaAdapter:
         projector_lr: float | None = None,
         weight_decay: float = 0.0,
     ) -> EmmaAdapter:
-        """Move the adapter's parameters to groups of their own, in an optimizer that another tool has made.
+        """Move the adapter's parameters to groups of their own in an optimizer that another tool has made.
 
-        Such a tool sorts parameters by rules that are made for something else: LoRA+ gives the adapter's norms and
+        Such a tool groups parameters by rules that are made for something else: LoRA+ gives the adapter's norms and
         biases the rate of ``lora_B``, sixteen times that of its other weights.
 
         Args:
-            optimizer: before its first step, and before a scheduler is made for it.
-            lr: as for :meth:`parameter_groups`, and so the others.
-            projector_lr: see there.
-            weight_decay: see there.
+            optimizer: an optimizer that has made no step, and has no scheduler yet.
+            lr: as for :meth:`parameter_groups`.
+            projector_lr: as for :meth:`parameter_groups`.
+            weight_decay: as for :meth:`parameter_groups`.
 
         Raises:
             ConfigError: if a rate is no number or negative, or the optimizer was used already.
@@ -195,8 +198,11 @@ class EmmaAdapter:
     def parameter_groups(
         self, lr: float, *, projector_lr: float | None = None, weight_decay: float = 0.0
     ) -> list[dict[str, Any]]:
-        """Groups for an optimizer; the projector's own, at ``projector_lr`` (default ``lr``), if it is trained with the
-        adapter: after ``train_only(projector=True)``."""
+        """Return parameter groups for an optimizer.
+
+        After ``train_only(projector=True)`` the adapter's own projector has a group too, at ``projector_lr`` (default
+        ``lr``).
+        """
         return trainable_parameters.parameter_groups(
             self.model, lr, projector_lr=projector_lr, weight_decay=weight_decay
         )
@@ -210,26 +216,26 @@ class EmmaAdapter:
     ) -> None:
         """Write ``adapter_config.json``, ``adapter_model.safetensors`` and a model card, atomically.
 
-        Whenever it is killed, ``load_adapter`` finds the adapter that was there before, or the new one; what is left
-        over is removed by the next save. Several processes and threads may save to one folder, and load from it.
+        If it is killed at any moment, ``load_adapter`` finds the adapter that was there before, or the new one; the
+        next save removes what is left over. Several processes and threads may save to one folder, and load from it.
 
         Of several processes, rank 0 writes. Weights that FSDP2 has sharded are gathered first: then every process must
-        call this, and none goes on before the files are there. Without sharding there is nothing to wait for, and
+        call this, and none continues before the files are there. Without sharding there is nothing to wait for, and
         rank 0 may call it alone.
 
         Args:
             directory: the folder, made if it isn't there. Where it holds a model that transformers loads, the adapter
                 goes into ``emma_adapter/`` in it, where ``load_adapter(model, directory)`` finds it: among the model's
                 files, its config would make transformers take the model for an adapter of PEFT.
-            is_main_process: whether this process writes, if not rank 0 should.
-            state_dict: of the model, gathered: ``accelerator.get_state_dict(model)``. The weights are taken from it
-                where they aren't whole here, and nobody waits for others.
+            is_main_process: whether this process writes; default: rank 0 does.
+            state_dict: the model's gathered state, ``accelerator.get_state_dict(model)``. The weights are taken from
+                it where they aren't whole here, and no process waits for others.
 
         Raises:
             OSError: if the folder can't be written, or holds an adapter of another tool. What it held is intact; the
-                message tells if it is the new adapter already, and only its config file or card couldn't be written.
+                message says so if the new adapter is there already, and only its config file or card isn't written.
             CheckpointError: if weights are NaN or infinite, as after a training that diverged.
-            PatchError: if the weights are held by something that only gathers them itself, as DeepSpeed ZeRO-3.
+            PatchError: if the weights are held by something that alone can gather them, such as DeepSpeed ZeRO-3.
         """
         writing.save(self.model, directory, is_main_process=is_main_process, gathered=state_dict)
 
@@ -247,17 +253,17 @@ class EmmaAdapter:
 
         Args:
             repo_id: ``"user/name"``. If it holds a model, the adapter goes into ``emma_adapter/`` there.
-            private: whether a repository that is made now is private; default: as the user's or organisation's is.
+            private: whether a repository that is made now is private; default: as the user or organisation has set.
             revision: branch, made if there is none.
-            commit_message: of the upload.
-            token: of the hub; default, and with True: the one that ``hf auth login`` stored, or ``HF_TOKEN``.
+            commit_message: message of the upload's commit.
+            token: token for the hub; default, and with True: the one that ``hf auth login`` stored, or ``HF_TOKEN``.
             create_pr: open a pull request instead of committing.
 
         Returns:
             The address of the commit.
 
         Raises:
-            FileExistsError: if the repository holds an adapter of another tool, as a LoRA.
+            FileExistsError: if the repository holds an adapter of another tool, such as a LoRA.
             huggingface_hub.errors.HfHubHTTPError: if the hub refuses.
         """
         return hub.push(
@@ -271,13 +277,15 @@ class EmmaAdapter:
         )
 
     def kernel_report(self) -> tuple[KernelUse, ...]:
-        """What computed the calls so far, PyTorch's operations or the Triton kernels, and why; one entry for each kind
-        of call: ``print(*adapter.kernel_report(), sep="\\n")``."""
+        """Return what computed the calls so far, PyTorch's operations or the Triton kernels, and why.
+
+        There is one entry for each kind of call: ``print(*adapter.kernel_report(), sep="\\n")``.
+        """
         alignments = self._state.current.alignments().values()
         return tuple(use for alignment in alignments for use in alignment.kernel_report())
 
     def cache_info(self) -> CacheInfo:
-        """Hits, misses and size of the cache of encoded instructions. ``"llm"`` looks embeddings up, uncached."""
+        """Return hits, misses and size of the cache of encoded instructions; ``"llm"`` does without a cache."""
         encoder = self._state.pipeline.encoder
         return CacheInfo(0, 0, 0, 0) if encoder is None else encoder.info()
 
@@ -287,7 +295,7 @@ class EmmaAdapter:
         if encoder is not None:
             encoder.clear_cache()
 
-    # The names of earlier releases, for one more.
+    # The names of earlier releases, kept for one more.
     active = active_adapter
     add, set_active, remove, disabled = add_adapter, set_adapter, delete_adapter, disable_adapter
 
@@ -296,12 +304,12 @@ class EmmaAdapter:
         return state_of(self.model)
 
     def __repr__(self) -> str:
-        own, total = trainable_parameters.count_parameters(self.model)
+        size, total = trainable_parameters.count_parameters(self.model)
         config: Any = self.model.config
         info = self.cache_info()
         names = "" if len(self.names) == 1 else f"active={self.active_adapter!r} of {list(self.names)}, "
         return (
             f"EmmaAdapter({names}family={config.model_type!r}, fusion={self.config.fusion!r}, "
-            f"instruction_encoder={self.config.instruction_encoder!r}, parameters={own:,} "
-            f"({own / total:.3%} of the model), cache_hits={info.hits}, cache_misses={info.misses})"
+            f"instruction_encoder={self.config.instruction_encoder!r}, parameters={size:,} "
+            f"({size / total:.3%} of the model), cache_hits={info.hits}, cache_misses={info.misses})"
         )

@@ -1,4 +1,4 @@
-"""load_adapter: from an adapter folder to a patched model."""
+"""``load_adapter``: loading an adapter folder into a model."""
 
 from __future__ import annotations
 
@@ -39,38 +39,38 @@ def load_adapter(
 ) -> EmmaAdapter:
     """Load a saved adapter into a model, which is patched if it isn't yet.
 
-    The folder may come from anybody. Nothing in it is run; nothing outside of it is read because a file in it says so,
-    but the text tower that its config names: on the hub, in open_clip's list or, if the folder wasn't downloaded here,
-    at a path of this machine. Of a text tower neither code nor pickled objects are run. If this raises, the model is
-    as it was.
+    The folder may come from anybody. Nothing in it is run, and nothing outside of it is read because a file in it says
+    so, except the text tower that its config names: on the hub, in open_clip's list or, if the folder wasn't downloaded
+    here, at a path of this machine. Of a text tower neither code nor pickled objects are run. If this raises, the model
+    is as it was.
 
     Args:
         model: as for :func:`patch_model`.
         source: a folder that ``save_pretrained`` wrote, or a hub id.
-        name: of the adapter on the model that is loaded into, and added if the model is patched and has none of this
-            name; it is not made the active one. Default: the active one, or ``"default"`` if the model is patched now.
-        processor: as for :func:`patch_model`; an already patched model keeps the one it has, if none is given.
+        name: name of the model's adapter to load into. It is added if the model is patched and has none of this name,
+            and is not made the active one. Default: the active one, or ``"default"`` if the model is patched now.
+        processor: as for :func:`patch_model`; default: an already patched model keeps the one it has.
         instruction_encoder: where the adapter's instruction encoder is found now, if elsewhere than when it was
             saved. Needed for an encoder module of your own, and where an adapter from the hub names a path.
-        kernel: what computes the adapter, as in :class:`EmmaConfig`; default: ``"auto"``, or what an already patched
-            model was told.
+        kernel: what computes the adapter, as in :class:`EmmaConfig`; default: ``"auto"``, or the choice of an already
+            patched model.
         revision: branch, tag or commit on the hub.
         subfolder: where in the folder or repository the adapter is, as ``"last-checkpoint"``; it can't lead out of it.
-        token: of the hub, for a private repository; default, and with True: the one that ``hf auth login`` stored, or
-            ``HF_TOKEN``; False sends none.
+        token: token for the hub, for a private repository; default, and with True: the one that ``hf auth login``
+            stored, or ``HF_TOKEN``; False sends none.
         local_files_only: don't ask the hub; use what was downloaded before.
 
     Raises:
         CheckpointError: if the files are incomplete, damaged, of a newer format, or made for another model.
-        EncoderError: if the instruction encoder can't be loaded, or an adapter from the hub names a path as such.
+        EncoderError: if the instruction encoder can't be loaded, or an adapter from the hub names a path as its own.
         PatchError: if the model is patched with another kind of adapter, or sharded by FSDP.
     """
     require_model(model)
     if sharding.is_fully_sharded(model):
         raise PatchError("the model is sharded by FSDP: load_adapter first, then shard")
-    given, model = model, base_of(model)
-    patched = hasattr(model, STATE_ATTRIBUTE)
-    if name not in (None, DEFAULT) and not patched:
+    outermost, model = model, base_of(model)
+    is_patched = hasattr(model, STATE_ATTRIBUTE)
+    if name not in (None, DEFAULT) and not is_patched:
         raise PatchError(
             f"the first adapter of a model is called {DEFAULT!r}: load without name=, or patch_model(model) first"
         )
@@ -79,7 +79,7 @@ def load_adapter(
     )
     downloaded = not is_local(source)
     saved = restoring.read_for(model, folder, name)
-    if not patched:
+    if not is_patched:
         compatibility.check_encoder(model, saved, instruction_encoder, downloaded=downloaded)
         if saved.reads_turns and processor is None:
             warnings.warn(
@@ -89,11 +89,11 @@ def load_adapter(
             )
         config = saved.config if kernel is None else saved.config.replace(kernel=kernel)
         try:
-            patch_model(given, config, processor=processor, instruction_encoder=instruction_encoder)
+            patch_model(outermost, config, processor=processor, instruction_encoder=instruction_encoder)
             restoring.assign(model, DEFAULT, saved)
         except BaseException:
             if hasattr(model, STATE_ATTRIBUTE):
-                take_off_adapters(model, wrappers.around(given))
+                take_off_adapters(model, wrappers.around(outermost))
             raise
     else:
         restoring.restore(

@@ -26,10 +26,10 @@ from .config_from_model import make_pipeline, make_reader, resolve_encoder, reso
 def add(
     model: nn.Module, name: str, config: EmmaConfig, processor: Any, instruction_encoder: str | nn.Module | None
 ) -> None:
-    """Add an adapter that is not active yet, and frozen. Default processor: that of the active adapter.
+    """Add an adapter that is not active yet, and frozen. Without ``processor`` it reads prompts as the active adapter.
 
     Raises:
-        PatchError: if the name is taken, or is none that a submodule can have.
+        PatchError: if the name is taken, or a submodule can't have it.
     """
     state = state_of(model)
     _check_addable(model, name)
@@ -51,13 +51,13 @@ def add_copy(model: nn.Module, name: str) -> None:
     """Add a frozen copy of the active adapter, and of the projectors trained with it.
 
     Raises:
-        PatchError: as :func:`add`.
+        PatchError: as in :func:`add`.
     """
     state = state_of(model)
     _check_addable(model, name)
-    copied = state.current
-    alignments, projectors = copy.deepcopy((copied.alignments(), copied.own_projectors()))
-    added = state.adapters[name] = AttachedAdapter(state, name, copied.config, copied.pipeline)
+    active = state.current
+    alignments, projectors = copy.deepcopy((active.alignments(), active.own_projectors()))
+    added = state.adapters[name] = AttachedAdapter(state, name, active.config, active.pipeline)
     attach(model, added, alignments, projectors)
     added.requires_grad_(False)
 
@@ -73,7 +73,7 @@ def _check_addable(model: nn.Module, name: str) -> None:
 
 
 def make_alignments(family: ModelFamily, config: EmmaConfig, inner: nn.Module) -> dict[str, EmmaAlignment]:
-    """The modules of a new adapter, by place, each where its projector runs."""
+    """Return the modules of a new adapter, by place, each on the device where its projector runs."""
     return {
         place: EmmaAlignment(config).to(_execution_device(projector, inner)).train(inner.training)
         for place, projector in sites.places(family, config, inner).items()
@@ -86,7 +86,7 @@ def attach(
     alignments: Mapping[str, EmmaAlignment],
     projectors: Mapping[str, OwnProjector] = MappingProxyType({}),
 ) -> None:
-    """Put the modules of an adapter, and projectors of its own, on the model's projectors."""
+    """Attach the modules of an adapter, and projectors of its own, to the model's projectors."""
     state = state_of(model)
     for place, projector in adapter.sites().items():
         sites.mark(projector, place, state)
@@ -98,7 +98,7 @@ def attach(
 
 
 def activate(model: nn.Module, name: str) -> None:
-    """Make another adapter the active one. It is trainable if the one before was, which is frozen.
+    """Make another adapter the active one. It becomes trainable if the one before was; that one is frozen.
 
     Raises:
         PatchError: if there is no adapter of that name.
@@ -114,7 +114,7 @@ def activate(model: nn.Module, name: str) -> None:
 
 
 def remove(model: nn.Module, name: str) -> None:
-    """Take an adapter off.
+    """Take an adapter off the model.
 
     Raises:
         PatchError: if there is no adapter of that name, or it is the active one.

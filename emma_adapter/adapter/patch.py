@@ -1,4 +1,4 @@
-"""patch_model and unpatch_model."""
+"""``patch_model`` and ``unpatch_model``."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ def patch_model(
     Args:
         model: a transformers model of a supported family (a ``PeftModel``, or what ``torch.compile`` returned, is
             patched at the model inside).
-        config: what adapter; every size left None is read off the model. Default: ``EmmaConfig()``.
+        config: kind of the adapter; every size left None is read off the model. Default: ``EmmaConfig()``.
         processor: the model's processor or tokenizer. Without it the instruction is the whole prompt, answers
-            and special tokens excluded; with it, the user's turns, or with a warning the whole prompt, if its chat
+            and special tokens excluded; with it, the user's turns, or the whole prompt, with a warning, if its chat
             template doesn't show them. Text towers need it to read prompts.
         instruction_encoder: overrides ``config.instruction_encoder``; also a module of your own that follows
             :class:`~emma_adapter.InstructionEncoder`.
@@ -95,7 +95,7 @@ def install(
     projectors: Mapping[str, OwnProjector] = MappingProxyType({}),
     around: Sequence[nn.Module] = (),
 ) -> None:
-    """Put an adapter on a model, and what guards it on the wrappers around the model."""
+    """Put an adapter on a model, and its guards on the wrappers around the model."""
     family = state.family
     inner = family.inner(model)
     for module in (model, inner):
@@ -104,7 +104,7 @@ def install(
     install_call_hooks(model, inner)
     MethodGuard.install(model, "generate", guard_generate)
     MethodGuard.install(model, "save_pretrained", base_model.guard_save_pretrained)
-    # Of a part, which the model holds: build().train() would be left with nothing but its guard.
+    # On a part of the model: were the model itself guarded, build().train() would drop it before the call.
     MethodGuard.install(family.projector(inner) if inner is model else inner, "train", training_start.guard_train)
     base_model.expect_checkpoints(model)
     training_start.expect_trainer(model)
@@ -122,8 +122,9 @@ def install(
 
 @undisturbed()
 def unpatch_model(model: nn.Module) -> None:
-    """Take off again what ``patch_model``, ``unify_model`` and ``add_vision_expert`` put on; what is left is the
-    original model, bit for bit.
+    """Take off what ``patch_model``, ``unify_model`` and ``add_vision_expert`` put on a model.
+
+    What is left is the original model, bit for bit.
 
     Raises:
         PatchError: if the model is not patched, or was sharded since.
@@ -147,10 +148,10 @@ def take_off_adapters(model: nn.Module, around: Sequence[nn.Module] = ()) -> Non
     trainable_parameters.undo_train_only(model)
     private.expect_whole_saves(model)
     private.stop_answering_trainer(model, STATE_ATTRIBUTE)
-    # Every module, not just the patched ones: other tools copy projectors, hooks and all.
+    # All modules, not just those that were patched: other tools copy projectors, hooks included.
     modules = set(model.modules())
     with contextlib.suppress(PatchError):
-        # A shallow copy (copy.copy) shares all that the model which it was made of has, but not its attributes.
+        # A shallow copy (copy.copy) shares the modules of the model it was made of, but that model is none of them.
         modules.add(state.model)
     for module in [module for module in modules if module.__dict__.get(STATE_ATTRIBUTE) is state]:
         MethodGuard.remove_all(module, STATE_ATTRIBUTE)

@@ -2,9 +2,9 @@
 
 PEFT freezes what it doesn't know, wraps or copies projectors, and throws wrappers away when it merges. Its tuners
 get guards that put the adapters back where they belong, as trainable as they were; a ``PeftModel`` gets guards that
-save and load the adapter with its own. A ``PeftModel`` without a tuner learns virtual tokens (prompt tuning, prefix
-tuning, p-tuning): it freezes the model itself, and calls it with another prompt than it was given. PEFT itself is
-never imported: a tuner is known by its public methods.
+save and load the adapters along with its own. A ``PeftModel`` without a tuner learns virtual tokens (prompt tuning,
+prefix tuning, p-tuning): it freezes the model itself, and calls it with another prompt than it was given. PEFT itself
+is never imported: a tuner is recognised by its public methods.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from .reference_model_checks import REFERENCE_LORA, check_reference_pass
 
 
 def guard_wrappers(around: Sequence[nn.Module]) -> None:
-    """Guard the ``PeftModel`` and the tuner that a model to be patched is in already."""
+    """Guard the ``PeftModel`` and the tuner that are already around a model to be patched."""
     for model in filter(is_peft_model, around):
         tuner: Any = model.base_model
         _guard_peft_model(model, tuner)
@@ -44,7 +44,7 @@ def guard_wrappers(around: Sequence[nn.Module]) -> None:
 
 
 def release_wrappers(around: Sequence[nn.Module]) -> None:
-    """Take the guards off a ``PeftModel``, and off its tuner, whose model was unpatched."""
+    """Take the guards off a ``PeftModel`` whose model was unpatched, and off its tuner."""
     for model in filter(is_peft_model, around):
         wrappers: tuple[Any, ...] = (model, model.base_model)
         for wrapper in wrappers:
@@ -57,7 +57,7 @@ def _on_registration(module: nn.Module, name: str, submodule: nn.Module | None) 
     if name == "model" and _is_tuner(module) and _is_patched(submodule):
         _guard_tuner(module)
     elif name in ("base_model", "prompt_encoder") and hasattr(type(module), "get_base_model"):
-        # PEFT makes a tuner before the PeftModel that it is for, and virtual tokens after it.
+        # PEFT makes a tuner before its PeftModel, and virtual tokens after it.
         if name == "base_model" and _is_patched(submodule):
             _guard_peft_model(module, submodule)
         elif not _is_patched(module):
@@ -65,7 +65,7 @@ def _on_registration(module: nn.Module, name: str, submodule: nn.Module | None) 
             beside_lora.warn_if_told(configs.values() if isinstance(configs, dict) else ())
 
 
-# PyTorch tells of each submodule that any module gets. A tuner gets its model before it changes it.
+# PyTorch reports each submodule that any module is given. A tuner is given its model before it changes the model.
 register_module_module_registration_hook(_on_registration)
 
 
@@ -78,7 +78,7 @@ def _is_patched(module: nn.Module | None) -> bool:
 
 
 def _guard_tuner(tuner: nn.Module) -> None:
-    # What replaces modules of the model, or freezes its parameters.
+    # These methods replace modules of the model, or freeze its parameters.
     MethodGuard.install_once(tuner, "inject_adapter", _keep_adapters_and_own_projectors)
     for name in ("merge_and_unload", "unload", "delete_adapter"):
         MethodGuard.install_once(tuner, name, _keep_adapters)
@@ -99,19 +99,19 @@ def _guard_peft_model(model: nn.Module, base: Any) -> None:
 def _keep_adapters(tuner: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     model: nn.Module = state_of(tuner).model
     state = state_of(model)
-    held = [(adapter, adapter.alignments(), adapter.own_projectors()) for adapter in state.adapters.values()]
+    attached = [(adapter, adapter.alignments(), adapter.own_projectors()) for adapter in state.adapters.values()]
     trainable = [(parameter, parameter.requires_grad) for parameter in state.parameters()]
     with trainable_parameters.as_before_train_only(model):
         result = original(*args, **kwargs)
-        for adapter, alignments, own_projectors in held:
+        for adapter, alignments, own_projectors in attached:
             for place, site in adapter.sites().items():
                 if sites.PLACE_ATTRIBUTE not in site.__dict__:
                     _move_here(site, place, state)
                 _put(site, adapter.name, alignments[place])
                 if place in own_projectors:
                     _put(site, adapter.name, own_projectors[place])
-    for parameter, before in trainable:
-        parameter.requires_grad_(before)
+    for parameter, was_trainable in trainable:
+        parameter.requires_grad_(was_trainable)
     return result
 
 
@@ -125,7 +125,7 @@ def _keep_adapters_and_own_projectors(tuner: Any, original: Callable[..., Any], 
         if len(tuner.peft_config) == 1:
             tuner.unload()
             state.trainable_before = trainable_before
-            # By name: a projector that PEFT has copied is another by now.
+            # By name, since a projector that PEFT has copied is another module by now.
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(trainable[name])
         raise PatchError(
@@ -136,7 +136,7 @@ def _keep_adapters_and_own_projectors(tuner: Any, original: Callable[..., Any], 
 
 
 def _move_here(projector: nn.Module, place: str, state: AdapterState) -> None:
-    """Make ``projector``, a wrapper or what was inside of one, the module that adapters sit at."""
+    """Make ``projector``, a wrapper or the module that was inside of one, the module that adapters sit at."""
     for module in list(projector.modules()):
         if sites.PLACE_ATTRIBUTE in module.__dict__:
             remove_hooks(module)
@@ -151,8 +151,10 @@ def _put(projector: nn.Module, adapter: str, module: EmmaAlignment | OwnProjecto
 
 
 def _save_with_adapters(model: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Every adapter goes into a folder of its name in ``emma_adapter/``: one level higher, Trainer would take it for an
-    adapter of PEFT when it resumes."""
+    """Save every adapter too, in a folder of its name in ``emma_adapter/``.
+
+    One level higher, Trainer would take it for an adapter of PEFT when it resumes.
+    """
     arguments = arguments_by_name(original, args, kwargs)
     base = state_of(model).model
     directory, gathered = Path(arguments["save_directory"]), arguments.get("state_dict")
@@ -160,15 +162,15 @@ def _save_with_adapters(model: Any, original: Callable[..., Any], *args: Any, **
     if gathered is not None:
         kwargs["state_dict"] = dict(gathered)
         _leave_out_adapters(model, kwargs["state_dict"])
-        own_name = next(name for name, module in model.named_modules() if module is base)
-        gathered = {name.removeprefix(f"{own_name}."): value for name, value in gathered.items()}
+        base_name = next(name for name, module in model.named_modules() if module is base)
+        gathered = {name.removeprefix(f"{base_name}."): value for name, value in gathered.items()}
     with _adapters_left_out(model):
         result = original(*args, **kwargs)
     if is_main_process or gathered is None:
         folder = directory / SUBFOLDER
         for adapter in state_of(base).adapters:
             writing.save(base, folder / adapter, adapter, is_main_process=is_main_process, gathered=gathered)
-        # Left by a save of the base model, it would be found before these.
+        # An adapter that a save of the base model has left here would be found before these.
         writing.discard(folder)
     if is_main_process:
         for name in arguments.get("selected_adapters") or model.peft_config:
@@ -178,7 +180,7 @@ def _save_with_adapters(model: Any, original: Callable[..., Any], *args: Any, **
 
 @contextmanager
 def _adapters_left_out(model: nn.Module) -> Iterator[None]:
-    """PEFT saves, with ``bias="all"``, whatever is called a bias."""
+    """Leave the adapters out of state dicts: with ``bias="all"`` PEFT saves whatever is called a bias."""
 
     def leave_out(_: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
         _leave_out_adapters(model, state_dict, prefix)
@@ -191,8 +193,9 @@ def _adapters_left_out(model: nn.Module) -> Iterator[None]:
 
 
 def _leave_out_adapters(model: nn.Module, state_dict: dict[str, Any], prefix: str = "") -> None:
-    ours = tuple(f"{prefix}{name}." for name, module in model.named_modules() if isinstance(module, EmmaAlignment))
-    for name in [name for name in state_dict if name.startswith(ours)]:
+    alignments = [name for name, module in model.named_modules() if isinstance(module, EmmaAlignment)]
+    prefixes = tuple(f"{prefix}{name}." for name in alignments)
+    for name in [name for name in state_dict if name.startswith(prefixes)]:
         del state_dict[name]
 
 
@@ -204,7 +207,7 @@ def _tell_in_card(model: nn.Module, original: Callable[..., Any], *args: Any, **
 
 @contextlib.contextmanager
 def _through_reference(model: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Iterator[None]:
-    """Where a reference is kept, the model with its LoRA off is that: calls go through the frozen adapter."""
+    """Have calls go through the frozen adapter, if one is kept: the model with its LoRA off is the reference."""
     state = state_of(model)
     check_reference_pass(model)
     reference = contextlib.nullcontext() if state.reference is None else state.using(state.reference)
@@ -213,7 +216,7 @@ def _through_reference(model: nn.Module, original: Callable[..., Any], *args: An
 
 
 def _note_reference(model: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """A LoRA that was trained before has a frozen copy of its own for reference passes, under TRL's name for it."""
+    """Note whether TRL's frozen copy of a LoRA that was trained before, made for reference passes, becomes active."""
     state = state_of(model)
     name = arguments_by_name(original, args, kwargs).get("adapter_name")
     if name == REFERENCE_LORA:
@@ -224,13 +227,13 @@ def _note_reference(model: nn.Module, original: Callable[..., Any], *args: Any, 
 
 
 def _load_with_adapter(model: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """The adapter that was saved beside a LoRA comes with it, if it is the LoRA that the model uses."""
+    """Load the adapter that was saved beside a LoRA too, if the model uses that LoRA."""
     arguments = arguments_by_name(original, args, kwargs)
     result = original(*args, **kwargs)
     state = state_of(model)
     if arguments["adapter_name"] in model.active_adapters:
-        for given in _folders(arguments):
-            folder = reading.find(given, state.active)
+        for parent in _folders(arguments):
+            folder = reading.find(parent, state.active)
             if reading.is_adapter(folder):
                 restoring.restore(state.model, restoring.read_for(state.model, folder))
                 break
@@ -238,18 +241,21 @@ def _load_with_adapter(model: Any, original: Callable[..., Any], *args: Any, **k
 
 
 def _folders(arguments: Mapping[str, Any]) -> Iterator[Path]:
-    """Where an adapter may have been saved with the one of PEFT that these arguments of ``load_adapter`` name: in the
-    same folder; or, if PEFT's isn't called ``"default"`` and has a folder of its name, in that above."""
+    """Yield the folders in which an adapter may lie beside the one of PEFT that ``load_adapter`` was asked for.
+
+    They are the folder of PEFT's adapter and, if that folder has the adapter's name, the one above: PEFT gives adapters
+    other than ``"default"`` folders of their names.
+    """
     source, subfolder = arguments["model_id"], PurePosixPath(arguments.get("subfolder") or "")
-    own = str(arguments["adapter_name"])
+    name = str(arguments["adapter_name"])
     if is_local(source):
         folder = Path(source) / subfolder
         yield folder
-        if folder.name == own:
+        if folder.name == name:
             yield folder.parent
         return
-    options = {name: arguments[name] for name in ("revision", "token", "local_files_only") if name in arguments}
-    for place in (subfolder, subfolder.parent) if subfolder.name == own else (subfolder,):
+    options = {key: arguments[key] for key in ("revision", "token", "local_files_only") if key in arguments}
+    for place in (subfolder, subfolder.parent) if subfolder.name == name else (subfolder,):
         try:
             yield hub.local_folder(source, subfolder=str(place), **options)
         except CheckpointError as error:

@@ -1,4 +1,4 @@
-"""A frozen copy of a patched model, or of its adapter, that training is compared with."""
+"""References that training is compared with: a frozen copy of a patched model, or of its adapter."""
 
 from __future__ import annotations
 
@@ -26,8 +26,10 @@ REFERENCE = "reference"
 
 @undisturbed()
 def keep(model: nn.Module) -> None:
-    """Put a frozen copy of the active adapter on the model itself, for when its LoRA is off. It takes the place of one
-    that was kept before."""
+    """Put a frozen copy of the active adapter on the model itself, for when its LoRA is off.
+
+    It replaces a copy that was kept before.
+    """
     state = state_of(model)
     if state.reference is not None:
         named_adapters.remove(model, state.reference)
@@ -37,7 +39,7 @@ def keep(model: nn.Module) -> None:
 
 @undisturbed()
 def frozen_copy(model: nn.Module) -> nn.Module:
-    """Return the model as it is now, frozen and in eval mode. What the model doesn't train is in memory once.
+    """Return a copy of the model as it is now, frozen and in eval mode. It shares what the model doesn't train.
 
     Raises:
         PatchError: if the model is not patched, or sharded.
@@ -49,7 +51,7 @@ def frozen_copy(model: nn.Module) -> nn.Module:
     pipelines = {id(adapter.pipeline): adapter.pipeline for adapter in state.adapters.values()}
     reference = copy.deepcopy(model, {**shared, **pipelines})
     if not hasattr(reference, "_hf_hook"):
-        # Trainers put a forward of theirs on a model, which may go on calling the model that it was made for.
+        # A Trainer's own forward on the model, once copied, may go on calling the model that it was made for.
         for name in ("forward", "_original_forward"):
             reference.__dict__.pop(name, None)
     return _freeze(reference, shared)
@@ -57,31 +59,30 @@ def frozen_copy(model: nn.Module) -> nn.Module:
 
 @undisturbed()
 def make_alike(reference: nn.Module, model: nn.Module) -> None:
-    """Make ``reference``, the base model as some tool has loaded it, what ``model`` is now, frozen.
+    """Turn ``reference``, the base model as another tool has loaded it, into a frozen copy of ``model``.
 
     Raises:
         PatchError: if one of them is sharded, or they are of different kinds.
     """
     state = state_of(model)
-    for one in (reference, model):
-        _check_whole(one)
+    _check_whole(reference)
+    _check_whole(model)
     family = find_family(reference)
     adapters = {id(parameter) for parameter in state.parameters()}
-    own = {n: p for n, p in model.named_parameters(remove_duplicate=False) if id(p) not in adapters}
-    found = dict(reference.named_parameters(remove_duplicate=False))
-    if {n: p.shape for n, p in own.items()} != {n: p.shape for n, p in found.items()}:
+    parameters = {n: p for n, p in model.named_parameters(remove_duplicate=False) if id(p) not in adapters}
+    copies = dict(reference.named_parameters(remove_duplicate=False))
+    if {n: p.shape for n, p in parameters.items()} != {n: p.shape for n, p in copies.items()}:
         raise PatchError(
             f"the reference is a {type(reference).__name__} of other parameters than the {type(model).__name__} that "
             "is trained: give the trainer ref_model=reference_model(model)"
         )
     alignments, projectors = copy.deepcopy((state.current.alignments(), state.current.own_projectors()))
-    twin = AdapterState(family, state.config, state.pipeline, reference)
-    install(reference, twin, alignments, projectors)
+    install(reference, AdapterState(family, state.config, state.pipeline, reference), alignments, projectors)
     shared = {}
-    for name, parameter in own.items():
-        before = found[name]
-        if parameter.requires_grad or (parameter.device, parameter.dtype) != (before.device, before.dtype):
-            before.data.copy_(parameter.data)
+    for name, parameter in parameters.items():
+        own_copy = copies[name]
+        if parameter.requires_grad or (parameter.device, parameter.dtype) != (own_copy.device, own_copy.dtype):
+            own_copy.data.copy_(parameter.data)
             continue
         shared[id(parameter)] = parameter
         holder, _, leaf = name.rpartition(".")
@@ -113,8 +114,10 @@ def _unshared(
     *args: Any,
     **kwargs: Any,
 ) -> Iterator[Tensor]:
-    """The parameters of a reference; copies of those that it shares with the model that is trained. Who writes into
-    them, as TRL's ``SyncRefModelCallback`` mixes both, would write into both."""
+    """Yield the parameters of a reference, and copies of those that it shares with the model that is trained.
+
+    A tool that writes into shared ones, as TRL's ``SyncRefModelCallback`` does to mix the two, would write into both.
+    """
     for parameter in original(*args, **kwargs):
         yield parameter.detach().clone() if id(parameter) in shared else parameter
 

@@ -1,5 +1,7 @@
-"""The reference of a trainer that learns from preferences or rewards: TRL makes one of what it knows, and it doesn't
-know adapters."""
+"""Checks of the reference of a trainer that learns from preferences or rewards.
+
+TRL makes the reference of the parts that it knows, and it doesn't know adapters.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +24,13 @@ _REMEDY = "from emma_adapter.integrations.trl import keep_reference; keep_refere
 
 
 def warn_of_bare_reference(model: nn.Module, trainer: Any) -> None:
-    """Warn if a trainer that starts compares the model, whose adapter was trained before, with the bare base."""
+    """Warn if a trainer that starts compares the model, whose adapter was trained before, with the bare base model."""
     reference = getattr(trainer, "ref_model", None)
-    # A run that goes on where another one ended isn't at its beginning, which is what the reference is.
+    # The reference is the model at the beginning, and a resumed run isn't there any more.
     if not isinstance(reference, nn.Module) or trainer.state.global_step > 0:
         return
-    adapter = list(state_of(model).current.named_parameters().values())
-    if hasattr(base_of(reference), STATE_ATTRIBUTE) or any(map(is_elsewhere, adapter)) or is_identity(adapter):
+    parameters = list(state_of(model).current.named_parameters().values())
+    if hasattr(base_of(reference), STATE_ATTRIBUTE) or any(map(is_elsewhere, parameters)) or is_identity(parameters):
         return
     warnings.warn(
         f"the reference of this {type(trainer).__name__} is the base model without the EMMA adapter, which the model "
@@ -39,7 +41,7 @@ def warn_of_bare_reference(model: nn.Module, trainer: Any) -> None:
 
 
 def check_reference_pass(model: nn.Module) -> None:
-    """Check that a trainer which takes the model without its LoRA as its reference doesn't train that.
+    """Check that a trainer whose reference is the model without its LoRA doesn't train that reference.
 
     Raises:
         PatchError: if the adapter is trained, and no frozen copy is kept for such passes.

@@ -1,4 +1,4 @@
-"""From a checked adapter folder to an adapter of a patched model."""
+"""Restoring an adapter of a patched model from a folder that was checked."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from .config_from_model import make_pipeline, make_reader, resolve_encoder
 
 
 def read_for(model: nn.Module, directory: Path, name: str | None = None) -> SavedAdapter:
-    """A saved adapter that can be loaded into this model, of which nothing is changed yet.
+    """Return a saved adapter that can be loaded into this model, of which nothing is changed yet.
 
     Raises:
-        CheckpointError: if the files are damaged, or made for another model. That shows before the values are read.
+        CheckpointError: if the files are damaged, or made for another model, which shows before the values are read.
         PatchError: if parts that would take the values are offloaded.
     """
     saved = reading.read(directory, check=lambda described: check_fit(model, described))
@@ -51,11 +51,12 @@ def restore(
     kernel: Kernel | None = None,
     downloaded: bool = False,
 ) -> None:
-    """Load into the adapter of that name (default: the active one), which is added if there is none. Which one is
-    active stays as it is, also meanwhile. If it fails, nothing has changed.
+    """Load into the adapter of that name (default: the active one), which is added if there is none.
+
+    The active adapter stays active, also meanwhile. If this fails, nothing has changed.
 
     Raises:
-        PatchError: if it is an adapter of another kind than the saved one.
+        PatchError: if the adapter is of another kind than the saved one.
     """
     state = state_of(model)
     name = state.active if name is None else name
@@ -70,12 +71,12 @@ def restore(
                 named_adapters.remove(model, name)
             raise
         return
-    here = state.adapters[name].config
-    if not _same_build(here, saved.config, ignore_encoder=instruction_encoder is not None):
+    current_config = state.adapters[name].config
+    if not _same_build(current_config, saved.config, ignore_encoder=instruction_encoder is not None):
         raise PatchError(
             "the model is patched with another kind of adapter than the saved one; unpatch_model(model) first, and "
             "load_adapter will patch it, or load_adapter(model, …, name=…) under another name. "
-            f"Here and in {saved.source} differ: {listed(_differences(here, saved.config))}"
+            f"Here and in {saved.source} differ: {listed(_differences(current_config, saved.config))}"
         )
     with _undone_on_failure(state.adapters[name]):
         _refit(model, name, processor, instruction_encoder, kernel)
@@ -83,7 +84,7 @@ def restore(
 
 
 def assign(model: nn.Module, name: str, saved: SavedAdapter) -> None:
-    """Give an adapter, and the projector trained with it, the saved values."""
+    """Give an adapter the saved values, and those of the projector that was trained with it."""
     state = state_of(model)
     projectors.assign(state, state.adapters[name], saved.alignment, saved.projector)
     precision.remember_weights(model)
@@ -91,9 +92,9 @@ def assign(model: nn.Module, name: str, saved: SavedAdapter) -> None:
 
 @contextmanager
 def _undone_on_failure(adapter: AttachedAdapter) -> Iterator[None]:
-    """Take back what loading has changed of an adapter, if the block raises."""
+    """Undo what loading has changed of an adapter, if the block raises."""
     fields = dict(vars(adapter))
-    # An alignment's values are replaced, a projector's written over.
+    # Loading replaces the tensors of alignments, but writes over those of projectors.
     values = {tensor: tensor.data for tensor in adapter.state_dict(keep_vars=True).values()}
     written_over = {parameter: parameter.detach().clone() for parameter in adapter.projector_parameters().values()}
     kernels = {alignment: alignment.config.kernel for alignment in adapter.alignments().values()}
@@ -114,17 +115,21 @@ def _undone_on_failure(adapter: AttachedAdapter) -> Iterator[None]:
         raise
 
 
-def _same_build(one: EmmaConfig, other: EmmaConfig, *, ignore_encoder: bool) -> bool:
-    """True if both have the same weights and read the same instruction, wherever the encoder is found."""
+def _same_build(current: EmmaConfig, saved: EmmaConfig, *, ignore_encoder: bool) -> bool:
+    """Return whether both have the same weights and read the same instruction, wherever the encoder is found."""
     ignored: dict[str, Any] = {"cache_size": 0, "kernel": "auto"}
     if ignore_encoder:
         ignored["instruction_encoder"] = "given"
-    return one.replace(**ignored) == other.replace(**ignored)
+    return current.replace(**ignored) == saved.replace(**ignored)
 
 
-def _differences(one: EmmaConfig, other: EmmaConfig) -> list[str]:
-    others = other.to_dict()
-    return [f"{name}: {value!r} and {others[name]!r}" for name, value in one.to_dict().items() if value != others[name]]
+def _differences(current: EmmaConfig, saved: EmmaConfig) -> list[str]:
+    saved_values = saved.to_dict()
+    return [
+        f"{name}: {value!r} and {saved_values[name]!r}"
+        for name, value in current.to_dict().items()
+        if value != saved_values[name]
+    ]
 
 
 def _refit(

@@ -1,4 +1,4 @@
-"""What is seen to when a training run starts: before hours are spent, not after."""
+"""Checks and preparations at the start of a training run, before hours are spent on it."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _started: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def guard_train(part: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Look after a run that starts. ``model.train()``, which reaches every part, comes before its first step."""
+    """Begin a run: ``model.train()``, which reaches every part, comes before its first step."""
     result = original(*args, **kwargs)
     if arguments_by_name(original, args, kwargs).get("mode", True):
-        # A part may be trained that is left of a model.
+        # The part may be all that is left of a model.
         with contextlib.suppress(PatchError):
             _begin(state_of(part).model)
     return result
@@ -36,7 +36,7 @@ def guard_train(part: nn.Module, original: Callable[..., Any], *args: Any, **kwa
 def _begin(model: nn.Module) -> None:
     precision.restore_weights(model)
     trainer = private.running_trainer()
-    # One that is only being made doesn't know its arguments yet.
+    # A Trainer that is only being made doesn't know its arguments yet.
     if trainer is not None and trainer.is_in_train and trainer not in _started:
         base_model.check_output_folder(model, trainer)
         if trainer.args.push_to_hub:
@@ -50,12 +50,12 @@ def _begin(model: nn.Module) -> None:
 
 
 def expect_trainer(model: nn.Module) -> None:
-    """Have a Trainer, when it is made of a quantized model, learn whether there is an adapter to train."""
+    """Have a Trainer that is made with a quantized model ask whether there is an adapter to train."""
     private.answer_trainer(model, STATE_ATTRIBUTE, functools.partial(_meet_trainer, state_of(model)))
 
 
 def _meet_trainer(state: AdapterState) -> bool:
-    """Tell a Trainer that is being made of a quantized model whether there is an adapter to train.
+    """Return, for a Trainer that is being made with a quantized model, whether there is an adapter to train.
 
     TRL has cast the adapter by then, and DistributedDataParallel hasn't read its dtypes yet.
     """
@@ -66,14 +66,14 @@ def _meet_trainer(state: AdapterState) -> bool:
 
 
 def _warn_of_mixed_rates(model: nn.Module, trainer: Any) -> None:
-    """Warn where a tool's own rule has given parts of the adapter different rates, among parameters of others."""
+    """Warn if another tool's rule gives parts of the adapter different rates, in groups with other parameters."""
     adapter = {id(parameter) for parameter in state_of(model).current.named_parameters().values()}
     rates = set()
     for group in getattr(trainer.optimizer, "param_groups", ()):
-        inside = [id(parameter) in adapter for parameter in group["params"]]
-        if any(inside):
+        in_adapter = [id(parameter) in adapter for parameter in group["params"]]
+        if any(in_adapter):
             # A scheduler may have changed the rate already.
-            rates.add((float(group.get("initial_lr", group["lr"])), all(inside)))
+            rates.add((float(group.get("initial_lr", group["lr"])), all(in_adapter)))
     if len({rate for rate, _ in rates}) > 1 and not all(alone for _, alone in rates):
         listed_rates = ", ".join(f"{rate:g}" for rate in sorted({rate for rate, _ in rates}))
         warnings.warn(
