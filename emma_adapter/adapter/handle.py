@@ -109,8 +109,8 @@ class EmmaAdapter:
     @property
     def projector(self) -> nn.Module | None:
         """The copy of the model's projector that is trained with the adapter; None if it goes through the model's."""
-        own = self._state.current.own_projectors()
-        return own[sites.MAIN_PLACE].projector if own else None
+        own_projectors = self._state.current.own_projectors()
+        return own_projectors[sites.MAIN_PLACE].projector if own_projectors else None
 
     def disable_adapter(self) -> AbstractContextManager[None]:
         """Return a context in which the model is the original, bit for bit, in this thread or task."""

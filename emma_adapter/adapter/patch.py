@@ -77,7 +77,7 @@ def patch_model(
     inner = family.inner(model)
     sites.check_unshared(inner, family.projector(inner), *family.deepstack_projectors(inner))
     config = EmmaConfig() if config is None else config
-    # The encoder last: it may be large, and what is wrong with the sizes shows without it.
+    # The encoder comes last: it may be large, and wrong sizes are found without it.
     config = resolve_sizes(config, family, inner)
     config, encoder = resolve_encoder(config, instruction_encoder, inner)
     pipeline = make_pipeline(config, make_reader(model, config, processor), encoder)

@@ -56,11 +56,11 @@ def has_projector_hooks(projector: nn.Module) -> bool:
 
 def remove_hooks(module: nn.Module) -> None:
     """Remove this library's hooks from ``module``, also from a copy of the module they were installed on."""
-    ours = (
+    our_hooks = (
         *(before_virtual_tokens, after_virtual_tokens, before_outer, after_outer, before_inner, after_inner),
         *(before_projector, after_projector, after_embedding),
     )
-    private.remove_hooks(module, ours)
+    private.remove_hooks(module, our_hooks)
 
 
 def before_virtual_tokens(wrapper: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -100,7 +100,8 @@ def after_outer(model: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
 def before_inner(inner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
     """Determine the instruction of every row before the vision tower runs."""
     kwargs = _by_name(inner, args, kwargs)
-    # The outer model's hooks have left some if they were bypassed, as by wrappers that call forward themselves.
+    # The adapter's arguments are still there if the outer model's hooks were bypassed, as by wrappers that call forward
+    # themselves.
     passed_on = pop_outer_call(kwargs)
     state = state_of(inner)
     context = state.context
@@ -272,7 +273,7 @@ def _route(state: AdapterState, projector: nn.Module, visual_tokens: Tensor) -> 
     if is_recomputing() and (remembered := state.memories.routes.recall(visual_tokens)) is not None:
         return remembered
     routed = _new_route(state, visual_tokens)
-    # Reentrant checkpointing of a frozen projector records no gradients, and shows in its input alone.
+    # Reentrant checkpointing of a frozen projector records no gradients, and only the input shows it.
     if state.context.may_be_recomputed or may_be_recomputed(projector) or visual_tokens.requires_grad:
         state.memories.routes.remember(visual_tokens, routed)
     return routed

@@ -90,8 +90,8 @@ def detach(module: nn.Module) -> None:
     if PLACE_ATTRIBUTE in module.__dict__:
         delattr(module, PLACE_ATTRIBUTE)
         for holder in list(module.modules()):
-            ours = [n for n, child in holder._modules.items() if isinstance(child, (EmmaAlignment, OwnProjector))]
-            for name in ours:
+            names = [n for n, child in holder._modules.items() if isinstance(child, (EmmaAlignment, OwnProjector))]
+            for name in names:
                 delattr(holder, name)
     delattr(module, STATE_ATTRIBUTE)
 

@@ -169,33 +169,33 @@ class AdapterState:
 
     @contextmanager
     def generating(self, plan: CallPlan, prompt: Tensor | None) -> Iterator[None]:
-        """Set the context of a ``generate`` whose prompt gave this plan, and restore the one before it afterwards."""
+        """Set the context of a ``generate`` whose prompt gave this plan, and restore the previous one afterwards."""
         context = self.context
-        before = (context.outer, context.plan, context.pinned)
+        previous = (context.outer, context.plan, context.pinned)
         context.outer, context.plan, context.pinned = None, plan, PinnedPrompt(plan, prompt)
         try:
             yield
         finally:
-            context.outer, context.plan, context.pinned = before
+            context.outer, context.plan, context.pinned = previous
 
     @contextmanager
     def generating_without_images(self) -> Iterator[None]:
         context = self.context
-        before, context.generates_without_images = context.generates_without_images, True
+        previous, context.generates_without_images = context.generates_without_images, True
         try:
             yield
         finally:
-            context.generates_without_images = before
+            context.generates_without_images = previous
 
     @contextmanager
     def observing(self, observer: Callable[[ObservedAlignment], None]) -> Iterator[None]:
         """Report the calls that this thread makes in the block to ``observer``; the model gets no further hook."""
         context = self.context
-        before, context.observer = context.observer, observer
+        previous, context.observer = context.observer, observer
         try:
             yield
         finally:
-            context.observer = before
+            context.observer = previous
 
     @contextmanager
     def encoding(self, feature_call: FeatureCall) -> Iterator[None]:
@@ -214,12 +214,12 @@ class AdapterState:
     def recomputing(self, module: nn.Module, plan: CallPlan | Bypass | Scope) -> Iterator[None]:
         """Set the context of a part of a call that is computed again outside of it."""
         context = self.context
-        before = (context.plan, context.recomputed)
+        previous = (context.plan, context.recomputed)
         self.resume(module, plan)
         try:
             yield
         finally:
-            context.plan, context.recomputed = before
+            context.plan, context.recomputed = previous
 
     def resume(self, module: nn.Module, plan: CallPlan | Bypass | Scope) -> None:
         """Make a remembered plan or scope that of the call which ``module``, the inner model, is in."""
