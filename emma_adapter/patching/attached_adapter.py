@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from torch import Tensor, nn
 
 from ..alignment.config import EmmaConfig
 from ..alignment.module import EmmaAlignment
 from ..instructions.pipeline import InstructionPipeline
+from ..models.families import ModelFamily
 from . import sites
 from .own_projector import OwnProjector
 
-if TYPE_CHECKING:
-    from .state import AdapterState
+
+class PatchedModel(Protocol):
+    """What an adapter has to know of the model it is attached to."""
+
+    family: ModelFamily
+
+    @property
+    def model(self) -> nn.Module: ...
 
 
 class AttachedAdapter:
@@ -23,16 +30,16 @@ class AttachedAdapter:
     models.
     """
 
-    def __init__(self, state: AdapterState, name: str, config: EmmaConfig, pipeline: InstructionPipeline) -> None:
-        self._state = state
+    def __init__(self, patched: PatchedModel, name: str, config: EmmaConfig, pipeline: InstructionPipeline) -> None:
+        self._patched = patched
         self.name = name
         self.config = config
         self.pipeline = pipeline
 
     def sites(self) -> dict[str, nn.Module]:
         """Return the model's projectors that the adapter sits at, by place."""
-        family = self._state.family
-        return sites.places(family, self.config, family.inner(self._state.model))
+        family = self._patched.family
+        return sites.places(family, self.config, family.inner(self._patched.model))
 
     def alignments(self) -> dict[str, EmmaAlignment]:
         """Return the adapter's modules, by place."""
