@@ -2,8 +2,8 @@
 
 - ``model.save_pretrained(folder)`` writes the model without the part, so that it reloads as the model it was, and the
   part's own files beside it.
-- Trainer calls ``model.save_pretrained(folder, state_dict=…)`` and resumes from the ``model.safetensors`` it finds. It
-  holds the part's tensors alone if nothing else is trained, else the whole model's; the part's own files go beside it.
+- A call that comes from a Trainer writes the ``model.safetensors`` that it resumes from: the part's tensors alone if
+  nothing else is trained, else the whole model's; the part's own files go beside it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..modules import private
 from .atomic import replace_files
 
 _TRAINER_WEIGHTS = "model.safetensors"
@@ -43,16 +44,17 @@ def save_pretrained(
         # The original raises the error about the missing argument.
         return original(**arguments)
     folder, is_main_process = Path(arguments["save_directory"]), arguments.get("is_main_process", True)
-    # Trainer always passes it, even as None.
-    by_trainer = "state_dict" in arguments
-    gathered = arguments.get("state_dict")
-    gathered = model.state_dict() if by_trainer and gathered is None else gathered
+    gathered: dict[str, Tensor] | None = arguments.get("state_dict")
+    by_trainer = private.running_trainer() is not None
+    if by_trainer and gathered is None:
+        gathered = model.state_dict()
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     result = None
-    if gathered is None or not any(name.startswith(prefix) for name in gathered):
-        # Not a call by Trainer.
+    if gathered is None or not by_trainer or not any(name.startswith(prefix) for name in gathered):
+        if gathered is not None:
+            gathered = {name: value for name, value in gathered.items() if not name.startswith(prefix)}
         with _left_out(model, prefix):
-            result = original(**arguments)
+            result = original(**{**arguments, "state_dict": gathered})
     elif all(name.startswith(prefix) for name in trained):
         part_tensors = {
             name: value.detach().cpu().contiguous() for name, value in gathered.items() if name.startswith(prefix)

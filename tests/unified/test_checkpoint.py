@@ -424,3 +424,14 @@ def test_a_model_that_draws_already_is_refused(saved):
 def test_an_empty_folder_is_told_what_would_have_filled_it(tmp_path):
     with pytest.raises(CheckpointError, match=r"give the folder that unified\.save_pretrained wrote"):
         load(tmp_path)
+
+
+def test_a_gathered_state_dict_says_where_weights_are_and_not_what_is_written(tmp_path):
+    """As accelerate's documentation has it: ``state_dict=accelerator.get_state_dict(model)``."""
+    made = unified("qwen3_vl", UnifiedConfig(decoupling=2))
+    made.train_only()
+    base = {name: value for name, value in made.model.state_dict().items() if "emma" not in name}
+    made.model.save_pretrained(tmp_path, state_dict=made.model.state_dict())
+    again, info = type(made.model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["unexpected_keys"] and not info["missing_keys"]
+    assert all(torch.equal(value, base[name]) for name, value in again.state_dict().items())
