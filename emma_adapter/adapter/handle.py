@@ -113,7 +113,10 @@ class EmmaAdapter:
         return own_projectors[sites.MAIN_PLACE].projector if own_projectors else None
 
     def disable_adapter(self) -> AbstractContextManager[None]:
-        """Return a context in which the model is the original, bit for bit, in this thread or task."""
+        """Return a context in which the model is the original, bit for bit: ``with adapter.disable_adapter(): …``.
+
+        It holds in this thread or asynchronous task.
+        """
         return self._state.disabled()
 
     def instruction(

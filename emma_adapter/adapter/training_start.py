@@ -24,7 +24,7 @@ _started: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def guard_train(part: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Begin a run: ``model.train()``, which reaches every part, comes before its first step."""
+    """Prepare a training run: ``model.train()``, which reaches every part, comes before its first step."""
     result = original(*args, **kwargs)
     if arguments_by_name(original, args, kwargs).get("mode", True):
         # The part may be all that is left of a model.

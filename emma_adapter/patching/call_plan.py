@@ -86,7 +86,10 @@ class PinnedPrompt:
     input_ids: Tensor | None
 
     def is_prompt_of(self, arguments: Mapping[str, Any]) -> bool:
-        """Return False for a call that the user makes about something else meanwhile, as in a logits processor."""
+        """Return whether a call of forward is about this prompt.
+
+        It isn't if the user calls forward on something else while ``generate`` runs, as in a logits processor.
+        """
         ids, pinned_ids = arguments.get("input_ids"), self.input_ids
         if ids is None or pinned_ids is None:
             return True

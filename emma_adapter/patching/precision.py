@@ -32,7 +32,7 @@ def quantized_tensors(model: nn.Module, projector: nn.Module) -> list[str]:
 
 
 def with_the_projector_as_it_is(model: nn.Module, projectors: Iterable[nn.Module]) -> str:
-    """Return the advice how to load a model with a projector that is not quantized."""
+    """Return advice on loading a model so that its projector is not quantized."""
     skipped = list(projectors)
     names = [name for name, module in model.named_modules() if any(module is projector for projector in skipped)]
     return (

@@ -75,7 +75,7 @@ class RoutedInstruction:
 
     @property
     def unchecked_tokens(self) -> tuple[str, int] | None:
-        """Modality and number of placeholders that the projector's output is yet to be checked against.
+        """Modality and number of placeholders that only the projector's output can be checked against.
 
         None where the input already told how many tokens its media take.
         """
