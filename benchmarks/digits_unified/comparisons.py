@@ -36,7 +36,7 @@ from .training import WORK
 
 RESULTS = Path(__file__).parents[1] / "results" / "digits-comparisons.jsonl"
 SEEDS = (0, 1, 2)
-RATES = (4e-3, 7e-3, 1.2e-2)
+RATES = (7e-3, 1.2e-2, 2e-2)
 STEPS = 1200
 SCENES = 300
 VALIDATION_BATCHES = 20

@@ -17,7 +17,6 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..modules import private
 from .atomic import replace_files
 
 _TRAINER_WEIGHTS = "model.safetensors"
@@ -30,6 +29,7 @@ def save_pretrained(
     *,
     prefix: str,
     save: Callable[..., None],
+    by_trainer: bool,
 ) -> Any:
     """Save a model that has a part, as ``model.save_pretrained`` or Trainer asks.
 
@@ -39,13 +39,13 @@ def save_pretrained(
         arguments: of the call, by name.
         prefix: of the part's names in the model's ``state_dict``.
         save: writes the part's own files; called as ``save(model, folder, is_main_process=…)``.
+        by_trainer: whether a Trainer that runs in this thread makes the call.
     """
     if "save_directory" not in arguments:
         # The original raises the error about the missing argument.
         return original(**arguments)
     folder, is_main_process = Path(arguments["save_directory"]), arguments.get("is_main_process", True)
     gathered: dict[str, Tensor] | None = arguments.get("state_dict")
-    by_trainer = private.running_trainer() is not None
     if by_trainer and gathered is None:
         gathered = model.state_dict()
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..files import beside_base
+from ..modules import private
 from ..modules.method_guard import MethodGuard, arguments_by_name
 from . import checkpoint
 from .state import MODULE_NAME, STATE_ATTRIBUTE
@@ -24,4 +25,11 @@ def remove(model: nn.Module) -> None:
 
 def guard_save_pretrained(model: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     arguments = arguments_by_name(original, args, kwargs)
-    return beside_base.save_pretrained(model, original, arguments, prefix=f"{MODULE_NAME}.", save=checkpoint.save_all)
+    return beside_base.save_pretrained(
+        model,
+        original,
+        arguments,
+        prefix=f"{MODULE_NAME}.",
+        save=checkpoint.save_all,
+        by_trainer=private.running_trainer() is not None,
+    )
