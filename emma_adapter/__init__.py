@@ -41,7 +41,9 @@ if TYPE_CHECKING:
     from .experts.scopes import RoutedImage, RoutingReport
     from .instructions.cache import CacheInfo
     from .instructions.encoders import InstructionEncoder
-    from .models.families import MediaLayout, ModelFamily, ProjectorCall, register_family, share_evenly
+    from .models.families import MediaLayout, ModelFamily, ProjectorCall, share_evenly
+    from .models.registry import register_family
+    from .models.token_orders import block_order, window_order
     from .unified.attaching import unify_model
     from .unified.config import UnifiedConfig
     from .unified.handle import EmmaUnified
@@ -80,6 +82,7 @@ __all__ = [
     "UnsupportedModelError",
     "__version__",
     "add_vision_expert",
+    "block_order",
     "get_adapter",
     "load_adapter",
     "load_unified",
@@ -90,6 +93,7 @@ __all__ = [
     "share_evenly",
     "unify_model",
     "unpatch_model",
+    "window_order",
 ]
 
 # Imported when they are first asked for: they need torch, which takes seconds, and ``--help`` doesn't.
@@ -112,16 +116,18 @@ _HOMES = {
     "RoutingReport": "experts.scopes",
     "UnifiedConfig": "unified.config",
     "add_vision_expert": "experts.attaching",
+    "block_order": "models.token_orders",
     "get_adapter": "adapter.handle",
     "load_adapter": "adapter.loading",
     "load_unified": "unified.loading",
     "load_vision_experts": "experts.loading",
     "patch_model": "adapter.patch",
-    "register_family": "models.families",
+    "register_family": "models.registry",
     "register_fusion": "alignment.fusion",
     "share_evenly": "models.families",
     "unify_model": "unified.attaching",
     "unpatch_model": "adapter.patch",
+    "window_order": "models.token_orders",
 }
 
 

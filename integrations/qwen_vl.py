@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import lru_cache, wraps
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from emma_adapter import MediaLayout, ModelFamily, ProjectorCall
+from emma_adapter import MediaLayout, ModelFamily, ProjectorCall, block_order, window_order
 
 # There is no native size; learned positions live on this grid and are resampled to each image's own.
 _GRID = (24, 24)
@@ -83,35 +82,3 @@ class Qwen3VLFamily(Qwen2VLFamily):
 
     def deepstack_projectors(self, inner: nn.Module) -> Sequence[nn.Module]:
         return list(inner.get_submodule("visual.deepstack_merger_list").children())
-
-
-def _cached(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Cache the tensors that ``make`` returns, made outside inference mode as later calls may train with them."""
-    make = torch.inference_mode(False)(make)
-    make_cached = lru_cache(maxsize=1024)(make)
-
-    @wraps(make)
-    def get(*arguments: Any) -> Tensor:
-        # torch.compile warns about a cache and bypasses it: the tensor is computed in its graph.
-        return make(*arguments) if torch.compiler.is_compiling() else make_cached(*arguments)
-
-    return get
-
-
-@_cached
-def block_order(grid: tuple[int, int], merge: int) -> Tensor:
-    """Return the place of each patch, block by block."""
-    height, width = grid
-    places = torch.arange(height * width).view(height // merge, merge, width // merge, merge)
-    return places.transpose(1, 2).reshape(-1)
-
-
-@_cached
-def window_order(grid: tuple[int, int], merge: int, window: int) -> Tensor:
-    """Return the place of each patch, sorted by attention windows; ``window`` is the side of a window in blocks."""
-    rows, columns = grid[0] // merge, grid[1] // merge
-    window_row = torch.arange(rows)[:, None] // window
-    window_column = torch.arange(columns)[None, :] // window
-    windows_per_row = -(-columns // window)
-    sorted_blocks = torch.argsort((window_row * windows_per_row + window_column).flatten(), stable=True)
-    return block_order(grid, merge).view(-1, merge**2)[sorted_blocks].flatten()

@@ -16,7 +16,7 @@ import torch
 import emma_adapter
 from emma_adapter import ModelFamily, UnsupportedModelError, patch_model, register_family
 from emma_adapter.integrations.llava import LlavaFamily
-from emma_adapter.models import families
+from emma_adapter.models import registry
 from tests.support import tiny
 
 ROOT = Path(__file__).parents[1]
@@ -159,7 +159,7 @@ assert not hasattr(emma_adapter, "nonsense")
 
 
 def test_every_advertised_family_loads():
-    found = entry_points(group=families.ENTRY_POINT_GROUP)
+    found = entry_points(group=registry.ENTRY_POINT_GROUP)
     assert {"llava"} <= set(found.names)
     for entry in found:
         family = entry.load()()
@@ -169,7 +169,7 @@ def test_every_advertised_family_loads():
 
 @pytest.fixture
 def _registry(monkeypatch):
-    monkeypatch.setattr(families, "_FAMILIES", {})
+    monkeypatch.setattr(registry, "_FAMILIES", {})
 
 
 @pytest.mark.usefixtures("_registry")
@@ -179,10 +179,10 @@ def test_a_user_can_register_a_family():
 
     model = tiny.llava()
     model.config.model_type = "my_llava"
-    with pytest.raises(UnsupportedModelError, match="my_llava"):
-        patch_model(model)
+    assert type(registry.find_family(model)) is LlavaFamily
     register_family(Renamed())
     adapter = patch_model(model)
+    assert type(adapter._state.family) is Renamed
     assert "my_llava" in repr(adapter)
     with torch.no_grad():
         model(**tiny.token_inputs([1]))
@@ -196,8 +196,8 @@ def test_a_broken_third_party_integration_is_named_and_hurts_nobody_else(monkeyp
         def load(self):
             raise ImportError("no module named nowhere")
 
-    real = families.entry_points
-    monkeypatch.setattr(families, "entry_points", lambda group: [*real(group=group), Broken()])
+    real = registry.entry_points
+    monkeypatch.setattr(registry, "entry_points", lambda group: [*real(group=group), Broken()])
     model = tiny.llava()
     model.config.model_type = "broken"
     with pytest.raises(UnsupportedModelError, match=r"nowhere:Family.*no module named nowhere"):

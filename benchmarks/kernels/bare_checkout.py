@@ -19,7 +19,7 @@ def prepare() -> None:
     if str(ROOT) not in sys.path:
         sys.path.insert(0, str(ROOT))
     import emma_adapter
-    from emma_adapter.models import families
+    from emma_adapter.models import registry
 
     name = "emma_adapter.integrations"
     try:
@@ -28,7 +28,7 @@ def prepare() -> None:
         package = types.ModuleType(name)
         package.__path__ = [str(ROOT / "integrations")]
         sys.modules[name] = package
-    if "llava" not in families.family_names():
+    if "llava" not in registry.family_names():
         from emma_adapter.integrations.llava import LlavaFamily  # type: ignore[import-not-found, unused-ignore]
 
         emma_adapter.register_family(LlavaFamily())

@@ -14,8 +14,8 @@ from ..errors import CheckpointError, EncoderError, PatchError
 from ..instructions.encoders import names_a_path
 from ..instructions.pipeline import LLM
 from ..messages import listed, shown
-from ..models.families import find_family
 from ..models.projected_tokens import token_sizes
+from ..models.registry import find_family
 from ..modules.method_guard import STATE_ATTRIBUTE
 from ..patching import precision, sites
 from .config_from_model import embedding_dim

@@ -12,7 +12,7 @@ from ..alignment.fusion.dispatch import Kernel
 from ..checkpoints import hub
 from ..errors import PatchError
 from ..files.hub import is_local
-from ..models.families import require_model
+from ..models.registry import require_model
 from ..modules import sharding, wrappers
 from ..modules.method_guard import STATE_ATTRIBUTE
 from ..modules.torch_modes import undisturbed

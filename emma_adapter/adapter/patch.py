@@ -15,7 +15,7 @@ from ..alignment.module import EmmaAlignment
 from ..checkpoints import base_model, pushing
 from ..errors import PatchError
 from ..experts import detaching as experts
-from ..models.families import find_family, require_model
+from ..models.registry import find_family, require_model
 from ..modules import private, sharding, wrappers
 from ..modules.method_guard import STATE_ATTRIBUTE, MethodGuard
 from ..modules.torch_modes import undisturbed

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import PatchError
-from ..models.families import find_family
+from ..models.registry import find_family
 from ..modules import sharding
 from ..modules.method_guard import MethodGuard
 from ..modules.torch_modes import undisturbed

@@ -82,8 +82,8 @@ def _model_facts(source: str, trust_remote_code: bool) -> dict[str, Any]:
     from ..alignment.config import EmmaConfig
     from ..alignment.fusion import fusion_names
     from ..errors import ConfigError, UnsupportedModelError
-    from ..models.families import find_family
     from ..models.loading import model_without_weights
+    from ..models.registry import find_family
 
     model = model_without_weights(source, trust_remote_code=trust_remote_code)
     # Checked first, since an unsupported family is an error, and an unsupported fusion isn't.

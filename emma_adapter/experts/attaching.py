@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import ConfigError, PatchError
-from ..models.families import find_family, require_model
+from ..models.registry import find_family, require_model
 from ..modules import private, sharding, wrappers
 from ..modules.torch_modes import undisturbed
 from ..modules.trainability import is_trained

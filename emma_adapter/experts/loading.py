@@ -10,7 +10,7 @@ from torch import nn
 from ..errors import CheckpointError, ConfigError, PatchError
 from ..files import tensor_folder
 from ..files.hub import local_folder
-from ..models.families import find_family
+from ..models.registry import find_family
 from ..modules.torch_modes import undisturbed
 from . import checkpoint
 from .attaching import attach, wrappable

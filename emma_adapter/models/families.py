@@ -1,23 +1,22 @@
-"""Model families: the interface they implement, and the registry that finds one by ``config.model_type``.
+"""The contract of a model family: where its vision features enter the language model, and how they divide into images.
 
-A family is stateless: it only describes how its models are built. Register one with ``register_family``, or
-from a package of your own through the entry-point group ``emma_adapter.integrations``: the entry's name is the
-model type, its value the class.
+A family is stateless: it only describes how its models are built. ``registry.py`` finds the family of a model.
 """
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from ..errors import RoutingError, UnsupportedModelError
 
-ENTRY_POINT_GROUP = "emma_adapter.integrations"
+#: Parts of names that modules between a vision tower and a language model have.
+_PROJECTOR_NAME = re.compile(r"(proj|merger|connector|adapter|embed_vision|multi_modal|mlp1)[^.]*$")
 
 #: ``(top, left, bottom, right)`` as fractions of an image's height and width.
 Box = tuple[float, float, float, float]
@@ -40,6 +39,8 @@ class ProjectorCall:
     pixel_shape: tuple[Any, ...] | None
     #: Number of this modality's placeholder tokens in each row, ``[B]``; None without a prompt to count them in.
     placeholders: Tensor | None
+    #: How many calls of this projector came before this one in the same pass, if their layouts ``continue``.
+    number: int = 0
 
     def size(self, name: str) -> Any:
         """Return a size argument of the call.
@@ -50,8 +51,9 @@ class ProjectorCall:
         value = self.sizes.get(name)
         if value is None:
             raise RoutingError(
-                f"{type(self.inner).__name__} was given pixels without {name}=, which says how large its images are: "
-                "pass on everything that the model's processor returns"
+                f"{type(self.inner).__name__} was given pixels without {name}=, by which its family divides them into "
+                f"{self.modality}s: pass on everything that the model's processor returns (to the author of the "
+                f"family: is {name} an argument of forward, or of the method that encodes {self.modality}s?)"
             )
         return value
 
@@ -75,6 +77,14 @@ class MediaLayout:
     #: True if ``tokens`` divide up the prompt's placeholders. The projector must then return as many: a difference is
     #: the only sign that the prompt holds placeholders of images outside this call.
     tokens_from_prompt: bool = False
+    #: True if the projector is called several times in a pass, and the media of this call follow those of the calls
+    #: before, as in models that project one image at a time.
+    continues: bool = False
+
+    def __post_init__(self) -> None:
+        if self.grids is not None:
+            # ``tensor.tolist()`` gives lists.
+            object.__setattr__(self, "grids", [(int(height), int(width)) for height, width in self.grids])
 
 
 class ModelFamily(ABC):
@@ -86,7 +96,9 @@ class ModelFamily(ABC):
 
     #: The ``config.model_type`` values this family is for.
     model_types: ClassVar[tuple[str, ...]]
-    #: Path of the projector from the inner model. Its first argument is what EMMA aligns.
+    #: Path of the projector from the inner model. EMMA aligns its first floating-point tensor, ``[rows, N, D]`` or any
+    #: packed shape, channels last. The path may lead inside a larger projector, to the part that gets such a tensor.
+    #: Calls without a floating-point tensor pass by untouched, as of a module that also embeds token ids.
     projector_path: ClassVar[str] = "multi_modal_projector"
     #: ``"image"``, ``"video"``, or both.
     modalities: ClassVar[tuple[str, ...]] = ("image",)
@@ -96,6 +108,7 @@ class ModelFamily(ABC):
     #: modality.
     feature_methods: ClassVar[Mapping[str, str]] = {"image": "get_image_features", "video": "get_video_features"}
     #: Arguments of a call that ``layout`` needs: sizes only, never pixels, because they stay alive during the call.
+    #: They are those of the feature method, or of ``forward`` where that doesn't hand them on.
     size_arguments: ClassVar[tuple[str, ...]] = ()
     #: True if an image may be cut into several tiles.
     tiles: ClassVar[bool] = False
@@ -118,8 +131,21 @@ class ModelFamily(ABC):
         return inner
 
     def projector(self, inner: nn.Module) -> nn.Module:
-        """Return the module between vision features and language model; EMMA aligns its first argument."""
-        return inner.get_submodule(self.projector_path)
+        """Return the module between vision features and language model; EMMA aligns its first tensor.
+
+        Raises:
+            UnsupportedModelError: if there is no module at ``projector_path``.
+        """
+        try:
+            return inner.get_submodule(self.projector_path)
+        except AttributeError as error:
+            similar = [
+                name for name, _ in inner.named_modules() if _PROJECTOR_NAME.search(name) and "layers." not in name
+            ]
+            raise UnsupportedModelError(
+                f"{type(inner).__name__} has no module {self.projector_path!r}, where {type(self).__name__}"
+                f".projector_path says that the projector is; by their names, it could be one of {similar[:8]}"
+            ) from error
 
     def deepstack_projectors(self, inner: nn.Module) -> Sequence[nn.Module]:
         """Return further projectors, for features of lower vision layers that enter the language model separately."""
@@ -145,8 +171,26 @@ class ModelFamily(ABC):
         return 1
 
     def placeholder_id(self, inner: nn.Module, modality: str) -> int:
-        """Return the token id that stands for visual tokens of this modality in ``input_ids``."""
-        return int(getattr(inner.config, f"{modality}_token_id"))
+        """Return the token id that stands for visual tokens of this modality in ``input_ids``.
+
+        Raises:
+            UnsupportedModelError: if the config doesn't say: another method of the family must.
+        """
+        name = f"{modality}_token_id"
+        token_id = getattr(inner.config, name, None)
+        if token_id is None:
+            raise UnsupportedModelError(
+                f"{type(inner.config).__name__} has no {name}: override {type(self).__name__}.placeholder_id to return "
+                f"the token that stands for a visual token of {'an' if modality[0] in 'aeiou' else 'a'} {modality}"
+            )
+        return int(token_id)
+
+    def placeholders(self, inner: nn.Module, input_ids: Tensor) -> dict[str, Tensor]:
+        """Return where the placeholder tokens of each modality are, bool ``[B, L]``.
+
+        Override it where images and videos share a token, and other tokens around them tell which is which.
+        """
+        return {modality: input_ids == self.placeholder_id(inner, modality) for modality in self.modalities}
 
     def layout(self, call: ProjectorCall) -> MediaLayout:
         """Return how ``call.visual_tokens`` divides into media.
@@ -192,79 +236,3 @@ def mismatch(modality: str, tokens: int, features: int) -> str:
     """
     kind = modality.capitalize()
     return f"{kind} features and {modality} tokens do not match, tokens: {tokens}, features: {features}"
-
-
-_FAMILIES: dict[str, ModelFamily] = {}
-
-
-def register_family(family: ModelFamily) -> ModelFamily:
-    """Register a family under its ``model_types``, in place of any other, and return it.
-
-    Raises:
-        UnsupportedModelError: if it isn't an instance of :class:`ModelFamily`, but a class, for example.
-    """
-    if not isinstance(family, ModelFamily):
-        raise UnsupportedModelError(
-            "register_family takes an instance of a subclass of emma_adapter.ModelFamily: "
-            f"register_family(YourFamily()); got {family if isinstance(family, type) else type(family)}"
-        )
-    for model_type in family.model_types:
-        _FAMILIES[model_type] = family
-    return family
-
-
-def family_names() -> tuple[str, ...]:
-    """Return every supported ``config.model_type``, without importing the families."""
-    return tuple(sorted({*_FAMILIES, *_advertised()}))
-
-
-def require_model(model: Any) -> None:
-    """Check that ``model`` is a model.
-
-    Raises:
-        UnsupportedModelError: if it isn't, but a model's name, for example.
-    """
-    if not isinstance(model, nn.Module):
-        raise UnsupportedModelError(
-            f"a model is needed, as AutoModelForImageTextToText.from_pretrained(…) returns it; got a "
-            f"{type(model).__name__} (the model of a handle is adapter.model)"
-        )
-
-
-def find_family(model: Any) -> ModelFamily:
-    """Return the family of a model.
-
-    Raises:
-        UnsupportedModelError: if there is none for its ``config.model_type``, or its package can't be imported.
-    """
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if model_type is None:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} has no config.model_type: pass the transformers model itself, not a wrapper "
-            "around it (DistributedDataParallel's is .module)"
-        )
-    if model_type not in _FAMILIES:
-        entry = _advertised().get(model_type)
-        if entry is None:
-            raise UnsupportedModelError(
-                f"model_type {model_type!r} is not supported; supported are {list(family_names())}. To add it, "
-                "subclass emma_adapter.ModelFamily and call emma_adapter.register_family(YourFamily())"
-            )
-        _FAMILIES[model_type] = _load(entry)
-    return _FAMILIES[model_type].for_model(model)
-
-
-def _advertised() -> dict[str, EntryPoint]:
-    return {entry.name: entry for entry in entry_points(group=ENTRY_POINT_GROUP)}
-
-
-def _load(entry: EntryPoint) -> ModelFamily:
-    try:
-        family: ModelFamily = entry.load()()
-    except Exception as error:
-        package = entry.dist.name if entry.dist is not None else "unknown"
-        raise UnsupportedModelError(
-            f"the integration {entry.value!r} for model_type {entry.name!r} (package {package}) can't be loaded "
-            f"({type(error).__name__}: {error}): install what it needs, or a release of it that fits this environment"
-        ) from error
-    return family

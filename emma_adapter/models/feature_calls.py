@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import RoutingError
+from ..errors import RoutingError, UnsupportedModelError
 from .families import MediaLayout, ModelFamily, ProjectorCall
 
 
@@ -26,6 +26,11 @@ class FeatureCall:
         sizes = {name: arguments.get(name) for name in family.size_arguments}
         return cls(modality, sizes, _shape_of(pixels))
 
+    def within(self, call: FeatureCall) -> FeatureCall:
+        """Return the same with sizes that this feature method was not given and the call around it was."""
+        sizes = {name: call.sizes.get(name) if value is None else value for name, value in self.sizes.items()}
+        return dataclasses.replace(self, sizes=sizes)
+
 
 def _shape_of(pixels: Any) -> tuple[Any, ...] | None:
     if isinstance(pixels, (list, tuple)):
@@ -34,7 +39,7 @@ def _shape_of(pixels: Any) -> tuple[Any, ...] | None:
 
 
 def projector_call(
-    inner: nn.Module, running: FeatureCall, visual_tokens: Tensor, placeholders: Tensor | None
+    inner: nn.Module, running: FeatureCall, visual_tokens: Tensor, placeholders: Tensor | None, number: int = 0
 ) -> ProjectorCall:
     return ProjectorCall(
         inner=inner,
@@ -43,6 +48,7 @@ def projector_call(
         sizes=running.sizes,
         pixel_shape=running.pixel_shape,
         placeholders=placeholders,
+        number=number,
     )
 
 
@@ -55,9 +61,14 @@ def checked_layout(family: ModelFamily, call: ProjectorCall, *, padded: bool = F
         padded: True if these are ``[entries, N, D]`` whatever the projector's input is, as in a tower that pads.
 
     Raises:
+        UnsupportedModelError: if the family returns no layout.
         RoutingError: if the visual tokens are not as many as the layout says.
     """
     layout = family.layout(call)
+    if not isinstance(layout, MediaLayout):
+        raise UnsupportedModelError(
+            f"{type(family).__name__}.layout must return an emma_adapter.MediaLayout; got {type(layout).__name__}"
+        )
     if padded:
         layout = dataclasses.replace(layout, packed=False, grids=None)
     shape = call.visual_tokens.shape

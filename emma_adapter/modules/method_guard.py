@@ -142,6 +142,28 @@ def arguments_by_name(method: Callable[..., Any], args: tuple[Any, ...], kwargs:
     return {**dict(zip(inspect.signature(method).parameters, args, strict=False)), **kwargs}
 
 
+def first_tensor(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, Callable[[Tensor], tuple[tuple[Any, ...], dict[str, Any]]]] | None:
+    """Return the first floating-point tensor of a call, and a function that returns all arguments with another for it.
+
+    None if the call has none: some modules that project visual tokens embed token ids in other calls.
+    """
+    arguments: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+    for key, value in arguments:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value, functools.partial(_with_another, args, kwargs, key)
+    return None
+
+
+def _with_another(
+    args: tuple[Any, ...], kwargs: dict[str, Any], key: int | str, value: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(key, str):
+        return args, {**kwargs, key: value}
+    return (*args[:key], value, *args[key + 1 :]), kwargs
+
+
 def first_argument(
     args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Tensor, Callable[[Tensor], tuple[tuple[Any, ...], dict[str, Any]]]]:

@@ -10,7 +10,7 @@ from ..models.feature_calls import FeatureCall
 from ..modules.gradient_checkpointing import RecomputationMemory
 from .call_plan import Bypass, CallPlan, GivenPrompt, OuterCall, PinnedPrompt, same_plan
 from .context_managers import Scope
-from .routing import ObservedAlignment, RoutedInstruction, same_route
+from .routing import Before, ObservedAlignment, RoutedInstruction, same_route
 
 
 class CallContext:
@@ -30,6 +30,8 @@ class CallContext:
         self.may_be_recomputed = False
         #: While a call is computed again for backward: the module it began with, and the scope it was first made in.
         self.recomputed: tuple[nn.Module, Scope] | None = None
+        #: What the calls of each projector took in the running pass, by place and modality.
+        self.before: dict[tuple[str, str], Before] = {}
         #: The instructions that the running projector's input meets.
         self.route: RoutedInstruction | Bypass | None = None
         #: True if the next embedding is to be tied to the adapter's parameters; see ``without_images``.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +18,12 @@ from ..models.feature_calls import FeatureCall, projector_call
 from ..modules import private
 from ..modules.gradient_checkpointing import is_recomputing, may_be_recomputed, with_own_memory
 from ..modules.gradients import with_zero_gradient
-from ..modules.method_guard import STATE_ATTRIBUTE, first_argument
+from ..modules.method_guard import STATE_ATTRIBUTE, first_tensor
 from ..modules.sharding import execution_device, is_partitioned
 from .call_context import CallContext
 from .call_plan import Bypass, CallPlan, GivenPrompt, OuterCall
 from .planning import has_pixels, pinned_plan, plan_call
-from .routing import ObservedAlignment, RoutedInstruction, check_tokens, route, route_without_prompt
+from .routing import Before, ObservedAlignment, RoutedInstruction, check_tokens, route, route_without_prompt
 from .setup_checks import check_wrapped_once_patched, warn_if_left_out
 from .sites import PLACE_ATTRIBUTE, alignment_at, is_aligned, own_projector_at, projector_parameters
 from .state import AdapterState, state_of
@@ -124,7 +124,7 @@ def before_inner(inner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     if given_prompt is not None and given_prompt.is_end_of(kwargs):
         outer = dataclasses.replace(outer, labels=given_prompt.labels)
         arguments = given_prompt.in_place_of(kwargs)
-    context.caller = inner
+    context.caller, context.before = inner, {}
     disabled = state.scope.disabled
     if not has_pixels(state.family, kwargs):
         if not disabled and context.pinned is None:
@@ -191,7 +191,11 @@ def _prompt_name(kwargs: dict[str, Any]) -> str | None:
 def before_projector(projector: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
     """Replace the projector's input, the visual tokens, with aligned ones."""
     state = state_of(projector)
-    visual_tokens, put_back = first_argument(args, kwargs)
+    found = first_tensor(args, kwargs)
+    if found is None:
+        state.context.route = None
+        return None
+    visual_tokens, put_back = found
     routed = state.context.route = _route(state, projector, visual_tokens)
     if isinstance(routed, Bypass):
         return None
@@ -226,7 +230,7 @@ def _tell_observer(
     )
     inner = family.inner(state.model)
     placeholders = plan.placeholders[feature_call.modality] if plan else None
-    call = projector_call(inner, feature_call, visual_tokens, placeholders)
+    call = projector_call(inner, feature_call, visual_tokens, placeholders, routed.before.calls)
     context.observer(ObservedAlignment(getattr(projector, PLACE_ATTRIBUTE), routed, call, visual_tokens, aligned))
 
 
@@ -272,14 +276,14 @@ def _route(state: AdapterState, projector: nn.Module, visual_tokens: Tensor) -> 
     """Return the instructions for this projector input."""
     if is_recomputing() and (remembered := state.memories.routes.recall(visual_tokens)) is not None:
         return remembered
-    routed = _new_route(state, visual_tokens)
+    routed = _new_route(state, projector, visual_tokens)
     # Reentrant checkpointing of a frozen projector records no gradients, and only the input shows it.
     if state.context.may_be_recomputed or may_be_recomputed(projector) or visual_tokens.requires_grad:
         state.memories.routes.remember(visual_tokens, routed)
     return routed
 
 
-def _new_route(state: AdapterState, visual_tokens: Tensor) -> RoutedInstruction | Bypass:
+def _new_route(state: AdapterState, projector: nn.Module, visual_tokens: Tensor) -> RoutedInstruction | Bypass:
     context = state.context
     _forget_interrupted_call(state)
     plan = context.plan
@@ -287,11 +291,23 @@ def _new_route(state: AdapterState, visual_tokens: Tensor) -> RoutedInstruction 
         return plan
     if state.scope.disabled:
         return Bypass(state.active)
+    family = state.family
+    modality = context.feature_call.modality if context.feature_call else family.modalities[0]
+    calls = (getattr(projector, PLACE_ATTRIBUTE), modality)
+    before = context.before.get(calls, Before())
     if plan is not None:
-        return route(state.family, plan, context.feature_call, visual_tokens)
-    if (named := state.named_instruction) is not None:
-        inner = state.family.inner(state.model)
-        return route_without_prompt(state.family, inner, state.active, named, context.feature_call, visual_tokens)
+        routed = route(family, plan, context.feature_call, visual_tokens, before)
+    elif (named := state.named_instruction) is not None:
+        inner = family.inner(state.model)
+        routed = route_without_prompt(family, inner, state.active, named, context.feature_call, visual_tokens, before)
+    else:
+        _raise_for_lack_of_an_instruction()
+    if routed.layout.continues:
+        context.before[calls] = before.and_then(routed.layout)
+    return routed
+
+
+def _raise_for_lack_of_an_instruction() -> NoReturn:
     if is_recomputing():
         raise InstructionError(
             "a checkpointed part of the vision side is computed again for backward, and it can't be told for which "

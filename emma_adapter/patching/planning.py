@@ -14,6 +14,7 @@ from ..instructions.pipeline import InstructionTokens, embedded, embedder
 from ..instructions.prompt import Prompt
 from ..models.families import ModelFamily
 from ..models.feature_calls import FeatureCall
+from ..models.placeholders import find_placeholders, placeholder_ids
 from ..modules.private import is_cache
 from .call_plan import CallPlan, OuterCall, PinnedPrompt
 from .setup_checks import check_in_place
@@ -98,20 +99,16 @@ def _is_placeholder(family: ModelFamily, inner: nn.Module, arguments: Mapping[st
         raise RoutingError(f"input_ids must be integers [B, L]; got {ids.dtype} {list(ids.shape)}")
     if isinstance(embeds, Tensor) and embeds.ndim != 3:
         raise RoutingError(f"inputs_embeds must be [B, L, D]; got {list(embeds.shape)}")
-    masks = {}
-    for modality in family.modalities:
-        token_id = family.placeholder_id(inner, modality)
-        if isinstance(ids, Tensor):
-            masks[modality] = ids == token_id
-        elif ids is None and isinstance(embeds, Tensor):
-            masks[modality] = _equals_embedding(inner, token_id, embeds)
-        else:
-            prompt = ids if embeds is None else embeds
-            raise RoutingError(
-                "a call with images needs input_ids or inputs_embeds, a tensor as the model's processor returns with "
-                f'return_tensors="pt"; got {type(prompt).__name__}'
-            )
-    return masks
+    if isinstance(ids, Tensor):
+        return find_placeholders(family, inner, ids)
+    if ids is None and isinstance(embeds, Tensor):
+        token_ids = placeholder_ids(family, inner)
+        return {modality: _equals_embedding(inner, token_id, embeds) for modality, token_id in token_ids.items()}
+    prompt = ids if embeds is None else embeds
+    raise RoutingError(
+        "a call with images needs input_ids or inputs_embeds, a tensor as the model's processor returns with "
+        f'return_tensors="pt"; got {type(prompt).__name__}'
+    )
 
 
 def _equals_embedding(inner: nn.Module, token_id: int, embeds: Tensor) -> Tensor:
@@ -125,6 +122,12 @@ def _equals_embedding(inner: nn.Module, token_id: int, embeds: Tensor) -> Tensor
         )
     placeholder = embedded(embed, torch.tensor([[token_id]], device=embeds.device)).to(embeds.dtype)
     return (embeds == placeholder).all(dim=-1)
+
+
+def _has_decoder(inner: nn.Module) -> bool:
+    """Return whether answers have token ids of their own, as in encoder-decoder models."""
+    config: Any = inner.config
+    return any(getattr(part, "is_encoder_decoder", False) for part in (config, config.get_text_config(encoder=True)))
 
 
 def _instruction_tokens(
@@ -156,6 +159,9 @@ def _instruction_tokens(
             'model(**inputs, instruction=["…", …]), or the same with generate'
         )
     labels, assistant_mask = outer.labels, outer.assistant_mask
+    if _has_decoder(inner):
+        # Labels are the decoder's, and what the encoder reads holds no answer, even in training.
+        labels, trains = None, False
     if not isinstance(mask, Tensor) or mask.shape != ids.shape:
         mask = None
     if samples is not None:
@@ -172,6 +178,6 @@ def _instruction_tokens(
         assistant_mask=assistant_mask,
         trains=trains,
         has_media=has_media,
-        placeholder_ids=frozenset(state.family.placeholder_id(inner, modality) for modality in state.family.modalities),
+        placeholder_ids=frozenset(placeholder_ids(state.family, inner).values()),
     )
     return state.pipeline.inferred(prompt, embed)

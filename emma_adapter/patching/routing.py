@@ -19,7 +19,12 @@ from .call_plan import Bypass, CallPlan
 
 
 def rows_of_media(
-    placeholders: Tensor, tokens_per_medium: Sequence[int], *, repeats: int = 1, modality: str = "image"
+    placeholders: Tensor,
+    tokens_per_medium: Sequence[int],
+    *,
+    repeats: int = 1,
+    modality: str = "image",
+    before: int | None = None,
 ) -> Tensor:
     """Return the row of each image (or video) of a batch.
 
@@ -31,6 +36,7 @@ def rows_of_media(
             no prompt shows, gets some row.
         repeats: how many times in succession each row stands in ``placeholders``.
         modality: name of the media, for error messages.
+        before: number of placeholder tokens that earlier media fill, where more may follow; None if these are all.
 
     Returns:
         ``[len(tokens_per_medium)]``, int64, on the device of ``placeholders``: rows before they were repeated.
@@ -39,13 +45,13 @@ def rows_of_media(
         RoutingError: if totals differ, or a medium would cross from one row into the next.
     """
     lengths = torch.as_tensor(tokens_per_medium, device=placeholders.device)
-    ends = lengths.cumsum(0)
+    ends = lengths.cumsum(0) + (before or 0)
     row_ends = placeholders.cumsum(0)
     rows = torch.searchsorted(row_ends, ends - lengths, right=True).clamp(max=len(placeholders) - 1) // repeats
     if not torch.compiler.is_compiling():
         last_rows = torch.searchsorted(row_ends, ends - 1, right=True) // repeats
-        expected, found = int(lengths.sum()), int(placeholders.sum())
-        if expected != found:
+        expected, found = int(lengths.sum()), int(placeholders.sum()) - (before or 0)
+        if expected != found if before is None else expected > found:
             raise RoutingError(
                 f"{mismatch(modality, found, expected)}: {len(tokens_per_medium)} {modality}s take {expected} tokens, "
                 f"but the prompts hold {found} placeholder tokens. Let the model's processor make text and images "
@@ -61,6 +67,19 @@ def rows_of_media(
 
 
 @dataclass(frozen=True)
+class Before:
+    """What the calls of a projector took that came before in the same pass."""
+
+    calls: int = 0
+    media: int = 0
+    #: Placeholder tokens.
+    tokens: int = 0
+
+    def and_then(self, layout: MediaLayout) -> Before:
+        return Before(self.calls + 1, self.media + len(layout.tokens), self.tokens + sum(layout.tokens))
+
+
+@dataclass(frozen=True)
 class RoutedInstruction:
     """The instruction for every part of one projector input."""
 
@@ -72,6 +91,8 @@ class RoutedInstruction:
     modality: str
     #: Side of the square of visual tokens that the projector merges into one.
     projector_merge: int
+    #: What earlier calls of the projector in the same pass took.
+    before: Before = Before()
 
     @property
     def unchecked_tokens(self) -> tuple[str, int] | None:
@@ -137,20 +158,34 @@ def _laid_out_like(visual_tokens: Tensor, aligned: Tensor) -> Tensor:
 
 
 def route(
-    family: ModelFamily, plan: CallPlan, feature_call: FeatureCall | None, visual_tokens: Tensor
+    family: ModelFamily, plan: CallPlan, feature_call: FeatureCall | None, visual_tokens: Tensor, before: Before
 ) -> RoutedInstruction:
     """Route the instructions of a call to the parts of a projector input.
+
+    Args:
+        family: of the model.
+        plan: of the call.
+        feature_call: the running feature method; None for a model without.
+        visual_tokens: the projector's input.
+        before: what earlier calls of the projector in this pass took.
 
     Raises:
         RoutingError: if images, visual tokens and placeholders don't match.
     """
     assert plan.inner is not None
-    feature_call = plan.feature_call if feature_call is None else feature_call
+    feature_call = plan.feature_call if feature_call is None else feature_call.within(plan.feature_call)
     placeholders = plan.placeholders[feature_call.modality]
-    layout = checked_layout(family, projector_call(plan.inner, feature_call, visual_tokens, placeholders))
-    rows = rows_of_media(placeholders, layout.tokens, repeats=plan.repeats, modality=feature_call.modality)
+    call = projector_call(plan.inner, feature_call, visual_tokens, placeholders, before.calls)
+    layout = checked_layout(family, call)
+    rows = rows_of_media(
+        placeholders,
+        layout.tokens,
+        repeats=plan.repeats,
+        modality=feature_call.modality,
+        before=before.tokens if layout.continues else None,
+    )
     merge = family.projector_merge(plan.inner)
-    return RoutedInstruction(layout, rows, plan.adapter, plan.instruction, feature_call.modality, merge)
+    return RoutedInstruction(layout, rows, plan.adapter, plan.instruction, feature_call.modality, merge, before)
 
 
 def route_without_prompt(
@@ -160,19 +195,23 @@ def route_without_prompt(
     instruction: InstructionTokens,
     feature_call: FeatureCall | None,
     visual_tokens: Tensor,
+    before: Before,
 ) -> RoutedInstruction:
     """Route one instruction to all images, or one to each, outside of any call."""
     feature_call = feature_call or FeatureCall.of(family, family.modalities[0], None, {})
-    layout = checked_layout(family, projector_call(inner, feature_call, visual_tokens, None))
+    layout = checked_layout(family, projector_call(inner, feature_call, visual_tokens, None, before.calls))
     media = len(layout.tokens)
-    rows = torch.arange(media, device=visual_tokens.device)
+    first = before.media if layout.continues else 0
+    # Where more media may follow, their number is not known yet: there must be instructions for those so far.
+    number = max(len(instruction), first + media) if layout.continues else media
     return RoutedInstruction(
         layout,
-        rows,
+        torch.arange(first, first + media, device=visual_tokens.device),
         adapter,
-        instruction.for_each(media, f"{feature_call.modality}s"),
+        instruction.for_each(number, f"{feature_call.modality}s"),
         feature_call.modality,
         family.projector_merge(inner),
+        before,
     )
 
 

@@ -204,7 +204,7 @@ class AdapterState:
         if context.feature_call is not None:
             yield
             return
-        context.feature_call = feature_call
+        context.feature_call, context.before = feature_call, {}
         try:
             yield
         finally:

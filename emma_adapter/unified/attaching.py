@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import PatchError
-from ..models.families import find_family, require_model
+from ..models.registry import find_family, require_model
 from ..modules import private, sharding, wrappers
 from ..modules.torch_modes import undisturbed
 from ..modules.trainability import is_trained

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import DataError
+from ..models.placeholders import find_placeholders
 from ..modules import private
 from ..modules.per_thread import PerThread
 from .fusion import encode_grouped
@@ -113,7 +114,7 @@ def _with_dropout(
     ids: Tensor = call["input_ids"]
     share, u = state.config.prompt_dropout, torch.rand(len(ids))
     drops_text = (u < share).to(ids.device)
-    has_pictures = (ids == state.family.placeholder_id(inner, "image")).any(1).cpu()
+    has_pictures = find_placeholders(state.family, inner, ids)["image"].any(1).cpu()
     padding = state.processor.tokenizer.pad_token_id or 0
     changed = dict(call)
     for name in without_text:

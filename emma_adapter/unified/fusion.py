@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
 from ..models.families import MediaLayout, ProjectorCall
+from ..models.placeholders import find_placeholders
 from ..modules import private
+from ..modules.method_guard import first_tensor
 from .pixels import entry_pictures, resized
 from .state import STATE_ATTRIBUTE, UnifiedState
 
@@ -75,11 +77,13 @@ def _after_projector(projector: nn.Module, args: tuple[Any, ...], kwargs: dict[s
     call = _CALL.get()
     if call is None or (state := _state_if_fusing(projector)) is None or not isinstance(output, Tensor):
         return None
+    visual_tokens = first_tensor(args, kwargs)
+    if visual_tokens is None:
+        return None
     # The projector may run again in this call, for videos, which come after images and aren't fused.
     _CALL.set(None)
     inner, arguments = call
-    visual = args[0] if args else next(iter(kwargs.values()))
-    latents = _latents(state, inner, arguments, visual, output)
+    latents = _latents(state, inner, arguments, visual_tokens[0], output)
     fused = state.module.fuse(output.flatten(0, -2), latents.to(output.device))
     return fused.view_as(output)
 
@@ -92,7 +96,7 @@ def _latents(
     shape = tuple(pixels.shape) if isinstance(pixels, Tensor) else tuple(tuple(part.shape) for part in pixels)
     sizes = {name: arguments.get(name) for name in state.family.size_arguments}
     ids = arguments.get("input_ids")
-    placeholders = None if ids is None else (ids == state.family.placeholder_id(inner, "image")).sum(1)
+    placeholders = None if ids is None else find_placeholders(state.family, inner, ids)["image"].sum(1)
     layout = state.family.layout(ProjectorCall(inner, "image", visual, sizes, shape, placeholders))
     grids = token_grids(layout, output)
     compression = state.coder.compression

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, DataError
 from ..messages import plain, shown
+from ..models.placeholders import find_placeholders
 from ..modules.method_guard import MethodGuard, arguments_by_name
 from . import sampling
 from .layers import Prefix
@@ -124,7 +125,7 @@ class _Pictures:
         self._state, self._inputs = state, inputs
         self._name = state.family.pixel_arguments["image"]
         self.are_given = inputs.get(self._name) is not None
-        self._placeholders = inputs["input_ids"] == state.family.placeholder_id(inner, "image")
+        self._placeholders = find_placeholders(state.family, inner, inputs["input_ids"])["image"]
 
     @property
     def of_rows(self) -> list[list[Any]]:

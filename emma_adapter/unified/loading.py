@@ -12,7 +12,7 @@ from ..errors import AutoencoderError, PatchError
 from ..files import tensor_folder
 from ..files.hub import is_hub_id, is_local, local_folder
 from ..messages import shown
-from ..models.families import require_model
+from ..models.registry import require_model
 from ..modules.torch_modes import undisturbed
 from ..modules.wrappers import base_of
 from . import branches, checkpoint

@@ -33,7 +33,6 @@ from benchmarks.digits_vqa.pooled_llava import POOLINGS, PooledLlava, PooledProj
 from benchmarks.digits_vqa.runs import answer, make_batch, make_data, train
 from benchmarks.digits_vqa.vlm import BASE_DIR, TEXT_TOWER_DIR, llava_config
 from emma_adapter import get_adapter
-from emma_adapter.models import families
 
 #: Of the digits' four patches a side.
 DIVIDING = [name for name, pooling in POOLINGS.items() if 4 % max(pooling.grid) == 0]
@@ -43,7 +42,7 @@ TINY = ShortBases(steps=2, batch_size=4, train_scenes=12, test_scenes=8)
 @pytest.fixture(autouse=True)
 def _registered(registry, monkeypatch):
     # The arms make the base model's family known, which shall go again.
-    monkeypatch.setattr(families, "_FAMILIES", dict(families._FAMILIES))
+    monkeypatch.setattr(registry, "_FAMILIES", dict(registry._FAMILIES))
     variants.register()
 
 

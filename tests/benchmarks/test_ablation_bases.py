@@ -20,7 +20,6 @@ from benchmarks.digits_vqa.ablation.table import practice_markdown
 from benchmarks.digits_vqa.ablation.worker import execute
 from benchmarks.digits_vqa.questions import QUESTION_TYPES
 from benchmarks.digits_vqa.vlm import BASE_DIR
-from emma_adapter.models import families
 
 SMALL = {"steps": 2, "batch_size": 4, "train_scenes": 12, "test_scenes": 8, "contrastive_steps": 1}
 TINY = TrainedOutBases(**SMALL, base_steps=6, decay_steps=2)
@@ -29,7 +28,7 @@ TINY = TrainedOutBases(**SMALL, base_steps=6, decay_steps=2)
 @pytest.fixture(autouse=True)
 def _quick(registry, monkeypatch):
     # The arms make the base model's family known, which shall go again.
-    monkeypatch.setattr(families, "_FAMILIES", dict(families._FAMILIES))
+    monkeypatch.setattr(registry, "_FAMILIES", dict(registry._FAMILIES))
     monkeypatch.setattr(language, "SCENES", 20)
     monkeypatch.setattr(language, "BATCH", 4)
     monkeypatch.setattr(trained_out, "VALIDATION_SCENES", 10)

@@ -18,7 +18,7 @@ from click.testing import CliRunner
 
 from emma_adapter.alignment.fusion import registry
 from emma_adapter.cli import main
-from emma_adapter.models import families
+from emma_adapter.models import registry as family_registry
 from tests.support import budget
 from tests.support.workspace import llava_package, make_workspace
 
@@ -80,7 +80,7 @@ def test_page(page, tmp_path, monkeypatch):
     monkeypatch.chdir(make_workspace(tmp_path, text))
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    for module, register in ((families, "_FAMILIES"), (registry, "FUSIONS")):  # what a page registers goes again
+    for module, register in ((family_registry, "_FAMILIES"), (registry, "FUSIONS")):  # what a page registers goes again
         monkeypatch.setattr(module, register, dict(getattr(module, register)))
     for name, module in llava_package().items():
         monkeypatch.setitem(sys.modules, name, module)

@@ -13,7 +13,7 @@ import torch
 import emma_adapter
 from emma_adapter import EmmaConfig, patch_model
 from emma_adapter.alignment.fusion import fusion_names
-from emma_adapter.models import families
+from emma_adapter.models import families, registry
 from tests.support import tiny
 from tests.support.aya import TILE_SIZE, TOKENS_PER_TILE, aya_vision
 from tests.support.zoo import ZOO
@@ -33,7 +33,7 @@ def support_table() -> tuple[list[str], dict[str, list[str]]]:
 
 
 def families_of_this_package() -> dict[str, families.ModelFamily]:
-    entries = entry_points(group=families.ENTRY_POINT_GROUP)
+    entries = entry_points(group=registry.ENTRY_POINT_GROUP)
     return {entry.name: entry.load()() for entry in entries if entry.value.startswith("emma_adapter.")}
 
 
@@ -115,7 +115,7 @@ def snippet_after(comment: str) -> str:
 
 @pytest.mark.parametrize("fusion", ["modulation", "linear"])
 def test_the_snippet_that_adds_a_family(fusion, monkeypatch):
-    monkeypatch.setattr(families, "_FAMILIES", {})
+    monkeypatch.setattr(registry, "_FAMILIES", {})
     snippet = snippet_after("<!-- tests/docs/test_readme.py runs this -->")
     assert len([line for line in snippet.splitlines() if line.strip()]) <= 12
     model = aya_vision()

@@ -16,7 +16,7 @@ import yaml
 import emma_adapter
 import emma_adapter.analysis
 import emma_adapter.report
-from emma_adapter.models.families import family_names
+from emma_adapter.models.registry import family_names
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"

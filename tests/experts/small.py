@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from emma_adapter import EmmaVisionExperts, add_vision_expert
-from emma_adapter.models.families import find_family
+from emma_adapter.models.registry import find_family
 from tests.support import tiny
 from tests.support.zoo import ZOO, Row
 

@@ -19,8 +19,9 @@ from emma_adapter import (
     unpatch_model,
 )
 from emma_adapter.analysis.observing import observe
-from emma_adapter.models.families import MediaLayout, find_family
+from emma_adapter.models.families import MediaLayout
 from emma_adapter.models.projected_tokens import projected_layout
+from emma_adapter.models.registry import find_family
 from tests.patching.test_families import (
     EFFECT,
     ROWS,

@@ -17,7 +17,7 @@ from packaging.version import Version
 from torch import Tensor, nn
 
 from emma_adapter import EmmaConfig, InstructionError, RoutingError, load_adapter, patch_model, unpatch_model
-from emma_adapter.models.families import find_family
+from emma_adapter.models.registry import find_family
 from tests.patching.test_llava import WordHashEncoder, snapshot
 from tests.support import tiny
 from tests.support.budget import budget, combinations, some

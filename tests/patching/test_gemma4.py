@@ -7,7 +7,8 @@ import torch
 import transformers as hf
 
 from emma_adapter import EmmaConfig, RoutingError, patch_model
-from emma_adapter.models.families import MediaLayout, ProjectorCall, find_family
+from emma_adapter.models.families import MediaLayout, ProjectorCall
+from emma_adapter.models.registry import find_family
 from tests.patching.test_families import EFFECT, SAME, generated, last_logits, train
 from tests.support.zoo import ZOO, Row
 

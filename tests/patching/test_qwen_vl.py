@@ -18,12 +18,13 @@ from emma_adapter import (
     EmmaAlignment,
     EmmaConfig,
     MediaLayout,
+    block_order,
     load_adapter,
     patch_model,
     unpatch_model,
+    window_order,
 )
 from emma_adapter.instructions.pipeline import InstructionTokens
-from emma_adapter.integrations.qwen_vl import block_order, window_order
 from emma_adapter.patching.routing import RoutedInstruction
 from tests.support import tiny
 from tests.support.budget import budget

@@ -15,8 +15,16 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from emma_adapter import EmmaConfig, PatchError, get_adapter, load_adapter, patch_model, unpatch_model
-from emma_adapter.integrations.qwen_vl import block_order, window_order
+from emma_adapter import (
+    EmmaConfig,
+    PatchError,
+    block_order,
+    get_adapter,
+    load_adapter,
+    patch_model,
+    unpatch_model,
+    window_order,
+)
 from tests.support import tiny
 from tests.support.life import leftovers
 from tests.support.zoo import ZOO

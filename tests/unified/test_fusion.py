@@ -13,7 +13,7 @@ from PIL import Image
 from torch import nn
 
 from emma_adapter import EmmaError, UnifiedConfig, unify_model
-from emma_adapter.models import families
+from emma_adapter.models import registry
 from emma_adapter.unified.fusion import fusing
 from emma_adapter.unified.prompts import encode_prompts
 from tests.support.zoo import ZOO
@@ -145,7 +145,7 @@ def documented() -> dict[str, bool]:
 
 def test_the_table_of_models_is_that_of_the_registry():
     table = documented()
-    assert set(table) == set(families.family_names())
+    assert set(table) == set(registry.family_names())
     drawing = {ZOO[name].model().config.model_type for name in ZOO if name not in REFUSED}
     assert {name for name, draws in table.items() if draws} == drawing
 

@@ -17,7 +17,7 @@ from emma_adapter import (
     register_family,
 )
 from emma_adapter.integrations.llava import LlavaFamily
-from emma_adapter.models import families
+from emma_adapter.models import registry
 from tests.support import tiny
 from tests.support.zoo import ZOO, Row
 
@@ -112,7 +112,7 @@ def placeholders_that_can_not_be_shared(bench: Bench) -> None:
     bench.adapter().model(**inputs)
 
 
-@raises(RoutingError, "models/families.py:ProjectorCall.size", "says how large its images are")
+@raises(RoutingError, "models/families.py:ProjectorCall.size", "by which its family divides them")
 def pixels_without_their_sizes(bench: Bench) -> None:
     entry = ZOO["qwen2_vl"]
     adapter = patch_model(entry.model(), processor=entry.processor())
@@ -140,14 +140,14 @@ class AnnouncesTooFewGrids(Announces):
 
 @raises(RoutingError, "models/feature_calls.py:checked_layout", "pass on everything that the model's processor returns")
 def a_family_that_announces_more_images(bench: Bench) -> None:
-    bench.monkeypatch.setattr(families, "_FAMILIES", {})
+    bench.monkeypatch.setattr(registry, "_FAMILIES", {})
     register_family(Announces())
     bench.adapter().model(**question())
 
 
 @raises(RoutingError, "models/feature_calls.py:checked_layout", "must name the grid of each entry")
 def a_family_that_announces_too_few_grids(bench: Bench) -> None:
-    bench.monkeypatch.setattr(families, "_FAMILIES", {})
+    bench.monkeypatch.setattr(registry, "_FAMILIES", {})
     register_family(AnnouncesTooFewGrids())
     bench.adapter().model(**question())
 
@@ -186,12 +186,12 @@ def an_image_too_few_for_the_original_llava(bench: Bench) -> None:
 # -------------------------------------------------------------------------------- an instruction in the call
 
 
-@raises(InstructionError, "patching/hooks.py:_new_route", "outside of a call")
+@raises(InstructionError, "patching/hooks.py:_raise_for_lack_of_an_instruction", "outside of a call")
 def features_outside_of_a_call(bench: Bench) -> None:
     bench.adapter().model.get_image_features(pixel_values=question()["pixel_values"])
 
 
-@raises(InstructionError, "patching/hooks.py:_new_route", "patch_model first; then checkpoint")
+@raises(InstructionError, "patching/hooks.py:_raise_for_lack_of_an_instruction", "patch_model first; then checkpoint")
 def features_that_were_checkpointed_before_patching(bench: Bench) -> None:
     model = tiny.llava()
     plain = model.model.get_image_features

@@ -11,7 +11,7 @@ from accelerate import cpu_offload
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
-from transformers import LlamaForCausalLM
+from transformers import AutoConfig, LlamaForCausalLM
 
 from emma_adapter import (
     ConfigError,
@@ -28,7 +28,7 @@ from emma_adapter import (
 )
 from emma_adapter.alignment.fusion import registry
 from emma_adapter.integrations.llava import LlavaFamily
-from emma_adapter.models import families
+from emma_adapter.models import registry as family_registry
 from tests.support import tiny
 from tests.support.zoo import ZOO
 
@@ -65,24 +65,50 @@ def data_parallel(model: nn.Module):
 # ------------------------------------------------------------------------------------------- patching
 
 
-@raises(UnsupportedModelError, "models/families.py:require_model", "a model is needed")
+@raises(UnsupportedModelError, "models/registry.py:require_model", "a model is needed")
 def patching_the_name_of_a_model(bench: Bench) -> None:
     patch_model("llava-hf/llava-1.5-7b-hf")
 
 
-@raises(UnsupportedModelError, "models/families.py:require_model", "a model is needed")
+@raises(UnsupportedModelError, "models/registry.py:require_model", "a model is needed")
 def loading_into_a_handle(bench: Bench) -> None:
     load_adapter(bench.adapter(), bench.folder)
 
 
-@raises(UnsupportedModelError, "models/families.py:find_family", "has no config.model_type")
+@raises(UnsupportedModelError, "models/registry.py:find_family", "has no config.model_type")
 def patching_a_layer(bench: Bench) -> None:
     patch_model(nn.Linear(2, 2))
 
 
-@raises(UnsupportedModelError, "models/families.py:find_family", "is not supported")
+@raises(UnsupportedModelError, "models/unsupported.py:raise_unsupported", "is a language model and sees no images")
 def patching_a_language_model(bench: Bench) -> None:
     patch_model(LlamaForCausalLM(tiny.llama_config(50)))
+
+
+def patch_by_config_alone(model_type: str) -> None:
+    model = nn.Module()
+    model.config = AutoConfig.for_model(model_type)
+    patch_model(model)
+
+
+@raises(UnsupportedModelError, "models/unsupported.py:raise_unsupported", "alone, without its vision tower")
+def patching_the_language_model_of_a_checkpoint(bench: Bench) -> None:
+    patch_by_config_alone("gemma3_text")
+
+
+@raises(UnsupportedModelError, "models/unsupported.py:raise_unsupported", "between vision tower and projector")
+def patching_a_model_that_turns_images_into_codes(bench: Bench) -> None:
+    patch_by_config_alone("chameleon")
+
+
+@raises(UnsupportedModelError, "models/unsupported.py:raise_unsupported", "it hears audio and sees no images")
+def patching_a_model_that_only_hears(bench: Bench) -> None:
+    patch_by_config_alone("qwen2_audio")
+
+
+@raises(UnsupportedModelError, "models/unsupported.py:raise_unsupported", "is not supported; supported are")
+def patching_a_model_without_a_family(bench: Bench) -> None:
+    patch_by_config_alone("idefics2")
 
 
 @raises(UnsupportedModelError, "models/families.py:ModelFamily.inner", "no inner model")
@@ -90,7 +116,7 @@ def patching_the_inner_model(bench: Bench) -> None:
     patch_model(tiny.llava().model)
 
 
-@raises(UnsupportedModelError, "models/families.py:_load", "can't be loaded")
+@raises(UnsupportedModelError, "models/registry.py:_load", "can't be loaded")
 def patching_a_model_whose_integration_is_broken(bench: Bench) -> None:
     class Broken:
         name, value, dist = "broken", "nowhere:Family", None
@@ -98,15 +124,64 @@ def patching_a_model_whose_integration_is_broken(bench: Bench) -> None:
         def load(self) -> None:
             raise ImportError("no module named nowhere")
 
-    bench.monkeypatch.setattr(families, "entry_points", lambda group: [Broken()])
+    bench.monkeypatch.setattr(family_registry, "entry_points", lambda group: [Broken()])
     model = tiny.llava()
     model.config.model_type = "broken"
     patch_model(model)
 
 
-@raises(UnsupportedModelError, "models/families.py:register_family", "takes an instance")
+@raises(UnsupportedModelError, "models/registry.py:_check", "takes an instance")
 def registering_the_class_of_a_family(bench: Bench) -> None:
     register_family(LlavaFamily)
+
+
+@raises(UnsupportedModelError, "models/registry.py:_check", "must be a tuple of strings")
+def registering_a_family_for_a_string(bench: Bench) -> None:
+    register_family(type("Family", (LlavaFamily,), {"model_types": "my_llava"})())
+
+
+@contextmanager
+def family(bench: Bench, **members: object):
+    """In the block, models of LLaVA's class have a family of other members."""
+    bench.monkeypatch.setattr(family_registry, "_FAMILIES", {})
+    register_family(type("Family", (LlavaFamily,), {"model_types": ("llava",), **members})())
+    yield tiny.llava()
+
+
+@raises(UnsupportedModelError, "models/families.py:ModelFamily.projector", "could be one of")
+def a_projector_path_that_leads_nowhere(bench: Bench) -> None:
+    with family(bench, projector_path="projector") as model:
+        patch_model(model)
+
+
+@raises(
+    UnsupportedModelError,
+    "models/families.py:ModelFamily.placeholder_id",
+    "the token that stands for a visual token",
+)
+def a_config_without_the_placeholder(bench: Bench) -> None:
+    with family(bench) as model:
+        adapter = patch_model(model)
+        model.config.image_token_index = None
+        adapter.model(**question())
+
+
+@raises(UnsupportedModelError, "models/placeholders.py:placeholder_ids", "must return the id of a token for")
+def a_placeholder_of_none(bench: Bench) -> None:
+    with family(bench, placeholder_id=lambda self, inner, modality: None) as model:
+        patch_model(model).model(**question())
+
+
+@raises(UnsupportedModelError, "models/placeholders.py:find_placeholders", "for each of")
+def placeholders_of_no_modality(bench: Bench) -> None:
+    with family(bench, placeholders=lambda self, inner, input_ids: {}) as model:
+        patch_model(model).model(**question())
+
+
+@raises(UnsupportedModelError, "models/feature_calls.py:checked_layout", "must return an emma_adapter.MediaLayout")
+def a_layout_that_is_a_list(bench: Bench) -> None:
+    with family(bench, layout=lambda self, call: [1]) as model:
+        patch_model(model).model(**question())
 
 
 @raises(UnsupportedModelError, "adapter/config_from_model.py:resolve_sizes", "fixed number of visual tokens")
