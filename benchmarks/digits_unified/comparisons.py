@@ -5,7 +5,7 @@ density of training times, the scales of guidance, and "describe, then draw". Ea
 scenes, with the same three rates on the first seed, of which the one with the least loss on validation scenes trains
 the other seeds; the tests are unseen captions, instructions and handwriting. A finished run is a JSON line of
 ``results/digits-comparisons.jsonl``; interrupted, the same command goes on where it stopped. At the end it writes
-the tables. About two hours on two cores.
+the tables and a figure. About two hours on two cores.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from .captions import DESCRIBE, DRAW, sample_edits
-from .comparisons_table import write_tables
+from .comparisons_figure import draw_figure
+from .comparisons_table import COLUMNS, write_tables
 from .judge import listed, load_judge, score_edits
 from .make_autoencoder import reconstruct
 from .make_base import say
@@ -146,7 +147,13 @@ def measure(painter: Painter, arm: Arm, n: int, seed: int) -> dict[str, Any]:
             tasks[f"draw at {scale:g}"] = partial(drawn, guidance=scale)
         for text, image in EDITING_SCALES:
             tasks[f"edit at {text:g}, {image:g}"] = partial(edited, guidance=text, image_guidance=image)
-    return {name: listed(task().scores) for name, task in tasks.items()}
+    return {name: _kept(listed(task().scores)) for name, task in tasks.items()}
+
+
+def _kept(scores: dict[str, list[float]]) -> dict[str, list[float]]:
+    """Return the figures that tables are made of: a file of all scenes' figures would be three times as large."""
+    wanted = {figure for _, figure in COLUMNS.values()}
+    return {name: values for name, values in scores.items() if name in wanted}
 
 
 def run(arm: Arm, rate: float, seed: int, steps: int, scenes: int, work: Path) -> dict[str, Any]:
@@ -211,6 +218,7 @@ def main(results: Path, work: Path, workers: int, steps: int, scenes: int, only:
         if record["arm"] == arm.name and record["rate"] == best_rate(load_records(results), arm)
     ]
     click.echo(write_tables(chosen, results.with_suffix(".md"), DEFAULT))
+    draw_figure(chosen, DEFAULT, results.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from .records import interval, mean_and_interval
 COLUMNS = {
     "drawn right": ("draw", "whole scene"),
     "edited cell": ("edit", "edited cell"),
+    "edits right, whole": ("edit", "whole scene"),
     "other cells kept": ("edit", "other cells kept"),
     "pixel error of those": ("edit", "pixel error of other cells"),
 }
