@@ -150,7 +150,7 @@ def measure(painter: Painter, arm: Arm, n: int, seed: int) -> dict[str, Any]:
     return {name: _kept(listed(task().scores)) for name, task in tasks.items()}
 
 
-def _kept(scores: dict[str, list[float]]) -> dict[str, list[float]]:
+def _kept(scores: dict[str, list[float | None]]) -> dict[str, list[float | None]]:
     """Return the figures that tables are made of: a file of all scenes' figures would be three times as large."""
     wanted = {figure for _, figure in COLUMNS.values()}
     return {name: values for name, values in scores.items() if name in wanted}

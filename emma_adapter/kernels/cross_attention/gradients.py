@@ -19,7 +19,8 @@ from torch import Tensor
 from ..launch import Configuration, aligned, cdiv
 from . import backward_products as products
 from . import backward_softmax as softmax
-from .layout import Layout, in_dtype, mask_bytes
+from .backward_operands import BackwardOperands
+from .layout import Layout, mask_bytes
 from .tiles import BLOCKS, configuration, head_block, variants
 
 
@@ -53,134 +54,132 @@ def cross_attention_backward(
     need_weights: bool,
 ) -> list[Tensor]:
     """Return gradients of x, key, value, norm scale and shift, W_q, b_q, position, W_o, b_o; empty where not needed."""
-    dtype, device = x.dtype, x.device
-    (tokens, width), inner = x.shape, query.shape[1]
-    length = key.shape[1]
-    layout = Layout.of(tokens, segments, cu_seqlens, instruction, unused=rstd)
     empty = _empty_gradients(
         x, key, norm_weight, query_weight, position, output_weight, need_visual, need_instruction, need_weights
     )
-    if tokens == 0:
+    if len(x) == 0:
         return [gradient.zero_() for gradient in empty]
-    block = BLOCKS[dtype]
-    query_factor, output_factor = in_dtype(query_weight, output_weight, cast_weights, dtype)
-
-    def launch(kernel: Any, grid: tuple[int, ...], variant: dict[str, int], **arguments: Any) -> None:
-        configuration(kernel, dtype, **variant).launch(grid, device, **arguments)
-
-    sizes = {"D": width, "I": inner, "num_heads": num_heads}
-    visual = {"grad_ptr": aligned(grad, dtype), "x_ptr": aligned(x), "lse_ptr": lse, "rstd_ptr": rstd}
-    epilogue = {
-        "attended_ptr": attended,
-        "weight_ptr": output_factor,
-        "bias_ptr": aligned(output_bias, torch.float32),
-    }
-    row_blocks, inner_blocks = cdiv(tokens, block["BLOCK_M"]), cdiv(inner, block["BLOCK_I"])
-    channel_blocks = cdiv(width, block["BLOCK_D"])
-    tiles_of_update: dict[str, int] = {"MODULATE": modulate, "ONE_TILE": modulate and inner <= block["BLOCK_I"]}
-
-    attended_grad = torch.empty_like(attended)
-    launch(
-        products.output_backward,
-        (row_blocks * inner_blocks,),
-        tiles_of_update,
-        **visual,
-        **epilogue,
-        **sizes,
-        attended_grad_ptr=attended_grad,
-        M=tokens,
+    operands = BackwardOperands(
+        *(grad, x, key, value, key_mask, instruction, cu_seqlens, norm_weight, norm_bias, query_weight),
+        *(position, position_start, output_weight, output_bias, cast_weights),
+        *(query, attended, lse, center, rstd),
+        segments=segments,
+        num_heads=num_heads,
+        modulate=modulate,
     )
+    x_grad, key_grad, value_grad, *weight_grads = empty
+    query_grad = _attention_gradients(operands, (key_grad, value_grad) if need_instruction else None)
+    normed = {"center_ptr": center, "query_grad_ptr": query_grad}
+    if need_visual:
+        operands.launch(
+            products.visual_backward,
+            (operands.row_blocks,),
+            {"MODULATE": modulate},
+            **operands.visual,
+            **normed,
+            **operands.epilogue,
+            **operands.sizes,
+            query_weight_ptr=operands.factors[0],
+            norm_weight_ptr=aligned(norm_weight, torch.float32),
+            x_grad_ptr=x_grad,
+            M=operands.tokens,
+        )
+    if need_weights:
+        computed = _weight_gradients(operands, normed)
+        weight_grads = [gradient.to(like.dtype) for gradient, like in zip(computed, weight_grads, strict=True)]
+    return [x_grad, key_grad, value_grad, *weight_grads]
 
-    head_dim = inner // num_heads
+
+def _attention_gradients(operands: BackwardOperands, instruction_grads: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Return the gradient of the queries ``[M, I]``, and fill those of keys and values ``[R, T, I]`` if given."""
+    attended_grad = torch.empty_like(operands.attended)
+    operands.launch(
+        products.output_backward,
+        (operands.row_blocks * operands.inner_blocks,),
+        operands.tiles_of_update,
+        **operands.visual,
+        **operands.epilogue,
+        **operands.sizes,
+        attended_grad_ptr=attended_grad,
+        M=operands.tokens,
+    )
+    dtype, layout = operands.x.dtype, operands.layout
+    head_dim = operands.inner // operands.num_heads
     attention = {
-        "query_ptr": query,
-        "key_ptr": aligned(key, dtype),
-        "value_ptr": aligned(value, dtype),
-        "key_mask_ptr": mask_bytes(key_mask),
+        "query_ptr": operands.query,
+        "key_ptr": aligned(operands.key, dtype),
+        "value_ptr": aligned(operands.value, dtype),
+        "key_mask_ptr": mask_bytes(operands.key_mask),
         **layout.rows(),
         **layout.instructions(),
         "attended_grad_ptr": attended_grad,
-        "lse_ptr": lse,
-        "delta_ptr": torch.empty_like(lse),
-        "T": length,
-        "I": inner,
+        "lse_ptr": operands.lse,
+        "delta_ptr": torch.empty_like(operands.lse),
+        "T": operands.key.shape[1],
+        "I": operands.inner,
         "head_dim": head_dim,
-        "num_heads": num_heads,
+        "num_heads": operands.num_heads,
         "scale": 1 / math.sqrt(head_dim),
     }
-    x_grad, key_grad, value_grad, *weight_grads = empty
-    query_grad = torch.empty_like(query)
-    heads = {"BLOCK_H": head_block(head_dim)}
-    slots = layout.slots(block["BLOCK_M"])
-    launch(softmax.query_backward, (slots, num_heads), heads, **attention, query_grad_ptr=query_grad)
-    if need_instruction:
-        _key_value_gradients(attention, layout, head_block(head_dim), key_grad, value_grad)
-    normed = {"center_ptr": center, "query_grad_ptr": query_grad}
-    if need_visual:
-        launch(
-            products.visual_backward,
-            (row_blocks,),
-            {"MODULATE": modulate},
-            **visual,
-            **normed,
-            **epilogue,
-            **sizes,
-            query_weight_ptr=query_factor,
-            norm_weight_ptr=aligned(norm_weight, torch.float32),
-            x_grad_ptr=x_grad,
-            M=tokens,
-        )
-    if not need_weights:
-        return empty
+    query_grad = torch.empty_like(operands.query)
+    grid = (layout.slots(operands.block["BLOCK_M"]), operands.num_heads)
+    operands.launch(
+        softmax.query_backward, grid, {"BLOCK_H": head_block(head_dim)}, **attention, query_grad_ptr=query_grad
+    )
+    if instruction_grads is not None:
+        _key_value_gradients(attention, layout, head_block(head_dim), *instruction_grads)
+    return query_grad
 
+
+def _weight_gradients(operands: BackwardOperands, normed: dict[str, Tensor]) -> list[Tensor]:
+    """Return the gradients of norm scale and shift, W_q, b_q, position, W_o and b_o, float32."""
+    width, inner, device = operands.width, operands.inner, operands.x.device
     # Enough programs for the largest devices; more partial sums would only cost memory.
-    tiles = channel_blocks * inner_blocks
-    splits = min(cdiv(256, tiles), row_blocks)
-    rows_per_split = cdiv(row_blocks, splits) * block["BLOCK_M"]
-    splits = cdiv(tokens, rows_per_split)
-    split = {"M": tokens, "rows_per_split": rows_per_split}
+    tiles = cdiv(width, operands.block["BLOCK_D"]) * operands.inner_blocks
+    splits = min(cdiv(256, tiles), operands.row_blocks)
+    rows_per_split = cdiv(operands.row_blocks, splits) * operands.block["BLOCK_M"]
+    splits = cdiv(operands.tokens, rows_per_split)
+    split = {"M": operands.tokens, "rows_per_split": rows_per_split}
     output_partial = torch.empty(splits, width, inner, dtype=torch.float32, device=device)
     bias_partial = torch.empty(splits, width, dtype=torch.float32, device=device)
-    launch(
+    operands.launch(
         products.output_weight_backward,
         (tiles, splits),
-        tiles_of_update,
-        **visual,
-        **epilogue,
-        **sizes,
+        operands.tiles_of_update,
+        **operands.visual,
+        **operands.epilogue,
+        **operands.sizes,
         **split,
         weight_partial_ptr=output_partial,
         bias_partial_ptr=bias_partial,
     )
     query_partial = torch.empty(splits, inner, width, dtype=torch.float32, device=device)
-    launch(
+    operands.launch(
         products.query_weight_backward,
         (tiles, splits),
         {},
-        **{name: visual[name] for name in ("x_ptr", "lse_ptr", "rstd_ptr")},
+        **{name: operands.visual[name] for name in ("x_ptr", "lse_ptr", "rstd_ptr")},
         **normed,
-        **sizes,
+        **operands.sizes,
         **split,
         weight_partial_ptr=query_partial,
     )
     # LN(x) = x_hat w + b, so that dq^T x_hat and the sum of dq give all of W_q's and the norm's gradients.
     # No torch.mm: it would run in half precision under autocast, and in tf32 where that is allowed.
-    normed_product = query_partial.sum(0)
+    query_grad, normed_product = normed["query_grad_ptr"], query_partial.sum(0)
     query_bias_grad = query_grad.sum(0, dtype=torch.float32)
-    query_weight_32, norm_weight_32, norm_bias_32 = (
-        aligned(weight, torch.float32) for weight in (query_weight, norm_weight, norm_bias)
+    query_weight, norm_weight, norm_bias = (
+        aligned(weight, torch.float32) for weight in (operands.query_weight, operands.norm_weight, operands.norm_bias)
     )
-    computed = [
-        (query_weight_32 * normed_product).sum(0),
-        (query_weight_32 * query_bias_grad[:, None]).sum(0),
-        normed_product * norm_weight_32 + query_bias_grad[:, None] * norm_bias_32,
+    return [
+        (query_weight * normed_product).sum(0),
+        (query_weight * query_bias_grad[:, None]).sum(0),
+        normed_product * norm_weight + query_bias_grad[:, None] * norm_bias,
         query_bias_grad,
-        _position_gradient(query_grad, position, position_start, cu_seqlens, segments),
+        _position_gradient(operands, query_grad),
         output_partial.sum(0),
         bias_partial.sum(0),
     ]
-    computed = [gradient.to(like.dtype) for gradient, like in zip(computed, weight_grads, strict=True)]
-    return [x_grad, key_grad, value_grad, *computed]
 
 
 def _key_value_gradients(
@@ -207,27 +206,25 @@ def _key_value_gradients(
     )
 
 
-def _position_gradient(
-    query_grad: Tensor, position: Tensor | None, position_start: Tensor | None, cu_seqlens: Tensor | None, segments: int
-) -> Tensor:
+def _position_gradient(operands: BackwardOperands, query_grad: Tensor) -> Tensor:
     """Return the gradient of the positions, float32 ``[P, I]``, or empty if there are none."""
-    inner = query_grad.shape[1]
+    position, position_start, inner = operands.position, operands.position_start, operands.inner
     if position is None:
         return query_grad.new_empty(0, dtype=torch.float32)
     if position_start is None:  # All segments have P tokens.
-        return query_grad.view(segments, -1, inner).sum(0, dtype=torch.float32)
+        return query_grad.view(operands.segments, -1, inner).sum(0, dtype=torch.float32)
     gradient = torch.empty(position.shape, dtype=torch.float32, device=query_grad.device)
-    block = BLOCKS[query_grad.dtype]
-    configuration(softmax.position_backward, query_grad.dtype).launch(
-        (cdiv(len(position), block["BLOCK_M"]), cdiv(inner, block["BLOCK_T"])),
-        query_grad.device,
+    operands.launch(
+        softmax.position_backward,
+        (cdiv(len(position), operands.block["BLOCK_M"]), cdiv(inner, operands.block["BLOCK_T"])),
+        {},
         query_grad_ptr=query_grad,
         position_start_ptr=position_start,
-        cu_seqlens_ptr=cu_seqlens,
+        cu_seqlens_ptr=operands.cu_seqlens,
         position_grad_ptr=gradient,
         P=len(position),
         I=inner,
-        num_segments=segments,
+        num_segments=operands.segments,
     )
     return gradient
 
