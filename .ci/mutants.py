@@ -77,7 +77,7 @@ MUTANTS = (
     ),
     Mutant(
         "recomputed for another call",
-        "emma_adapter/patching/hooks.py",
+        "emma_adapter/patching/recomputation.py",
         "if is_recomputing() and (remembered := state.memories.routes.recall(visual_tokens)) is not None:",
         "if False and (remembered := state.memories.routes.recall(visual_tokens)) is not None:",
         ("tests/modules/test_gradient_checkpointing.py",),
@@ -101,7 +101,7 @@ MUTANTS = (
     Mutant(
         "a checksum that nobody compares",
         "emma_adapter/checkpoints/reading.py",
-        'intact = digest(tensors) == embedded.get("sha256")',
+        "intact = digest(tensors) == saved.sha256",
         "intact = True",
         ("tests/checkpoints/test_checkpoint.py",),
     ),

@@ -59,13 +59,13 @@ def tell_in_config(directory: Path) -> None:
     if not path.is_file():
         return
     description = json.loads(path.read_text(encoding="utf-8"))
-    description[_MAPPING] = {**(description.get(_MAPPING) or {}), FORMAT: SUBFOLDER}
+    description[_MAPPING] = {**(description.get(_MAPPING) or {}), FORMAT.name: SUBFOLDER}
     replace_files(directory, {CONFIG_NAME: json.dumps(description, indent=2, sort_keys=True).encode()})
 
 
 def warn_if_told(configs: Iterable[Any]) -> None:
     """Warn if one of these PEFT configs, of a model that isn't patched, says that an adapter belongs to it."""
-    if any(FORMAT in (getattr(config, _MAPPING, None) or ()) for config in configs):
+    if any(FORMAT.name in (getattr(config, _MAPPING, None) or ()) for config in configs):
         warn_caller(
             "PEFT loads a part of what was trained together: an EMMA adapter lies beside it, in "
             f"{SUBFOLDER}/ of the same folder or repository, and the model isn't patched. Load it too: "

@@ -8,8 +8,8 @@ from pathlib import Path
 from torch import Tensor
 
 from ..alignment.config import EmmaConfig
+from ..files.description import FolderFormat
 
-FORMAT_VERSION = 1
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 CARD_NAME = "README.md"
@@ -18,8 +18,14 @@ MODEL_CONFIG_NAME = "config.json"
 #: Folder in which ``model.save_pretrained`` puts adapters, beside the base model or the LoRA.
 SUBFOLDER = "emma_adapter"
 
-#: The format's name in the config file, and the config's key in the metadata of the tensor file.
-FORMAT = "emma_adapter"
+FORMAT = FolderFormat(
+    name="emma_adapter",
+    version=1,
+    config_name=CONFIG_NAME,
+    weights_name=WEIGHTS_NAME,
+    writer="adapter.save_pretrained",
+    editable=frozenset({"cache_size", "instruction_encoder", "instruction_policy", "kernel"}),
+)
 ALIGNMENT_PREFIX = "alignment."
 PROJECTOR_PREFIX = "projector."
 

@@ -1,9 +1,4 @@
-"""Reading adapter folders: ``adapter_config.json``, ``adapter_model.safetensors`` and a model card.
-
-The tensor file alone is a complete adapter, because its metadata repeats the config: replacing that one file is
-the moment at which a save takes effect. The config file carries the same ``save_id``; where the two differ, a
-save was interrupted after that moment, and the metadata is right.
-"""
+"""Reading adapter folders: ``adapter_config.json``, ``adapter_model.safetensors`` and a model card."""
 
 from __future__ import annotations
 
@@ -11,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,8 +15,8 @@ from ..alignment.config import EmmaConfig
 from ..alignment.module import EmmaAlignment
 from ..errors import CheckpointError, ConfigError
 from ..files import description
-from ..files.tensor_file import digest, read_header, read_tensors
-from ..files.untrusted import open_regular
+from ..files.tensor_file import digest, read_tensors
+from ..files.tensor_folder import SavedFolder, open_folder
 from ..messages import listed, plain, shown
 from ..patching import sites
 from ..patching.sites import DEFAULT
@@ -29,16 +24,12 @@ from .format import (
     ALIGNMENT_PREFIX,
     CONFIG_NAME,
     FORMAT,
-    FORMAT_VERSION,
     MODEL_CONFIG_NAME,
     PROJECTOR_PREFIX,
     SUBFOLDER,
     WEIGHTS_NAME,
     SavedAdapter,
 )
-
-#: Config fields that may be edited in a saved folder: they don't change what the weights compute.
-_EDITABLE = frozenset({"cache_size", "instruction_encoder", "instruction_policy", "kernel"})
 
 
 def find(directory: Path, name: str = DEFAULT) -> Path:
@@ -67,7 +58,7 @@ def is_adapter(directory: Path, root: Path | None = None) -> bool:
     ``root`` is the folder that links must not lead out of; default: ``directory``.
     """
     try:
-        _read_description(directory / CONFIG_NAME, root or directory)
+        description.read(FORMAT, directory, root or directory)
     except CheckpointError:
         return False
     return True
@@ -97,42 +88,24 @@ def read(folder: Path, check: Callable[[SavedAdapter], None] | None = None) -> S
         CheckpointError: naming what is wrong with which file.
     """
     directory = find(folder)
-    config_path, weights_path = directory / CONFIG_NAME, directory / WEIGHTS_NAME
-    written = _read_description(config_path, folder)
-    description.check_version(written, config_path, FORMAT_VERSION)
-    # Opened only once, so that what is loaded is what was checked, even if a save replaces the file meanwhile.
-    with _open_weights(weights_path, folder) as file:
-        tensors, metadata = read_header(file, weights_path)
-        if not isinstance(metadata.get(FORMAT), str):
-            raise CheckpointError(
-                f"{weights_path} was not written by emma_adapter: its metadata lacks {FORMAT!r}; give "
-                "the folder that adapter.save_pretrained wrote"
-            )
-        embedded = _parse_description(metadata[FORMAT], weights_path)
-        if embedded.get("save_id") != written.get("save_id"):
-            # The save was interrupted between the two replacements: the tensor file is the newer one.
-            written = embedded
-        if edited := description.edited_fields(written.get("config"), embedded.get("config"), _EDITABLE):
-            raise CheckpointError(
-                f"{config_path} was changed since the adapter was saved, in {listed(edited)}: the weights were made "
-                "for the config they were saved with; undo the changes, or train a new adapter"
-            )
-        description.check_version(written, config_path, FORMAT_VERSION)
+    saved, file = open_folder(FORMAT, directory, folder)
+    written, weights_path = saved.written, saved.weights_path
+    with file:
         try:
             config = EmmaConfig.from_dict(written.get("config", {}))
         except (ConfigError, TypeError) as error:
-            raise CheckpointError(f"{config_path}: {error}; download or copy it again") from error
-        alignment, projector = _split(tensors, written, directory)
+            raise CheckpointError(f"{saved.config_path}: {error}; download or copy it again") from error
+        alignment, projector = _split(saved.tensors, written, directory)
         described = SavedAdapter(
             source=directory,
             config=config,
-            model_type=_text(written, "model_type", config_path),
+            model_type=saved.model_type,
             alignment=alignment,
             projector=projector,
             reads_turns=written.get("reads_turns") is True,
             intact=None,
-            base_model=_optional_text(written, "base_model_name_or_path", config_path),
-            library_version=_optional_text(written, "library_version", config_path),
+            base_model=_optional_text(saved, "base_model_name_or_path"),
+            library_version=_optional_text(saved, "library_version"),
         )
         expected = _expected_alignment(config, alignment, directory)
         check_tensors(alignment, expected, weights_path)
@@ -141,7 +114,7 @@ def read(folder: Path, check: Callable[[SavedAdapter], None] | None = None) -> S
         tensors = read_tensors(file, weights_path)
     alignment, projector = _split(tensors, written, directory)
     check_tensors(alignment, expected, weights_path)
-    intact = digest(tensors) == embedded.get("sha256")
+    intact = digest(tensors) == saved.sha256
     return dataclasses.replace(described, alignment=alignment, projector=projector, intact=intact)
 
 
@@ -173,41 +146,9 @@ def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor],
         )
 
 
-def _read_description(path: Path, root: Path) -> dict[str, Any]:
-    text = description.read_text(path, root, writer="adapter.save_pretrained")
-    return _parse_description(text, path)
-
-
-def _parse_description(text: str, path: Path) -> dict[str, Any]:
-    described = description.parse(text, path)
-    if isinstance(described, dict) and "peft_type" in described:
-        raise CheckpointError(
-            f"{path} describes an adapter of PEFT ({plain(str(described['peft_type']))}), not of emma_adapter: load "
-            "it with peft.PeftModel.from_pretrained"
-        )
-    if not isinstance(described, dict) or described.get("format") != FORMAT:
-        raise CheckpointError(f"{path} doesn't describe an emma_adapter: load it with the tool that wrote it")
-    return described
-
-
-def _text(described: Mapping[str, Any], name: str, path: Path) -> str:
-    value = described.get(name)
-    if not isinstance(value, str):
-        raise CheckpointError(f"{path}: {name} should be a text and is {shown(value)}; download or copy it again")
-    return value
-
-
-def _optional_text(described: Mapping[str, Any], name: str, path: Path) -> str | None:
-    return None if described.get(name) is None else _text(described, name, path)
-
-
-def _open_weights(path: Path, root: Path) -> BinaryIO:
-    try:
-        return open_regular(path, root)
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"there is no {path.name} in {path.parent}: the adapter's weights are missing; copy the whole folder"
-        ) from error
+def _optional_text(saved: SavedFolder, name: str) -> str | None:
+    value = saved.written.get(name)
+    return None if value is None else saved.text(name, value)
 
 
 def _split(

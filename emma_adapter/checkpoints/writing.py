@@ -5,30 +5,26 @@ from __future__ import annotations
 import errno
 import json
 import os
-import uuid
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import torch
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
-from ..errors import CheckpointError
+from ..files import description
 from ..files.atomic import replace_files
-from ..files.tensor_file import digest
+from ..files.tensor_folder import check_finite
 from ..modules import sharding
 from ..patching.state import state_of
 from ..patching.trainable_parameters import count_parameters
-from ..version import __version__
 from .format import (
     ALIGNMENT_PREFIX,
     CARD_NAME,
     CONFIG_NAME,
     FORMAT,
-    FORMAT_VERSION,
     PROJECTOR_PREFIX,
     SUBFOLDER,
     WEIGHTS_NAME,
@@ -93,17 +89,14 @@ def _write(
         check_not_foreign(directory)
     # Values and checksum must be of one moment, whatever another thread does to the model meanwhile.
     tensors = {name: value.clone() for name, value in tensors.items()}
-    _check_finite(tensors, directory)
-    description = _describe(model, adapter, tensors)
-    metadata = {"format": "pt", FORMAT: json.dumps(description, sort_keys=True)}
-    files = {
-        WEIGHTS_NAME: serialize(tensors, metadata),
-        CONFIG_NAME: (json.dumps(description, indent=2, sort_keys=True) + "\n").encode(),
-    }
+    check_finite(tensors, directory)
+    described = description.describe(FORMAT, model.config, tensors, _entries(model, adapter))
+    metadata, config = description.encoded(FORMAT, described)
+    files = {WEIGHTS_NAME: serialize(tensors, metadata), CONFIG_NAME: config}
     for name, further_tensors in further.items():
         files[name] = serialize(dict(further_tensors), {"format": "pt"})
     if _may_write_card(directory / CARD_NAME):
-        files[CARD_NAME] = model_card(description, count_parameters(model, adapter), location).encode()
+        files[CARD_NAME] = model_card(described, count_parameters(model, adapter), location).encode()
     replace_files(directory, files)
     if directory is not requested_directory:
         # An earlier release put the adapter among the model's files.
@@ -132,17 +125,10 @@ def discard(directory: Path) -> None:
             (directory / name).unlink(missing_ok=True)
 
 
-def _describe(model: nn.Module, adapter: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def _entries(model: nn.Module, adapter: str) -> dict[str, Any]:
+    """Return what the description of an adapter says beside what every folder's says."""
     attached = state_of(model).adapters[adapter]
-    base: Any = model.config
     return {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "library_version": __version__,
-        "save_id": uuid.uuid4().hex,
-        "sha256": digest(tensors),
-        "base_model_name_or_path": getattr(base, "name_or_path", "") or None,
-        "model_type": base.model_type,
         "reads_turns": attached.pipeline.reader.markers is not None,
         "projector_trained": bool(attached.own_projectors()),
         # Which kernel computes the adapter depends on the machine it runs on.
@@ -169,27 +155,13 @@ def check_not_foreign(directory: Path, called: str | None = None) -> None:
         FileExistsError: if it does.
     """
     try:
-        description = json.loads((directory / CONFIG_NAME).read_text(encoding="utf-8"))
+        described = json.loads((directory / CONFIG_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):  # not there, or no tool's config
         return
-    if isinstance(description, dict) and description.get("format") != FORMAT:
-        owner = "PEFT" if "peft_type" in description else "another tool"
+    if isinstance(described, dict) and described.get("format") != FORMAT.name:
+        owner = "PEFT" if "peft_type" in described else "another tool"
         message = f"this is an adapter of {owner}, which would be lost; save to another folder"
         raise FileExistsError(errno.EEXIST, message, called or str(directory))
-
-
-def _check_finite(tensors: Mapping[str, Tensor], directory: Path) -> None:
-    """Check that no tensor holds values that ``load_adapter`` would refuse.
-
-    Raises:
-        CheckpointError: naming tensors with NaN or infinite values.
-    """
-    if nonfinite_names := sorted(name for name, value in tensors.items() if not bool(torch.isfinite(value).all())):
-        raise CheckpointError(
-            f"{nonfinite_names} hold NaN or infinite values, so that {directory} was left as it is: the training "
-            "diverged; go on from an earlier checkpoint, with a lower learning rate, or in float32 or bfloat16 if it "
-            "was in float16"
-        )
 
 
 def _may_write_card(path: Path) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, DataError
-from .judges import _explained
+from .loading import explained_loading
 from .pictures import opened
 
 _LEAST_FOR_KID, _LARGEST_SUBSET, _BATCH = 20, 1000, 16
@@ -28,7 +28,7 @@ class FeatureNetwork(nn.Module):
         from transformers import AutoImageProcessor, AutoModel
 
         super().__init__()
-        with _explained(source, "features of pictures"):
+        with explained_loading(source, "features of pictures"):
             self.model = AutoModel.from_pretrained(source).to(device).eval()
             self.processor = AutoImageProcessor.from_pretrained(source)
         self.num_features = self(self.pixels([_grey()])).shape[-1]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 from ..errors import ConfigError
+from .loading import explained_loading
 from .objects import Found
 from .tasks import COLOURS
 
@@ -24,23 +24,10 @@ _QUALITY = (
 )
 
 
-@contextmanager
-def _explained(source: str, task: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        # For a damaged or foreign folder, transformers, safetensors and tokenizers may raise anything.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-        raise ConfigError(
-            f"{source} can't be loaded for {task}: check the folder or hub id, and that transformers has it for this "
-            f"task ({reason})"
-        ) from error
-
-
 def _pipeline(task: str, source: str, device: Any) -> Any:
     from transformers import pipeline
 
-    with _explained(source, task):
+    with explained_loading(source, task):
         return pipeline(task, model=source, device=device)  # type: ignore[call-overload]
 
 

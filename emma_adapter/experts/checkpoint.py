@@ -15,7 +15,8 @@ from torch import nn
 
 from ..errors import CheckpointError, ConfigError
 from ..files import tensor_folder
-from ..files.tensor_folder import FolderFormat, SavedFolder
+from ..files.description import FolderFormat
+from ..files.tensor_folder import SavedFolder
 from ..modules import sharding
 from .config import VisionExpertsConfig
 from .state import experts_state

@@ -1,9 +1,4 @@
-"""Folders of one config file, one tensor file and a card, in which drawing branches and vision experts are saved.
-
-The tensor file alone is complete, because its metadata repeats the config: a save takes effect at the moment at which
-it is replaced. Where the config file has another ``save_id``, a save was interrupted after that moment, and the
-metadata is right.
-"""
+"""Folders of one config file, one tensor file and a card, in which adapters, branches and vision experts are saved."""
 
 from __future__ import annotations
 
@@ -11,7 +6,6 @@ import hashlib
 import json
 import os
 import tempfile
-import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,30 +17,14 @@ from torch import Tensor
 
 from ..errors import CheckpointError, DataError
 from ..messages import listed, shown
-from ..version import __version__
 from . import description
 from .atomic import replace_files
+from .description import FolderFormat
 from .hub import is_hub_id
-from .tensor_file import digest, read_header
+from .tensor_file import read_header
 from .untrusted import open_regular
 
 CARD_NAME = "README.md"
-
-
-@dataclass(frozen=True)
-class FolderFormat:
-    """The names and the version of one kind of such folders."""
-
-    #: The format's name in the config file, and the config's key in the metadata of the tensor file.
-    name: str
-    #: The newest version that this library reads, and the one it writes.
-    version: int
-    config_name: str
-    weights_name: str
-    #: The call that writes such folders, for messages.
-    writer: str
-    #: Config fields that may be edited in a saved folder: they don't change what the weights compute.
-    editable: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -114,29 +92,30 @@ def save(
             f"{folder / CARD_NAME} is there already, and a card that is there is left as it is: samples go into a new "
             "one. Remove it, or save elsewhere"
         )
-    if nonfinite_names := sorted(name for name, value in tensors.items() if not bool(torch.isfinite(value).all())):
-        raise CheckpointError(
-            f"{listed(nonfinite_names)} hold NaN or infinite values, so that {folder} was left as it is: the training "
-            "diverged; go on from an earlier checkpoint, with a lower learning rate, or in float32 or bfloat16"
-        )
-    described = {
-        "format": kind.name,
-        "format_version": kind.version,
-        "library_version": __version__,
-        "save_id": uuid.uuid4().hex,
-        "sha256": digest(tensors),
-        "base_model_name_or_path": getattr(base, "name_or_path", "") or None,
-        "model_type": base.model_type,
-        **entries,
-    }
-    metadata = {"format": "pt", kind.name: json.dumps(described, sort_keys=True)}
+    check_finite(tensors, folder)
+    described = description.describe(kind, base, tensors, entries)
+    metadata, config = description.encoded(kind, described)
     files: dict[str, Any] = {
         kind.weights_name: lambda path: save_file(dict(tensors), path, metadata),
-        kind.config_name: (json.dumps(described, indent=2, sort_keys=True) + "\n").encode(),
+        kind.config_name: config,
     }
     if not has_card:
         files |= {**(beside_card or {}), CARD_NAME: card(described).encode()}
     replace_files(folder, files)
+
+
+def check_finite(tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Check that no tensor holds values that would be refused when it is loaded.
+
+    Raises:
+        CheckpointError: naming tensors with NaN or infinite values.
+    """
+    if nonfinite_names := sorted(name for name, value in tensors.items() if not bool(torch.isfinite(value).all())):
+        raise CheckpointError(
+            f"{listed(nonfinite_names)} hold NaN or infinite values, so that {folder} was left as it is: the training "
+            "diverged; go on from an earlier checkpoint, with a lower learning rate, or in float32 or bfloat16 if it "
+            "was in float16"
+        )
 
 
 def make_card(described: Mapping[str, Any], tags: str, what: str, code: str, more: str = "", metadata: str = "") -> str:
@@ -201,33 +180,39 @@ def push(
     return str(commit.commit_url)
 
 
-def open_folder(kind: FolderFormat, folder: Path) -> tuple[SavedFolder, BinaryIO]:
+def open_folder(kind: FolderFormat, folder: Path, root: Path | None = None) -> tuple[SavedFolder, BinaryIO]:
     """Return a folder's description, and its tensor file, open for :func:`read_into`.
+
+    It is opened only once, so that what is loaded is what was checked, even if a save replaces it meanwhile.
+
+    Args:
+        kind: of folder.
+        folder: to read.
+        root: the folder that links must not lead out of; default: ``folder``.
 
     Raises:
         CheckpointError: naming the file and what is wrong with it.
     """
+    root = folder if root is None else root
     config_path, path = folder / kind.config_name, folder / kind.weights_name
-    written = _parse(kind, description.read_text(config_path, folder, writer=kind.writer), config_path)
+    written = description.read(kind, folder, root)
+    # A newer format may keep its tensors elsewhere.
+    description.check_version(written, config_path, kind.version)
     try:
-        file = open_regular(path, folder)
+        file = open_regular(path, root)
     except FileNotFoundError as error:
-        raise CheckpointError(f"there is no {path.name} in {folder}: copy the whole folder") from error
+        raise CheckpointError(
+            f"there is no {path.name} in {folder}: the weights are missing; copy the whole folder"
+        ) from error
     try:
         tensors, metadata = read_header(file, path)
         if not isinstance(metadata.get(kind.name), str):
             raise CheckpointError(
-                f"{path} was not written by {kind.writer}: its metadata lacks {kind.name!r}; download or copy it again"
+                f"{path} was not written by emma_adapter's {kind.writer}: its metadata lacks {kind.name!r}; download "
+                "or copy it again"
             )
-        embedded = _parse(kind, metadata[kind.name], path)
-        if embedded.get("save_id") != written.get("save_id"):
-            # The save was interrupted between the two replacements: the tensor file is the newer one.
-            written = embedded
-        if edited := description.edited_fields(written.get("config"), embedded.get("config"), kind.editable):
-            raise CheckpointError(
-                f"{config_path} was changed since it was saved, in {listed(edited)}: the weights were made "
-                "for the config they were saved with; undo the changes, or train anew"
-            )
+        embedded = description.parse(kind, metadata[kind.name], path)
+        written = description.of_tensors(kind, written, embedded, folder)
         description.check_version(written, config_path, kind.version)
         saved = SavedFolder(kind, folder, written, "", "", tensors)
         texts = {name: saved.text(name, written.get(name)) for name in ("sha256", "model_type")}
@@ -235,13 +220,6 @@ def open_folder(kind: FolderFormat, folder: Path) -> tuple[SavedFolder, BinaryIO
     except BaseException:
         file.close()
         raise
-
-
-def _parse(kind: FolderFormat, text: str, path: Path) -> dict[str, Any]:
-    described = description.parse(text, path)
-    if not isinstance(described, dict) or described.get("format") != kind.name:
-        raise CheckpointError(f"{path} doesn't describe what {kind.writer} writes: load it with the tool that wrote it")
-    return described
 
 
 def check_model_type(saved: SavedFolder, model_type: object) -> None:

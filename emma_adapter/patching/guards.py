@@ -5,18 +5,16 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..models.feature_calls import FeatureCall
-from ..modules.gradient_checkpointing import is_recomputing, may_be_recomputed
 from ..modules.method_guard import STATE_ATTRIBUTE, MethodGuard, arguments_by_name
-from .call_plan import CallPlan
 from .hooks import pop_outer_call
 from .planning import cached_length, has_pixels, plan_call
-from .state import AdapterState, state_of
+from .recomputation import call_of_features
+from .state import state_of
 from .without_images import look_up
 
 
@@ -54,29 +52,10 @@ def guard_features(modality: str, inner: nn.Module, original: Callable[..., Any]
     # The first parameter, whatever a release of transformers calls it.
     pixels = arguments.get(next(iter(inspect.signature(original).parameters)))
     with (
-        _call_of_features(state, inner, pixels),
+        call_of_features(state, inner, pixels),
         state.encoding(FeatureCall.of(state.family, modality, pixels, arguments)),
     ):
         return original(*args, **kwargs)
-
-
-def _call_of_features(state: AdapterState, inner: nn.Module, pixels: Any) -> AbstractContextManager[None]:
-    """Return a context that restores the plan or scope of a feature method that is computed again outside its call."""
-    context, memory = state.context, state.memories.features
-    pixels = next(iter(pixels), None) if isinstance(pixels, (list, tuple)) else pixels
-    if not isinstance(pixels, Tensor) or context.feature_call is not None:
-        return nullcontext()
-    if not is_recomputing():
-        if context.plan is None and may_be_recomputed(inner):
-            memory.remember(pixels, state.scope)
-        elif context.plan is not None and context.pinned is None and context.may_be_recomputed:
-            plan = context.plan
-            memory.remember(pixels, plan.without_model() if isinstance(plan, CallPlan) else plan)
-    elif context.plan is None and context.recomputed is None:
-        remembered = memory.recall(pixels)
-        if remembered is not None:
-            return state.recomputing(inner, remembered)
-    return nullcontext()
 
 
 def guard_replication(module: nn.Module, original: Callable[[], nn.Module]) -> nn.Module:

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from ..errors import InstructionError
 from ..models.feature_calls import FeatureCall, projector_call
 from ..modules import private
-from ..modules.gradient_checkpointing import is_recomputing, may_be_recomputed, with_own_memory
+from ..modules.gradient_checkpointing import is_recomputing
 from ..modules.gradients import with_zero_gradient
 from ..modules.method_guard import STATE_ATTRIBUTE, first_tensor
 from ..modules.sharding import execution_device, is_partitioned
-from .call_context import CallContext
 from .call_plan import Bypass, CallPlan, GivenPrompt, OuterCall
 from .planning import has_pixels, pinned_plan, plan_call
+from .recomputation import enter_call, leave_call, own_prompt, remember_plan, remembered_route, resume_call
 from .routing import Before, ObservedAlignment, RoutedInstruction, check_tokens, route, route_without_prompt
 from .setup_checks import check_wrapped_once_patched, warn_if_left_out
 from .sites import PLACE_ATTRIBUTE, alignment_at, is_aligned, own_projector_at, projector_parameters
@@ -84,17 +84,16 @@ def before_outer(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     for passed_name, taken_name in state.bridged_arguments.items():
         if passed_name in kwargs:
             kwargs.setdefault(taken_name, kwargs.pop(passed_name))
-    _enter_call(state, model, kwargs)
+    enter_call(state, model, kwargs)
     state.context.outer = pop_outer_call(kwargs)
-    if state.context.may_be_recomputed and (prompt := _prompt_name(kwargs)):
-        kwargs[prompt] = with_own_memory(kwargs[prompt])
+    own_prompt(state, kwargs)
     return (), kwargs
 
 
 def after_outer(model: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-    context = state_of(model).context
-    context.outer = None
-    _leave_call(context, model)
+    state = state_of(model)
+    state.context.outer = None
+    leave_call(state, model)
 
 
 def before_inner(inner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
@@ -109,12 +108,9 @@ def before_inner(inner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     outer, context.outer = context.outer, None
     given_prompt, context.given = context.given, None
     if outer is None:
-        if is_recomputing() and (prompt := _prompt_name(kwargs)):
-            plan = state.memories.plans.recall(kwargs[prompt])
-            if plan is not None:
-                state.resume(inner, plan)
-                return (), kwargs
-        _enter_call(state, inner, kwargs)
+        if resume_call(state, inner, kwargs):
+            return (), kwargs
+        enter_call(state, inner, kwargs)
         outer = passed_on
     elif passed_on.instruction is not None:
         outer = dataclasses.replace(
@@ -136,15 +132,15 @@ def before_inner(inner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         if inner.training and torch.is_grad_enabled():
             warn_if_left_out(state.model)
         context.plan = _plan(state, inner, outer, arguments)
-    if context.may_be_recomputed:
-        _remember_call(state, context.plan, kwargs)
+    remember_plan(state, context.plan, kwargs)
     return (), kwargs
 
 
 def after_inner(inner: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-    context = state_of(inner).context
+    state = state_of(inner)
+    context = state.context
     context.ties_embeddings, context.caller = False, None
-    _leave_call(context, inner)
+    leave_call(state, inner)
     context.plan = None if context.pinned is None else context.pinned.plan
 
 
@@ -155,39 +151,6 @@ def _plan(state: AdapterState, inner: nn.Module, outer: OuterCall, kwargs: dict[
     return plan_call(state, inner, outer, kwargs)
 
 
-def _remember_call(state: AdapterState, plan: CallPlan | Bypass, kwargs: dict[str, Any]) -> None:
-    """Remember the plan, for when only a part of this call is computed again."""
-    if prompt := _prompt_name(kwargs):
-        remembered = plan.without_model() if isinstance(plan, CallPlan) else plan
-        state.memories.plans.remember(kwargs[prompt], remembered)
-    for modality in state.family.modalities:
-        name = state.family.pixel_arguments[modality]
-        if kwargs.get(name) is not None:
-            kwargs[name] = with_own_memory(kwargs[name])
-
-
-def _enter_call(state: AdapterState, module: nn.Module, kwargs: dict[str, Any]) -> None:
-    """Remember the scope of a call that may be computed again, and recall it where one is."""
-    context, prompt = state.context, _prompt_name(kwargs)
-    context.recomputed = None
-    context.may_be_recomputed = may_be_recomputed(module)
-    if not state.has_blocks or prompt is None or torch.compiler.is_compiling():
-        return
-    if not is_recomputing():
-        state.memories.scopes.remember(kwargs[prompt], state.scope)
-    elif (scope := state.memories.scopes.recall(kwargs[prompt])) is not None:
-        context.recomputed = (module, scope)
-
-
-def _leave_call(context: CallContext, module: nn.Module) -> None:
-    if context.recomputed is not None and context.recomputed[0] is module:
-        context.recomputed = None
-
-
-def _prompt_name(kwargs: dict[str, Any]) -> str | None:
-    return next((name for name in ("input_ids", "inputs_embeds") if isinstance(kwargs.get(name), Tensor)), None)
-
-
 def before_projector(projector: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
     """Replace the projector's input, the visual tokens, with aligned ones."""
     state = state_of(projector)
@@ -196,7 +159,7 @@ def before_projector(projector: nn.Module, args: tuple[Any, ...], kwargs: dict[s
         state.context.route = None
         return None
     visual_tokens, put_back = found
-    routed = state.context.route = _route(state, projector, visual_tokens)
+    routed = state.context.route = remembered_route(state, projector, visual_tokens, _route)
     if isinstance(routed, Bypass):
         return None
     config = state.adapters[routed.adapter].config
@@ -274,16 +237,6 @@ def _used_by_all(projector: nn.Module, output: Tensor) -> Tensor:
 
 def _route(state: AdapterState, projector: nn.Module, visual_tokens: Tensor) -> RoutedInstruction | Bypass:
     """Return the instructions for this projector input."""
-    if is_recomputing() and (remembered := state.memories.routes.recall(visual_tokens)) is not None:
-        return remembered
-    routed = _new_route(state, projector, visual_tokens)
-    # Reentrant checkpointing of a frozen projector records no gradients, and only the input shows it.
-    if state.context.may_be_recomputed or may_be_recomputed(projector) or visual_tokens.requires_grad:
-        state.memories.routes.remember(visual_tokens, routed)
-    return routed
-
-
-def _new_route(state: AdapterState, projector: nn.Module, visual_tokens: Tensor) -> RoutedInstruction | Bypass:
     context = state.context
     _forget_interrupted_call(state)
     plan = context.plan

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import ConfigError, PatchError
 from ..messages import listed
+from ..modules.trainability import check_rate
 from . import sites
 from .precision import quantized_tensors, with_the_projector_as_it_is
 from .projectors import give_own_projectors, is_wrapped
@@ -129,8 +129,10 @@ def parameter_groups(
     Raises:
         ConfigError: if a rate is no number, or negative.
     """
-    for name, rate in (("lr", lr), ("projector_lr", projector_lr), ("weight_decay", weight_decay)):
-        _check_rate(name, rate)
+    check_rate("lr", lr)
+    check_rate("weight_decay", weight_decay)
+    if projector_lr is not None:
+        check_rate("projector_lr", projector_lr)
     attached = state_of(model).current
     adapter = [parameter for parameter in attached.named_parameters().values() if parameter.requires_grad]
     projector = [parameter for parameter in attached.projector_parameters().values() if parameter.requires_grad]
@@ -175,11 +177,3 @@ def regroup(
         entries = [listed_values.get(id(parameter), {}) for parameter in group["params"]]
         moved_lists = {key: [entry[key] for entry in entries] for key in entries[0]} if all(entries) else {}
         optimizer.add_param_group({**options.get(id(group["params"][0]), {}), **moved_lists, **group})
-
-
-def _check_rate(name: str, rate: Any) -> None:
-    # An optimizer checks its own rate, but never those of its groups.
-    if isinstance(rate, Tensor) or (rate is None and name == "projector_lr"):
-        return
-    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate < math.inf:
-        raise ConfigError(f"{name} of parameter_groups must be a number >= 0; got {rate!r}")

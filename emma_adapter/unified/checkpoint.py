@@ -16,8 +16,9 @@ from torch import nn
 
 from ..errors import CheckpointError, ConfigError
 from ..files import tensor_folder
+from ..files.description import FolderFormat
 from ..files.hub import is_hub_id
-from ..files.tensor_folder import FolderFormat, SavedFolder
+from ..files.tensor_folder import SavedFolder
 from ..modules import sharding
 from .config import UnifiedConfig
 from .samples import Samples, card_metadata, sample_files

@@ -687,7 +687,7 @@ JSON_VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
     max_leaves=3,
 )
-OUTER_FIELDS = ["format", "format_version", "model_type", "projector_trained", "save_id", "config", "library_version"]
+OUTER_FIELDS = ["format", "format_version", "model_type", "projector_trained", "sha256", "config", "library_version"]
 INNER_FIELDS = sorted(EmmaConfig().to_dict())
 
 
@@ -767,11 +767,11 @@ def test_field_of_the_description_missing(field, folder, victims):
 
 
 def test_config_and_tensors_of_different_kinds(folder, tmp_path, victims):
-    """Files copied together by hand, with the same save_id: the weights were made for another config."""
+    """Files copied together by hand, with the same checksum: the weights were made for another config."""
     saved(tmp_path / "other", FUSIONS["linear"])
     other = json.loads((tmp_path / "other" / CONFIG).read_text())
     edit_json(folder, lambda description: description.update(config=other["config"]))
-    victims.refuse(folder, match=r"changed since the adapter was saved, in .*'fusion'")
+    victims.refuse(folder, match=r"changed since it was saved, in .*'fusion'")
 
 
 @settings(max_examples=budget(10, 25))
@@ -827,7 +827,7 @@ def test_newer_save_interrupted_over_an_older(folder, victims):
     """The tensor file is the newer one then, and only its metadata says so."""
     with safe_open(folder / WEIGHTS, framework="pt") as file:
         description = json.loads(file.metadata()["emma_adapter"])
-    description.update(format_version=2, save_id="another")
+    description.update(format_version=2, sha256="another")
     tensors = safetensors.torch.load_file(folder / WEIGHTS)
     safetensors.torch.save_file(tensors, folder / WEIGHTS, metadata={"emma_adapter": json.dumps(description)})
     victims.refuse(folder, match="upgrade")

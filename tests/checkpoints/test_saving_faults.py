@@ -38,7 +38,7 @@ from safetensors import safe_open
 from emma_adapter import CheckpointError, get_adapter, load_adapter
 from emma_adapter.checkpoints import reading, writing
 from emma_adapter.checkpoints.format import ALIGNMENT_PREFIX, FORMAT, PROJECTOR_PREFIX
-from emma_adapter.files import atomic
+from emma_adapter.files import atomic, description
 from emma_adapter.modules import private
 from tests.checkpoints.test_checkpoint import CARD, CONFIG, FUSIONS, WEIGHTS, base_model, logits, same_values, trained
 from tests.support import tiny
@@ -95,13 +95,13 @@ def contents(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def save_id(folder):
-    return json.loads((folder / CONFIG).read_text())["save_id"]
+def checksum(folder):
+    return json.loads((folder / CONFIG).read_text())["sha256"]
 
 
-def embedded_save_id(folder):
+def embedded_checksum(folder):
     with safe_open(folder / WEIGHTS, framework="pt") as file:
-        return json.loads(file.metadata()[FORMAT])["save_id"]
+        return json.loads(file.metadata()[FORMAT.name])["sha256"]
 
 
 def scratch_of(folder):
@@ -342,7 +342,7 @@ class Saves(RuleBasedStateMachine):
         by_adapter(self.models[number], self.folder)
         self.there, self.cache_size = number, OLD.cache_size
         assert not scratch_of(self.folder)
-        assert save_id(self.folder) == embedded_save_id(self.folder)
+        assert checksum(self.folder) == embedded_checksum(self.folder)
 
     @rule(number=st.integers(0, 3), call=st.integers(0, 50))
     def save_and_be_killed(self, number, call):
@@ -371,7 +371,7 @@ class Saves(RuleBasedStateMachine):
         described = json.loads((self.folder / CONFIG).read_text())
         described["config"]["cache_size"] = cache_size
         (self.folder / CONFIG).write_text(json.dumps(described))
-        if described["save_id"] == embedded_save_id(self.folder):
+        if described["sha256"] == embedded_checksum(self.folder):
             self.cache_size = cache_size
 
     @invariant()
@@ -818,7 +818,7 @@ def test_processes_save_while_another_loads(way, writers, tmp_path):
     assert all("there is no" in message for message in refused)
     which(folder, *candidates)
     assert not scratch_of(folder)
-    assert save_id(folder) == embedded_save_id(folder), "the last save's files, and no other's"
+    assert checksum(folder) == embedded_checksum(folder), "the last save's files, and no other's"
 
 
 @pytest.mark.parametrize("locks", [True, False], ids=["locks", "no locks"])
@@ -830,13 +830,13 @@ def test_threads_save_to_one_folder(locks, old_and_new, tmp_path, monkeypatch):
         list(pool.map(lambda i: by_adapter(old_and_new[i % 2], tmp_path), range(60)))
     which(tmp_path, *candidates)
     assert not scratch_of(tmp_path)
-    assert not locks or save_id(tmp_path) == embedded_save_id(tmp_path)
+    assert not locks or checksum(tmp_path) == embedded_checksum(tmp_path)
 
 
 def test_trained_by_another_thread_meanwhile(old_and_new, tmp_path, monkeypatch):
     """What is saved are values of one moment: it would be refused as damaged otherwise."""
     model = old_and_new[0]
-    digest = writing.digest
+    digest = description.digest
 
     def trains_meanwhile(tensors):
         found = digest(tensors)
@@ -845,7 +845,7 @@ def test_trained_by_another_thread_meanwhile(old_and_new, tmp_path, monkeypatch)
 
     config, tensors = values_of(model)
     before = {name: value.clone() for name, value in tensors.items()}
-    monkeypatch.setattr(writing, "digest", trains_meanwhile)
+    monkeypatch.setattr(description, "digest", trains_meanwhile)
     by_adapter(model, tmp_path)
     assert which(tmp_path, (config, before)) == 0
 

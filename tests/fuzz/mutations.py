@@ -291,7 +291,7 @@ def metadata(folder: Folder, dice: random.Random) -> None:
 
 # ---------------------------------------------------------------------------------------------- descriptions
 
-OUTER = ["format", "format_version", "library_version", "save_id", "sha256", "base_model_name_or_path", "model_type"]
+OUTER = ["format", "format_version", "library_version", "sha256", "base_model_name_or_path", "model_type"]
 OUTER += ["reads_turns", "projector_trained", "config"]
 
 
@@ -316,7 +316,7 @@ def edited_config(folder: Folder, dice: random.Random) -> None:
     """The config file alone; the metadata of the tensor file contradicts it, or is the newer one."""
     folder.written = _changed(folder.description, dice)
     if dice.random() < 0.3:
-        folder.written["save_id"] = "another"
+        folder.written["sha256"] = "another"
 
 
 @mutation
@@ -324,7 +324,7 @@ def consistent_config(folder: Folder, dice: random.Random) -> None:
     """Both files alike."""
     folder.description = _changed(folder.description, dice)
     if dice.random() < 0.2:
-        folder.written = {**folder.description, "save_id": "another"}
+        folder.written = {**folder.description, "sha256": "another"}
 
 
 SIZES = ["visual_dim", "instruction_dim", "num_visual_tokens", "max_instruction_tokens"]

@@ -362,7 +362,7 @@ def pickle_under_our_name(folder):
 
 OTHERS = {
     "LoRA": (lora, "an adapter of PEFT"),
-    "IP-Adapter": (ip_adapter, "doesn't describe an emma_adapter"),
+    "IP-Adapter": (ip_adapter, "doesn't describe what adapter.save_pretrained writes"),
     "plain model": (lambda folder: tiny.llava().save_pretrained(folder), CONFIG),
     "pickle": (pickled, CONFIG),
     "pickle under our name": (pickle_under_our_name, "not a valid safetensors file"),

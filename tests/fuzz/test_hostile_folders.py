@@ -86,7 +86,7 @@ def check_loaded(adapter, folder):
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         embedded = json.loads(file.metadata()["emma_adapter"])
     written = json.loads((folder / CONFIG).read_bytes())
-    if written.get("save_id") != embedded.get("save_id"):
+    if written.get("sha256") != embedded.get("sha256"):
         written = embedded
     found = {f"alignment.{name}": value for name, value in adapter.alignment.state_dict().items()}
     own = adapter.projector

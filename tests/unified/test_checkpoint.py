@@ -238,7 +238,7 @@ def test_the_config_file_may_change_how_it_is_trained_only(copied):
 def test_an_interrupted_save_is_the_new_one_or_the_old_one(copied):
     """The tensor file was replaced, the config file wasn't yet."""
     description = json.loads((copied / CONFIG_NAME).read_text())
-    description["save_id"] = "older"
+    description["sha256"] = "older"
     description["config"]["shared_layers"] = 0
     (copied / CONFIG_NAME).write_text(json.dumps(description))
     assert load(copied).config.shared_layers == 1
@@ -352,7 +352,7 @@ WRONG = {
     "not json": (lambda folder: (folder / CONFIG_NAME).write_text("{"), "not valid JSON"),
     "not text": (lambda folder: (folder / CONFIG_NAME).write_bytes(b"\xff\xfe"), "can't be read"),
     "endless": (lambda folder: (folder / CONFIG_NAME).write_text(" " * 2**21), "more than"),
-    "foreign": (lambda folder: (folder / CONFIG_NAME).write_text('{"peft_type": "LORA"}'), "with the tool"),
+    "foreign": (lambda folder: (folder / CONFIG_NAME).write_text('{"peft_type": "LORA"}'), "with peft"),
     "cut": (lambda folder: os.truncate(folder / WEIGHTS_NAME, 3000), "not a valid safetensors"),
     "foreign weights": (lambda folder: save_file(tensors_of(folder), folder / WEIGHTS_NAME), "metadata lacks"),
     "newer": (_set("format_version", value=9), "upgrade"),

@@ -166,7 +166,7 @@ def scoring_what_was_not_drawn(bench: Bench) -> None:
     pictures.pictures_of(read(bench, {"prompt": "a dog"})[0], bench.folder)
 
 
-@raises(ConfigError, "evaluation/judges.py:_explained", "can't be loaded for")
+@raises(ConfigError, "evaluation/loading.py:explained_loading", "can't be loaded for")
 def a_detector_that_is_no_detector(bench: Bench) -> None:
     Detector(judging.vit(bench.folder), "cpu")
 

@@ -52,7 +52,7 @@ def a_folder_with_several_adapters(bench: Bench) -> None:
     load(bench.folder)
 
 
-@raises(CheckpointError, "checkpoints/reading.py:read", "was changed since the adapter was saved")
+@raises(CheckpointError, "files/description.py:of_tensors", "was changed since it was saved")
 def an_edited_config(bench: Bench) -> None:
     path = bench.saved() / CONFIG
     path.write_text(path.read_text().replace('"fusion": "modulation"', '"fusion": "attention"'))
@@ -64,7 +64,7 @@ def a_config_with_an_impossible_value(bench: Bench) -> None:
     load(edit(bench.saved(), lambda description: description["config"].update(num_heads=-1)))
 
 
-@raises(CheckpointError, "checkpoints/reading.py:_text", "should be a text")
+@raises(CheckpointError, "files/tensor_folder.py:SavedFolder.text", "should be a text")
 def a_folder_without_a_model_type(bench: Bench) -> None:
     load(edit(bench.saved(), lambda description: description.pop("model_type")))
 
@@ -84,12 +84,12 @@ def a_tensor_that_is_missing(bench: Bench) -> None:
     load(edit(bench.saved(), lambda _: None, tensors=lambda values: values.pop(min(values))))
 
 
-@raises(CheckpointError, "files/description.py:read_text", "there is no")
+@raises(CheckpointError, "files/description.py:read", "there is no")
 def an_empty_folder(bench: Bench) -> None:
     load(bench.folder)
 
 
-@raises(CheckpointError, "files/description.py:read_text", "can't be read")
+@raises(CheckpointError, "files/description.py:read", "can't be read")
 def a_config_that_is_no_text(bench: Bench) -> None:
     (bench.folder / CONFIG).write_bytes(b"\xff\xfe\xff")
     load(bench.folder)
@@ -101,13 +101,13 @@ def an_adapter_config_that_is_cut_off(bench: Bench) -> None:
     load(bench.folder)
 
 
-@raises(CheckpointError, "checkpoints/reading.py:_parse_description", "an adapter of PEFT")
+@raises(CheckpointError, "files/description.py:parse", "an adapter of PEFT")
 def an_adapter_of_peft(bench: Bench) -> None:
     (bench.folder / CONFIG).write_text('{"peft_type": "LORA"}')
     load(bench.folder)
 
 
-@raises(CheckpointError, "checkpoints/reading.py:_parse_description", "doesn't describe an emma_adapter")
+@raises(CheckpointError, "files/description.py:parse", "doesn't describe")
 def the_config_of_something_else(bench: Bench) -> None:
     (bench.folder / CONFIG).write_text("[]")
     load(bench.folder)
@@ -123,7 +123,7 @@ def a_folder_from_the_future(bench: Bench) -> None:
     load(edit(bench.saved(), lambda description: description.update(format_version=99)))
 
 
-@raises(CheckpointError, "checkpoints/reading.py:_open_weights", "the adapter's weights are missing")
+@raises(CheckpointError, "files/tensor_folder.py:open_folder", "the weights are missing")
 def a_folder_without_weights(bench: Bench) -> None:
     folder = bench.saved()
     (folder / WEIGHTS).unlink()
@@ -156,7 +156,7 @@ def weights_that_lie_over_each_other(bench: Bench) -> None:
     load(path.parent)
 
 
-@raises(CheckpointError, "files/description.py:read_text", "no adapter's config")
+@raises(CheckpointError, "files/description.py:read", "no adapter's config")
 def a_config_without_an_end(bench: Bench) -> None:
     (bench.folder / CONFIG).write_text(" " * 2**21)
     load(bench.folder)
@@ -182,7 +182,7 @@ def a_config_that_is_a_folder(bench: Bench) -> None:
     load(bench.folder)
 
 
-@raises(CheckpointError, "checkpoints/writing.py:_check_finite", "the training diverged")
+@raises(CheckpointError, "files/tensor_folder.py:check_finite", "diverged")
 def saving_what_diverged(bench: Bench) -> None:
     adapter = bench.adapter()
     next(adapter.parameters()).data.fill_(float("nan"))
@@ -209,7 +209,7 @@ def an_adapter_from_the_hub_that_names_a_path(bench: Bench) -> None:
     load("user/adapter")
 
 
-@raises(CheckpointError, "checkpoints/reading.py:read", "was not written by emma_adapter")
+@raises(CheckpointError, "files/tensor_folder.py:open_folder", "its metadata lacks")
 def weights_of_another_tool(bench: Bench) -> None:
     folder = bench.saved()
     save_file(load_file(folder / WEIGHTS), folder / WEIGHTS)
