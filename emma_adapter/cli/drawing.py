@@ -38,7 +38,7 @@ def drawing_options(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option("--steps", default=20, show_default=True, type=click.IntRange(1), help="Steps of the solver."),
             click.option("--solver", default="euler", show_default=True, type=click.Choice(["euler", "heun"])),
             click.option(
-                "--guidance-scale", default=4.0, show_default=True, type=scale, help="By the text; 1 is none."
+                "--guidance-scale", default=3.0, show_default=True, type=scale, help="By the text; 1 is none."
             ),
             device_option,
             dtype_option,

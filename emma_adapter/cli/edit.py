@@ -19,7 +19,7 @@ from .drawing import Drawing, drawing_options, side
 @drawing_options
 @click.option("--together", is_flag=True, help="One picture from all IMAGEs, instead of one from each.")
 @click.option(
-    "--image-guidance-scale", default=1.5, show_default=True, type=click.FloatRange(0), help="By the image; 1 is none."
+    "--image-guidance-scale", default=2.0, show_default=True, type=click.FloatRange(0), help="By the image; 1 is none."
 )
 @click.option("--height", type=side, help="In pixels. Default: the image's.")
 @click.option("--width", type=side, help="In pixels. Default: the image's.")

@@ -28,9 +28,9 @@ _SCALE, _SHARE = click.FloatRange(0), click.FloatRange(0, 1)
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**32 - 1))
 @click.option("--steps", default=20, show_default=True, type=click.IntRange(1), help="Steps of the solver.")
 @click.option("--solver", default="euler", show_default=True, type=click.Choice(["euler", "heun"]))
-@click.option("--guidance-scale", default=4.0, show_default=True, type=_SCALE, help="By the text; 1 is none.")
+@click.option("--guidance-scale", default=3.0, show_default=True, type=_SCALE, help="By the text; 1 is none.")
 @click.option(
-    "--image-guidance-scale", default=1.5, show_default=True, type=_SCALE, help="By an edit's image; 1 is none."
+    "--image-guidance-scale", default=2.0, show_default=True, type=_SCALE, help="By an edit's image; 1 is none."
 )
 @click.option("--height", type=side, help="In pixels. Default: 512, or the image's.")
 @click.option("--width", type=side, help="In pixels. Default: 512, or the image's.")

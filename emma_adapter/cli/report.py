@@ -71,14 +71,14 @@ _OF_UNIFIED = (
 )
 @click.option(
     "--guidance-scale",
-    default=4.0,
+    default=3.0,
     show_default=True,
     type=click.FloatRange(0),
     help="With --unified: by the text; 1 is none.",
 )
 @click.option(
     "--image-guidance-scale",
-    default=1.5,
+    default=2.0,
     show_default=True,
     type=click.FloatRange(0),
     help="With --unified: by the image; 1 is none.",

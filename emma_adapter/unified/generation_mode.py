@@ -143,7 +143,7 @@ class _Pictures:
         raise DataError(
             "the pictures can't be recovered from the pixels of this call, in which they are cut or resized, and "
             "guidance needs them without the prompt: use unified.generate_images(prompt, image=…), or give height, "
-            "width and guidance_scale=1"
+            "width, guidance_scale=1 and image_guidance_scale=1"
         )
 
     def _divided(self, pictures: list[Any]) -> list[list[Any]] | None:

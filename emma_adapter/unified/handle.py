@@ -98,8 +98,8 @@ class EmmaUnified:
         width: int | None = None,
         num_inference_steps: int = 20,
         sigmas: Sequence[float] | None = None,
-        guidance_scale: float = 4.0,
-        image_guidance_scale: float = 1.0,
+        guidance_scale: float = 3.0,
+        image_guidance_scale: float = 2.0,
         num_images_per_prompt: int = 1,
         generator: Generators = None,
         latents: Tensor | None = None,
@@ -122,7 +122,7 @@ class EmmaUnified:
             num_inference_steps: steps of the solver.
             sigmas: the times to step through instead, falling from at most 1 (noise); they are not shifted.
             guidance_scale: s_T, of the text; 1 means none (see :func:`~emma_adapter.unified.flow.guide`).
-            image_guidance_scale: s_I, of reference pictures; 1 means none.
+            image_guidance_scale: s_I, of reference pictures; 1 means none, and saves a third of an edit's time.
             num_images_per_prompt: how many pictures to draw for each prompt, which is read once.
             generator: of the noise: one, which draws the pictures' noise one after another, or a list with one for
                 each picture. None: PyTorch's.

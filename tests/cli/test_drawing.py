@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +9,8 @@ from click.testing import CliRunner
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from emma_adapter import load_unified
-from emma_adapter.cli import main
+from emma_adapter import EmmaUnified, load_unified
+from emma_adapter.cli import draw, edit, evaluate_drawing, main, report
 from tests.support import tiny
 from tests.support.workspace import make_drawing_workspace
 
@@ -52,6 +54,14 @@ def run(*arguments, code=0):
     return result
 
 
+@pytest.mark.parametrize("command", [draw, edit, evaluate_drawing, report], ids=lambda command: command.name)
+def test_scales_of_guidance_are_the_librarys(command):
+    library = inspect.signature(EmmaUnified.generate_images).parameters
+    scales = {option.name: option.default for option in command.params if option.name.endswith("guidance_scale")}
+    assert scales
+    assert scales == {name: library[name].default for name in scales}
+
+
 def test_drawings_are_the_librarys_and_tell_how_they_were_made(tmp_path):
     sizes = ["--height", "64", "--width", "96"]
     folder = tmp_path / "new" / "folder"
@@ -63,7 +73,7 @@ def test_drawings_are_the_librarys_and_tell_how_they_were_made(tmp_path):
                 assert np.array_equal(np.array(picture), want)
                 told = picture.text
             assert (told["prompt"], told["seed"], told["steps"], told["width"]) == (prompt, str(seed), "2", "96")
-            assert told["guidance_scale"] == "4.0" and told["model"] == MODEL and "negative_prompt" not in told
+            assert told["guidance_scale"] == "3.0" and told["model"] == MODEL and "negative_prompt" not in told
 
 
 def test_edits_of_each_image_and_of_all_together(tmp_path):
@@ -71,7 +81,7 @@ def test_edits_of_each_image_and_of_all_together(tmp_path):
     run("edit", "make it blue", "0.png", "1.png", *COMMON, "--together", "--output", tmp_path / "both.png")
     sources = [Image.open(f"{number}.png").convert("RGB") for number in range(2)]
     for path, seed, images in (("7.png", 7, sources[0]), ("8.png", 8, sources[1]), ("both.png", 7, [sources])):
-        want = wanted("make it blue", (seed,), images, image_guidance_scale=1.5)[0]
+        want = wanted("make it blue", (seed,), images)[0]
         assert np.array_equal(np.array(Image.open(tmp_path / path)), want) and want.shape == (96, 64, 3)
 
 

@@ -46,7 +46,7 @@ def report(drawer):
 
 
 def generate(made, row, seed, **settings):
-    given = {"num_inference_steps": 3, "image_guidance_scale": 1.5, "generator": seeded(seed), **SIZE, **settings}
+    given = {"num_inference_steps": 3, "generator": seeded(seed), **SIZE, **settings}
     image = row.get("image")
     return made.generate_images(row["prompt"], None if image is None else [image], **given).images
 

@@ -81,7 +81,7 @@ def test_of_tiles_guidance_is_refused_and_the_rest_drawn(name):
     inputs = inputs_of(processor, PROMPTS[:1], [[picture(1, 112, 56)]])
     with pytest.raises(DataError, match=r"unified\.generate_images\(prompt, image=.*guidance_scale=1"):
         adapter.model.generate(**inputs, generation_mode="image", **OPTIONS)
-    options = {**OPTIONS, "guidance_scale": 1.0}
+    options = {**OPTIONS, "guidance_scale": 1.0, "image_guidance_scale": 1.0}
     found = adapter.model.generate(**inputs, generation_mode="image", generator=seeded(0), **options)
     wanted = adapter.generate_images(
         PROMPTS[:1], [picture(1, 112, 56)], generator=seeded(0), output_type="pt", **options
