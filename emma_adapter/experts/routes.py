@@ -47,7 +47,7 @@ class Media:
             RoutingError: if they don't match what the call announces.
         """
         call = projector_call(inner, running, _as_projected(family, inner, running, hidden), None)
-        layout = checked_layout(family, call, padded=family.pads_images)
+        layout = checked_layout(family, call, in_tower=True)
         if not layout.packed:
             return cls(list(layout.entries), packed=False)
         assert layout.grids is not None

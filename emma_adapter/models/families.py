@@ -170,6 +170,13 @@ class ModelFamily(ABC):
         """Return the side of the square of visual tokens that the projector merges into one; 1 if it merges none."""
         return 1
 
+    def tower_merge(self, inner: nn.Module) -> int:
+        """Return the side of the square of tokens that the vision tower merges into one at its end; 1 if none.
+
+        Vision experts route the tokens before that.
+        """
+        return 1
+
     def placeholder_id(self, inner: nn.Module, modality: str) -> int:
         """Return the token id that stands for visual tokens of this modality in ``input_ids``.
 

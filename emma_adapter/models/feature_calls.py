@@ -52,13 +52,13 @@ def projector_call(
     )
 
 
-def checked_layout(family: ModelFamily, call: ProjectorCall, *, padded: bool = False) -> MediaLayout:
+def checked_layout(family: ModelFamily, call: ProjectorCall, *, in_tower: bool = False) -> MediaLayout:
     """Return the layout of a call's visual tokens.
 
     Args:
         family: of the model.
         call: of the projector; inside the vision tower, with the tower's hidden states in place of its input.
-        padded: True if these are ``[entries, N, D]`` whatever the projector's input is, as in a tower that pads.
+        in_tower: True for the layout of these hidden states, which the tower may pad, or merge at its end.
 
     Raises:
         UnsupportedModelError: if the family returns no layout.
@@ -69,8 +69,11 @@ def checked_layout(family: ModelFamily, call: ProjectorCall, *, padded: bool = F
         raise UnsupportedModelError(
             f"{type(family).__name__}.layout must return an emma_adapter.MediaLayout; got {type(layout).__name__}"
         )
-    if padded:
+    if in_tower and family.pads_images:
         layout = dataclasses.replace(layout, packed=False, grids=None)
+    elif in_tower and layout.grids is not None:
+        merge = family.tower_merge(call.inner)
+        layout = dataclasses.replace(layout, grids=[(height * merge, width * merge) for height, width in layout.grids])
     shape = call.visual_tokens.shape
     grids = layout.grids
     expected, actual = sum(layout.entries), shape[0]

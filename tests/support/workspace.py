@@ -37,6 +37,7 @@ ZOO_IDS = {
     "OpenGVLab/InternVL3-8B-hf": "internvl",
     "google/gemma-3-4b-it": "gemma3",
     "google/gemma-4-E4B-it": "gemma4",
+    "zai-org/GLM-4.1V-9B-Thinking": "glm4v",
     "google/paligemma2-3b-mix-224": "paligemma",
     "HuggingFaceM4/Idefics3-8B-Llama3": "idefics3",
     "mistralai/Mistral-Small-3.1-24B-Instruct-2503": "mistral3",

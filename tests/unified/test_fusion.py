@@ -71,6 +71,7 @@ def fused_colours(name: str, images: list[Image.Image], compression: int = 32) -
 
 # Every family whose pictures keep their size: (side of a token in pixels, heights and widths).
 KEPT = {"qwen2_vl": 28, "qwen2_5_vl": 28, "qwen3_vl": 28, "qwen3_vl_moe": 28, "llava_pixtral": 14, "mistral3": 28}
+KEPT |= dict.fromkeys(("glm4v", "glm46v", "glm4v_moe", "glm_ocr"), 28)
 
 
 @pytest.mark.parametrize("name", KEPT)

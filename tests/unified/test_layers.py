@@ -29,6 +29,9 @@ FAMILIES = [
     "internvl",
     "gemma3",
     "mistral3",
+    "glm4v",
+    "glm4v_moe",
+    "glm_ocr",
 ]
 
 
@@ -91,7 +94,8 @@ def load(text, module, base):
 
 
 #: A joint forward of a mixture would need a mixture of two mixtures.
-JOINT = [(name, "sdpa") for name in FAMILIES if name != "qwen3_vl_moe"] + [("qwen3_vl", "eager"), ("llava", "eager")]
+MIXTURES = ("qwen3_vl_moe", "glm4v_moe")
+JOINT = [(name, "sdpa") for name in FAMILIES if name not in MIXTURES] + [("qwen3_vl", "eager"), ("llava", "eager")]
 
 
 @pytest.mark.parametrize(("name", "attention"), JOINT)

@@ -59,10 +59,14 @@ class Entry:
     make_model: Callable[[ProcessorMixin], PreTrainedModel] = field(repr=False)
     videos: bool = False
     """Takes ``pixel_values_videos``."""
+    mixes_media: bool = True
+    """Takes pictures and videos in one call."""
     stacks_videos: bool = True
     """Videos of a batch are one tensor, and must have the same number of frames."""
     dynamic: bool = False
     """The number of visual tokens depends on the picture's size."""
+    positions_by_ids: bool = False
+    """Positions are made of the token ids and their mask."""
     encode: Callable[..., dict[str, Any]] = field(default=encode_chat, repr=False)
 
     def model(self, seed: int = 0) -> PreTrainedModel:

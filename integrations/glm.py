@@ -1,0 +1,54 @@
+"""GLM-4.1V, 4.5V and 4.6V, and GLM-OCR: images and videos of any size, all in one sequence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from emma_adapter import MediaLayout, ModelFamily, ProjectorCall
+
+# There is no native size; learned positions live on this grid and are resampled to each image's own.
+_GRID = (24, 24)
+
+
+class GlmFamily(ModelFamily):
+    """Features ``[sum(t * h * w) / merge**2, D]`` of all images, or of all videos, row by row.
+
+    A convolution at the end of the vision tower makes one of each square of ``merge x merge`` patches.
+    """
+
+    model_types = ("glm4v", "glm46v", "glm4v_moe", "glm_ocr")
+    projector_path = "visual.merger"
+    modalities = ("image", "video")
+    size_arguments = ("image_grid_thw", "video_grid_thw")
+
+    def visual_dim(self, inner: nn.Module) -> int:
+        config: Any = inner.config
+        return int(config.vision_config.out_hidden_size)
+
+    def visual_size(self, inner: nn.Module) -> tuple[int | None, tuple[int, int] | None]:
+        return _GRID[0] * _GRID[1], _GRID
+
+    def has_fixed_size(self, inner: nn.Module) -> bool:
+        return False
+
+    def tower_merge(self, inner: nn.Module) -> int:
+        config: Any = inner.config
+        return int(config.vision_config.spatial_merge_size)
+
+    def placeholder_id(self, inner: nn.Module, modality: str) -> int:
+        """Return the token of images: the processor writes it for the frames of videos, too."""
+        return super().placeholder_id(inner, "image")
+
+    def layout(self, call: ProjectorCall) -> MediaLayout:
+        merge = self.tower_merge(call.inner)
+        sizes = torch.as_tensor(call.size(f"{call.modality}_grid_thw")).tolist()
+        sizes = [(frames, height // merge, width // merge) for frames, height, width in sizes]
+        return MediaLayout(
+            tokens=[frames * height * width for frames, height, width in sizes],
+            entries=[frames for frames, _, _ in sizes],
+            grids=[(height, width) for frames, height, width in sizes for _ in range(frames)],
+            packed=True,
+        )
