@@ -186,7 +186,8 @@ def _entries(
 def _split(tokens: Tensor, layout: MediaLayout) -> list[Tensor]:
     tokens = tokens.detach().float().cpu()
     if not layout.packed:
-        return list(tokens.unbind(0))
+        # A projector may return the grid of each entry.
+        return list(tokens.flatten(1, -2).unbind(0))
     assert layout.grids is not None
     return list(tokens.reshape(-1, tokens.shape[-1]).split([height * width for height, width in layout.grids]))
 

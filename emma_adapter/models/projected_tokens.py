@@ -45,7 +45,8 @@ def projected_layout(layout: MediaLayout, merge: int, projected: Tensor) -> Medi
     Args:
         layout: of the projector's input.
         merge: side of the square of visual tokens that became one.
-        projected: the output, ``[entries, N, D]``, or if packed ``[sum(N), D]`` or ``[1, sum(N), D]``.
+        projected: the output, ``[entries, N, D]`` or ``[entries, height, width, D]``, or if packed ``[sum(N), D]`` or
+            ``[1, sum(N), D]``.
 
     Raises:
         RoutingError: if the output doesn't fit this division.
@@ -55,7 +56,8 @@ def projected_layout(layout: MediaLayout, merge: int, projected: Tensor) -> Medi
         assert grids is not None
         expected, actual = sum(height * width for height, width in grids), projected.shape[:-1].numel()
     else:
-        expected, actual = sum(layout.entries), projected.shape[0] if projected.ndim == 3 else -1
+        is_divided = projected.ndim == 3 or (grids is not None and {*grids} == {projected.shape[1:-1]})
+        expected, actual = sum(layout.entries), projected.shape[0] if is_divided else -1
     if expected != actual:
         raise RoutingError(
             f"place='after_projector': the projector returned {list(projected.shape)}, which can't be divided into "

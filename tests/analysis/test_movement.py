@@ -33,7 +33,7 @@ SIZES["llava_onevision"] = (126, 42)
 # Made smaller, with a token for each patch.
 SIZES["gemma4"] = (140, 98)
 #: Rows and columns of the tiles, of families whose calls don't tell; the whole picture comes last.
-TILED = {"internvl": (1, 2), "idefics3": (1, 2), "smolvlm": (1, 2)}
+TILED = dict.fromkeys(("internvl", "idefics3", "smolvlm", "cohere2_vision", "aya_vision"), (1, 2))
 
 
 @dataclass(frozen=True)

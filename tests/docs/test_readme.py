@@ -15,7 +15,7 @@ from emma_adapter import EmmaConfig, patch_model
 from emma_adapter.alignment.fusion import fusion_names
 from emma_adapter.models import families, registry
 from tests.support import tiny
-from tests.support.aya import TILE_SIZE, TOKENS_PER_TILE, aya_vision
+from tests.support.deepseek import IMAGE_SIZE, TOKENS_PER_IMAGE, deepseek_vl
 from tests.support.zoo import ZOO
 from tests.unified.test_fusion import documented as drawing_families
 
@@ -118,17 +118,17 @@ def test_the_snippet_that_adds_a_family(fusion, monkeypatch):
     monkeypatch.setattr(registry, "_FAMILIES", {})
     snippet = snippet_after("<!-- tests/docs/test_readme.py runs this -->")
     assert len([line for line in snippet.splitlines() if line.strip()]) <= 12
-    model = aya_vision()
-    with pytest.raises(emma_adapter.UnsupportedModelError, match="aya_vision"):
+    model = deepseek_vl()
+    with pytest.raises(emma_adapter.UnsupportedModelError, match="deepseek_vl"):
         patch_model(model)
     exec(snippet, namespace := {"model": model})
     adapter = namespace["adapter"]
     if fusion != "modulation":
         emma_adapter.unpatch_model(model)
         adapter = patch_model(model, EmmaConfig(fusion=fusion))
-    image = [model.config.image_token_id] * TOKENS_PER_TILE
+    image = [model.config.image_token_id] * TOKENS_PER_IMAGE
     ids = torch.tensor([[1, *image, 10, 11], [1, *image, 12, 13]])
-    inputs = {"input_ids": ids, "pixel_values": torch.randn(2, 3, TILE_SIZE, TILE_SIZE)}
+    inputs = {"input_ids": ids, "pixel_values": torch.randn(2, 3, IMAGE_SIZE, IMAGE_SIZE)}
     with torch.no_grad():
         before = model(**inputs).logits
         tiny.train_randomly(adapter.alignment)

@@ -89,7 +89,7 @@ def test_a_class_that_only_has_the_name_is_not():
         ("fuyu", "no vision tower"),
         ("pix2struct", "cross-attention"),
         ("instructblip", "reads the instruction already"),
-        ("idefics2", r"not supported; supported are \['gemma3'.*register_family.*docs/adding-a-family.md"),
+        ("idefics2", r"not supported; supported are \['aya_vision'.*register_family.*docs/adding-a-family.md"),
     ],
 )
 def test_the_error_says_why_and_what_to_do(model_type, words):

@@ -48,6 +48,7 @@ def test_every_family_is_here():
         *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "qwen4_exp"),
         *("internvl", "idefics3", "smolvlm", "gemma3", "gemma4", "paligemma"),
         *("glm4v", "glm46v", "glm4v_moe", "glm_ocr"),
+        *("cohere2_vision", "aya_vision"),
     }
 
 

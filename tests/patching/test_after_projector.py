@@ -182,6 +182,13 @@ def test_a_layout_is_merged_by_squares():
     assert merged.orders is not None and merged.orders[1, 2].tolist() == [1, 0]
 
 
+def test_an_output_may_be_the_grid_of_each_entry():
+    layout = MediaLayout(tokens=[2], entries=[1], grids=[(2, 4)])
+    assert projected_layout(layout, 2, torch.zeros(1, 1, 2, 3)).grids == [(1, 2)]
+    with pytest.raises(RoutingError, match="projector_merge"):
+        projected_layout(layout, 2, torch.zeros(1, 2, 1, 3))
+
+
 def test_an_adapter_does_not_load_where_embeddings_have_another_width(tmp_path):
     entry = ZOO["llava"]
     _, adapter = patched(entry, CONFIGS["modulation"])

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, CLIPImageProcessor
 
 from emma_adapter import UnifiedConfig, unify_model
-from tests.support import aya, remote_internvl, remote_llava, tiny
+from tests.support import deepseek, remote_internvl, remote_llava, tiny
 from tests.support.zoo import ZOO
 
 MODEL_ID = "llava-hf/llava-1.5-7b-hf"
@@ -37,6 +37,7 @@ ZOO_IDS = {
     "OpenGVLab/InternVL3-8B-hf": "internvl",
     "google/gemma-3-4b-it": "gemma3",
     "google/gemma-4-E4B-it": "gemma4",
+    "CohereLabs/command-a-vision-07-2025": "cohere2_vision",
     "zai-org/GLM-4.1V-9B-Thinking": "glm4v",
     "google/paligemma2-3b-mix-224": "paligemma",
     "HuggingFaceM4/Idefics3-8B-Llama3": "idefics3",
@@ -101,7 +102,7 @@ def _saves() -> dict[str, Callable[[Path], None]]:
         CLIP_ID: tiny.clip_text_folder,
         AUTOENCODER_ID: _save_autoencoder,
         "MoDA-LLaVA-MoRE-8B-CLIP": _save_moda,
-        "CohereLabs/aya-vision-8b": _save_aya,
+        "deepseek-community/deepseek-vl-1.3b-chat": _save_deepseek,
         "OpenGVLab/InternVL2_5-8B": _save_internvl_chat,
     }
     return saves | {
@@ -135,9 +136,9 @@ def _save_entry(entry: Any, folder: Path) -> None:
     entry.processor().save_pretrained(folder)
 
 
-def _save_aya(folder: Path) -> None:
-    aya.aya_vision().save_pretrained(folder)
-    aya.aya_processor().save_pretrained(folder)
+def _save_deepseek(folder: Path) -> None:
+    deepseek.deepseek_vl().save_pretrained(folder)
+    deepseek.deepseek_processor().save_pretrained(folder)
 
 
 def _save_internvl_chat(folder: Path) -> None:

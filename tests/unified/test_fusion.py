@@ -69,6 +69,8 @@ def fused_colours(name: str, images: list[Image.Image], compression: int = 32) -
     return (fused - before).flatten(0, -2)[:, :3]
 
 
+#: Families that cut pictures into tiles; the whole picture comes last.
+TILED = ("internvl", "idefics3", "smolvlm", "cohere2_vision", "aya_vision")
 # Every family whose pictures keep their size: (side of a token in pixels, heights and widths).
 KEPT = {"qwen2_vl": 28, "qwen2_5_vl": 28, "qwen3_vl": 28, "qwen3_vl_moe": 28, "llava_pixtral": 14, "mistral3": 28}
 KEPT |= dict.fromkeys(("glm4v", "glm46v", "glm4v_moe", "glm_ocr"), 28)
@@ -108,7 +110,7 @@ def test_quadrants_are_where_they_belong(name, compression):
     pixels = (colours.view(2, 2, 3).repeat_interleave(42, 0).repeat_interleave(42, 1) * 255).numpy().astype(np.uint8)
     got = fused_colours(name, [Image.fromarray(pixels)], compression)
     entries = got.unflatten(0, (-1, int(len(got) / entries_of(name))))
-    whole = entries[-1 if name in ("internvl", "idefics3", "smolvlm") else 0]
+    whole = entries[-1 if name in TILED else 0]
     side = int(len(whole) ** 0.5)
     corners = whole.view(side, side, 3)[[0, 0, -1, -1], [0, -1, 0, -1]] / 2 + 0.5
     # A grid of odd length has cells on the borders; a single token has all of the picture.

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from . import gemma, gemma4, glm, llava, qwen, tiles
+from . import cohere, gemma, gemma4, glm, llava, qwen, tiles
 from .entry import Entry, answered
 from .rows import Row
 
 __all__ = ["ZOO", "Entry", "Row", "answered"]
 
-FAMILIES = (llava, qwen, tiles, gemma, gemma4, glm)
+FAMILIES = (llava, qwen, tiles, gemma, gemma4, glm, cohere)
 ZOO: dict[str, Entry] = {entry.name: entry for family in FAMILIES for entry in family.ENTRIES}
