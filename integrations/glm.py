@@ -1,11 +1,11 @@
-"""GLM-4.1V, 4.5V and 4.6V, and GLM-OCR: images and videos of any size, all in one sequence."""
+"""GLM-4.1V, 4.5V and 4.6V, GLM-5.3 and GLM-OCR: images and videos of any size, all in one sequence."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from emma_adapter import MediaLayout, ModelFamily, ProjectorCall
 
@@ -19,7 +19,7 @@ class GlmFamily(ModelFamily):
     A convolution at the end of the vision tower makes one of each square of ``merge x merge`` patches.
     """
 
-    model_types = ("glm4v", "glm46v", "glm4v_moe", "glm_ocr")
+    model_types: ClassVar[tuple[str, ...]] = ("glm4v", "glm46v", "glm4v_moe", "glm_ocr")
     projector_path = "visual.merger"
     modalities = ("image", "video")
     size_arguments = ("image_grid_thw", "video_grid_thw")
@@ -52,3 +52,16 @@ class GlmFamily(ModelFamily):
             grids=[(height, width) for frames, height, width in sizes for _ in range(frames)],
             packed=True,
         )
+
+
+class Glm5Family(GlmFamily):
+    """As GLM-4V, but images and videos may be in one call: the tokens around a video tell it from images."""
+
+    model_types = ("glm5_next",)
+
+    def placeholders(self, inner: nn.Module, input_ids: Tensor) -> dict[str, Tensor]:
+        config: Any = inner.config
+        begun = (input_ids == config.video_start_token_id).cumsum(-1)
+        ended = (input_ids == config.video_end_token_id).cumsum(-1)
+        is_placeholder, is_in_video = input_ids == self.placeholder_id(inner, "image"), begun > ended
+        return {"image": is_placeholder & ~is_in_video, "video": is_placeholder & is_in_video}

@@ -30,6 +30,8 @@ entries = pytest.mark.parametrize("entry", ZOO.values(), ids=ZOO)
 #: (width, height) in pixels of a picture that a family's processor doesn't resize.
 SIZES = {"llava": (28, 28), "vipllava": (28, 28), "paligemma": (28, 28), "gemma3": (56, 56), "llava_next": (56, 28)}
 SIZES["llava_onevision"] = (126, 42)
+# Smaller ones are enlarged.
+SIZES["glm5_next"] = (112, 112)
 # Made smaller, with a token for each patch.
 SIZES["gemma4"] = (140, 98)
 #: Rows and columns of the tiles, of families whose calls don't tell; the whole picture comes last.

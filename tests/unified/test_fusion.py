@@ -23,6 +23,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 #: Families that can't draw, and what the error says.
 REFUSED = {
     "gemma4": "embedding of each token id",
+    "glm5_next": "linear attention",
     "paligemma": "chat template",
     "qwen3_5": "linear attention",
     "qwen3_5_moe": "linear attention",

@@ -1,4 +1,4 @@
-"""GLM-V and GLM-OCR: patches of all pictures in one sequence, and the frames of videos written as pictures."""
+"""GLM-V, GLM-5.3 and GLM-OCR: patches of all pictures in one sequence, and the frames of videos written as pictures."""
 
 from __future__ import annotations
 
@@ -45,6 +45,10 @@ def glm4v_processor() -> ProcessorMixin:
 
 def glm46v_processor() -> ProcessorMixin:
     return glm_processor(hf.Glm46VProcessor, hf.Glm46VImageProcessor, hf.Glm46VVideoProcessor)
+
+
+def glm5_next_processor() -> ProcessorMixin:
+    return glm_processor(hf.Glm5NextProcessor, hf.Glm5NextImageProcessor, hf.Glm5NextVideoProcessor)
 
 
 def glm_tokens(processor: ProcessorMixin) -> dict[str, int]:
@@ -103,6 +107,31 @@ def glm_ocr_model(processor: ProcessorMixin) -> PreTrainedModel:
     )
 
 
+def glm5_next_model(processor: ProcessorMixin) -> PreTrainedModel:
+    text = text_settings(
+        processor.tokenizer,
+        num_key_value_heads=4,
+        layer_types=["linear_attention", "indexed_attention"],
+        mlp_layer_types=["dense", "sparse"],
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=WIDTH,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+        index_head_dim=8,
+        index_n_heads=2,
+        linear_head_dim=8,
+        linear_num_heads=4,
+        hc_mult=2,
+    )
+    vision = glm_vision(projection_intermediate_size=2 * WIDTH)
+    return hf.Glm5NextForConditionalGeneration(
+        hf.Glm5NextConfig(vision_config=vision, text_config=text, **glm_tokens(processor))
+    )
+
+
 GLM = {"videos": True, "mixes_media": False, "stacks_videos": False, "dynamic": True, "positions_by_ids": True}
 ENTRIES = (
     Entry("glm4v", glm4v_processor, glm4v_model, **GLM),
@@ -110,4 +139,13 @@ ENTRIES = (
     Entry("glm4v_moe", glm4v_processor, glm4v_moe_model, **GLM),
     # As published, with the processor of GLM-4.6V.
     Entry("glm_ocr", glm46v_processor, glm_ocr_model, **GLM),
+    Entry(
+        "glm5_next",
+        glm5_next_processor,
+        glm5_next_model,
+        videos=True,
+        mixes_media=True,
+        stacks_videos=False,
+        dynamic=True,
+    ),
 )
