@@ -19,6 +19,7 @@ from ..errors import AnalysisError
 from ..instructions.pipeline import Instruction
 from ..models.families import Box, MediaLayout
 from ..models.projected_tokens import TokenSizes, token_sizes
+from ..modules.method_guard import first_tensor
 from ..modules.wrappers import base_of
 from ..patching.routing import ObservedAlignment
 from ..patching.sites import MAIN_PLACE
@@ -237,12 +238,12 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
 def _output_of(projector: nn.Module, outputs: list[Tensor]) -> Iterator[None]:
     thread = get_ident()
 
-    def record(module: nn.Module, args: Any, output: Tensor) -> None:
-        # Other threads may be using the model.
-        if get_ident() == thread:
+    def record(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+        # Other threads may be using the model, and the projector may embed token ids, too.
+        if get_ident() == thread and first_tensor(args, kwargs) is not None:
             outputs.append(output.detach().float().cpu())
 
-    handle = projector.register_forward_hook(record)
+    handle = projector.register_forward_hook(record, with_kwargs=True)
     try:
         yield
     finally:

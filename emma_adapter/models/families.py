@@ -112,6 +112,9 @@ class ModelFamily(ABC):
     size_arguments: ClassVar[tuple[str, ...]] = ()
     #: True if an image may be cut into several tiles.
     tiles: ClassVar[bool] = False
+    #: Why nothing can be aligned, and no latents of pictures added, behind the projector; empty if they can. What it puts
+    #: out may be no tokens of the language model yet, for example.
+    cannot_align_projected: ClassVar[str] = ""
     #: True if the vision tower works on images padded to one length, ``[entries, N, D]``, and takes the padding off at
     #: its end: vision experts route whole rows of it.
     pads_images: ClassVar[bool] = False

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from ..errors import RoutingError
+from ..errors import RoutingError, UnsupportedModelError
 from .families import MediaLayout, ModelFamily
 
 Grid = tuple[int, int]
@@ -27,7 +27,13 @@ class TokenSizes(NamedTuple):
 
 
 def token_sizes(family: ModelFamily, inner: nn.Module, *, projected: bool) -> TokenSizes:
-    """Return the sizes of the visual tokens before the projector, or of those that it returns."""
+    """Return the sizes of the visual tokens before the projector, or of those that it returns.
+
+    Raises:
+        UnsupportedModelError: if those that it returns are asked for, and can't be aligned.
+    """
+    if projected:
+        require_alignable_output(family, inner)
     number, grid = family.visual_size(inner)
     if not projected:
         return TokenSizes(family.visual_dim(inner), number, grid)
@@ -37,6 +43,20 @@ def token_sizes(family: ModelFamily, inner: nn.Module, *, projected: bool) -> To
     # Projected tokens replace embeddings in the prompt.
     dim = int(inner.get_input_embeddings().weight.shape[1])  # type: ignore[operator]
     return TokenSizes(dim, number, None if grid is None else _merged(grid, merge))
+
+
+def require_alignable_output(family: ModelFamily, inner: nn.Module) -> None:
+    """Check that what a projector puts out can be aligned.
+
+    Raises:
+        UnsupportedModelError: if it can't.
+    """
+    if family.cannot_align_projected:
+        raise UnsupportedModelError(
+            f"behind the projector of {type(inner).__name__}, {family.projector_path!r}, nothing can be aligned: "
+            f"{family.cannot_align_projected}. Align what it reads, EmmaConfig(place='before_projector'), and draw with "
+            "another model"
+        )
 
 
 def projected_layout(layout: MediaLayout, merge: int, projected: Tensor) -> MediaLayout:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, PatchError, UnsupportedModelError
 from ..models.families import ModelFamily
+from ..models.projected_tokens import require_alignable_output
 from ..modules import private, sharding
 from .autoencoder import LatentCoder
 from .config import UnifiedConfig
@@ -33,6 +34,7 @@ def make_branch(
         AutoencoderError: if the autoencoder can't be loaded or doesn't follow the protocol.
     """
     inner = family.inner(model)
+    require_alignable_output(family, inner)
     text = text_model_of(inner)
     _check_whole(text)
     layers = len(text.layers)

@@ -34,8 +34,8 @@ SIZES["llava_onevision"] = (126, 42)
 SIZES["glm5_next"] = (112, 112)
 # Made smaller, with a token for each patch.
 SIZES["gemma4"] = (140, 98)
-#: Rows and columns of the tiles, of families whose calls don't tell; the whole picture comes last.
-TILED = dict.fromkeys(("internvl", "idefics3", "smolvlm", "cohere2_vision", "aya_vision"), (1, 2))
+#: Rows and columns of the tiles, of families whose calls don't tell; the whole picture comes last, or first.
+TILED = {"ovis2": (2, 1)} | dict.fromkeys(("internvl", "idefics3", "smolvlm", "cohere2_vision", "aya_vision"), (1, 2))
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def test_a_patch_lies_in_the_map_where_it_lies_in_the_picture(entry):
         middle = [int((part + 0.5) * PATCH) for part in place]
         if entry.name in TILED:
             tile_rows, tile_columns = TILED[entry.name]
-            *tiles, whole = maps
+            *tiles, whole = [*maps[1:], maps[0]] if entry.name == "ovis2" else maps
             joined = stitch(tiles, tile_rows, tile_columns)
             pictures = [joined, whole.norm]
         else:

@@ -19,7 +19,9 @@ from emma_adapter import (
 )
 from emma_adapter.experts.module import VisionExperts
 from tests.experts.small import (
+    REFUSED,
     ROWS,
+    WITH_EXPERTS,
     change,
     features,
     learn_router,
@@ -34,9 +36,9 @@ from tests.support.remote_internvl import internvl_chat
 from tests.support.remote_llava import llava_original
 from tests.support.zoo import ZOO, Row
 
-entries = pytest.mark.parametrize("name", ZOO)
+entries = pytest.mark.parametrize("name", WITH_EXPERTS)
 #: Families in which nothing tells which tiles are of one image: each tile is routed on its own.
-TILES_ALONE = ("internvl", "idefics3", "smolvlm", "cohere2_vision", "aya_vision")
+TILES_ALONE = ("internvl", "idefics3", "smolvlm", "cohere2_vision", "aya_vision", "ovis2")
 
 
 def labelled(count: int) -> list[str]:
@@ -104,6 +106,12 @@ def test_a_video_goes_one_way_with_all_its_frames(name):
     )
     assert same(mixed, original) == [label == "original" for label in labels]
     assert same(mixed, other) == [label == "stem" for label in labels]
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_the_others_are_refused_with_the_reason(name):
+    with pytest.raises(UnsupportedModelError, match=REFUSED[name]):
+        with_expert(name)
 
 
 def test_nothing_is_computed_where_nothing_is_routed_away(monkeypatch):

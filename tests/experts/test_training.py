@@ -11,6 +11,7 @@ from transformers import Trainer, TrainingArguments
 from emma_adapter import ConfigError, DataError, add_vision_expert, load_vision_experts, patch_model
 from tests.experts.small import (
     ROWS,
+    WITH_EXPERTS,
     features,
     learn_router,
     pixels_of,
@@ -23,7 +24,7 @@ from tests.support.budget import budget
 from tests.support.zoo import ZOO, answered
 
 IGNORED = -100
-NAMES = budget(("llava", "qwen3_vl", "qwen2_5_vl"), tuple(ZOO))
+NAMES = budget(("llava", "qwen3_vl", "qwen2_5_vl"), WITH_EXPERTS)
 names = pytest.mark.parametrize("name", NAMES)
 
 

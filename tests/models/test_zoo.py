@@ -49,6 +49,7 @@ def test_every_family_is_here():
         *("internvl", "idefics3", "smolvlm", "gemma3", "gemma4", "paligemma"),
         *("glm4v", "glm46v", "glm4v_moe", "glm_ocr", "glm5_next"),
         *("cohere2_vision", "aya_vision"),
+        *("gemma3n", "ovis2"),
     }
 
 

@@ -36,11 +36,13 @@ ZOO_IDS = {
     "Qwen/Qwen3-VL-30B-A3B-Instruct": "qwen3_vl_moe",
     "OpenGVLab/InternVL3-8B-hf": "internvl",
     "google/gemma-3-4b-it": "gemma3",
+    "google/gemma-3n-E4B-it": "gemma3n",
     "google/gemma-4-E4B-it": "gemma4",
     "CohereLabs/command-a-vision-07-2025": "cohere2_vision",
     "zai-org/GLM-4.1V-9B-Thinking": "glm4v",
     "google/paligemma2-3b-mix-224": "paligemma",
     "HuggingFaceM4/Idefics3-8B-Llama3": "idefics3",
+    "thisisiron/Ovis2-2B-hf": "ovis2",
     "mistralai/Mistral-Small-3.1-24B-Instruct-2503": "mistral3",
 }
 _QUESTIONS = [

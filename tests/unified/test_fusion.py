@@ -22,8 +22,10 @@ from tests.unified.small import autoencoder, drawn, picture, seeded
 DOCS = Path(__file__).parents[2] / "docs"
 #: Families that can't draw, and what the error says.
 REFUSED = {
+    "gemma3n": "embedding of each token id",
     "gemma4": "embedding of each token id",
     "glm5_next": "linear attention",
+    "ovis2": "no tokens of the language model yet",
     "paligemma": "chat template",
     "qwen3_5": "linear attention",
     "qwen3_5_moe": "linear attention",
