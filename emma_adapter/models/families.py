@@ -112,9 +112,11 @@ class ModelFamily(ABC):
     size_arguments: ClassVar[tuple[str, ...]] = ()
     #: True if an image may be cut into several tiles.
     tiles: ClassVar[bool] = False
-    #: Why nothing can be aligned, and no latents of pictures added, behind the projector; empty if they can. What it puts
-    #: out may be no tokens of the language model yet, for example.
+    #: Why nothing can be aligned, and no latents of pictures added, behind the projector; empty if they can. It may put
+    #: out no tokens of the language model yet, for example.
     cannot_align_projected: ClassVar[str] = ""
+    #: Why models of this family can't draw, though their language model could; empty if they can.
+    cannot_draw: ClassVar[str] = ""
     #: True if the vision tower works on images padded to one length, ``[entries, N, D]``, and takes the padding off at
     #: its end: vision experts route whole rows of it.
     pads_images: ClassVar[bool] = False

@@ -54,8 +54,8 @@ def require_alignable_output(family: ModelFamily, inner: nn.Module) -> None:
     if family.cannot_align_projected:
         raise UnsupportedModelError(
             f"behind the projector of {type(inner).__name__}, {family.projector_path!r}, nothing can be aligned: "
-            f"{family.cannot_align_projected}. Align what it reads, EmmaConfig(place='before_projector'), and draw with "
-            "another model"
+            f"{family.cannot_align_projected}. Align what it reads, EmmaConfig(place='before_projector'), and draw "
+            "with another model"
         )
 
 

@@ -35,6 +35,11 @@ def make_branch(
     """
     inner = family.inner(model)
     require_alignable_output(family, inner)
+    if family.cannot_draw:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} can't be made to draw: {family.cannot_draw}; use a model of a family in "
+            "docs/unified.md"
+        )
     text = text_model_of(inner)
     _check_whole(text)
     layers = len(text.layers)

@@ -8,6 +8,7 @@ from functools import cache
 
 import pytest
 import torch
+import transformers
 
 from tests.support.zoo import ZOO, Entry, Row, answered
 
@@ -50,6 +51,7 @@ def test_every_family_is_here():
         *("glm4v", "glm46v", "glm4v_moe", "glm_ocr", "glm5_next"),
         *("cohere2_vision", "aya_vision"),
         *("gemma3n", "ovis2"),
+        *(("molmo2",) if hasattr(transformers, "Molmo2Config") else ()),
     }
 
 

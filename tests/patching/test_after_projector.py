@@ -97,8 +97,8 @@ def test_videos(entry):
 
 # ------------------------------------------------------------------------------------------------- where a token lies
 
-#: Families that put tiles together, or videos, after the projector: their features are no raster any more.
-_NO_RASTER = ("llava_next", "llava_next_video", "llava_onevision")
+#: Families that put tiles or videos together after the projector, or return two grids of an image as one: no raster.
+_NO_RASTER = ("llava_next", "llava_next_video", "llava_onevision", "molmo2")
 
 
 @pytest.fixture

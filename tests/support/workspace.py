@@ -42,6 +42,7 @@ ZOO_IDS = {
     "zai-org/GLM-4.1V-9B-Thinking": "glm4v",
     "google/paligemma2-3b-mix-224": "paligemma",
     "HuggingFaceM4/Idefics3-8B-Llama3": "idefics3",
+    "allenai/Molmo2-8B": "molmo2",
     "thisisiron/Ovis2-2B-hf": "ovis2",
     "mistralai/Mistral-Small-3.1-24B-Instruct-2503": "mistral3",
 }

@@ -61,6 +61,8 @@ class Entry:
     """Takes ``pixel_values_videos``."""
     mixes_media: bool = True
     """Takes pictures and videos in one call."""
+    videos_in_row: int = 2
+    """The most that a row can have."""
     stacks_videos: bool = True
     """Videos of a batch are one tensor, and must have the same number of frames."""
     dynamic: bool = False
