@@ -16,7 +16,7 @@ from ..checkpoints import base_model, pushing
 from ..errors import PatchError
 from ..experts import detaching as experts
 from ..models.registry import find_family, require_model
-from ..modules import private, sharding, wrappers
+from ..modules import omni, private, sharding, wrappers
 from ..modules.method_guard import STATE_ATTRIBUTE, MethodGuard
 from ..modules.torch_modes import undisturbed
 from ..modules.wrappers import base_of
@@ -117,6 +117,7 @@ def install(
             MethodGuard.install(inner, method, functools.partial(guard_features, modality))
     pushing.install(model)
     peft.guard_wrappers(around)
+    omni.guard_wrappers(around)
     private.forget_compiled_code()
 
 
@@ -135,6 +136,7 @@ def unpatch_model(model: nn.Module) -> None:
         take_off_adapters(model, around)
     for part in others:
         part.take_off(model)
+    omni.release_wrappers(around)
 
 
 def take_off_adapters(model: nn.Module, around: Sequence[nn.Module] = ()) -> None:
@@ -158,4 +160,5 @@ def take_off_adapters(model: nn.Module, around: Sequence[nn.Module] = ()) -> Non
         remove_hooks(module)
         sites.detach(module)
     peft.release_wrappers(around)
+    omni.release_wrappers(around)
     private.forget_compiled_code()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, PatchError
 from ..models.registry import find_family, require_model
-from ..modules import private, sharding, wrappers
+from ..modules import omni, private, sharding, wrappers
 from ..modules.torch_modes import undisturbed
 from ..modules.trainability import is_trained
 from ..modules.wrappers import base_of
@@ -45,7 +45,7 @@ def add_vision_expert(
         ConfigError: if a name, number or margin is not allowed.
         PatchError: if the model is wrapped for several processes, or the tower sharded or offloaded.
     """
-    model = wrappable(model)
+    around, model = wrappers.around(model), wrappable(model)
     state = model.__dict__.get(STATE_ATTRIBUTE)
     earlier_config = state.config if isinstance(state, ExpertsState) else None
     if earlier_config is None:
@@ -57,6 +57,7 @@ def add_vision_expert(
             margin=DEFAULT_MARGIN if margin is None else margin,
         )
         attach(model, config)
+        omni.guard_wrappers(around)
         return EmmaVisionExperts(model)
     if layers not in (None, earlier_config.layers):
         raise ConfigError(

@@ -11,6 +11,7 @@ from ..errors import CheckpointError, ConfigError, PatchError
 from ..files import tensor_folder
 from ..files.hub import local_folder
 from ..models.registry import find_family
+from ..modules import omni, wrappers
 from ..modules.torch_modes import undisturbed
 from . import checkpoint
 from .attaching import attach, wrappable
@@ -70,4 +71,5 @@ def load_vision_experts(
         except BaseException:
             take_off(base)
             raise
+    omni.guard_wrappers(wrappers.around(model))
     return EmmaVisionExperts(base)

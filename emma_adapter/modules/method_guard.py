@@ -38,11 +38,13 @@ class MethodGuard:
         model.__dict__[name] = cls(model, name, guard, switch)
 
     @classmethod
-    def install_once(cls, model: nn.Module, name: str, guard: Callable[..., Any]) -> None:
+    def install_once(
+        cls, model: nn.Module, name: str, guard: Callable[..., Any], switch: str = STATE_ATTRIBUTE
+    ) -> None:
         """Install a guard before a method that the model's class has, unless it is there already."""
         present = model.__dict__.get(name)
         if hasattr(type(model), name) and not (isinstance(present, cls) and present.guard is guard):
-            cls.install(model, name, guard)
+            cls.install(model, name, guard, switch)
 
     @classmethod
     def remove_all(cls, model: nn.Module, switch: str) -> None:
@@ -63,6 +65,12 @@ class MethodGuard:
         for later_guard in _chain(present):
             if later_guard.previous is self:
                 later_guard.previous = self.previous
+
+    def before(self, original: Callable[..., Any]) -> MethodGuard:
+        """Return a copy of this guard, and of those installed before it, that stands before another method."""
+        twin = self.bound_to(self._model_or_twin())
+        twin.previous = self.previous.before(original) if isinstance(self.previous, MethodGuard) else original
+        return twin
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model = self._model_or_twin()

@@ -1,4 +1,4 @@
-"""The wrappers that other tools put around a model, and the model inside."""
+"""The wrappers around a model, of other tools or a larger model that also speaks, and the model inside."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from . import private
+from .omni import THINKER, is_omni
 
 
 def around(model: nn.Module) -> list[nn.Module]:
@@ -33,11 +34,14 @@ def is_peft_model(model: nn.Module) -> bool:
 def knows_its_parameters(wrapper: nn.Module) -> bool:
     """Return whether a wrapper has noted the parameters of the model that it was made for, or copied them."""
     follows = isinstance(wrapper, nn.DataParallel) or private.COMPILED in wrapper._modules
-    return not follows and not is_peft_model(wrapper)
+    return not follows and not is_peft_model(wrapper) and not is_omni(wrapper)
 
 
 def _inside(model: Any) -> nn.Module | None:
     if is_peft_model(model):
         base: nn.Module = model.get_base_model()
         return base
+    if is_omni(model):
+        thinker: nn.Module = model.get_submodule(THINKER)
+        return thinker
     return next((held for name in private.HELD_AS if (held := model._modules.get(name)) is not None), None)

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..errors import PatchError
 from ..models.registry import find_family, require_model
-from ..modules import private, sharding, wrappers
+from ..modules import omni, private, sharding, wrappers
 from ..modules.torch_modes import undisturbed
 from ..modules.trainability import is_trained
 from ..modules.wrappers import base_of
@@ -66,6 +66,7 @@ def unify_model(
     check_processor(processor)
     branch = make_branch(model, family, UnifiedConfig() if config is None else config, autoencoder)
     install(model, UnifiedState(family, branch, processor))
+    omni.guard_wrappers(around)
     return EmmaUnified(model)
 
 

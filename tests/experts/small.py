@@ -66,7 +66,10 @@ def used_mlps(model: Any, layers: int) -> list[nn.Module]:
     stack = next(
         module
         for module in find_family(model).inner(model).modules()
-        if isinstance(module, nn.ModuleList) and name_of_mlp(module[0])
+        # Qwen3-Omni's projectors have a list of layers of that name, and come first.
+        if isinstance(module, nn.ModuleList)
+        and (name := name_of_mlp(module[0]))
+        and not isinstance(getattr(module[0], name), nn.ModuleList)
     )
     config = model.config
     # transformers < 5.18 says vision_feature_layers for VipLLaVA.

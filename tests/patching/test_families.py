@@ -89,9 +89,13 @@ def generated(model: nn.Module, batch: dict[str, Any], **more: Any) -> Tensor:
     return model.generate(**batch, **{**settings, **more}).logits[0]
 
 
+def inner_of(model: nn.Module) -> nn.Module:
+    return find_family(model).inner(model)
+
+
 def feature_arguments(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
     """Of a batch, what ``get_image_features`` takes; older transformers don't name ``image_sizes`` in every family."""
-    names = [*inspect.signature(model.model.get_image_features).parameters, "image_sizes"]
+    names = [*inspect.signature(inner_of(model).get_image_features).parameters, "image_sizes"]
     return {name: batch[name] for name in names if name in batch}
 
 
@@ -146,7 +150,7 @@ def test_the_projector_gets_what_it_got_in_the_same_layout(entry):
     """A matrix product may round otherwise for another layout of the same numbers."""
     model = entry.model()
     batch = batch_of(entry, ROWS)
-    inner = find_family(model).inner(model)
+    inner = inner_of(model)
     seen: list[Tensor] = []
 
     def look(module, args, kwargs):
@@ -289,7 +293,7 @@ def test_images_that_do_not_fit_the_prompt_are_an_error(entry):
     with pytest.raises((ValueError, RuntimeError)):
         model.generate(**mixed, max_new_tokens=1)
     with pytest.raises(InstructionError):
-        model.model.get_image_features(**feature_arguments(model, one))
+        inner_of(model).get_image_features(**feature_arguments(model, one))
     torch.testing.assert_close(generated(model, one), last_logits(model, one), atol=SAME, rtol=0)
 
 
@@ -330,6 +334,11 @@ def test_beams_are_those_of_an_explicit_instruction(entry):
     batch = batch_of(entry, (ROWS[0], ROWS[0]))
     told = ["is there a cat?", "what colour is the left bird?"]
     options = {"num_beams": 2, "max_new_tokens": 2, "output_logits": True, "return_dict_in_generate": True}
+    if not NEWER_THAN_5_17:
+        plain = entry.model()
+        beams = plain.generate(**batch, **options).logits[0]
+        if not torch.allclose(beams, last_logits(plain, batch).repeat_interleave(2, dim=0), atol=SAME, rtol=0):
+            pytest.skip("transformers itself can't: it repeats patches, and not pictures, for beams")
     logits = model.generate(**batch, instruction=told, **options).logits[0]
     expected = last_logits(model, batch, instruction=told).repeat_interleave(2, dim=0)
     torch.testing.assert_close(logits, expected, atol=SAME, rtol=0)
@@ -469,7 +478,7 @@ def test_precomputed_features(entry):
     batch = batch_of(entry, ROWS[:1])
     told = "is there a cat?"
     with torch.no_grad(), adapter.instruction(told):
-        features = model.model.get_image_features(**feature_arguments(model, batch), return_dict=True)
+        features = inner_of(model).get_image_features(**feature_arguments(model, batch), return_dict=True)
     rest = {name: value for name, value in batch.items() if not name.startswith("pixel")}
     calls = aligned(model, adapter, lambda: last_logits(model, rest, mm_encoder_outputs={"image": features}))
     assert not calls
@@ -482,7 +491,7 @@ def test_precomputed_features(entry):
 def test_features_with_one_instruction_for_each_image(entry):
     model, adapter = trained(entry)
     batch = batch_of(entry, (replace(ROWS[3], images=((84, 28), (60, 90))),))
-    method, pixels = model.model.get_image_features, feature_arguments(model, batch)
+    method, pixels = inner_of(model).get_image_features, feature_arguments(model, batch)
     with torch.no_grad(), adapter.instruction("is there a cat?"):
         same = aligned(model, adapter, lambda: method(**pixels))
     assert same
@@ -493,14 +502,17 @@ def test_features_with_one_instruction_for_each_image(entry):
 @entries
 def test_the_inner_model_called_directly(entry):
     model, _ = trained(entry)
+    inner = inner_of(model)
+    if inner is model:
+        pytest.skip("there is no model inside the one with the language-model head")
     batch = batch_of(entry, ROWS)
     seen: list[Tensor] = []
-    handle = model.model.register_forward_hook(lambda module, args, output: seen.append(output.last_hidden_state))
+    handle = inner.register_forward_hook(lambda module, args, output: seen.append(output.last_hidden_state))
     with torch.no_grad():
         model(**batch)
         handle.remove()
-        hidden = model.model(**batch).last_hidden_state
-        told = model.model(**batch, instruction=["is there a cat?"] * 4).last_hidden_state
+        hidden = inner(**batch).last_hidden_state
+        told = inner(**batch, instruction=["is there a cat?"] * 4).last_hidden_state
     torch.testing.assert_close(hidden, seen[0], atol=SAME, rtol=0)
     assert (told - hidden)[WITH_IMAGES].abs().amax() > EFFECT
 
@@ -540,7 +552,7 @@ def test_a_call_never_uses_the_instruction_of_another(entry):
         model.generate(**batch, instruction=["what colour is the left bird?"] * 4, max_new_tokens=1)
         assert torch.equal(last_logits(model, batch), expected)
     with pytest.raises(InstructionError, match=r"adapter\.instruction"):
-        model.model.get_image_features(**feature_arguments(model, batch))
+        inner_of(model).get_image_features(**feature_arguments(model, batch))
 
 
 @pytest.mark.parametrize("told", [None, ["is there a cat?"]])

@@ -26,11 +26,12 @@ from emma_adapter import (
 )
 from emma_adapter.instructions.pipeline import InstructionTokens
 from emma_adapter.patching.routing import RoutedInstruction
+from tests.patching.test_families import inner_of
 from tests.support import tiny
 from tests.support.budget import budget
 from tests.support.zoo import ZOO, Row
 
-DEEPSTACK = ("qwen3_vl", "qwen3_vl_moe")
+DEEPSTACK = ("qwen3_vl", "qwen3_vl_moe", "qwen3_omni_moe_thinker")
 ROWS = (Row(("is there a cat?",), images=((56, 56), (28, 84)), seed=1), Row(("how many?",), videos=(3,), seed=2))
 
 
@@ -128,7 +129,7 @@ def logits(model: nn.Module, batch) -> Tensor:
 def features(model: nn.Module, adapter, batch) -> tuple[Tensor, list[Tensor]]:
     """What the projector gives, and what each deepstack projector does."""
     with adapter.instruction("is there a cat?"):
-        out = model.model.get_image_features(batch["pixel_values"], batch["image_grid_thw"], return_dict=True)
+        out = inner_of(model).get_image_features(batch["pixel_values"], batch["image_grid_thw"], return_dict=True)
     return torch.cat(out.pooler_output), [torch.cat(tuple(level)) for level in out.deepstack_features]
 
 
@@ -161,7 +162,7 @@ def test_aligned_deepstack_saves_loads_and_comes_off(name, projector, tmp_path):
     if projector:
         merger = adapter._state.current.own_projectors()["deepstack.1."].projector
         with torch.no_grad():
-            merger.linear_fc1.weight.add_(0.1)
+            next(weight for weight in merger.parameters() if weight.ndim == 2).add_(0.1)
     trained = logits(model, batch)
     with adapter.disabled():
         assert torch.equal(logits(model, batch), plain)

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Aut
 
 from emma_adapter import UnifiedConfig, unify_model
 from tests.support import deepseek, remote_internvl, remote_llava, tiny
-from tests.support.zoo import ZOO
+from tests.support.zoo import ZOO, qwen_omni
 
 MODEL_ID = "llava-hf/llava-1.5-7b-hf"
 CLIP_ID = "openai/clip-vit-large-patch14-336"
@@ -34,6 +34,7 @@ ZOO_IDS = {
     "Qwen/Qwen3-VL-8B-Instruct": "qwen3_vl",
     "Qwen/Qwen3.5-9B": "qwen3_5",
     "Qwen/Qwen3-VL-30B-A3B-Instruct": "qwen3_vl_moe",
+    "Qwen/Qwen2.5-Omni-7B": "qwen2_5_omni_thinker",
     "OpenGVLab/InternVL3-8B-hf": "internvl",
     "google/gemma-3-4b-it": "gemma3",
     "google/gemma-3n-E4B-it": "gemma3n",
@@ -107,6 +108,7 @@ def _saves() -> dict[str, Callable[[Path], None]]:
         "MoDA-LLaVA-MoRE-8B-CLIP": _save_moda,
         "deepseek-community/deepseek-vl-1.3b-chat": _save_deepseek,
         "OpenGVLab/InternVL2_5-8B": _save_internvl_chat,
+        "Qwen/Qwen3-Omni-30B-A3B-Instruct": _save_qwen3_omni,
     }
     return saves | {
         name: lambda folder, entry=ZOO[entry]: _save_entry(entry, folder) for name, entry in ZOO_IDS.items()
@@ -142,6 +144,11 @@ def _save_entry(entry: Any, folder: Path) -> None:
 def _save_deepseek(folder: Path) -> None:
     deepseek.deepseek_vl().save_pretrained(folder)
     deepseek.deepseek_processor().save_pretrained(folder)
+
+
+def _save_qwen3_omni(folder: Path) -> None:
+    qwen_omni.qwen3_omni().save_pretrained(folder)
+    qwen_omni.qwen3_omni_processor().save_pretrained(folder)
 
 
 def _save_internvl_chat(folder: Path) -> None:

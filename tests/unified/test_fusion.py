@@ -57,7 +57,8 @@ def fused_colours(name: str, images: list[Image.Image], compression: int = 32) -
     adapter = unify_model(model, UnifiedConfig(decoupling=2, latent_std=(0.5,) * 3, latent_mean=(0.0,) * 3), **settings)
     with torch.no_grad():
         model.emma_unified.default.fusion["latents"][:3] = torch.eye(3) / 2
-    inner, family = model.model, adapter._state.family
+    family = adapter._state.family
+    inner = family.inner(model)
     seen = []
     handle = family.projector(inner).register_forward_hook(
         lambda module, args, output: seen.append(output), prepend=True
@@ -78,6 +79,11 @@ TILED = ("internvl", "idefics3", "smolvlm", "cohere2_vision", "aya_vision")
 # Every family whose pictures keep their size: (side of a token in pixels, heights and widths).
 KEPT = {"qwen2_vl": 28, "qwen2_5_vl": 28, "qwen3_vl": 28, "qwen3_vl_moe": 28, "llava_pixtral": 14, "mistral3": 28}
 KEPT |= dict.fromkeys(("glm4v", "glm46v", "glm4v_moe", "glm_ocr"), 28)
+KEPT = {
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "mistral3"), 28),
+    **dict.fromkeys(("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"), 28),
+    "llava_pixtral": 14,
+}
 
 
 @pytest.mark.parametrize("name", KEPT)
@@ -94,7 +100,7 @@ def test_each_token_gets_the_latent_of_its_place(name):
         wanted.append(F.avg_pool2d(enlarged * 2 - 1, 32)[0].flatten(1).mT)
     wanted = torch.cat(wanted)
     order = torch.arange(len(wanted))
-    if name == "qwen2_5_vl":
+    if name.startswith("qwen2_5"):
         # Its projector puts out windows of 4 x 4 patches, 2 x 2 tokens, one after another.
         order = torch.cat([window_order(2, 3), 6 + window_order(4, 2)])
     torch.testing.assert_close(fused_colours(name, images), wanted[order], atol=2e-3, rtol=0)

@@ -24,8 +24,12 @@ def encode_chat(
     generate: bool,
     padding_side: str,
     nested_images: bool = False,
+    **options: Any,
 ) -> dict[str, Any]:
-    """Conversations through the chat template, then text and media through the processor, all rows at once."""
+    """Conversations through the chat template, then text and media through the processor, all rows at once.
+
+    ``options`` are arguments of the processor.
+    """
     texts = [processor.apply_chat_template(row.messages(answer), add_generation_prompt=generate) for row in rows]
     media: dict[str, Any] = {}
     if any(row.images for row in rows):
@@ -42,6 +46,7 @@ def encode_chat(
         padding_side=padding_side,
         add_special_tokens=not (bos and texts[0].startswith(bos)),
         return_tensors="pt",
+        **options,
     )
     return dict(made)
 
