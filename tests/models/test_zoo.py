@@ -47,7 +47,7 @@ def test_every_family_is_here():
     assert set(ZOO) == {
         *("llava", "llava_pixtral", "vipllava", "llava_next", "llava_next_video", "llava_onevision", "mistral3"),
         *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "qwen4_exp"),
-        *("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"),
+        *("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker", "kimi_k25"),
         *("internvl", "idefics3", "smolvlm", "gemma3", "gemma4", "paligemma"),
         *("glm4v", "glm46v", "glm4v_moe", "glm_ocr", "glm5_next"),
         *("cohere2_vision", "aya_vision"),

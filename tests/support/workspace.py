@@ -35,6 +35,7 @@ ZOO_IDS = {
     "Qwen/Qwen3.5-9B": "qwen3_5",
     "Qwen/Qwen3-VL-30B-A3B-Instruct": "qwen3_vl_moe",
     "Qwen/Qwen2.5-Omni-7B": "qwen2_5_omni_thinker",
+    "moonshotai/Kimi-K2.6": "kimi_k25",
     "OpenGVLab/InternVL3-8B-hf": "internvl",
     "google/gemma-3-4b-it": "gemma3",
     "google/gemma-3n-E4B-it": "gemma3n",

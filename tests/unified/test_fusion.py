@@ -27,6 +27,7 @@ REFUSED = {
     "glm5_next": "linear attention",
     "molmo2": "can't be put together",
     "ovis2": "no tokens of the language model yet",
+    "kimi_k25": "fused, shared, or none",
     "paligemma": "chat template",
     "qwen3_5": "linear attention",
     "qwen3_5_moe": "linear attention",
