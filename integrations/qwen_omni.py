@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from torch import nn
 
@@ -12,7 +13,7 @@ from .qwen_vl import Qwen3VLFamily, Qwen25VLFamily
 class Qwen25OmniFamily(Qwen25VLFamily):
     """As Qwen2.5-VL."""
 
-    model_types = ("qwen2_5_omni_thinker",)
+    model_types: ClassVar[tuple[str, ...]] = ("qwen2_5_omni_thinker",)
 
     def inner(self, model: nn.Module) -> nn.Module:
         return _seeing_part(model)

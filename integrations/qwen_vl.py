@@ -60,7 +60,7 @@ class Qwen2VLFamily(ModelFamily):
 class Qwen25VLFamily(Qwen2VLFamily):
     """As Qwen2-VL, but blocks are sorted by the attention window that they are in."""
 
-    model_types = ("qwen2_5_vl",)
+    model_types: ClassVar[tuple[str, ...]] = ("qwen2_5_vl",)
 
     def visual_dim(self, inner: nn.Module) -> int:
         config: Any = inner.config
@@ -74,7 +74,7 @@ class Qwen25VLFamily(Qwen2VLFamily):
 class Qwen3VLFamily(Qwen2VLFamily):
     """As Qwen2-VL, with deepstack: features of lower layers are projected into the language model as well."""
 
-    model_types = ("qwen3_vl", "qwen3_vl_moe")
+    model_types: ClassVar[tuple[str, ...]] = ("qwen3_vl", "qwen3_vl_moe")
 
     def visual_dim(self, inner: nn.Module) -> int:
         config: Any = inner.config

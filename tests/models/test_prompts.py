@@ -37,4 +37,5 @@ def test_a_batch_is_what_transformers_makes_of_each_conversation(entry):
         mask = batch["attention_mask"][row].bool()
         assert batch["input_ids"][row][mask].tolist() == alone["input_ids"][0].tolist()
         if batch["pixel_values"].ndim == alone["pixel_values"].ndim == 4:
-            assert torch.equal(batch["pixel_values"][row : row + 1], alone["pixel_values"])
+            # One tensor a picture, or as many patches for each.
+            assert torch.equal(batch["pixel_values"].chunk(len(QUESTIONS))[row], alone["pixel_values"])

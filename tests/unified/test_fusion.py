@@ -78,11 +78,10 @@ def fused_colours(name: str, images: list[Image.Image], compression: int = 32) -
 #: Families that cut pictures into tiles; the whole picture comes last.
 TILED = ("internvl", "idefics3", "smolvlm", "cohere2_vision", "aya_vision")
 # Every family whose pictures keep their size: (side of a token in pixels, heights and widths).
-KEPT = {"qwen2_vl": 28, "qwen2_5_vl": 28, "qwen3_vl": 28, "qwen3_vl_moe": 28, "llava_pixtral": 14, "mistral3": 28}
-KEPT |= dict.fromkeys(("glm4v", "glm46v", "glm4v_moe", "glm_ocr"), 28)
 KEPT = {
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "mistral3"), 28),
     **dict.fromkeys(("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"), 28),
+    **dict.fromkeys(("glm4v", "glm46v", "glm4v_moe", "glm_ocr"), 28),
     "llava_pixtral": 14,
 }
 
