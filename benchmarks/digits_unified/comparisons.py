@@ -68,6 +68,7 @@ ARMS = (
     Arm("rank 64", copies=64),
     Arm("logit-normal times", changes={"timestep_density": "logit_normal"}),
     Arm("logit-normal times, shifted by 3", changes={"timestep_density": "logit_normal", "time_shift": 3.0}),
+    Arm("changed latents weigh as all", changes={"changed_weight": 1.0}),
 )
 
 #: Scales of guidance: of drawings; of edits, for text and for pictures.

@@ -218,10 +218,10 @@ def generate(
     seed: int,
     steps: int = SAMPLING_STEPS,
     batch: int = 50,
-    **scales: Any,
+    **settings: Any,
 ) -> Tensor:
     """Pictures ``[n, 3, H, W]``, each of its own generator."""
-    scales = {"guidance_scale": GUIDANCE, **scales}
+    settings = {"guidance_scale": GUIDANCE, **settings}
     made = []
     for start in range(0, len(prompts), batch):
         rows = slice(start, min(start + batch, len(prompts)))
@@ -233,7 +233,7 @@ def generate(
             num_inference_steps=steps,
             generator=[torch.Generator().manual_seed(1_000_003 * seed + i) for i in range(rows.start, rows.stop)],
             output_type="pt",
-            **scales,
+            **settings,
         )
         made.append(drawn.images)
     return torch.cat(made)
@@ -250,12 +250,13 @@ def draw(
     seed: int = 0,
     guidance: float = GUIDANCE,
     steps: int = SAMPLING_STEPS,
+    solver: str = "euler",
 ) -> Drawn:
     """Draw captions of scenes that were in no training."""
     rng = np.random.default_rng(401)
     scenes = sample_scenes(n, split, rng, grid=grid, combinations=combinations)
     prompts = drawing_prompts(scenes, rng, without_places=float(not places))
-    pictures = generate(painter, prompts, grid=grid, seed=seed, steps=steps, guidance_scale=guidance)
+    pictures = generate(painter, prompts, grid=grid, seed=seed, steps=steps, solver=solver, guidance_scale=guidance)
     judge, ideal = load_judge(), reconstruct(render(scenes))
     scores, ceiling = (score_drawings(judge.read(seen), scenes) for seen in (pictures, ideal))
     return Drawn(prompts, scenes, pictures, ideal, scores, ceiling)
@@ -271,6 +272,7 @@ def edit(
     guidance: float = GUIDANCE,
     image_guidance: float = IMAGE_GUIDANCE,
     steps: int = SAMPLING_STEPS,
+    solver: str = "euler",
 ) -> Drawn:
     """Edit pictures in unseen handwriting by one instruction each."""
     rng = np.random.default_rng(402)
@@ -282,6 +284,7 @@ def edit(
         grid=grid,
         seed=seed,
         steps=steps,
+        solver=solver,
         guidance_scale=guidance,
         image_guidance_scale=image_guidance,
     )

@@ -111,7 +111,7 @@ def glm5_next_model(processor: ProcessorMixin) -> PreTrainedModel:
     text = text_settings(
         processor.tokenizer,
         num_key_value_heads=4,
-        layer_types=["linear_attention", "indexed_attention"],
+        layer_types=["linear_attention", "full_attention"],
         mlp_layer_types=["dense", "sparse"],
         n_routed_experts=4,
         num_experts_per_tok=2,
