@@ -52,6 +52,7 @@ def test_every_family_is_here():
         *("glm4v", "glm46v", "glm4v_moe", "glm_ocr", "glm5_next"),
         *("cohere2_vision", "aya_vision"),
         *("gemma3n", "ovis2"),
+        *(("minicpmv4_6", "minicpmv4_7") if hasattr(transformers, "MiniCPMV4_7Config") else ()),
         *(("molmo2",) if hasattr(transformers, "Molmo2Config") else ()),
     }
 
