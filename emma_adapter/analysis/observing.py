@@ -18,7 +18,7 @@ from ..alignment.module import EmmaAlignment
 from ..errors import AnalysisError
 from ..instructions.pipeline import Instruction
 from ..models.families import Box, MediaLayout
-from ..models.projected_tokens import TokenSizes, token_sizes
+from ..models.projected_tokens import TokenSizes, joined, token_sizes
 from ..modules.method_guard import first_tensor
 from ..modules.wrappers import base_of
 from ..patching.routing import ObservedAlignment
@@ -238,10 +238,10 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
 def _output_of(projector: nn.Module, outputs: list[Tensor]) -> Iterator[None]:
     thread = get_ident()
 
-    def record(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+    def record(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         # Other threads may be using the model, and the projector may embed token ids, too.
         if get_ident() == thread and first_tensor(args, kwargs) is not None:
-            outputs.append(output.detach().float().cpu())
+            outputs.append(joined(output).detach().float().cpu())
 
     handle = projector.register_forward_hook(record, with_kwargs=True)
     try:

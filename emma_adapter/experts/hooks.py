@@ -160,6 +160,7 @@ def _before_block(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
             _RUNNING.value.route = _new_route(state, hidden)
         else:
             require_call(_RUNNING.value.route)
+            _RUNNING.value.route = _fitting_route(state, hidden)
         if _RUNNING.value.route is not None and may_be_recomputed(block):
             state.routes.remember(hidden, _RUNNING.value.route)
     return put_back(with_zero_gradient(hidden, _trainable(state))) if is_first and _must_tie() else None
@@ -207,6 +208,14 @@ def _new_route(state: ExpertsState, hidden: Tensor) -> Route:
         for report in reports:
             report.images += map(RoutedImage, [modality] * len(chosen), chosen, probabilities)
     return Route.to(forced) if forced is not None else media.route(chosen, hidden)
+
+
+def _fitting_route(state: ExpertsState, hidden: Tensor) -> Route | None:
+    """Return the running call's route for hidden states that the tower may have merged since the block before."""
+    route, encoding = _RUNNING.value.route, _RUNNING.value.encoding
+    if route is None or encoding is None or route.fits(hidden):
+        return route
+    return Media.of(state.family, encoding.inner, encoding.call, hidden).route(route.chosen, hidden)
 
 
 def _after_block(block: nn.Module, args: Any, output: Any) -> None:

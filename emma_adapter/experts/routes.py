@@ -24,6 +24,14 @@ class Route:
     #: For each expert that takes some, the entries or tokens that are theirs: bool ``[entries, 1, 1]``, or of packed
     #: tokens ``[S, 1]`` or ``[1, S, 1]``.
     rows: Mapping[str, Tensor] = field(default_factory=dict)
+    #: Where the router sent each image.
+    chosen: Sequence[str] = ()
+
+    def fits(self, hidden: Tensor) -> bool:
+        """Return whether ``rows`` are those of hidden states, which the tower may merge between two blocks."""
+        return all(
+            rows.shape[0] == hidden.shape[0] and rows.shape[-2] in (1, hidden.shape[-2]) for rows in self.rows.values()
+        )
 
     @classmethod
     def to(cls, name: str) -> Route:
@@ -70,13 +78,14 @@ class Media:
         shape = (*hidden.shape[:-1], 1) if self.packed else (-1, 1, 1)
         lengths = torch.tensor(self.lengths)
         return Route(
+            chosen=chosen,
             rows={
                 name: torch.tensor([choice == name for choice in chosen])
                 .repeat_interleave(lengths)
                 .view(shape)
                 .to(hidden.device)
                 for name in sorted(taken)
-            }
+            },
         )
 
 

@@ -6,8 +6,10 @@ A projector merges each square of visual tokens, ``ModelFamily.projector_merge``
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import RoutingError, UnsupportedModelError
@@ -57,6 +59,16 @@ def require_alignable_output(family: ModelFamily, inner: nn.Module) -> None:
             f"{family.cannot_align_projected}. Align what it reads, EmmaConfig(place='before_projector'), and draw "
             "with another model"
         )
+
+
+def joined(output: Tensor | Sequence[Tensor]) -> Tensor:
+    """Return what a projector puts out as one tensor, where it may be one for each image."""
+    return output if isinstance(output, Tensor) else torch.cat(list(output))
+
+
+def divided_as(output: Tensor | Sequence[Tensor], tokens: Tensor) -> Tensor | list[Tensor]:
+    """Return tokens divided as the output that was joined to them."""
+    return tokens if isinstance(output, Tensor) else list(tokens.split([len(part) for part in output]))
 
 
 def projected_layout(layout: MediaLayout, merge: int, projected: Tensor) -> MediaLayout:

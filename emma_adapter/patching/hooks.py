@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import InstructionError
 from ..models.feature_calls import FeatureCall, projector_call
+from ..models.projected_tokens import divided_as, joined
 from ..modules import private
 from ..modules.gradient_checkpointing import is_recomputing
 from ..modules.gradients import with_zero_gradient
@@ -216,12 +217,13 @@ def after_projector(projector: nn.Module, args: Any, kwargs: Any, output: Any) -
     own_projector = own_projector_at(projector, routed.adapter)
     if own_projector is None and not config.aligns_projected:
         return None
-    device = output.device
+    tokens = joined(output)
+    device = tokens.device
     if own_projector is not None:
-        output = _used_by_all(projector, own_projector(*args, **kwargs))
+        tokens = _used_by_all(projector, joined(own_projector(*args, **kwargs)))
     if config.aligns_projected:
-        output = _align(state, projector, routed.of_projected(output), output)
-    return output.to(device)
+        tokens = _align(state, projector, routed.of_projected(tokens), tokens)
+    return divided_as(output, tokens.to(device))
 
 
 def _used_by_all(projector: nn.Module, output: Tensor) -> Tensor:

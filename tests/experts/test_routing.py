@@ -38,7 +38,9 @@ from tests.support.zoo import ZOO, Row
 
 entries = pytest.mark.parametrize("name", WITH_EXPERTS)
 #: Families in which nothing tells which tiles are of one image: each tile is routed on its own.
-TILES_ALONE = ("internvl", "idefics3", "smolvlm", "cohere2_vision", "aya_vision", "ovis2")
+TILES_ALONE = ("internvl", "idefics3", "smolvlm", "cohere2_vision", "aya_vision", "ovis2", "minicpmv4_6", "minicpmv4_7")
+#: Families in which nothing tells which frames are of one video, either.
+FRAMES_ALONE = tuple(name for name in ("minicpmv4_6", "minicpmv4_7") if name in ZOO)
 
 
 def labelled(count: int) -> list[str]:
@@ -91,7 +93,23 @@ def test_images_of_the_original_keep_their_bits_beside_others(name):
     assert same(mixed, other) == [label == "stem" for label in rows]
 
 
-@pytest.mark.parametrize("name", [entry.name for entry in ZOO.values() if entry.videos])
+@pytest.mark.parametrize("name", FRAMES_ALONE)
+def test_each_frame_goes_its_own_way_where_nothing_tells_the_video(name):
+    batch = ZOO[name].batch([Row(videos=(3,), seed=2), Row(videos=(2,), seed=3)])
+    experts = with_expert(name)
+    original, other = features(ZOO[name].model(), batch), features(stock_with(experts), batch)
+    labels = labelled(5)
+    learn_router(experts, labels, pixels_of(batch))
+    with experts.watched() as report:
+        mixed = features(experts.model, batch)
+    assert [(image.modality, image.expert) for image in report.images] == [("video", label) for label in labels]
+    assert same(mixed, original) == [label == "original" for label in labels]
+    assert same(mixed, other) == [label == "stem" for label in labels]
+
+
+@pytest.mark.parametrize(
+    "name", [entry.name for entry in ZOO.values() if entry.videos and entry.name not in FRAMES_ALONE]
+)
 def test_a_video_goes_one_way_with_all_its_frames(name):
     rows = [Row(images=((56, 56),), seed=1), Row(videos=(4,), seed=2), Row(images=((28, 84),), videos=(4,), seed=3)]
     batch = ZOO[name].batch(rows)

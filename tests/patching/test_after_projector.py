@@ -21,7 +21,7 @@ from emma_adapter import (
 )
 from emma_adapter.analysis.observing import observe
 from emma_adapter.models.families import MediaLayout
-from emma_adapter.models.projected_tokens import projected_layout
+from emma_adapter.models.projected_tokens import joined, projected_layout
 from emma_adapter.models.registry import find_family
 from tests.patching.test_families import (
     EFFECT,
@@ -153,7 +153,7 @@ def test_the_analysis_sees_what_the_projector_made(entry):
     def look(module, args, kwargs, output):
         # Gemma 3n's embeds token ids, too.
         if next(value for value in (*args, *kwargs.values()) if value is not None).is_floating_point():
-            outputs.append(output.detach())
+            outputs.append(joined(output).detach())
 
     handle = find_family(model).projector(inner).register_forward_hook(look, with_kwargs=True)
     seen = observe(model, batch_of(entry, ROWS[:1]))

@@ -28,6 +28,8 @@ REFUSED = {
     "molmo2": "can't be put together",
     "ovis2": "no tokens of the language model yet",
     "kimi_k25": "fused, shared, or none",
+    "minicpmv4_6": "linear attention",
+    "minicpmv4_7": "linear attention",
     "paligemma": "chat template",
     "qwen3_5": "linear attention",
     "qwen3_5_moe": "linear attention",
