@@ -80,6 +80,9 @@ class MediaLayout:
     #: True if the projector is called several times in a pass, and the media of this call follow those of the calls
     #: before, as in models that project one image at a time.
     continues: bool = False
+    #: The row of the batch that each medium belongs to, where the projector's input says so itself, as one that is
+    #: padded to as many images in each row. Left out, media fill the prompts' placeholders in order.
+    rows: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         if self.grids is not None:

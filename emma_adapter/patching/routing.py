@@ -184,6 +184,8 @@ def route(
         modality=feature_call.modality,
         before=before.tokens if layout.continues else None,
     )
+    if layout.rows is not None:
+        rows = torch.as_tensor(layout.rows, device=rows.device) // plan.repeats
     merge = family.projector_merge(plan.inner)
     return RoutedInstruction(layout, rows, plan.adapter, plan.instruction, feature_call.modality, merge, before)
 
