@@ -9,17 +9,20 @@ from transformers import DynamicCache
 from emma_adapter import (
     ConfigError,
     DataError,
+    EmmaConfig,
     InstructionCollator,
     InstructionError,
     MediaLayout,
     RoutingError,
+    UnsupportedModelError,
     patch_model,
     register_family,
+    unify_model,
 )
 from emma_adapter.integrations.llava import LlavaFamily
 from emma_adapter.models import registry
 from tests.support import tiny
-from tests.support.zoo import ZOO, Row
+from tests.support.zoo import ZOO, Row, mllama
 
 from .triggers import Bench, question, raises
 
@@ -181,6 +184,27 @@ def an_image_too_few_for_the_original_llava(bench: Bench) -> None:
     patch_model(model)
     inputs = llava_inputs([2, 1], padding_side="left")
     model(**inputs | {"images": inputs["images"][:-1]})
+
+
+@raises(RoutingError, "integrations/mllama.py:MllamaFamily.layout", "with the images of each row in a list")
+def images_of_other_rows_for_llama(bench: Bench) -> None:
+    model = mllama.ENTRY.model()
+    patch_model(model, processor=mllama.ENTRY.processor())
+    inputs = mllama.ENTRY.batch([Row(images=((56, 28), (28, 28))), Row(images=((28, 28),))])
+    of_images = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
+    model(**inputs | {name: inputs[name].flip(0) for name in of_images})
+
+
+@raises(UnsupportedModelError, "models/projected_tokens.py:require_alignable_output", "nothing can be aligned")
+def scores_of_a_visual_vocabulary_to_align(bench: Bench) -> None:
+    patch_model(ZOO["ovis2"].model(), EmmaConfig(place="after_projector"), processor=ZOO["ovis2"].processor())
+
+
+@raises(UnsupportedModelError, "unified/branches.py:make_branch", "can't be made to draw")
+def drawing_with_llama(bench: Bench) -> None:
+    from tests.unified.small import autoencoder
+
+    unify_model(mllama.ENTRY.model(), processor=mllama.ENTRY.processor(), autoencoder=autoencoder())
 
 
 # -------------------------------------------------------------------------------- an instruction in the call
