@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import transformers as hf
 from transformers import PreTrainedModel, ProcessorMixin
 
@@ -70,10 +72,10 @@ def gemma3n_model(processor: ProcessorMixin) -> PreTrainedModel:
         altup_num_inputs=2,
         laurel_rank=4,
     )
-    return hf.Gemma3nForConditionalGeneration(
+    model = hf.Gemma3nForConditionalGeneration(
         hf.Gemma3nConfig(
             vision_config=hf.Gemma3nVisionConfig(
-                model_args={"block_args": layers, "stem_size": 8, "msfa_output_resolution": GRID},
+                model_args={"block_args": copy.deepcopy(layers), "stem_size": 8, "msfa_output_resolution": GRID},
                 hidden_size=CHANNELS,
                 vocab_offset=words.eoi_token_id,
                 vocab_size=2,
@@ -98,6 +100,9 @@ def gemma3n_model(processor: ProcessorMixin) -> PreTrainedModel:
             audio_token_id=words.audio_token_id,
         )
     )
+    # timm has put its own defaults into them, which no config file can hold.
+    model.config.vision_config.model_args["block_args"] = layers
+    return model
 
 
 ENTRIES = (Entry("gemma3n", gemma3n_processor, gemma3n_model, encode=encode_nested_chat),)
