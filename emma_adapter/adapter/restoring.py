@@ -117,17 +117,16 @@ def _undone_on_failure(adapter: AttachedAdapter) -> Iterator[None]:
 
 def _same_build(current: EmmaConfig, saved: EmmaConfig, *, ignore_encoder: bool) -> bool:
     """Return whether both have the same weights and read the same instruction, wherever the encoder is found."""
-    ignored: dict[str, Any] = {"cache_size": 0, "kernel": "auto"}
-    if ignore_encoder:
-        ignored["instruction_encoder"] = "given"
-    return current.replace(**ignored) == saved.replace(**ignored)
+    ignored = {"instruction_encoder": "given"} if ignore_encoder else {}
+    return current.without_run_time().replace(**ignored) == saved.without_run_time().replace(**ignored)
 
 
 def _differences(current: EmmaConfig, saved: EmmaConfig) -> list[str]:
-    saved_values = saved.to_dict()
+    """Return what is another one in two configs, as an error tells it; how they run makes no difference."""
+    saved_values = saved.without_run_time().to_dict()
     return [
         f"{name}: {value!r} and {saved_values[name]!r}"
-        for name, value in current.to_dict().items()
+        for name, value in current.without_run_time().to_dict().items()
         if value != saved_values[name]
     ]
 

@@ -21,6 +21,9 @@ _MAX_SIZE = 2**31 - 1
 _MAX_OPTIONS_NESTING, _MAX_OPTIONS_LENGTH = 64, 2**19
 _MAX_ENCODER_LENGTH = 4096
 
+#: How an adapter runs, not what it is. They may differ wherever it is loaded.
+RUN_TIME_FIELDS = frozenset({"cache_size", "kernel"})
+
 InstructionPolicy = Literal["last_turn", "shortest_turn", "all_turns"]
 Place = Literal["before_projector", "after_projector"]
 
@@ -161,6 +164,10 @@ class EmmaConfig:
     def replace(self, **changes: Any) -> EmmaConfig:
         """Return a copy with other values, validated again."""
         return dataclasses.replace(self, **changes)
+
+    def without_run_time(self) -> EmmaConfig:
+        """Return a copy with the defaults of ``RUN_TIME_FIELDS``: what an adapter is, however it runs."""
+        return self.replace(**{f.name: f.default for f in dataclasses.fields(self) if f.name in RUN_TIME_FIELDS})
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON types; ``EmmaConfig.from_dict`` makes an equal config of them."""

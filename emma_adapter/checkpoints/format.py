@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..alignment.config import EmmaConfig
+from ..alignment.config import RUN_TIME_FIELDS, EmmaConfig
 from ..files.description import FolderFormat
 
 CONFIG_NAME = "adapter_config.json"
@@ -24,7 +24,7 @@ FORMAT = FolderFormat(
     config_name=CONFIG_NAME,
     weights_name=WEIGHTS_NAME,
     writer="adapter.save_pretrained",
-    editable=frozenset({"cache_size", "instruction_encoder", "instruction_policy", "kernel"}),
+    editable=RUN_TIME_FIELDS | {"instruction_encoder", "instruction_policy"},
 )
 ALIGNMENT_PREFIX = "alignment."
 PROJECTOR_PREFIX = "projector."
