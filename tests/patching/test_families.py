@@ -437,7 +437,7 @@ def test_a_continued_chat_through_forward(entry):
     first = batch_of(entry, (replace(ROWS[0], images=((56, 56),)),))
     second = batch_of(entry, (Row(("what colour is the left bird?",), images=((84, 56),), seed=8),))
     whole = torch.cat([first["attention_mask"], second["attention_mask"]], dim=1)
-    if entry.positions_by_ids:
+    if entry.reads_ids:
         whole = None  # of which those would be made, one for each id
 
     def chat() -> None:
@@ -464,7 +464,7 @@ def test_inputs_embeds_with_an_explicit_instruction(entry):
         pytest.skip(f"transformers itself can't: {type(error).__name__}: {error}")
     assert torch.isfinite(expected).all()
     model_out = last_logits(model, embedded, instruction=told)
-    if not entry.positions_by_ids:
+    if not entry.reads_ids:
         torch.testing.assert_close(model_out, last_logits(model, batch, instruction=told), atol=SAME, rtol=0)
     assert (model_out - expected)[WITH_IMAGES].abs().amax(dim=1).min() > EFFECT
     with pytest.raises(InstructionError, match="instruction="):

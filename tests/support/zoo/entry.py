@@ -72,8 +72,8 @@ class Entry:
     """Videos of a batch are one tensor, and must have the same number of frames."""
     dynamic: bool = False
     """The number of visual tokens depends on the picture's size."""
-    positions_by_ids: bool = False
-    """Positions are made of the token ids and their mask."""
+    reads_ids: bool = False
+    """Token ids say more than their embeddings do: positions, or an embedding of each layer."""
     encode: Callable[..., dict[str, Any]] = field(default=encode_chat, repr=False)
 
     def model(self, seed: int = 0) -> PreTrainedModel:

@@ -105,4 +105,4 @@ def gemma3n_model(processor: ProcessorMixin) -> PreTrainedModel:
     return model
 
 
-ENTRIES = (Entry("gemma3n", gemma3n_processor, gemma3n_model, encode=encode_nested_chat),)
+ENTRIES = (Entry("gemma3n", gemma3n_processor, gemma3n_model, reads_ids=True, encode=encode_nested_chat),)

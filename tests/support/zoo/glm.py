@@ -132,7 +132,7 @@ def glm5_next_model(processor: ProcessorMixin) -> PreTrainedModel:
     )
 
 
-GLM = {"videos": True, "mixes_media": False, "stacks_videos": False, "dynamic": True, "positions_by_ids": True}
+GLM = {"videos": True, "mixes_media": False, "stacks_videos": False, "dynamic": True, "reads_ids": True}
 ENTRIES = (
     Entry("glm4v", glm4v_processor, glm4v_model, **GLM),
     Entry("glm46v", glm46v_processor, glm46v_model, **GLM),

@@ -73,7 +73,7 @@ ENTRIES = (
             "minicpmv4_7",
             lambda: minicpm_processor(hf.MiniCPMV4_7Processor),
             minicpm4_7_model,
-            positions_by_ids=True,
+            reads_ids=True,
             **MINICPM,
         ),
     )

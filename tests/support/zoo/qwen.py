@@ -174,7 +174,7 @@ def qwen4_exp_model(processor: ProcessorMixin) -> PreTrainedModel:
     )
 
 
-QWEN = {"videos": True, "stacks_videos": False, "dynamic": True, "positions_by_ids": True}
+QWEN = {"videos": True, "stacks_videos": False, "dynamic": True, "reads_ids": True}
 ENTRIES = (
     Entry(
         "qwen2_vl",
