@@ -16,7 +16,7 @@ from emma_adapter.alignment.fusion import fusion_names
 from emma_adapter.models import families, registry
 from tests.support import tiny
 from tests.support.deepseek import IMAGE_SIZE, TOKENS_PER_IMAGE, deepseek_vl
-from tests.support.zoo import ZOO, florence2, mllama, phi4_multimodal
+from tests.support.zoo import ZOO, florence2, mllama, nemotron_h_omni, phi4_multimodal
 from tests.unified.test_fusion import documented as drawing_families
 
 ROOT = Path(__file__).parents[2]
@@ -24,7 +24,8 @@ README = (ROOT / "README.md").read_text()
 # Classes that are not part of transformers, and the tests that hold them to the contract.
 ORIGINAL_CLASSES = {"internvl_chat", "llava_llama", "llava_mistral", "llava_qwen"}
 # Where the plain model can't do what the contract asks, a family has tests of its own.
-ENTRIES = {**ZOO, "florence2": florence2.ENTRY, "mllama": mllama.ENTRY, "phi4_multimodal": phi4_multimodal.ENTRY}
+APART = (florence2, mllama, nemotron_h_omni, phi4_multimodal)
+ENTRIES = {**ZOO, **{module.ENTRY.name: module.ENTRY for module in APART}}
 
 
 def support_table() -> tuple[list[str], dict[str, list[str]]]:

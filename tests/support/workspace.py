@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Aut
 
 from emma_adapter import UnifiedConfig, unify_model
 from tests.support import deepseek, remote_internvl, remote_llava, tiny
-from tests.support.zoo import ZOO, florence2, mllama, phi4_multimodal, qwen_omni
+from tests.support.zoo import ZOO, florence2, mllama, nemotron_h_omni, phi4_multimodal, qwen_omni
 
 MODEL_ID = "llava-hf/llava-1.5-7b-hf"
 CLIP_ID = "openai/clip-vit-large-patch14-336"
@@ -113,6 +113,7 @@ def _saves() -> dict[str, Callable[[Path], None]]:
         "Qwen/Qwen3-Omni-30B-A3B-Instruct": _save_qwen3_omni,
         "florence-community/Florence-2-base-ft": lambda folder: _save_entry(florence2.ENTRY, folder),
         "microsoft/Phi-4-multimodal-instruct": lambda folder: _save_entry(phi4_multimodal.ENTRY, folder),
+        "nvidia/Nemotron-3-Nano-Omni-30B-A3B-Reasoning-BF16": lambda folder: _save_entry(nemotron_h_omni.ENTRY, folder),
         "meta-llama/Llama-3.2-11B-Vision-Instruct": lambda folder: _save_entry(mllama.ENTRY, folder),
     }
     return saves | {
