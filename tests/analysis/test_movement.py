@@ -36,10 +36,12 @@ SIZES["glm5_next"] = (112, 112)
 SIZES["gemma4"] = (140, 98)
 #: Rows and columns of the tiles, of families whose calls don't tell; the whole picture comes last, or first.
 TILED = {"ovis2": (2, 1)} | dict.fromkeys(("internvl", "idefics3", "smolvlm", "cohere2_vision", "aya_vision"), (1, 2))
-TILED |= dict.fromkeys(("minicpmv4_6", "minicpmv4_7"), (1, 2))
+TILED |= dict.fromkeys(("minicpmv4_6", "minicpmv4_7", "lfm2_vl"), (1, 2))
 WHOLE_FIRST = ("ovis2", "minicpmv4_6", "minicpmv4_7")
 #: Families whose calls don't tell which tiles are of one picture, and which frames of one video.
 MEDIA_ALONE = ("minicpmv4_6", "minicpmv4_7")
+#: Families whose projector gets images padded: padding is an entry behind its image.
+PADDED = ("lfm2_vl",)
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,8 @@ def test_a_patch_lies_in_the_map_where_it_lies_in_the_picture(entry):
     keep_patches_apart(model)
     by_row: dict[int, list[VisualEntry]] = {}
     for one in observe(model, entry.batch(rows)):
-        by_row.setdefault(one.row, []).append(one)
+        if one.index == 0 or entry.name not in PADDED:
+            by_row.setdefault(one.row, []).append(one)
     assert len(by_row) == len(rows)
     for row, place in enumerate(places, start=1):
         maps = []

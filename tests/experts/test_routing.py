@@ -38,7 +38,8 @@ from tests.support.zoo import ZOO, Row
 
 entries = pytest.mark.parametrize("name", WITH_EXPERTS)
 #: Families in which nothing tells which tiles are of one image: each tile is routed on its own.
-TILES_ALONE = ("internvl", "idefics3", "smolvlm", "cohere2_vision", "aya_vision", "ovis2", "minicpmv4_6", "minicpmv4_7")
+TILES_ALONE = ("internvl", "idefics3", "smolvlm", "cohere2_vision", "aya_vision", "ovis2", "lfm2_vl")
+TILES_ALONE += ("minicpmv4_6", "minicpmv4_7")
 #: Families in which nothing tells which frames are of one video, either.
 FRAMES_ALONE = tuple(name for name in ("minicpmv4_6", "minicpmv4_7") if name in ZOO)
 

@@ -41,7 +41,10 @@ def labels_for(experts, batch) -> list[str]:
         if len(sizes) > len(ROWS):
             placeholder = experts.model.config.image_token_id
             tokens = (batch["input_ids"] == placeholder).sum(1)
-            per_row = (tokens * len(sizes) // tokens.sum()).tolist()
+            ends = torch.tensor(sizes).cumsum(0)
+            assert ends[-1] == tokens.sum()
+            rows = torch.searchsorted(tokens.cumsum(0), ends)
+            per_row = rows.bincount(minlength=len(ROWS)).tolist()
     else:
         per_row = [len(report.images) * size // sum(sizes) for size in sizes]
     return [label for number, label in zip(per_row, ["original", "stem"] * 2, strict=True) for _ in range(number)]

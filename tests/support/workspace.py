@@ -37,6 +37,7 @@ ZOO_IDS = {
     "Qwen/Qwen2.5-Omni-7B": "qwen2_5_omni_thinker",
     "moonshotai/Kimi-K2.6": "kimi_k25",
     "openbmb/MiniCPM-V-4.6": "minicpmv4_6",
+    "LiquidAI/LFM2-VL-1.6B": "lfm2_vl",
     "OpenGVLab/InternVL3-8B-hf": "internvl",
     "google/gemma-3-4b-it": "gemma3",
     "google/gemma-3n-E4B-it": "gemma3n",

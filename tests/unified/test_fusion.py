@@ -28,6 +28,7 @@ REFUSED = {
     "molmo2": "can't be put together",
     "ovis2": "no tokens of the language model yet",
     "kimi_k25": "fused, shared, or none",
+    "lfm2_vl": "no tokens of the language model yet",
     "minicpmv4_6": "linear attention",
     "minicpmv4_7": "linear attention",
     "paligemma": "chat template",
