@@ -8,6 +8,8 @@ from functools import cache
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from emma_adapter.models.registry import family_names
@@ -51,10 +53,15 @@ APART = {
 }
 
 
+#: Types whose first releases can't do what these tests ask, as transformers wrote them.
+FAULTY = {"kimi_k25", "minicpmv4_6"} if Version(transformers.__version__) < Version("5.18") else set()
+
+
 def test_every_family_is_here():
-    """But those that this release of transformers doesn't have."""
+    """But those that this release of transformers doesn't have, or is the first to have, with faults."""
     here = {entry.model().config.model_type for entry in ZOO.values()}
-    assert here == {name for name in set(family_names()) - APART if name in CONFIG_MAPPING}
+    known = {name for name in set(family_names()) - APART if name in CONFIG_MAPPING}
+    assert here == known - FAULTY
 
 
 @entries

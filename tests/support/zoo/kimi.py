@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import transformers as hf
+from packaging.version import Version
 from transformers import PreTrainedModel, ProcessorMixin
 
 from tests.support.tiny import PATCH, WIDTH
@@ -66,4 +67,9 @@ def kimi_model(processor: ProcessorMixin) -> PreTrainedModel:
     )
 
 
-ENTRIES = (Entry("kimi_k25", kimi_processor, kimi_model, videos=True, stacks_videos=False, dynamic=True),)
+# In transformers 5.17, the model takes no videos with a chunk of fewer frames than others.
+ENTRIES = (
+    (Entry("kimi_k25", kimi_processor, kimi_model, videos=True, stacks_videos=False, dynamic=True),)
+    if Version(hf.__version__) >= Version("5.18")
+    else ()
+)
