@@ -333,6 +333,7 @@ class Saves(RuleBasedStateMachine):
         #: Number of the model whose adapter is there, and what ``cache_size`` was edited to.
         self.there: int | None = None
         self.cache_size = OLD.cache_size
+        self.edits: set[int] = set()
 
     def teardown(self):
         shutil.rmtree(self.folder)
@@ -348,12 +349,20 @@ class Saves(RuleBasedStateMachine):
     def save_and_be_killed(self, number, call):
         before = contents(self.folder).get(WEIGHTS)
         killed = killed_at(call, lambda: by_adapter(self.models[number], self.folder))
-        replaced = contents(self.folder).get(WEIGHTS) != before
-        assert replaced or killed
-        if replaced:
-            self.there, self.cache_size = number, OLD.cache_size
-            if not (self.folder / CONFIG).exists():
-                self.there = None
+        after = contents(self.folder)
+        if not killed:
+            assert checksum(self.folder) == embedded_checksum(self.folder)
+        if after.get(WEIGHTS) != before or not killed:
+            self.there = number
+        if not {CONFIG, WEIGHTS} <= set(after):
+            self.there = None
+        elif checksum(self.folder) == embedded_checksum(self.folder):
+            # Saved whole; or the config file is of an earlier save of the same values, edits included.
+            self.there = number if after[WEIGHTS] != before or self.there is None else self.there
+            self.cache_size = json.loads(after[CONFIG])["config"]["cache_size"]
+            assert self.cache_size in {OLD.cache_size, *self.edits}
+        else:
+            self.cache_size = OLD.cache_size
 
     @rule(number=st.integers(0, 3), size=st.integers(0, 2000))
     def save_without_room(self, number, size):
@@ -370,6 +379,7 @@ class Saves(RuleBasedStateMachine):
     def edit(self, cache_size):
         described = json.loads((self.folder / CONFIG).read_text())
         described["config"]["cache_size"] = cache_size
+        self.edits.add(cache_size)
         (self.folder / CONFIG).write_text(json.dumps(described))
         if described["sha256"] == embedded_checksum(self.folder):
             self.cache_size = cache_size
