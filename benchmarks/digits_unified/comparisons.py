@@ -212,12 +212,9 @@ def main(results: Path, work: Path, workers: int, steps: int, scenes: int, only:
             click.echo(f"{len(jobs)} runs")
             for finished in as_completed([pool.submit(run, *job, steps, scenes, work) for job in jobs]):
                 add_record(results, finished.result())
-    chosen = [
-        record
-        for arm in arms
-        for record in load_records(results)
-        if record["arm"] == arm.name and record["rate"] == best_rate(load_records(results), arm)
-    ]
+    records = load_records(results)
+    best = {arm.name: best_rate(records, arm) for arm in arms}
+    chosen = [r for arm in arms for r in records if r["arm"] == arm.name and r["rate"] == best[arm.name]]
     click.echo(write_tables(chosen, results.with_suffix(".md"), DEFAULT))
     draw_figure(chosen, DEFAULT, results.with_suffix(".png"))
 

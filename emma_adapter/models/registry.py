@@ -90,11 +90,8 @@ def _registered(model_type: str) -> ModelFamily | None:
 
 def _by_class(model_class: type[nn.Module]) -> ModelFamily | None:
     """Return the family of a class of transformers, or of its subclass, whose config goes by another model type."""
-    types = {
-        class_name: model_type
-        for model_type in family_names()
-        for class_name in image_text_classes().get(model_type, ())
-    }
+    classes = image_text_classes()
+    types = {class_name: model_type for model_type in family_names() for class_name in classes.get(model_type, ())}
     for ancestor in model_class.__mro__:
         if ancestor.__module__.startswith("transformers.models.") and ancestor.__name__ in types:
             return _registered(types[ancestor.__name__])
