@@ -8,13 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from emma_adapter import MediaLayout, ModelFamily, ProjectorCall
+from emma_adapter import MediaLayout, ProjectorCall
 
-# There is no native size; learned positions live on this grid and are resampled to each image's own.
-_GRID = (24, 24)
+from .any_size import AnySizeFamily
 
 
-class Gemma4Family(ModelFamily):
+class Gemma4Family(AnySizeFamily):
     """Features ``[sum(h * w), D]`` of all images, or of all frames of all videos, row by row and without padding."""
 
     model_types = ("gemma4",)
@@ -26,12 +25,6 @@ class Gemma4Family(ModelFamily):
     def visual_dim(self, inner: nn.Module) -> int:
         config: Any = inner.config
         return int(config.vision_config.hidden_size)
-
-    def visual_size(self, inner: nn.Module) -> tuple[int | None, tuple[int, int] | None]:
-        return _GRID[0] * _GRID[1], _GRID
-
-    def has_fixed_size(self, inner: nn.Module) -> bool:
-        return False
 
     def layout(self, call: ProjectorCall) -> MediaLayout:
         config: Any = call.inner.config

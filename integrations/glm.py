@@ -7,13 +7,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from emma_adapter import MediaLayout, ModelFamily, ProjectorCall
+from emma_adapter import MediaLayout, ProjectorCall
 
-# There is no native size; learned positions live on this grid and are resampled to each image's own.
-_GRID = (24, 24)
+from .any_size import AnySizeFamily
 
 
-class GlmFamily(ModelFamily):
+class GlmFamily(AnySizeFamily):
     """Features ``[sum(t * h * w) / merge**2, D]`` of all images, or of all videos, row by row.
 
     A convolution at the end of the vision tower makes one of each square of ``merge x merge`` patches.
@@ -27,12 +26,6 @@ class GlmFamily(ModelFamily):
     def visual_dim(self, inner: nn.Module) -> int:
         config: Any = inner.config
         return int(config.vision_config.out_hidden_size)
-
-    def visual_size(self, inner: nn.Module) -> tuple[int | None, tuple[int, int] | None]:
-        return _GRID[0] * _GRID[1], _GRID
-
-    def has_fixed_size(self, inner: nn.Module) -> bool:
-        return False
 
     def tower_merge(self, inner: nn.Module) -> int:
         config: Any = inner.config

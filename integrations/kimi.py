@@ -7,13 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from emma_adapter import MediaLayout, ModelFamily, ProjectorCall, block_order
+from emma_adapter import MediaLayout, ProjectorCall, block_order
 
-# There is no native size; learned positions live on this grid and are resampled to each image's own.
-_GRID = (24, 24)
+from .any_size import AnySizeFamily
 
 
-class KimiFamily(ModelFamily):
+class KimiFamily(AnySizeFamily):
     """Features ``[sum(h * w) / merge², merge², D]`` of the patches of all images, or of all chunks of all videos.
 
     Patches come in blocks of ``merge x merge``, each of which the projector makes one token of, and the blocks row by
@@ -29,12 +28,6 @@ class KimiFamily(ModelFamily):
     def visual_dim(self, inner: nn.Module) -> int:
         config: Any = inner.config
         return int(config.vision_config.hidden_size)
-
-    def visual_size(self, inner: nn.Module) -> tuple[int | None, tuple[int, int] | None]:
-        return _GRID[0] * _GRID[1], _GRID
-
-    def has_fixed_size(self, inner: nn.Module) -> bool:
-        return False
 
     def projector_merge(self, inner: nn.Module) -> int:
         config: Any = inner.config

@@ -7,13 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from emma_adapter import MediaLayout, ModelFamily, ProjectorCall
+from emma_adapter import MediaLayout, ProjectorCall
 
-# There is no native size; learned positions live on this grid and are resampled to each image's own.
-_GRID = (24, 24)
+from .any_size import AnySizeFamily
 
 
-class Lfm2VLFamily(ModelFamily):
+class Lfm2VLFamily(AnySizeFamily):
     """Features ``[1, 1, images * N, D]``, row by row, each image padded to N; in old transformers one image in a call.
 
     They are squares of patches, side by side in a token. The projector's own input has the patches of all images
@@ -30,12 +29,6 @@ class Lfm2VLFamily(ModelFamily):
     def visual_dim(self, inner: nn.Module) -> int:
         config: Any = inner.config
         return int(config.vision_config.hidden_size * config.downsample_factor**2)
-
-    def visual_size(self, inner: nn.Module) -> tuple[int | None, tuple[int, int] | None]:
-        return _GRID[0] * _GRID[1], _GRID
-
-    def has_fixed_size(self, inner: nn.Module) -> bool:
-        return False
 
     def layout(self, call: ProjectorCall) -> MediaLayout:
         config: Any = call.inner.config

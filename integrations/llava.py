@@ -9,14 +9,12 @@ from torch import nn
 
 from emma_adapter import MediaLayout, ModelFamily, ProjectorCall
 
+from .any_size import GRID
 from .llava_original import LlavaOriginalFamily
 
 # Tokens before the patches in the output of vision towers seen in LLaVAs. For other towers the number of visual tokens
 # isn't known in advance, and the adapter learns no positions.
 _LEADING_TOKENS = {"clip_vision_model": 1, "dinov2": 1, "siglip_vision_model": 0, "vit": 1}
-
-#: A tower without a native size: learned positions live on this grid and are resampled to each image's own.
-DYNAMIC_GRID = (24, 24)
 
 
 class LlavaFamily(ModelFamily):
@@ -39,7 +37,7 @@ class LlavaFamily(ModelFamily):
 
     def visual_size(self, inner: nn.Module) -> tuple[int | None, tuple[int, int] | None]:
         if not self.has_fixed_size(inner):
-            return DYNAMIC_GRID[0] * DYNAMIC_GRID[1], DYNAMIC_GRID
+            return GRID[0] * GRID[1], GRID
         config: Any = inner.config
         vision = config.vision_config
         leading = _LEADING_TOKENS.get(vision.model_type)

@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from emma_adapter import MediaLayout, ModelFamily, ProjectorCall
+from emma_adapter import MediaLayout, ProjectorCall
 
-# There is no native size; learned positions live on this grid and are resampled to each image's own.
-_GRID = (24, 24)
+from .any_size import AnySizeFamily
+
 #: Side of the square of patches that the vision tower itself merges into one.
 _TOWER_MERGE = 2
 
 
-class MiniCPMVFamily(ModelFamily):
+class MiniCPMVFamily(AnySizeFamily):
     """Features ``[1, sum(h * w), D]`` of all images, slices and frames, row by row.
 
     The tower merges squares of patches, but not with ``downsample_mode="4x"``, and vision experts may ask before it
@@ -32,12 +32,6 @@ class MiniCPMVFamily(ModelFamily):
     def visual_dim(self, inner: nn.Module) -> int:
         config: Any = inner.config
         return int(config.vision_config.hidden_size)
-
-    def visual_size(self, inner: nn.Module) -> tuple[int | None, tuple[int, int] | None]:
-        return _GRID[0] * _GRID[1], _GRID
-
-    def has_fixed_size(self, inner: nn.Module) -> bool:
-        return False
 
     def projector_merge(self, inner: nn.Module) -> int:
         config: Any = inner.config

@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from emma_adapter import MediaLayout, ModelFamily, ProjectorCall
+from emma_adapter import MediaLayout, ProjectorCall
 from emma_adapter.models.families import WHOLE_IMAGE, Box
 
-# There is no native size; learned positions live on this grid and are resampled to each image's own.
-_GRID = (24, 24)
+from .any_size import AnySizeFamily
 
 
-class Molmo2Family(ModelFamily):
+class Molmo2Family(AnySizeFamily):
     """Features ``[sum(h * w), D]``, row by row: of each image a small grid, then a large one; of a video its frames.
 
     Both grids show the whole image. The large one is put together from overlapping crops when it is pooled.
@@ -32,12 +31,6 @@ class Molmo2Family(ModelFamily):
     def visual_dim(self, inner: nn.Module) -> int:
         config: Any = inner.config
         return int(config.adapter_config.hidden_size)
-
-    def visual_size(self, inner: nn.Module) -> tuple[int | None, tuple[int, int] | None]:
-        return _GRID[0] * _GRID[1], _GRID
-
-    def has_fixed_size(self, inner: nn.Module) -> bool:
-        return False
 
     def layout(self, call: ProjectorCall) -> MediaLayout:
         sizes = torch.as_tensor(call.size(f"{call.modality}_grids")).tolist()

@@ -7,15 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from emma_adapter import MediaLayout, ModelFamily, ProjectorCall
+from emma_adapter import MediaLayout, ProjectorCall
 
+from .any_size import AnySizeFamily
 from .llava_next import frames_of
 
-# There is no native size; learned positions live on this grid and are resampled to each image's own.
-_GRID = (24, 24)
 
-
-class NemotronHOmniFamily(ModelFamily):
+class NemotronHOmniFamily(AnySizeFamily):
     """Features ``[sum(h * w), 4 * D]`` of all images, or ``[tubelets, h * w, 4 * D]`` of all videos, row by row.
 
     A pixel shuffle before the projector makes one visual token of each square of patches. Vision experts see the
@@ -34,12 +32,6 @@ class NemotronHOmniFamily(ModelFamily):
     def visual_dim(self, inner: nn.Module) -> int:
         config: Any = inner.config
         return int(config.vision_hidden_size) * self._shuffle(inner) ** 2
-
-    def visual_size(self, inner: nn.Module) -> tuple[int | None, tuple[int, int] | None]:
-        return _GRID[0] * _GRID[1], _GRID
-
-    def has_fixed_size(self, inner: nn.Module) -> bool:
-        return False
 
     def placeholder_id(self, inner: nn.Module, modality: str) -> int:
         """Return the token of images: the processor writes it for videos, too."""

@@ -8,13 +8,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from emma_adapter import MediaLayout, ModelFamily, ProjectorCall, block_order, window_order
+from emma_adapter import MediaLayout, ProjectorCall, block_order, window_order
 
-# There is no native size; learned positions live on this grid and are resampled to each image's own.
-_GRID = (24, 24)
+from .any_size import AnySizeFamily
 
 
-class Qwen2VLFamily(ModelFamily):
+class Qwen2VLFamily(AnySizeFamily):
     """Features ``[sum(t * h * w), D]`` of the patches of all images, or of all videos.
 
     Patches come in blocks of ``merge x merge``, each of which the merger makes one token of, and the blocks row by row.
@@ -28,12 +27,6 @@ class Qwen2VLFamily(ModelFamily):
     def visual_dim(self, inner: nn.Module) -> int:
         config: Any = inner.config
         return int(config.vision_config.embed_dim)
-
-    def visual_size(self, inner: nn.Module) -> tuple[int | None, tuple[int, int] | None]:
-        return _GRID[0] * _GRID[1], _GRID
-
-    def has_fixed_size(self, inner: nn.Module) -> bool:
-        return False
 
     def projector_merge(self, inner: nn.Module) -> int:
         config: Any = inner.config
